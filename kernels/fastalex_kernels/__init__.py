@@ -1,0 +1,21 @@
+"""fastalex_kernels: AlexNet's layers as fused Triton kernels, each a torch autograd function.
+
+Every function takes logical NCHW tensors of any strides and is differentiable. On a GPU it runs
+Triton kernels, on a CPU torch's own operators; ``backend`` chooses otherwise.
+"""
+
+from fastalex_kernels import reference
+from fastalex_kernels._launch import backend
+from fastalex_kernels.conv2d_relu import conv2d_relu
+from fastalex_kernels.linear_relu_dropout import dropout, linear_relu_dropout
+from fastalex_kernels.lrn_max_pool2d import lrn_max_pool2d, max_pool2d
+
+__all__ = [
+    "backend",
+    "conv2d_relu",
+    "dropout",
+    "linear_relu_dropout",
+    "lrn_max_pool2d",
+    "max_pool2d",
+    "reference",
+]

@@ -1,0 +1,158 @@
+"""What the backward of every fused layer begins with, and what every split reduction ends with.
+
+With y = dropout(relu(z)) and z = (linear part) + bias, the gradient at z is
+
+    dz = dy * scale   where y kept z, else 0        (scale = 1 / (1 - p), or 1 without dropout)
+
+and the bias gradient is its column sum. A kept, positive z is exactly a positive y, so with ReLU
+the output itself is the mask, and no random number is drawn again; without ReLU the mask is
+recomputed from its counter. Reductions split over programs leave float32 partial sums that one
+kernel adds in a fixed order: same inputs, same bits, no atomics.
+
+Layout: y, dy, dz [rows, features], contiguous; HWNC tensors are [H * W * N, C].
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastalex_kernels import _philox
+from fastalex_kernels._launch import interpreted, launch
+
+_PROGRAMS = 512  # at most this many row chunks, so that the second stage stays short
+
+
+@triton.jit
+def _epilogue_bwd_kernel(
+    dy_ptr,  # [rows, features]
+    y_ptr,  # [rows, features], read where RELU
+    rng_ptr,  # int64 [2], read where PHILOX
+    dz_ptr,  # [rows, features], written where WRITE_DZ
+    part_ptr,  # float32 [chunks, features], written where WRITE_DB
+    rows,
+    features,
+    rows_per_chunk,
+    p,
+    scale,
+    row_offset,
+    feature_offset,
+    RELU: tl.constexpr,
+    PHILOX: tl.constexpr,
+    WRITE_DZ: tl.constexpr,
+    WRITE_DB: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < features
+    first = chunk * rows_per_chunk
+    last = tl.minimum(first + rows_per_chunk, rows)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for m in range(first, last, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask = (offs_m < last)[:, None] & mask_n[None, :]
+        offs = offs_m.to(tl.int64)[:, None] * features + offs_n[None, :]
+        dz = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32) * scale
+        if RELU:
+            y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            dz = tl.where(y > 0, dz, 0.0)
+        if PHILOX:
+            kept = _philox.keep(
+                rng_ptr, (offs_m + row_offset)[:, None], (offs_n + feature_offset)[None, :], p
+            )
+            dz = tl.where(kept, dz, 0.0)
+        if WRITE_DZ:
+            tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        if WRITE_DB:
+            total += tl.sum(tl.where(mask, dz, 0.0), axis=0)
+    if WRITE_DB:
+        tl.store(part_ptr + chunk.to(tl.int64) * features + offs_n, total, mask=mask_n)
+
+
+@triton.jit
+def _sum_partials_kernel(
+    part_ptr,  # float32 [parts, numel]
+    out_ptr,  # [numel]
+    parts,
+    numel,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(parts):
+        total += tl.load(part_ptr + offs, mask=mask, other=0.0)
+        part_ptr += numel
+    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def sum_partials(part: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Add ``part`` [parts, ...] over its first axis, in order, into ``out``, and return it."""
+    block = 65536 if interpreted() else 1024
+    grid = (triton.cdiv(out.numel(), block),)
+    launch(_sum_partials_kernel, grid, part, out, part.shape[0], out.numel(), BLOCK=block)
+    return out
+
+
+def epilogue_backward(
+    dy: torch.Tensor,
+    y: torch.Tensor | None,
+    *,
+    need_dz: bool = True,
+    bias: torch.Tensor | None = None,
+    p: float = 0.0,
+    rng: torch.Tensor | None = None,
+    row_offset: int = 0,
+    feature_offset: int = 0,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Undo ReLU and dropout, and sum the bias gradient, in one pass over ``dy``.
+
+    Args:
+        dy: gradient of the output, [rows, features], contiguous.
+        y: the output itself if a ReLU made it, else None.
+        need_dz: whether the gradient at the linear part is wanted.
+        bias: the bias whose gradient is wanted, else None.
+        p, rng, row_offset, feature_offset: the dropout that made ``y``; p = 0 is none.
+
+    Returns:
+        ``(dz, db)``, each None where it is not wanted. Where nothing masks, dz is ``dy`` itself.
+    """
+    rows, features = dy.shape
+    philox = p > 0 and y is None
+    masks = y is not None or philox
+    write_dz = need_dz and masks
+    if not write_dz and bias is None:
+        return (dy if need_dz else None), None
+    block_n = min(triton.next_power_of_2(features), 128)
+    block_m = 4096 if interpreted() else 4096 // block_n
+    chunk_rows = triton.cdiv(triton.cdiv(max(rows, 1), _PROGRAMS), block_m) * block_m
+    chunks = triton.cdiv(max(rows, 1), chunk_rows)
+    dz = torch.empty_like(dy) if write_dz else dy
+    part = dy.new_empty((chunks, features), dtype=torch.float32)
+    launch(
+        _epilogue_bwd_kernel,
+        (chunks, triton.cdiv(features, block_n)),
+        dy,
+        dy if y is None else y,
+        dy if rng is None else rng,
+        dz,
+        part,
+        rows,
+        features,
+        chunk_rows,
+        p,
+        1.0 / (1.0 - p),
+        row_offset,
+        feature_offset,
+        RELU=y is not None,
+        PHILOX=philox,
+        WRITE_DZ=write_dz,
+        WRITE_DB=bias is not None,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+    )
+    db = None if bias is None else sum_partials(part, torch.empty_like(bias))
+    return (dz if need_dz else None), db

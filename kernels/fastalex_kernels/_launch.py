@@ -1,0 +1,147 @@
+"""Where and how kernels run: backend choice, the target's name, and the only launch in the package.
+
+Importing this module asks no driver anything; a target is looked up at the first launch on a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+BACKENDS = ("auto", "triton", "aten")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels store
+MAX_GRID_YZ = 65535
+
+_backend: ContextVar[str] = ContextVar("fastalex_backend", default="auto")
+
+# While set, a launch is handed to this function instead of a GPU, and ``target`` answers with the
+# name beside it. Offline compilation and the roofline report read every launch of a step this way.
+Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+_recorder: tuple[str, Recorder] | None = None
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+def interpreted() -> bool:
+    """Whether the kernels were imported under ``TRITON_INTERPRET=1``."""
+    return not isinstance(_probe, JITFunction)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose what runs the functions of this package inside the ``with`` block.
+
+    Args:
+        name: ``"auto"``, Triton on a GPU and under ``TRITON_INTERPRET=1``, ATen otherwise;
+            ``"triton"``, Triton or an error; ``"aten"``, torch's own operators (oneDNN, cuDNN).
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+@contextlib.contextmanager
+def record_launches(target_name: str, recorder: Recorder) -> Iterator[None]:
+    """Hand every launch to ``recorder(kernel, grid, args, kwargs)`` as if on ``target_name``."""
+    global _recorder
+    previous, _recorder = _recorder, (target_name, recorder)
+    try:
+        yield
+    finally:
+        _recorder = previous
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """Whether an operation on ``x`` runs as Triton kernels here; float64 never does."""
+    name = _backend.get()
+    if name == "aten" or x.dtype == torch.float64:
+        return False
+    here = x.is_cuda or _recorder is not None or interpreted()
+    if name == "triton" and not here:
+        raise ValueError(
+            f"backend 'triton' needs a GPU tensor or TRITON_INTERPRET=1, got a tensor on {x.device}"
+        )
+    return here
+
+
+@functools.cache
+def _device_target(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def target(device: torch.device) -> str:
+    """The name tiles are chosen by: ``"sm_90"``, ``"gfx942"``, ... or ``"interpreter"``."""
+    if _recorder is not None:
+        return _recorder[0]
+    if interpreted():
+        return "interpreter"
+    return _device_target(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``tl.dot``'s input precision: TF32 for float32 only where torch's matmul setting allows it."""
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and tf32 else "ieee"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+    """Run ``kernel[grid]`` on the device of its first tensor; an empty grid is no launch."""
+    if 0 in grid:
+        return
+    if _recorder is not None:
+        _recorder[1](kernel, grid, args, kwargs)
+        return
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*args, **kwargs)
+
+
+def check_floating(name: str, x: object) -> None:
+    """Raise a TypeError unless ``x`` is a tensor of a dtype this package computes in."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in (*DTYPES, torch.float64):
+        raise TypeError(
+            f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}"
+        )
+
+
+def check_like(name: str, x: object, like: torch.Tensor) -> None:
+    """Raise unless ``x`` is a tensor of the dtype and on the device of ``like``."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype != like.dtype:
+        raise TypeError(f"{name}: expected dtype {like.dtype} as the input's, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} as the input's, got {x.device}")
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors as ``torch.autocast`` wants the operands of a product, where it is enabled."""
+    device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    cast = lambda t: t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in DTYPES else t  # noqa: E731
+    return tuple(cast(t) for t in tensors)

@@ -1,0 +1,26 @@
+"""The HWNC memory layout: row, column, image, channel, the channel innermost.
+
+A tensor [N, C, H, W] held this way has strides (C, 1, W*N*C, N*C). To its user it is an ordinary
+NCHW tensor. To a kernel, one output pixel of all images is a contiguous block [N, C], and the next
+column's block follows it, so that a tap of a convolution is a shift of the first row: no im2col,
+no halo.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def as_hwnc(x: torch.Tensor) -> torch.Tensor:
+    """View ``x`` [N, C, H, W] as a contiguous [H, W, N, C], copied only where it lies otherwise."""
+    return x.permute(2, 3, 0, 1).contiguous()
+
+
+def as_nchw(x: torch.Tensor) -> torch.Tensor:
+    """View ``x`` [H, W, N, C] as [N, C, H, W], without a copy."""
+    return x.permute(2, 3, 0, 1)
+
+
+def empty_hwnc(n: int, c: int, h: int, w: int, like: torch.Tensor) -> torch.Tensor:
+    """An uninitialised contiguous [h, w, n, c] with the dtype and device of ``like``."""
+    return like.new_empty((h, w, n, c))

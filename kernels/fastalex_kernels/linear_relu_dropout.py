@@ -1,0 +1,378 @@
+"""Fully connected + bias + ReLU + dropout, forward and every gradient.
+
+    y[m, n] = keep[m, n] / (1 - p) * relu(b[n] + sum_k x[m, k] w[n, k])
+
+Bias, ReLU and dropout run on the accumulator before the one store. The mask comes from a counter
+(see _philox), never from memory. One kernel does the three products, told apart by their strides:
+
+    forward           y  [M, N] = x   [M, K] w [N, K]^T
+    input gradient    dx [M, K] = dz  [M, N] w [N, K]
+    weight gradient   dw [N, K] = dz^T [N, M] x [M, K]
+
+A batch of 128 fills only a few tiles, so a long reduction is split over programs: each leaves
+float32 partial sums, and a second small kernel adds them in order and runs the epilogue.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from fastalex_kernels import _aten, _philox
+from fastalex_kernels._epilogue import epilogue_backward
+from fastalex_kernels._launch import (
+    autocast,
+    check_floating,
+    check_like,
+    dot_precision,
+    interpreted,
+    launch,
+    target,
+    use_triton,
+)
+
+# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
+_TILES = {
+    ("sm_80", 16): (128, 64, 64, 4, 4),
+    ("sm_90", 16): (128, 64, 64, 4, 4),
+    ("sm_100", 16): (128, 64, 64, 4, 4),
+    ("gfx942", 16): (128, 64, 64, 4, 2),
+    ("other", 16): (128, 64, 64, 4, 3),
+    ("other", 32): (64, 64, 32, 4, 2),
+}
+_INTERPRETER_TILE = (1024, 1024, 1024, 4, 1)
+_PROGRAMS = 256  # split the reduction until about this many programs run: two per SM
+_MAX_SPLIT = 16
+
+
+@triton.jit
+def _finish(
+    acc,
+    offs_m,
+    offs_n,
+    mask_n,
+    b_ptr,
+    rng_ptr,
+    p,
+    scale,
+    row_offset,
+    feature_offset,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """The epilogue: bias, ReLU and dropout on a float32 block."""
+    if HAS_BIAS:
+        acc += tl.load(b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)  # not tl.maximum, which would hide a NaN
+    if DROPOUT:
+        row = (offs_m + row_offset)[:, None]
+        feature = (offs_n + feature_offset)[None, :]
+        acc = tl.where(_philox.keep(rng_ptr, row, feature, p), acc * scale, 0.0)
+    return acc
+
+
+@triton.jit
+def _linear_relu_dropout_fwd_kernel(
+    a_ptr,  # [M, K]
+    w_ptr,  # [K, N]
+    b_ptr,  # [N], read where HAS_BIAS
+    rng_ptr,  # int64 [2], read where DROPOUT
+    y_ptr,  # [M, N], or float32 partial sums [SPLIT, M, N] where SPLIT > 1
+    M,
+    N,
+    K,
+    stride_am,
+    stride_ak,
+    stride_wk,
+    stride_wn,
+    p,
+    scale,
+    row_offset,
+    feature_offset,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,  # the blocks divide N and every share of K: only M is masked
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    split = tl.program_id(2)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+    share = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
+    first = split * share
+    last = tl.minimum(first + share, K)
+    a_ptrs = a_ptr + offs_m.to(tl.int64)[:, None] * stride_am
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[None, :] * stride_wn
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(first, last, BLOCK_K):
+        a_block = a_ptrs + (k + offs_k).to(tl.int64)[None, :] * stride_ak
+        w_block = w_ptrs + (k + offs_k).to(tl.int64)[:, None] * stride_wk
+        if EVEN:
+            a = tl.load(a_block, mask=mask_m[:, None], other=0.0)
+            w = tl.load(w_block)
+        else:
+            mask_k = offs_k < last - k
+            a = tl.load(a_block, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            w = tl.load(w_block, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+    if SPLIT == 1:
+        acc = _finish(
+            acc, offs_m, offs_n, mask_n, b_ptr, rng_ptr, p, scale, row_offset, feature_offset,
+            HAS_BIAS, RELU, DROPOUT,
+        )  # fmt: skip
+    offs = (split * M + offs_m).to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+@triton.jit
+def _finish_partials_kernel(
+    part_ptr,  # float32 [parts, M, N]
+    b_ptr,  # [N], read where HAS_BIAS
+    rng_ptr,  # int64 [2], read where DROPOUT
+    y_ptr,  # [M, N]
+    parts,
+    M,
+    N,
+    p,
+    scale,
+    row_offset,
+    feature_offset,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(parts):
+        acc += tl.load(part_ptr + offs, mask=mask, other=0.0)
+        part_ptr += M.to(tl.int64) * N
+    acc = _finish(
+        acc, offs_m, offs_n, mask_n, b_ptr, rng_ptr, p, scale, row_offset, feature_offset,
+        HAS_BIAS, RELU, DROPOUT,
+    )  # fmt: skip
+    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _tile(x: torch.Tensor, m: int, n: int, k: int) -> dict[str, int]:
+    name = target(x.device)
+    if name == "interpreter":
+        block_m, block_n, block_k, warps, stages = _INTERPRETER_TILE
+    else:
+        bits = 8 * x.element_size()
+        entry = _TILES.get((name, bits)) or _TILES[("other", bits)]
+        block_m, block_n, block_k, warps, stages = entry
+    cut = lambda block, size: max(16, min(block, triton.next_power_of_2(size)))  # noqa: E731
+    return {
+        "BLOCK_M": cut(block_m, m),
+        "BLOCK_N": cut(block_n, n),
+        "BLOCK_K": cut(block_k, k),
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+def matmul(
+    a: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    relu: bool = False,
+    p: float = 0.0,
+    rng: torch.Tensor | None = None,
+    row_offset: int = 0,
+    feature_offset: int = 0,
+) -> torch.Tensor:
+    """y [M, N] = epilogue(a [M, K] @ w [K, N]), either operand of any strides."""
+    (M, K), N = a.shape, w.shape[1]
+    tile = _tile(a, M, N, K)
+    blocks = (triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(M, tile["BLOCK_M"]))
+    split = 1
+    if not interpreted():
+        steps = triton.cdiv(K, tile["BLOCK_K"])
+        split = max(1, min(_PROGRAMS // max(blocks[0] * blocks[1], 1), steps // 8, _MAX_SPLIT))
+    y = a.new_empty((M, N))
+    out = y if split == 1 else y.new_empty((split, M, N), dtype=torch.float32)
+    b, r = (a if bias is None else bias), (a if rng is None else rng)
+    scalars = (p, 1.0 / (1.0 - p), row_offset, feature_offset)
+    flags = {"HAS_BIAS": bias is not None, "RELU": relu, "DROPOUT": rng is not None}
+    launch(
+        _linear_relu_dropout_fwd_kernel, (*blocks, split), a, w, b, r, out, M, N, K,
+        *a.stride(), *w.stride(), *scalars, SPLIT=split,
+        EVEN=N % tile["BLOCK_N"] == 0 and K % (tile["BLOCK_K"] * split) == 0,
+        PRECISION=dot_precision(a.dtype), **flags, **tile,
+    )  # fmt: skip
+    if split > 1:
+        block_m, block_n = 8, 128
+        grid = (triton.cdiv(N, block_n), triton.cdiv(M, block_m))
+        launch(
+            _finish_partials_kernel, grid, out, b, r, y, split, M, N, *scalars,
+            **flags, BLOCK_M=block_m, BLOCK_N=block_n,
+        )  # fmt: skip
+    return y
+
+
+class LinearReLUDropoutFunction(torch.autograd.Function):
+    """linear_relu_dropout on Triton kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        p: float,
+        relu: bool,
+        rng: torch.Tensor | None,
+        row_offset: int,
+        feature_offset: int,
+    ) -> torch.Tensor:
+        output = matmul(input, weight.t(), bias, relu, p, rng, row_offset, feature_offset)
+        ctx.save_for_backward(input, weight, bias, output if relu else None, rng)
+        ctx.dropout = {"p": p, "row_offset": row_offset, "feature_offset": feature_offset}
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        input, weight, bias, output, rng = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        dz, db = epilogue_backward(
+            grad.contiguous(),
+            output,
+            need_dz=need_x or need_w,
+            bias=bias if need_b else None,
+            rng=rng,
+            **ctx.dropout,
+        )
+        dx = matmul(dz, weight) if need_x else None
+        dw = matmul(dz.t(), input) if need_w else None
+        return dx, dw, db, None, None, None, None, None
+
+
+def _check(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, p: float, rng: torch.Tensor | None
+) -> None:
+    check_floating("input", input)
+    check_like("weight", weight, input)
+    if input.dim() != 2:
+        raise ValueError(f"input: expected [N, in_features], got shape {tuple(input.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != input.shape[1]:
+        raise ValueError(
+            f"weight: expected [out_features, {input.shape[1]}], got shape {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        check_like("bias", bias, input)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    check_dropout(input, p, rng)
+
+
+def check_dropout(input: torch.Tensor, p: float, rng: torch.Tensor | None) -> None:
+    """Check the arguments that say what is dropped."""
+    if not isinstance(p, (int, float)) or isinstance(p, bool):
+        raise TypeError(f"p: expected a number, got {p!r}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p: expected a probability in [0, 1), got {p!r}")
+    if rng is None:
+        return
+    if not isinstance(rng, torch.Tensor) or rng.dtype != torch.int64:
+        raise TypeError(f"rng: expected an int64 tensor (seed, offset), got {rng!r}")
+    if rng.shape != (2,):
+        raise ValueError(f"rng: expected shape (2,), got {tuple(rng.shape)}")
+    if rng.device != input.device:
+        raise ValueError(f"rng: expected device {input.device} as the input's, got {rng.device}")
+
+
+def draw_rng(device: torch.device) -> torch.Tensor:
+    """A fresh (seed, offset) from torch's generator for ``device``."""
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
+
+
+def linear_relu_dropout(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    p: float = 0.5,
+    relu: bool = True,
+    training: bool = True,
+    rng: torch.Tensor | None = None,
+    row_offset: int = 0,
+    feature_offset: int = 0,
+) -> torch.Tensor:
+    """dropout(relu(input @ weight.T + bias)), differentiable in input, weight and bias.
+
+    Whether element (m, n) is dropped depends on (seed, offset, row_offset + m, feature_offset + n)
+    alone: one GPU, two towers and any split of a batch drop the same units.
+
+    Args:
+        input: [N, in_features], float32, bfloat16, float16 or float64, any strides.
+        weight: [out_features, in_features], of the input's dtype and device.
+        bias: [out_features] or None.
+        p: probability that an element is dropped, in [0, 1); the kept are scaled by 1 / (1 - p).
+        relu: whether negative values become zero.
+        training: False drops nothing.
+        rng: int64 tensor (seed, offset) on the input's device; None draws one from torch's
+            generator.
+        row_offset: this batch's first row in the whole batch.
+        feature_offset: this layer's first feature in the whole layer.
+
+    Returns:
+        [N, out_features]. Sums are float32 and rounded once; float64 runs on ATen.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what came.
+
+    Source: P§4.2; the scaling in training is the same function as halving at test.
+    """
+    input, weight, bias = autocast(input, weight, bias)
+    _check(input, weight, bias, p, rng)
+    if not training or p == 0:
+        p, rng = 0.0, None
+    elif rng is None:
+        rng = draw_rng(input.device)
+    arguments = (p, relu, rng, row_offset, feature_offset)
+    if not use_triton(input):
+        return _aten.linear_relu_dropout(input, weight, bias, *arguments)
+    if input.dtype == torch.bfloat16 and interpreted():
+        # The interpreter computes bfloat16 on its raw bits: do as a GPU does, sum in float32.
+        b = None if bias is None else bias.float()
+        wide = LinearReLUDropoutFunction.apply(input.float(), weight.float(), b, *arguments)
+        return wide.to(input.dtype)
+    return LinearReLUDropoutFunction.apply(input, weight, bias, *arguments)
+
+
+def dropout(
+    input: torch.Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    rng: torch.Tensor | None = None,
+    row_offset: int = 0,
+    feature_offset: int = 0,
+) -> torch.Tensor:
+    """Dropout alone, with the mask of ``linear_relu_dropout``; input is [N, features]."""
+    check_floating("input", input)
+    if input.dim() != 2:
+        raise ValueError(f"input: expected [N, features], got shape {tuple(input.shape)}")
+    check_dropout(input, p, rng)
+    if not training or p == 0:
+        return input
+    rng = draw_rng(input.device) if rng is None else rng
+    return _aten.dropout(input, p, rng, row_offset, feature_offset)

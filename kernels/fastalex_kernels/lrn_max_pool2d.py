@@ -1,0 +1,351 @@
+"""Cross-channel local response normalisation and overlapping max-pooling, one pass each way.
+
+    d[i] = k + alpha / size * sum_{j in window(i)} x[j]^2        y[i] = x[i] d[i]^-beta
+    out[p, q] = max over the window of pixels at (p, q) of y
+
+The window of channel i is size channels wide, [i - size // 2, i + (size - 1) // 2], cut at the
+borders of its group. The normalised map is never written. With g the gradient that pooling hands
+back to y, and window'(i) the channels whose windows hold i,
+
+    dx[i] = g[i] d[i]^-beta - 2 beta alpha / size * x[i] sum_{j in window'(i)} g[j] x[j] d[j]^(-beta-1)
+
+The forward pass saves the position of each maximum inside its window as one byte. The backward
+pass recomputes d, which costs less than reading it.
+
+Layout HWNC: x [H, W, N, C], out and argmax [P, Q, N, C]. A program holds BLOCK_N images by one
+group's channels at one pixel, so a window of channels never leaves the program: its sum is `size`
+shifts along the channel axis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from fastalex_kernels import _aten
+from fastalex_kernels._launch import check_floating, interpreted, launch, use_triton
+from fastalex_kernels._layout import as_hwnc, as_nchw
+
+MAX_KERNEL_SIZE = 15  # the position of a maximum is one byte
+MAX_CHANNELS = 4096  # of one group: they share a program
+_BLOCK = 2048  # elements a program holds
+_INTERPRETER_BLOCK = 1 << 18
+
+
+@triton.jit
+def _power(d, BETA: tl.constexpr):
+    """d ** -BETA; for the papers' 0.75 by two square roots instead of a logarithm."""
+    if BETA == 0.75:
+        root = tl.math.rsqrt(d)
+        result = root * tl.sqrt(root)
+    else:
+        result = tl.exp2(-BETA * tl.log2(d))
+    return result
+
+
+@triton.jit
+def _window_sum(v, BELOW: tl.constexpr, ABOVE: tl.constexpr, CHANNELS: tl.constexpr):
+    """Sum v[:, i - BELOW .. i + ABOVE] for each channel i, as far as [0, CHANNELS) reaches."""
+    channel = tl.arange(0, v.shape[1])[None, :]
+    total = v * 0.0
+    for shift in tl.static_range(-BELOW, ABOVE + 1):
+        source = channel + shift
+        inside = (source >= 0) & (source < CHANNELS)
+        index = tl.where(inside, source, 0) + tl.zeros(v.shape, tl.int32)
+        total += tl.where(inside, tl.gather(v, index, axis=1), 0.0)
+    return total
+
+
+@triton.jit
+def _denominator(x, SIZE: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, CHANNELS: tl.constexpr):
+    return OFFSET + SCALE * _window_sum(x * x, SIZE // 2, (SIZE - 1) // 2, CHANNELS)
+
+
+@triton.jit
+def _lrn_max_pool2d_fwd_kernel(
+    x_ptr,  # [H, W, N, G * C]
+    y_ptr,  # [P, Q, N, G * C]
+    argmax_ptr,  # uint8 [P, Q, N, G * C], written where SAVE
+    N,
+    H,
+    W,
+    Q,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    LRN: tl.constexpr,
+    SIZE: tl.constexpr,
+    SCALE: tl.constexpr,
+    BETA: tl.constexpr,
+    OFFSET: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SAVE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pixel = tl.program_id(0)
+    g = tl.program_id(2)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask = (offs_n < N)[:, None] & (offs_c < C)[None, :]
+    offs = offs_n[:, None] * (G * C) + (g * C + offs_c)[None, :]
+    h = pixel // Q * STRIDE
+    w = pixel % Q * STRIDE
+    best = tl.full((BLOCK_N, BLOCK_C), float("-inf"), tl.float32)
+    argmax = tl.zeros((BLOCK_N, BLOCK_C), tl.int32)
+    for i in range(0, tl.minimum(WINDOW, H - h)):
+        for j in range(0, tl.minimum(WINDOW, W - w)):
+            base = ((h + i) * W + w + j).to(tl.int64) * N * (G * C)
+            x = tl.load(x_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
+            if LRN:
+                x = x * _power(_denominator(x, SIZE, SCALE, OFFSET, C), BETA)
+            # As torch: the first of equals wins, and a NaN beats everything.
+            better = (x > best) | (x != x)
+            best = tl.where(better, x, best)
+            argmax = tl.where(better, i * WINDOW + j, argmax)
+    base = pixel.to(tl.int64) * N * (G * C)
+    tl.store(y_ptr + base + offs, best.to(y_ptr.dtype.element_ty), mask=mask)
+    if SAVE:
+        tl.store(argmax_ptr + base + offs, argmax.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _lrn_max_pool2d_bwd_kernel(
+    x_ptr,  # [H, W, N, G * C], read where LRN
+    dy_ptr,  # [P, Q, N, G * C]
+    argmax_ptr,  # uint8 [P, Q, N, G * C]
+    dx_ptr,  # [H, W, N, G * C]
+    N,
+    W,
+    P,
+    Q,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    LRN: tl.constexpr,
+    SIZE: tl.constexpr,
+    SCALE: tl.constexpr,
+    BETA: tl.constexpr,
+    OFFSET: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pixel = tl.program_id(0)
+    g = tl.program_id(2)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask = (offs_n < N)[:, None] & (offs_c < C)[None, :]
+    offs = offs_n[:, None] * (G * C) + (g * C + offs_c)[None, :]
+    h = pixel // W
+    w = pixel % W
+    # The windows that hold this pixel: p * STRIDE <= h < p * STRIDE + WINDOW.
+    p_lo = tl.maximum(h - WINDOW + STRIDE, 0) // STRIDE
+    p_hi = tl.minimum(h // STRIDE + 1, P)
+    q_lo = tl.maximum(w - WINDOW + STRIDE, 0) // STRIDE
+    q_hi = tl.minimum(w // STRIDE + 1, Q)
+    grad = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for p in range(p_lo, p_hi):
+        for q in range(q_lo, q_hi):
+            base = (p * Q + q).to(tl.int64) * N * (G * C)
+            here = (h - p * STRIDE) * WINDOW + w - q * STRIDE
+            argmax = tl.load(argmax_ptr + base + offs, mask=mask, other=0).to(tl.int32)
+            dy = tl.load(dy_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
+            grad += tl.where(argmax == here, dy, 0.0)
+    base = pixel.to(tl.int64) * N * (G * C)
+    if LRN:
+        x = tl.load(x_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
+        d = _denominator(x, SIZE, SCALE, OFFSET, C)
+        scaled = grad * _power(d, BETA)
+        neighbours = _window_sum(scaled * x / d, (SIZE - 1) // 2, SIZE // 2, C)
+        grad = scaled - 2.0 * BETA * SCALE * x * neighbours
+    tl.store(dx_ptr + base + offs, grad.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def _blocks(n: int, channels: int) -> dict[str, int]:
+    block_c = triton.next_power_of_2(channels)
+    block = _INTERPRETER_BLOCK if interpreted() else _BLOCK
+    block_n = max(1, min(triton.next_power_of_2(max(n, 1)), block // block_c))
+    return {"BLOCK_N": block_n, "BLOCK_C": block_c}
+
+
+def pooled_size(size: int, kernel_size: int, stride: int, ceil_mode: bool) -> int:
+    """How many windows fit in ``size`` pixels; with ceil_mode the last may hang over the end."""
+    extra = stride - 1 if ceil_mode else 0
+    count = (size - kernel_size + extra) // stride + 1
+    return count - 1 if ceil_mode and (count - 1) * stride >= size else count
+
+
+def lrn_max_pool2d_forward(
+    x: torch.Tensor, lrn: dict[str, Any], groups: int, window: dict[str, int], size: tuple[int, int], save: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, argmax), both [P, Q, N, G*C], of x [H, W, N, G*C]; argmax is empty unless ``save``."""
+    (H, W, N, GC), (P, Q) = x.shape, size
+    y = x.new_empty((P, Q, N, GC))
+    argmax = torch.empty_like(y, dtype=torch.uint8) if save else x.new_empty(0, dtype=torch.uint8)
+    blocks = _blocks(N, GC // groups)
+    grid = (P * Q, triton.cdiv(N, blocks["BLOCK_N"]), groups)
+    launch(
+        _lrn_max_pool2d_fwd_kernel, grid, x, y, argmax, N, H, W, Q,
+        G=groups, C=GC // groups, SAVE=save, **lrn, **window, **blocks,
+    )  # fmt: skip
+    return y, argmax
+
+
+def lrn_max_pool2d_backward(
+    x: torch.Tensor | None,
+    dy: torch.Tensor,
+    argmax: torch.Tensor,
+    lrn: dict[str, Any],
+    groups: int,
+    window: dict[str, int],
+    size: tuple[int, int],
+) -> torch.Tensor:
+    """dx [H, W, N, G*C] of dy and argmax [P, Q, N, G*C]; x is the forward's input, for LRN."""
+    (P, Q, N, GC), (H, W) = dy.shape, size
+    dx = dy.new_empty((H, W, N, GC))
+    blocks = _blocks(N, GC // groups)
+    grid = (H * W, triton.cdiv(N, blocks["BLOCK_N"]), groups)
+    launch(
+        _lrn_max_pool2d_bwd_kernel, grid, dy if x is None else x, dy, argmax, dx, N, W, P, Q,
+        G=groups, C=GC // groups, **lrn, **window, **blocks,
+    )  # fmt: skip
+    return dx
+
+
+class LRNMaxPool2dFunction(torch.autograd.Function):
+    """lrn_max_pool2d and max_pool2d on Triton kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: torch.Tensor,
+        lrn: dict[str, Any],
+        groups: int,
+        window: dict[str, int],
+        size: tuple[int, int],
+    ) -> torch.Tensor:
+        x = as_hwnc(input)
+        y, argmax = lrn_max_pool2d_forward(x, lrn, groups, window, size, ctx.needs_input_grad[0])
+        ctx.save_for_backward(x if lrn["LRN"] else None, argmax)
+        ctx.arguments = (lrn, groups, window, x.shape[:2])
+        return as_nchw(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, argmax = ctx.saved_tensors
+        dx = lrn_max_pool2d_backward(x, as_hwnc(grad), argmax, *ctx.arguments)
+        return as_nchw(dx), None, None, None, None
+
+
+def _check_window(input: torch.Tensor, kernel_size: int, stride: int, ceil_mode: bool) -> tuple[int, int]:
+    """Check the arguments of pooling; return the size of its output."""
+    check_floating("input", input)
+    if input.dim() != 4:
+        raise ValueError(f"input: expected [N, C, H, W], got shape {tuple(input.shape)}")
+    for name, value, most in (("kernel_size", kernel_size, MAX_KERNEL_SIZE), ("stride", stride, 1 << 15)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
+        if not 1 <= value <= most:
+            raise ValueError(f"{name}: expected 1 to {most}, got {value}")
+    height, width = (pooled_size(s, kernel_size, stride, ceil_mode) for s in input.shape[2:])
+    if min(height, width) < 1:
+        raise ValueError(
+            f"input: {input.shape[2]} x {input.shape[3]} pixels are too few for a window of "
+            f"{kernel_size} with stride {stride}"
+        )
+    return height, width
+
+
+def _check_lrn(input: torch.Tensor, size: int, k: float, groups: int) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"size: expected an int of at least 1, got {size!r}")
+    if not k > 0:
+        raise ValueError(f"k: expected a positive number, got {k!r}")
+    if not isinstance(groups, int) or groups < 1 or input.shape[1] % groups:
+        raise ValueError(
+            f"groups: expected a divisor of the {input.shape[1]} channels, got {groups!r}"
+        )
+
+
+def lrn_max_pool2d(
+    input: torch.Tensor,
+    size: int = 5,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 2.0,
+    groups: int = 1,
+    kernel_size: int = 3,
+    stride: int = 2,
+    ceil_mode: bool = False,
+) -> torch.Tensor:
+    """Local response normalisation across channels, then max-pooling, in one pass.
+
+        max over each window of  x[i] * (k + alpha / size * sum_{j near i} x[j]^2) ^ -beta
+
+    ``alpha`` is divided by ``size``, as ``torch.nn.LocalResponseNorm`` and the authors' program do;
+    the formula as printed in the paper (P§3.3) does not divide, and needs ``alpha * size`` here.
+
+    Args:
+        input: [N, C, H, W], float32, bfloat16, float16 or float64, any strides.
+        size: channels in a window, [i - size // 2, i + (size - 1) // 2].
+        alpha, beta, k: the constants of the formula.
+        groups: the window never crosses a border between these equal groups of channels.
+        kernel_size, stride: of the pooling, in pixels; kernel_size 1 with stride 1 pools nothing.
+        ceil_mode: whether the last window may hang over the bottom and right edges.
+
+    Returns:
+        [N, C, P, Q]. Of equal maxima the first takes the gradient; a NaN is kept.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what came.
+
+    Source: P§3.3 and P§3.4; S:layer.py:1183 for the division.
+    """
+    pooled = _check_window(input, kernel_size, stride, ceil_mode)
+    _check_lrn(input, size, k, groups)
+    if not use_triton(input) or input.shape[1] // groups > MAX_CHANNELS:
+        return _aten.lrn_max_pool2d(input, size, alpha, beta, k, groups, kernel_size, stride, ceil_mode)
+    lrn = {"LRN": True, "SIZE": size, "SCALE": alpha / size, "BETA": beta, "OFFSET": k}
+    return _apply(input, lrn, groups, kernel_size, stride, pooled)
+
+
+def max_pool2d(
+    input: torch.Tensor, kernel_size: int = 3, stride: int = 2, ceil_mode: bool = False
+) -> torch.Tensor:
+    """Max-pooling: the maximum over each kernel_size x kernel_size window of pixels.
+
+    Args:
+        input: [N, C, H, W], float32, bfloat16, float16 or float64, any strides.
+        kernel_size, stride: in pixels; overlapping where the stride is smaller.
+        ceil_mode: whether the last window may hang over the bottom and right edges.
+
+    Returns:
+        [N, C, P, Q]. Of equal maxima the first takes the gradient; a NaN is kept.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what came.
+    """
+    pooled = _check_window(input, kernel_size, stride, ceil_mode)
+    if not use_triton(input):
+        return _aten.max_pool2d(input, kernel_size, stride, ceil_mode)
+    channels = input.shape[1]
+    # Without a window across channels any split of them will do: take the widest that fits.
+    groups = next(g for g in range(1, channels + 1) if channels % g == 0 and channels // g <= 256) if channels else 1
+    lrn = {"LRN": False, "SIZE": 1, "SCALE": 0.0, "BETA": 0.75, "OFFSET": 1.0}
+    return _apply(input, lrn, groups, kernel_size, stride, pooled)
+
+
+def _apply(
+    input: torch.Tensor, lrn: dict[str, Any], groups: int, kernel_size: int, stride: int, pooled: tuple[int, int]
+) -> torch.Tensor:
+    window = {"WINDOW": kernel_size, "STRIDE": stride}
+    if input.dtype == torch.bfloat16 and interpreted():
+        # The interpreter computes bfloat16 on its raw bits: do as a GPU does, in float32.
+        return LRNMaxPool2dFunction.apply(input.float(), lrn, groups, window, pooled).to(input.dtype)
+    return LRNMaxPool2dFunction.apply(input, lrn, groups, window, pooled)
