@@ -57,10 +57,10 @@ class _BackwardRanges:
         """Start ``name`` when the gradient of ``output`` is known, end it at that of the inputs."""
         if not (isinstance(output, torch.Tensor) and output.requires_grad):
             return
-        output.register_hook(lambda _: self.start(name))
+        output.register_hook(lambda _: self.start(name))  # type: ignore[no-untyped-call]
         for x in inputs:
             if isinstance(x, torch.Tensor) and x.requires_grad and x is not output:
-                x.register_hook(lambda _: self.end())
+                x.register_hook(lambda _: self.end())  # type: ignore[no-untyped-call]
 
 
 def annotate_layers(model: nn.Module) -> None:
@@ -79,7 +79,9 @@ def annotate_layers(model: nn.Module) -> None:
     parameters = list(model.parameters())
     if parameters:
         # The first layer's weights are the last to get their gradient.
-        parameters[0].register_post_accumulate_grad_hook(lambda _: ranges.end())
+        parameters[0].register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            lambda _: ranges.end()
+        )
 
 
 def _annotate_layer(layer: nn.Module, name: str, ranges: _BackwardRanges) -> None:
