@@ -8,7 +8,7 @@ from fastalex_kernels import reference
 from fastalex_kernels._launch import backend
 from fastalex_kernels.conv2d_relu import conv2d_relu
 from fastalex_kernels.linear_relu_dropout import dropout, linear_relu_dropout
-from fastalex_kernels.lrn_max_pool2d import lrn_max_pool2d, max_pool2d
+from fastalex_kernels.lrn_max_pool2d import lrn_max_pool2d, max_pool2d, pooled_size
 
 __all__ = [
     "backend",
@@ -17,5 +17,6 @@ __all__ = [
     "linear_relu_dropout",
     "lrn_max_pool2d",
     "max_pool2d",
+    "pooled_size",
     "reference",
 ]

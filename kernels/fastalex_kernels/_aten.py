@@ -37,7 +37,9 @@ def conv2d_relu(
 
 
 @functools.lru_cache(maxsize=64)
-def _band(channels: int, size: int, groups: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _band(
+    channels: int, size: int, groups: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """B[j, i] = 1 where channel j lies in the window of channel i and in its group."""
     i = torch.arange(channels, device=device)
     distance = i[:, None] - i[None, :]
@@ -63,7 +65,9 @@ class LRNFunction(torch.autograd.Function):
     """y = x * d^-beta with d = k + alpha / size * (x^2 B), B the banded matrix of windows."""
 
     @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, input: torch.Tensor, size: int, alpha: float, beta: float, k: float, groups: int
+    ) -> torch.Tensor:
         input = input.contiguous(memory_format=torch.channels_last)
         output = torch.empty_like(input)
         x, y = _rows(input), _rows(output)

@@ -122,9 +122,7 @@ def check_floating(name: str, x: object) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in (*DTYPES, torch.float64):
-        raise TypeError(
-            f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}"
-        )
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
 
 
 def check_like(name: str, x: object, like: torch.Tensor) -> None:

@@ -45,7 +45,9 @@ def philox(
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
-    words = [torch.as_tensor(c, dtype=torch.int64, device=c0.device) & _MASK32 for c in (c0, c1, c2, c3)]
+    words = [
+        torch.as_tensor(c, dtype=torch.int64, device=c0.device) & _MASK32 for c in (c0, c1, c2, c3)
+    ]
     x0, x1, x2, x3 = torch.broadcast_tensors(*words)
     key = torch.as_tensor(seed, dtype=torch.int64, device=c0.device)
     k0, k1 = key & _MASK32, (key >> 32) & _MASK32
@@ -70,7 +72,12 @@ def rand(seed: int | torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
 
 
 def keep_mask(
-    rng: torch.Tensor, rows: int, features: int, p: float, row_offset: int = 0, feature_offset: int = 0
+    rng: torch.Tensor,
+    rows: int,
+    features: int,
+    p: float,
+    row_offset: int = 0,
+    feature_offset: int = 0,
 ) -> torch.Tensor:
     """Which elements of [rows, features] dropout keeps: bool, the mask of the kernels.
 

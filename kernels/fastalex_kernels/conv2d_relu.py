@@ -69,7 +69,9 @@ _WEIGHT_PROGRAMS = 528  # split the reduction until about this many programs run
 _INTERPRETER_TILE = (2048, 512, 512, 4, 1)  # each operation costs the same, whatever its size
 
 
-def _tile(tiles: dict[tuple[str, int], tuple[int, ...]], x: torch.Tensor, m: int, n: int, k: int) -> dict[str, int]:
+def _tile(
+    tiles: dict[tuple[str, int], tuple[int, ...]], x: torch.Tensor, m: int, n: int, k: int
+) -> dict[str, int]:
     """The launch arguments of a tile for an m x n x k product: table entry, cut to the problem."""
     name = target(x.device)
     if name == "interpreter":
@@ -461,7 +463,9 @@ def _normalise(padding: Any, stride: Any) -> tuple[Padding, tuple[int, int]]:
         raise ValueError(f"stride: expected at least 1, got {stride!r}")
     sides = (padding, padding) if integer(padding) else padding
     if isinstance(sides, (tuple, list)) and len(sides) == 2:
-        sides = tuple((v, v) if integer(v) else tuple(v) if isinstance(v, (tuple, list)) else v for v in sides)
+        sides = tuple(
+            (v, v) if integer(v) else tuple(v) if isinstance(v, (tuple, list)) else v for v in sides
+        )
         if all(isinstance(v, tuple) and len(v) == 2 and all(map(integer, v)) for v in sides):
             if min(min(v) for v in sides) < 0:
                 raise ValueError(f"padding: expected no negative value, got {padding!r}")
@@ -547,7 +551,9 @@ def conv2d_relu(
     if input.dtype == torch.bfloat16 and interpreted():
         # The interpreter computes bfloat16 on its raw bits: do as a GPU does, sum in float32.
         b = None if bias is None else bias.float()
-        return conv2d_relu(input.float(), weight.float(), b, strides, sides, groups, relu).to(input.dtype)
+        return conv2d_relu(input.float(), weight.float(), b, strides, sides, groups, relu).to(
+            input.dtype
+        )
     if strides != (1, 1):
         input, weight = _space_to_depth(input, weight, strides, sides, groups)
         sides = ((0, 0), (0, 0))

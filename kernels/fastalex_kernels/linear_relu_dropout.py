@@ -268,7 +268,11 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
 
 
 def _check(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, p: float, rng: torch.Tensor | None
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    p: float,
+    rng: torch.Tensor | None,
 ) -> None:
     check_floating("input", input)
     check_like("weight", weight, input)

@@ -61,7 +61,9 @@ def _window_sum(v, BELOW: tl.constexpr, ABOVE: tl.constexpr, CHANNELS: tl.conste
 
 
 @triton.jit
-def _denominator(x, SIZE: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, CHANNELS: tl.constexpr):
+def _denominator(
+    x, SIZE: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, CHANNELS: tl.constexpr
+):
     return OFFSET + SCALE * _window_sum(x * x, SIZE // 2, (SIZE - 1) // 2, CHANNELS)
 
 
@@ -97,8 +99,8 @@ def _lrn_max_pool2d_fwd_kernel(
     w = pixel % Q * STRIDE
     best = tl.full((BLOCK_N, BLOCK_C), float("-inf"), tl.float32)
     argmax = tl.zeros((BLOCK_N, BLOCK_C), tl.int32)
-    for i in range(0, tl.minimum(WINDOW, H - h)):
-        for j in range(0, tl.minimum(WINDOW, W - w)):
+    for i in range(tl.minimum(WINDOW, H - h)):
+        for j in range(tl.minimum(WINDOW, W - w)):
             base = ((h + i) * W + w + j).to(tl.int64) * N * (G * C)
             x = tl.load(x_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
             if LRN:
@@ -181,7 +183,12 @@ def pooled_size(size: int, kernel_size: int, stride: int, ceil_mode: bool) -> in
 
 
 def lrn_max_pool2d_forward(
-    x: torch.Tensor, lrn: dict[str, Any], groups: int, window: dict[str, int], size: tuple[int, int], save: bool
+    x: torch.Tensor,
+    lrn: dict[str, Any],
+    groups: int,
+    window: dict[str, int],
+    size: tuple[int, int],
+    save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, argmax), both [P, Q, N, G*C], of x [H, W, N, G*C]; argmax is empty unless ``save``."""
     (H, W, N, GC), (P, Q) = x.shape, size
@@ -243,12 +250,17 @@ class LRNMaxPool2dFunction(torch.autograd.Function):
         return as_nchw(dx), None, None, None, None
 
 
-def _check_window(input: torch.Tensor, kernel_size: int, stride: int, ceil_mode: bool) -> tuple[int, int]:
+def _check_window(
+    input: torch.Tensor, kernel_size: int, stride: int, ceil_mode: bool
+) -> tuple[int, int]:
     """Check the arguments of pooling; return the size of its output."""
     check_floating("input", input)
     if input.dim() != 4:
         raise ValueError(f"input: expected [N, C, H, W], got shape {tuple(input.shape)}")
-    for name, value, most in (("kernel_size", kernel_size, MAX_KERNEL_SIZE), ("stride", stride, 1 << 15)):
+    for name, value, most in (
+        ("kernel_size", kernel_size, MAX_KERNEL_SIZE),
+        ("stride", stride, 1 << 15),
+    ):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name}: expected an int, got {value!r}")
         if not 1 <= value <= most:
@@ -310,7 +322,9 @@ def lrn_max_pool2d(
     pooled = _check_window(input, kernel_size, stride, ceil_mode)
     _check_lrn(input, size, k, groups)
     if not use_triton(input) or input.shape[1] // groups > MAX_CHANNELS:
-        return _aten.lrn_max_pool2d(input, size, alpha, beta, k, groups, kernel_size, stride, ceil_mode)
+        return _aten.lrn_max_pool2d(
+            input, size, alpha, beta, k, groups, kernel_size, stride, ceil_mode
+        )
     lrn = {"LRN": True, "SIZE": size, "SCALE": alpha / size, "BETA": beta, "OFFSET": k}
     return _apply(input, lrn, groups, kernel_size, stride, pooled)
 
@@ -336,16 +350,27 @@ def max_pool2d(
         return _aten.max_pool2d(input, kernel_size, stride, ceil_mode)
     channels = input.shape[1]
     # Without a window across channels any split of them will do: take the widest that fits.
-    groups = next(g for g in range(1, channels + 1) if channels % g == 0 and channels // g <= 256) if channels else 1
+    groups = (
+        next(g for g in range(1, channels + 1) if channels % g == 0 and channels // g <= 256)
+        if channels
+        else 1
+    )
     lrn = {"LRN": False, "SIZE": 1, "SCALE": 0.0, "BETA": 0.75, "OFFSET": 1.0}
     return _apply(input, lrn, groups, kernel_size, stride, pooled)
 
 
 def _apply(
-    input: torch.Tensor, lrn: dict[str, Any], groups: int, kernel_size: int, stride: int, pooled: tuple[int, int]
+    input: torch.Tensor,
+    lrn: dict[str, Any],
+    groups: int,
+    kernel_size: int,
+    stride: int,
+    pooled: tuple[int, int],
 ) -> torch.Tensor:
     window = {"WINDOW": kernel_size, "STRIDE": stride}
     if input.dtype == torch.bfloat16 and interpreted():
         # The interpreter computes bfloat16 on its raw bits: do as a GPU does, in float32.
-        return LRNMaxPool2dFunction.apply(input.float(), lrn, groups, window, pooled).to(input.dtype)
+        return LRNMaxPool2dFunction.apply(input.float(), lrn, groups, window, pooled).to(
+            input.dtype
+        )
     return LRNMaxPool2dFunction.apply(input, lrn, groups, window, pooled)

@@ -1,0 +1,226 @@
+"""Layers of AlexNet as modules: torch's parameters, fastalex_kernels' functions.
+
+A fused layer is a subclass of the torch layer whose parameters it holds, so that state dicts,
+``isinstance`` and initialisation loops see what they expect.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastalex_kernels as kernels
+
+
+class Conv2dReLU(nn.Conv2d):
+    """Convolution + bias + ReLU.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, groups: as ``torch.nn.Conv2d``.
+        ceil_mode: whether the number of outputs is rounded up, 1 + ceil((size - kernel) / stride):
+            zeros are added at the bottom and right until the last window is full.
+        relu: whether ReLU follows.
+
+    Source: S:layer.py:1004 for the ceil.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        ceil_mode: bool = False,
+        relu: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups)
+        self.ceil_mode = ceil_mode
+        self.relu = relu
+
+    def output_size(self, size: int) -> int:
+        """Outputs along an axis of ``size`` pixels."""
+        span = size + 2 * int(self.padding[0]) - self.kernel_size[0]
+        return (span + self._missing(size)) // self.stride[0] + 1
+
+    def _missing(self, size: int) -> int:
+        """Zeros that complete the last window of an axis of ``size`` pixels."""
+        span = size + 2 * int(self.padding[0]) - self.kernel_size[0]
+        return -span % self.stride[0] if self.ceil_mode and span >= 0 else 0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        pad = int(self.padding[0])
+        bottom, right = (pad + self._missing(size) for size in input.shape[2:])
+        return kernels.conv2d_relu(
+            input,
+            self.weight,
+            self.bias,
+            stride=self.stride[0],
+            padding=((pad, bottom), (pad, right)),
+            groups=self.groups,
+            relu=self.relu,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, ceil_mode={self.ceil_mode}, relu={self.relu}"
+
+
+class MaxPool2d(nn.Module):
+    """Max-pooling over kernel_size x kernel_size windows, overlapping by default (P§3.4)."""
+
+    def __init__(self, kernel_size: int = 3, stride: int = 2, ceil_mode: bool = False) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.ceil_mode = kernel_size, stride, ceil_mode
+
+    def output_size(self, size: int) -> int:
+        """Windows along an axis of ``size`` pixels; below 1 where none fits."""
+        return kernels.pooled_size(size, self.kernel_size, self.stride, self.ceil_mode)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return kernels.max_pool2d(input, self.kernel_size, self.stride, self.ceil_mode)
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, ceil_mode={self.ceil_mode}"
+
+
+class LRNMaxPool2d(MaxPool2d):
+    """Local response normalisation across channels, max-pooling, and ReLU where asked.
+
+    Args:
+        size, alpha, beta, k: as ``torch.nn.LocalResponseNorm``; alpha is divided by size.
+        groups: the window stays inside one of this many groups of channels (a tower).
+        kernel_size, stride, ceil_mode: of the pooling; 1 and 1 pool nothing.
+        relu: whether ReLU follows the pooling, as in the authors' net 145.
+    """
+
+    def __init__(
+        self,
+        size: int = 5,
+        alpha: float = 1e-4,
+        beta: float = 0.75,
+        k: float = 2.0,
+        groups: int = 1,
+        kernel_size: int = 3,
+        stride: int = 2,
+        ceil_mode: bool = False,
+        relu: bool = False,
+    ) -> None:
+        super().__init__(kernel_size, stride, ceil_mode)
+        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+        self.groups, self.relu = groups, relu
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        output = kernels.lrn_max_pool2d(
+            input,
+            self.size,
+            self.alpha,
+            self.beta,
+            self.k,
+            self.groups,
+            self.kernel_size,
+            self.stride,
+            self.ceil_mode,
+        )
+        return F.relu(output) if self.relu else output
+
+    def extra_repr(self) -> str:
+        return (
+            f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}, "
+            f"groups={self.groups}, relu={self.relu}, {super().extra_repr()}"
+        )
+
+
+class SpatialResponseNorm(nn.Module):
+    """Response normalisation within a map, over size x size pixels.
+
+        y = x * (k + alpha / size^2 * (sum of x^2 over the window, zeros outside)) ^ -beta
+
+    Source: S:layers/layers-145.cfg, cnorm2; S:layer.py:1183 for the division.
+    """
+
+    def __init__(
+        self, size: int = 5, alpha: float = 1e-3, beta: float = 0.75, k: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        height, width = input.shape[2:]
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        before, after = self.size // 2, (self.size - 1) // 2
+        squares = F.pad(wide.square(), (before, after, before, after))
+        rows = sum(squares[:, :, i : i + height] for i in range(self.size))
+        total = sum(rows[..., j : j + width] for j in range(self.size))  # type: ignore[index]
+        return (wide * (self.k + self.alpha / self.size**2 * total) ** -self.beta).to(input.dtype)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
+
+
+class CounterDropout:
+    """What the layers that drop units share: where the mask's counter starts.
+
+    ``rng`` is an int64 tensor (seed, offset) on the layer's device, or None to draw from torch's
+    generator; ``row_offset`` and ``feature_offset`` are this process's place in the whole batch and
+    layer, so that every split of either drops the same units.
+    """
+
+    rng: torch.Tensor | None = None
+    row_offset: int = 0
+    feature_offset: int = 0
+
+    def place(self) -> dict[str, Any]:
+        """The arguments of a kernel that say where the mask starts."""
+        return {
+            "rng": self.rng,
+            "row_offset": self.row_offset,
+            "feature_offset": self.feature_offset,
+        }
+
+
+class Linear(nn.Linear):
+    """Fully connected + bias."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return kernels.linear_relu_dropout(input, self.weight, self.bias, p=0.0, relu=False)
+
+
+class LinearReLUDropout(CounterDropout, nn.Linear):
+    """Fully connected + bias + ReLU, and dropout with probability ``p`` in training (P§4.2)."""
+
+    def __init__(self, in_features: int, out_features: int, p: float = 0.5) -> None:
+        super().__init__(in_features, out_features)
+        self.p = p
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return kernels.linear_relu_dropout(
+            input, self.weight, self.bias, p=self.p, training=self.training, **self.place()
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, relu=True, p={self.p}"
+
+
+class Dropout(CounterDropout, nn.Module):
+    """Dropout of [N, features] with probability ``p`` in training."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return kernels.dropout(input, self.p, self.training, **self.place())
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+    """Average pooling to a fixed size; nothing to do at the size the net was made for."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input if input.shape[2:] == self.output_size else super().forward(input)

@@ -1,0 +1,213 @@
+"""AlexNet, drop-in for torchvision's; it knows nothing of devices or processes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from fastalex.layers import (
+    AdaptiveAvgPool2d,
+    Conv2dReLU,
+    CounterDropout,
+    Dropout,
+    Linear,
+    LinearReLUDropout,
+    LRNMaxPool2d,
+    MaxPool2d,
+    SpatialResponseNorm,
+)
+from fastalex.variants import Convolution, FullyConnected, Variant, get_variant
+
+_GRID = 6  # the last maps are averaged to 6 x 6, which they are at the published image size
+_STREAM = 0x9E3779B97F4A7C15  # keeps the dropout seeds of the layers apart
+
+
+class AlexNet(nn.Module):
+    """The AlexNet of 2012 on fused kernels.
+
+    ``features``, ``avgpool`` and ``classifier`` are indexed as in torchvision's ``alexnet``: a
+    fused layer stands at its convolution's or linear layer's index, an identity where its ReLU or
+    dropout was. Replacing ``classifier[6]``, slicing ``features`` and loading torchvision's state
+    dict (variant ``"owt"``) work as there.
+
+    Args:
+        num_classes: outputs, at least 1.
+        dropout: probability that a unit is dropped, in [0, 1).
+        variant: ``"paper"``, ``"source2012"``, ``"caffe"`` or ``"owt"``; see fastalex.variants.
+
+    Shapes:
+        images [N, 3, H, W] to logits [N, num_classes]. Any size from ``smallest_image_size()`` on;
+        published are 224 (227 for caffe).
+
+    Raises:
+        ValueError: for an argument out of range, naming it.
+    """
+
+    def __init__(
+        self, num_classes: int = 1000, dropout: float = 0.5, variant: str = "paper"
+    ) -> None:
+        super().__init__()
+        if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
+            raise ValueError(f"num_classes: expected an int of at least 1, got {num_classes!r}")
+        if (
+            isinstance(dropout, bool)
+            or not isinstance(dropout, (int, float))
+            or not 0 <= dropout < 1
+        ):
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
+        self.variant: Variant = get_variant(variant)
+        self.features = nn.Sequential(*_feature_layers(self.variant))
+        self.avgpool = AdaptiveAvgPool2d((_GRID, _GRID))
+        self.classifier = nn.Sequential(*_classifier_layers(self.variant, num_classes, dropout))
+        self.init_parameters("published")
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images: expected [N, 3, H, W], got shape {tuple(images.shape)}")
+        smallest = self.smallest_image_size()
+        if min(images.shape[2:]) < smallest:
+            raise ValueError(
+                f"images: {images.shape[2]} x {images.shape[3]} pixels are too few, "
+                f"the smallest image this net takes is {smallest} x {smallest}"
+            )
+        maps = self.avgpool(self.features(images))
+        return self.classifier(torch.flatten(maps, 1))  # type: ignore[no-any-return]
+
+    def smallest_image_size(self) -> int:
+        """The side in pixels of the smallest square image that reaches the last layer."""
+        spatial = [m for m in self.features.modules() if isinstance(m, (Conv2dReLU, MaxPool2d))]
+        size = 1
+        while not _reaches(size, spatial):
+            size += 1
+        return size
+
+    @torch.no_grad()
+    def init_parameters(
+        self, scheme: str = "published", generator: torch.Generator | None = None
+    ) -> None:
+        """Draw every parameter anew, on the CPU and in a fixed order, so that a seed names one net.
+
+        Args:
+            scheme: ``"published"``, the variant's own (normal weights of a given deviation, constant
+                biases; torch's default for owt); ``"he"``, normal with variance 2 / fan-in and no
+                bias, which learns from the first steps on small sets too.
+            generator: a CPU generator; None is torch's default.
+
+        Raises:
+            ValueError: for another scheme.
+
+        Source: P§5; He et al., ICCV 2015.
+        """
+        if scheme not in ("published", "he"):
+            raise ValueError(f"scheme: expected 'published' or 'he', got {scheme!r}")
+        specs = (*self.variant.convolutions, *self.variant.fully_connected)
+        layers = [m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        for layer, spec in zip(layers, specs, strict=True):
+            _init_layer(layer, spec, scheme, generator)
+
+    def seed_dropout(self, seed: int, step: int) -> None:
+        """Fix what the next pass in training drops: a function of (seed, step, layer, unit, image).
+
+        The counters live in tensors on the layers' device, written in place, so that a captured
+        graph can advance them.
+        """
+        for index, layer in enumerate(m for m in self.modules() if isinstance(m, CounterDropout)):
+            mixed = (seed + (index + 1) * _STREAM) % 2**63
+            state = torch.tensor([mixed, step], dtype=torch.int64)
+            device = next(self.parameters()).device
+            if layer.rng is None or layer.rng.device != device:
+                layer.rng = state.to(device)
+            else:
+                layer.rng.copy_(state)
+
+
+def _feature_layers(variant: Variant) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    channels = 3
+    for spec in variant.convolutions:
+        layers += [
+            Conv2dReLU(
+                channels,
+                spec.channels,
+                spec.kernel_size,
+                spec.stride,
+                spec.padding,
+                spec.groups,
+                spec.ceil_mode,
+                relu=not spec.relu_after_pool,
+            ),
+            nn.Identity(),
+        ]
+        if spec.pool:
+            layers.append(_pool_layer(spec, variant.pool_ceil_mode))
+        channels = spec.channels
+    return layers
+
+
+def _pool_layer(spec: Convolution, ceil_mode: bool) -> nn.Module:
+    pool = {"kernel_size": 3, "stride": 2, "ceil_mode": ceil_mode}
+    if spec.norm is None:
+        return MaxPool2d(**pool)
+    norm = (spec.norm.size, spec.norm.alpha, spec.norm.beta, spec.norm.k, spec.norm.groups)
+    if spec.spatial_norm is None:
+        return LRNMaxPool2d(*norm, **pool, relu=spec.relu_after_pool)
+    spatial = spec.spatial_norm
+    return nn.Sequential(
+        LRNMaxPool2d(*norm, kernel_size=1, stride=1),
+        SpatialResponseNorm(spatial.size, spatial.alpha, spatial.beta, spatial.k),
+        MaxPool2d(**pool),
+    )
+
+
+def _classifier_layers(variant: Variant, num_classes: int, dropout: float) -> list[nn.Module]:
+    fc6, fc7, _ = (spec.features for spec in variant.fully_connected)
+    assert fc6 is not None and fc7 is not None
+    maps = variant.convolutions[-1].channels * _GRID * _GRID
+    # Dropout on the input of fc6 and fc7 is a layer of its own before fc6, and fc6's epilogue.
+    on_input, on_fc7 = (dropout, 0.0) if variant.dropout_on_input else (0.0, dropout)
+    return [
+        Dropout(on_input) if variant.dropout_on_input else nn.Identity(),
+        LinearReLUDropout(maps, fc6, dropout),
+        nn.Identity(),
+        nn.Identity(),
+        LinearReLUDropout(fc6, fc7, on_fc7),
+        nn.Identity(),
+        Linear(fc7, num_classes),
+    ]
+
+
+def _reaches(size: int, layers: list[Conv2dReLU | MaxPool2d]) -> bool:
+    for layer in layers:
+        if (
+            isinstance(layer, Conv2dReLU)
+            and size + 2 * int(layer.padding[0]) < layer.kernel_size[0]
+        ):
+            return False
+        size = layer.output_size(size)
+        if size < 1:
+            return False
+    return True
+
+
+def _init_layer(
+    layer: nn.Conv2d | nn.Linear,
+    spec: Convolution | FullyConnected,
+    scheme: str,
+    generator: torch.Generator | None,
+) -> None:
+    assert layer.bias is not None
+    fan_in = layer.weight[0].numel()
+    weight, bias = torch.empty(layer.weight.shape), torch.empty(layer.bias.shape)
+    if scheme == "he":
+        weight.normal_(0.0, math.sqrt(2.0 / fan_in), generator=generator)
+        bias.zero_()
+    elif spec.weight_std is None:  # as nn.Conv2d and nn.Linear draw theirs
+        weight.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+        bias.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+    else:
+        weight.normal_(0.0, spec.weight_std, generator=generator)
+        bias.fill_(spec.bias)
+    layer.weight.copy_(weight)
+    layer.bias.copy_(bias)

@@ -1,0 +1,285 @@
+"""AlexNet over processes: the paper's two towers, and replicas that share a batch.
+
+The model is written for one device; the split is applied to it from outside. A mesh has two axes:
+along ``tower`` lie the two halves of one net, along ``data`` copies of it. ``parallelize`` cuts
+every layer to this process's tower and puts the exchanges of P§3.5 before the four layers that
+read both towers: conv3, fc6, fc7 and fc8.
+
+An exchange swaps this tower's maps for the other's and sets tower 0's first, so that what follows
+sees what one process would. Backward, each process holds a gradient for both halves; it sends the
+other's half away, and adds the one it receives to its own. The last layer is whole on both
+processes (the authors had it on the first alone): both know the loss, and its exchange needs no
+backward traffic. One process, two towers and any number of replicas agree to rounding, dropout
+included, because masks and weights are functions of their place in the whole net.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fastalex.layers import Conv2dReLU, CounterDropout, LinearReLUDropout, LRNMaxPool2d
+from fastalex.model import AlexNet
+from fastalex.nvtx_ranges import nvtx_range
+
+TOWERS = 2
+_CHECK_NUMEL = 1 << 20  # elements sent by the start-up check
+
+
+class TowerExchange:
+    """Swaps tensors of one shape with the process that holds the other tower.
+
+    Args:
+        mesh: with an axis ``"tower"`` of size 2.
+        staged: whether tensors go through host memory, for machines whose GPUs claim peer access
+            and do not have it.
+    """
+
+    def __init__(self, mesh: DeviceMesh, staged: bool = False) -> None:
+        self.rank: int = mesh.get_local_rank("tower")
+        self.group: Any = _host_group(mesh) if staged else mesh.get_group("tower")
+        self.peer: int = dist.get_global_rank(mesh.get_group("tower"), 1 - self.rank)
+        self.staged = staged
+
+    def swap(self, x: torch.Tensor) -> torch.Tensor:
+        """Send the contiguous ``x`` to the other tower, return what it sent."""
+        sent = x.cpu() if self.staged else x
+        received = torch.empty_like(sent)
+        if x.numel():
+            operations = [
+                dist.P2POp(dist.isend, sent, self.peer, self.group),
+                dist.P2POp(dist.irecv, received, self.peer, self.group),
+            ]
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+        return received.to(x.device)
+
+    def works(self, device: torch.device) -> bool:
+        """Whether a known pattern arrives whole, on both sides."""
+        pattern = torch.arange(_CHECK_NUMEL, dtype=torch.float32, device=device)
+        received = self.swap(pattern * (2 * self.rank - 1) - self.rank)
+        expected = pattern * (1 - 2 * self.rank) - (1 - self.rank)
+        verdict = torch.tensor([float(torch.equal(received, expected))], device=device)
+        return bool(self.swap(verdict).item()) and bool(verdict.item())
+
+
+def _host_group(mesh: DeviceMesh) -> Any:
+    """The tower group on gloo; every process of the world takes part in making each of them."""
+    mine = None
+    for ranks in mesh.mesh.reshape(-1, TOWERS).tolist():
+        group = dist.new_group(ranks, backend="gloo")
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine
+
+
+class GatherTowers(torch.autograd.Function):
+    """Both towers' channels, tower 0's first, of this tower's [N, C, ...].
+
+    ``summed`` says whether the two processes' gradients add up: they do before a layer that each
+    process holds half of, not before one that both hold whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, exchange: TowerExchange, summed: bool) -> torch.Tensor:
+        ctx.exchange, ctx.summed = exchange, summed
+        mine, order = _dense(x)
+        with nvtx_range("exchange forward"):
+            halves = [mine, exchange.swap(mine)]
+        whole = torch.cat(halves[:: 1 - 2 * exchange.rank], dim=order.index(1))
+        return whole.permute([order.index(d) for d in range(x.dim())])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        halves = grad.chunk(TOWERS, dim=1)
+        mine, theirs = halves[ctx.exchange.rank], halves[1 - ctx.exchange.rank]
+        if not ctx.summed:
+            return mine, None, None
+        sent, order = _dense(theirs)
+        with nvtx_range("exchange backward"):
+            received = ctx.exchange.swap(sent)
+        return mine + received.permute([order.index(d) for d in range(grad.dim())]), None, None
+
+
+def _dense(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """``x`` with its axes in memory order, contiguous, and that order."""
+    order = sorted(range(x.dim()), key=lambda d: (-x.stride(d), d))
+    return x.permute(order).contiguous(), order
+
+
+def init_mesh(device_type: str, data: int, tower: int) -> DeviceMesh:
+    """A mesh of data x tower processes; neighbouring ranks are the towers of one net.
+
+    Args:
+        device_type: ``"cuda"`` or ``"cpu"``.
+        data: replicas that share each batch.
+        tower: 1, or 2 for a net in two halves.
+    """
+    return init_device_mesh(device_type, (data, tower), mesh_dim_names=("data", "tower"))
+
+
+def check_copies(mesh: DeviceMesh) -> TowerExchange:
+    """An exchange that was seen to work: direct, else through host memory.
+
+    Raises:
+        RuntimeError: where a known pattern arrives by neither way.
+    """
+    device = torch.device(mesh.device_type)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    for staged in (False, True):
+        exchange = TowerExchange(mesh, staged)
+        if exchange.works(device):
+            return exchange
+    raise RuntimeError(
+        "the towers cannot exchange data: a test pattern arrived damaged, both directly and "
+        "through host memory; check the machine's interconnect, or use one GPU"
+    )
+
+
+def parallelize(model: AlexNet, mesh: DeviceMesh, exchange: TowerExchange | None = None) -> AlexNet:
+    """Turn ``model`` into this process's part of it, in place, and return it.
+
+    Args:
+        model: a whole AlexNet, the same on every process, on this process's device.
+        mesh: from ``init_mesh``; its ``tower`` axis is 1 or 2 long.
+        exchange: from ``check_copies``; None makes and checks one.
+
+    Raises:
+        ValueError: where the variant has no two independent towers.
+        RuntimeError: where the towers cannot exchange data.
+    """
+    _broadcast(model, mesh, "data")
+    if mesh["tower"].size() == 1:
+        return model
+    if mesh["tower"].size() != model.variant.towers:
+        raise ValueError(
+            f"mesh: variant {model.variant.name!r} has {model.variant.towers} tower(s), "
+            f"got a tower axis of {mesh['tower'].size()}"
+        )
+    exchange = exchange or check_copies(mesh)
+    _broadcast(model, mesh, "tower")
+    for layer in _layers(model):
+        reads_both = layer is not model.features[0] and getattr(layer, "groups", 1) == 1
+        whole = layer is model.classifier[-1]
+        if reads_both:
+            layer.register_forward_pre_hook(_gather_input(exchange, summed=not whole))
+        if not whole:
+            _cut(layer, exchange.rank)
+    for norm in model.features.modules():
+        if isinstance(norm, LRNMaxPool2d):
+            norm.groups = 1
+    return model
+
+
+def _layers(model: AlexNet) -> list[nn.Conv2d | nn.Linear]:
+    return [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+
+
+def _gather_input(exchange: TowerExchange, summed: bool) -> Any:
+    def hook(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (GatherTowers.apply(inputs[0], exchange, summed),)
+
+    return hook
+
+
+def _cut(layer: nn.Conv2d | nn.Linear, tower: int) -> None:
+    """Keep this tower's half of a layer's outputs."""
+    for name in ("weight", "bias"):
+        half = getattr(layer, name).detach().chunk(TOWERS)[tower].clone()
+        setattr(layer, name, nn.Parameter(half))
+    if isinstance(layer, Conv2dReLU):
+        layer.out_channels //= TOWERS
+        if layer.groups > 1:
+            layer.groups //= TOWERS
+            layer.in_channels //= TOWERS
+    elif isinstance(layer, LinearReLUDropout):
+        layer.out_features //= TOWERS
+        layer.feature_offset = tower * layer.out_features
+
+
+def _broadcast(model: nn.Module, mesh: DeviceMesh, axis: str) -> None:
+    """Give every process along ``axis`` the first one's parameters."""
+    if mesh[axis].size() == 1:
+        return
+    group = mesh.get_group(axis)
+    for parameter in model.parameters():
+        dense, order = _dense(parameter.detach())
+        dist.broadcast(dense, dist.get_global_rank(group, 0), group)
+        parameter.data.copy_(dense.permute([order.index(d) for d in range(dense.dim())]))
+
+
+def set_row_offset(model: nn.Module, row: int) -> None:
+    """Tell the dropout layers which row of the whole batch this process's first one is."""
+    for layer in model.modules():
+        if isinstance(layer, CounterDropout):
+            layer.row_offset = row
+
+
+def reduce_gradients(model: nn.Module, mesh: DeviceMesh, share: float | None = None) -> None:
+    """Make every replica's gradients those of the whole batch; towers need nothing.
+
+    Args:
+        model: after backward of a loss averaged over this replica's rows.
+        mesh: from ``init_mesh``.
+        share: this replica's fraction of the batch's rows; None where all are equal.
+    """
+    replicas = mesh["data"].size()
+    if replicas == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    flat.mul_(1.0 / replicas if share is None else share)
+    with nvtx_range("all-reduce gradients"):
+        dist.all_reduce(flat, group=mesh.get_group("data"))
+    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(total.view(gradient.shape))
+
+
+def full_tensors(
+    model: AlexNet, mesh: DeviceMesh, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Whole tensors of parts named like the parameters: weights, gradients or momenta.
+
+    A collective: every process along ``tower`` calls it, and all get the whole, contiguous.
+    """
+    if mesh["tower"].size() == 1:
+        return {name: t.detach().contiguous() for name, t in tensors.items()}
+    group, whole = mesh.get_group("tower"), _whole_names(model)
+    result = {}
+    for name, tensor in tensors.items():
+        part = tensor.detach().contiguous()
+        if name not in whole:
+            parts = [torch.empty_like(part) for _ in range(TOWERS)]
+            dist.all_gather(parts, part, group=group)
+            part = torch.cat(parts)
+        result[name] = part
+    return result
+
+
+def full_state_dict(model: AlexNet, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
+    """The whole net's weights in their canonical form, on every process; a collective."""
+    return full_tensors(model, mesh, model.state_dict())
+
+
+def local_tensors(
+    model: AlexNet, mesh: DeviceMesh, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """This process's parts of whole tensors named like the parameters: undoes ``full_tensors``."""
+    if mesh["tower"].size() == 1:
+        return dict(tensors)
+    tower, whole = mesh.get_local_rank("tower"), _whole_names(model)
+    return {
+        name: t if name in whole else t.chunk(TOWERS)[tower].clone() for name, t in tensors.items()
+    }
+
+
+def _whole_names(model: AlexNet) -> set[str]:
+    last = len(model.classifier) - 1
+    return {f"classifier.{last}.{name}" for name, _ in model.classifier[last].named_parameters()}

@@ -1,0 +1,147 @@
+"""The four published AlexNets, as data.
+
+| name | what it is | source |
+|---|---|---|
+| paper | the net as the paper prints it | Krizhevsky et al., NIPS 2012 |
+| source2012 | the authors' own net 145, whose logged errors are the paper's numbers | S:layers/layers-145.cfg |
+| caffe | the widely copied single-GPU net: groups, LRN across their border | BVLC models/bvlc_alexnet |
+| owt | "one weird trick": one tower, no LRN, as in torchvision | torchvision models/alexnet.py |
+
+P§n is a section of the paper, S:file a file of the authors' 2012 program
+(computerhistory/AlexNet-Source-Code).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ResponseNorm:
+    """Normalisation by x * (k + alpha / n * sum of squares) ^ -beta, n the size of the window."""
+
+    k: float
+    alpha: float  # divided by the size of the window, as torch does
+    beta: float = 0.75
+    size: int = 5
+    groups: int = 1  # the window stays inside one of this many groups of channels
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolutional layer and what follows it."""
+
+    channels: int
+    kernel_size: int
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+    ceil_mode: bool = False  # outputs counted with ceil: zeros at the bottom and right
+    weight_std: float | None = 0.01  # None: torch's default initialisation
+    bias: float = 0.0
+    norm: ResponseNorm | None = None
+    spatial_norm: ResponseNorm | None = None  # within a map, over size x size pixels
+    pool: bool = False  # max, 3 x 3, stride 2
+    relu_after_pool: bool = False  # convolution, norm, pool, ReLU: the order of net 145
+
+
+@dataclass(frozen=True)
+class FullyConnected:
+    """A fully connected layer; the last one has neither ReLU nor dropout."""
+
+    features: int | None  # None: the number of classes
+    weight_std: float | None = 0.01
+    bias: float = 0.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One published net: its layers, and how it is initialised and trained."""
+
+    name: str
+    convolutions: tuple[Convolution, ...]
+    fully_connected: tuple[FullyConnected, ...]
+    towers: int = 1  # independent halves that exchange before conv3, fc6, fc7 and fc8
+    pool_ceil_mode: bool = True
+    dropout_on_input: bool = False  # of fc6 and fc7, instead of on their outputs
+    image_size: int = 224
+    bias_lr_multiplier: float = 1.0
+    bias_weight_decay: bool = True
+
+
+def _two_towers(
+    *,
+    norm: ResponseNorm,
+    ceil_mode: bool,
+    bias: float = 1.0,
+    late_std: float = 0.01,
+    hidden_std: float = 0.01,
+    relu_after_pool: bool = False,
+    spatial_norm: ResponseNorm | None = None,
+) -> tuple[tuple[Convolution, ...], tuple[FullyConnected, ...]]:
+    """The layers of P§3.5, with what the published copies change."""
+    convolutions = (
+        Convolution(
+            96,
+            11,
+            stride=4,
+            ceil_mode=ceil_mode,
+            norm=norm,
+            pool=True,
+            relu_after_pool=relu_after_pool,
+        ),
+        Convolution(
+            256, 5, padding=2, groups=2, bias=bias, norm=norm, spatial_norm=spatial_norm, pool=True
+        ),
+        Convolution(384, 3, padding=1, weight_std=late_std),
+        Convolution(384, 3, padding=1, groups=2, weight_std=late_std, bias=bias),
+        Convolution(256, 3, padding=1, groups=2, weight_std=late_std, bias=bias, pool=True),
+    )
+    hidden = FullyConnected(4096, weight_std=hidden_std, bias=bias)
+    return convolutions, (hidden, hidden, FullyConnected(None))
+
+
+_PAPER = _two_towers(norm=ResponseNorm(k=2.0, alpha=5e-4, groups=2), ceil_mode=True)
+_SOURCE2012 = _two_towers(
+    norm=ResponseNorm(k=2.0, alpha=1e-4, groups=2),
+    ceil_mode=True,
+    late_std=0.03,
+    relu_after_pool=True,
+    spatial_norm=ResponseNorm(k=1.0, alpha=1e-3),
+)
+_CAFFE = _two_towers(
+    norm=ResponseNorm(k=1.0, alpha=1e-4), ceil_mode=False, bias=0.1, hidden_std=0.005
+)
+_OWT = (
+    (
+        Convolution(64, 11, stride=4, padding=2, weight_std=None, pool=True),
+        Convolution(192, 5, padding=2, weight_std=None, pool=True),
+        Convolution(384, 3, padding=1, weight_std=None),
+        Convolution(256, 3, padding=1, weight_std=None),
+        Convolution(256, 3, padding=1, weight_std=None, pool=True),
+    ),
+    (FullyConnected(4096, None), FullyConnected(4096, None), FullyConnected(None, None)),
+)
+
+VARIANTS: dict[str, Variant] = {
+    # P§3.3 prints alpha = 1e-4 undivided, which is 5e-4 before a division by the window's 5.
+    "paper": Variant("paper", *_PAPER, towers=2),
+    "source2012": Variant(
+        "source2012", *_SOURCE2012, towers=2, bias_lr_multiplier=2.0, bias_weight_decay=False
+    ),
+    "caffe": Variant(
+        "caffe", *_CAFFE, image_size=227, bias_lr_multiplier=2.0, bias_weight_decay=False
+    ),
+    "owt": Variant("owt", *_OWT, pool_ceil_mode=False, dropout_on_input=True),
+}
+
+
+def get_variant(name: str) -> Variant:
+    """The variant called ``name``.
+
+    Raises:
+        ValueError: for an unknown name; it lists the known ones.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {name!r}")
+    return VARIANTS[name]
