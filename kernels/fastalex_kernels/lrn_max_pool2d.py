@@ -12,9 +12,9 @@ back to y, and window'(i) the channels whose windows hold i,
 The forward pass saves the position of each maximum inside its window as one byte. The backward
 pass recomputes d, which costs less than reading it.
 
-Layout HWNC: x [H, W, N, C], out and argmax [P, Q, N, C]. A program holds BLOCK_N images by one
-group's channels at one pixel, so a window of channels never leaves the program: its sum is `size`
-shifts along the channel axis.
+Layout HWNC: x [H, W, N, C], out and argmax [P, Q, N, C]. A program holds BLOCK_M rows, a row being
+one pixel of one image in one line of the map, by the channels of one group, so that a window of
+channels never leaves the program: its sum is `size` shifts along the channel axis.
 """
 
 from __future__ import annotations
@@ -86,33 +86,37 @@ def _lrn_max_pool2d_fwd_kernel(
     WINDOW: tl.constexpr,
     STRIDE: tl.constexpr,
     SAVE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    pixel = tl.program_id(0)
+    p = tl.program_id(1)
     g = tl.program_id(2)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # q * N + n
     offs_c = tl.arange(0, BLOCK_C)
-    mask = (offs_n < N)[:, None] & (offs_c < C)[None, :]
-    offs = offs_n[:, None] * (G * C) + (g * C + offs_c)[None, :]
-    h = pixel // Q * STRIDE
-    w = pixel % Q * STRIDE
-    best = tl.full((BLOCK_N, BLOCK_C), float("-inf"), tl.float32)
-    argmax = tl.zeros((BLOCK_N, BLOCK_C), tl.int32)
+    mask_m = offs_m < Q * N
+    mask_c = (offs_c < C)[None, :]
+    h = p * STRIDE
+    w = offs_m // N * STRIDE
+    row = (w * N + offs_m % N).to(tl.int64)
+    x_ptrs = x_ptr + row[:, None] * (G * C) + (g * C + offs_c)[None, :]
+    best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), tl.float32)
+    argmax = tl.zeros((BLOCK_M, BLOCK_C), tl.int32)
     for i in range(tl.minimum(WINDOW, H - h)):
-        for j in range(tl.minimum(WINDOW, W - w)):
-            base = ((h + i) * W + w + j).to(tl.int64) * N * (G * C)
-            x = tl.load(x_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
+        for j in range(WINDOW):
+            inside = (mask_m & (w + j < W))[:, None] & mask_c
+            shift = (((h + i) * W + j) * N).to(tl.int64) * (G * C)
+            x = tl.load(x_ptrs + shift, mask=inside, other=0.0).to(tl.float32)
             if LRN:
                 x = x * _power(_denominator(x, SIZE, SCALE, OFFSET, C), BETA)
             # As torch: the first of equals wins, and a NaN beats everything.
-            better = (x > best) | (x != x)
+            better = inside & ((x > best) | (x != x))
             best = tl.where(better, x, best)
             argmax = tl.where(better, i * WINDOW + j, argmax)
-    base = pixel.to(tl.int64) * N * (G * C)
-    tl.store(y_ptr + base + offs, best.to(y_ptr.dtype.element_ty), mask=mask)
+    out = (p * Q * N + offs_m).to(tl.int64)[:, None] * (G * C) + (g * C + offs_c)[None, :]
+    mask = mask_m[:, None] & mask_c
+    tl.store(y_ptr + out, best.to(y_ptr.dtype.element_ty), mask=mask)
     if SAVE:
-        tl.store(argmax_ptr + base + offs, argmax.to(tl.uint8), mask=mask)
+        tl.store(argmax_ptr + out, argmax.to(tl.uint8), mask=mask)
 
 
 @triton.jit
@@ -134,45 +138,48 @@ def _lrn_max_pool2d_bwd_kernel(
     OFFSET: tl.constexpr,
     WINDOW: tl.constexpr,
     STRIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    pixel = tl.program_id(0)
+    h = tl.program_id(1)
     g = tl.program_id(2)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # w * N + n
     offs_c = tl.arange(0, BLOCK_C)
-    mask = (offs_n < N)[:, None] & (offs_c < C)[None, :]
-    offs = offs_n[:, None] * (G * C) + (g * C + offs_c)[None, :]
-    h = pixel // W
-    w = pixel % W
-    # The windows that hold this pixel: p * STRIDE <= h < p * STRIDE + WINDOW.
+    mask_m = offs_m < W * N
+    mask_c = (offs_c < C)[None, :]
+    w = offs_m // N
+    n = offs_m % N
+    channel = (g * C + offs_c)[None, :]
+    # The windows that hold this pixel: p * STRIDE <= h < p * STRIDE + WINDOW, and so for q.
     p_lo = tl.maximum(h - WINDOW + STRIDE, 0) // STRIDE
     p_hi = tl.minimum(h // STRIDE + 1, P)
-    q_lo = tl.maximum(w - WINDOW + STRIDE, 0) // STRIDE
-    q_hi = tl.minimum(w // STRIDE + 1, Q)
-    grad = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    grad = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for p in range(p_lo, p_hi):
-        for q in range(q_lo, q_hi):
-            base = (p * Q + q).to(tl.int64) * N * (G * C)
-            here = (h - p * STRIDE) * WINDOW + w - q * STRIDE
-            argmax = tl.load(argmax_ptr + base + offs, mask=mask, other=0).to(tl.int32)
-            dy = tl.load(dy_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
+        for back in range((WINDOW + STRIDE - 1) // STRIDE):
+            q = w // STRIDE - back
+            column = w - q * STRIDE
+            inside = (mask_m & (q >= 0) & (q < Q) & (column < WINDOW))[:, None] & mask_c
+            offs = ((p * Q + q) * N + n).to(tl.int64)[:, None] * (G * C) + channel
+            here = ((h - p * STRIDE) * WINDOW + column)[:, None]
+            argmax = tl.load(argmax_ptr + offs, mask=inside, other=0).to(tl.int32)
+            dy = tl.load(dy_ptr + offs, mask=inside, other=0.0).to(tl.float32)
             grad += tl.where(argmax == here, dy, 0.0)
-    base = pixel.to(tl.int64) * N * (G * C)
+    offs = (h * W * N + offs_m).to(tl.int64)[:, None] * (G * C) + channel
+    mask = mask_m[:, None] & mask_c
     if LRN:
-        x = tl.load(x_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         d = _denominator(x, SIZE, SCALE, OFFSET, C)
         scaled = grad * _power(d, BETA)
         neighbours = _window_sum(scaled * x / d, (SIZE - 1) // 2, SIZE // 2, C)
         grad = scaled - 2.0 * BETA * SCALE * x * neighbours
-    tl.store(dx_ptr + base + offs, grad.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + offs, grad.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _blocks(n: int, channels: int) -> dict[str, int]:
+def _blocks(rows: int, channels: int) -> dict[str, int]:
     block_c = triton.next_power_of_2(channels)
     block = _INTERPRETER_BLOCK if interpreted() else _BLOCK
-    block_n = max(1, min(triton.next_power_of_2(max(n, 1)), block // block_c))
-    return {"BLOCK_N": block_n, "BLOCK_C": block_c}
+    block_m = max(1, min(triton.next_power_of_2(max(rows, 1)), block // block_c))
+    return {"BLOCK_M": block_m, "BLOCK_C": block_c}
 
 
 def pooled_size(size: int, kernel_size: int, stride: int, ceil_mode: bool) -> int:
@@ -194,8 +201,8 @@ def lrn_max_pool2d_forward(
     (H, W, N, GC), (P, Q) = x.shape, size
     y = x.new_empty((P, Q, N, GC))
     argmax = torch.empty_like(y, dtype=torch.uint8) if save else x.new_empty(0, dtype=torch.uint8)
-    blocks = _blocks(N, GC // groups)
-    grid = (P * Q, triton.cdiv(N, blocks["BLOCK_N"]), groups)
+    blocks = _blocks(Q * N, GC // groups)
+    grid = (triton.cdiv(Q * N, blocks["BLOCK_M"]), P, groups)
     launch(
         _lrn_max_pool2d_fwd_kernel, grid, x, y, argmax, N, H, W, Q,
         G=groups, C=GC // groups, SAVE=save, **lrn, **window, **blocks,
@@ -215,8 +222,8 @@ def lrn_max_pool2d_backward(
     """dx [H, W, N, G*C] of dy and argmax [P, Q, N, G*C]; x is the forward's input, for LRN."""
     (P, Q, N, GC), (H, W) = dy.shape, size
     dx = dy.new_empty((H, W, N, GC))
-    blocks = _blocks(N, GC // groups)
-    grid = (H * W, triton.cdiv(N, blocks["BLOCK_N"]), groups)
+    blocks = _blocks(W * N, GC // groups)
+    grid = (triton.cdiv(W * N, blocks["BLOCK_M"]), H, groups)
     launch(
         _lrn_max_pool2d_bwd_kernel, grid, dy if x is None else x, dy, argmax, dx, N, W, P, Q,
         G=groups, C=GC // groups, **lrn, **window, **blocks,
