@@ -7,6 +7,7 @@ oneDNN and cuDNN prefer and which makes the window sum of LRN a product with a b
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _philox
 
-_CHUNK = 1 << 18  # elements of LRN handled at a time on a CPU: they stay in the second-level cache
+_BLOCK = 1 << 17  # elements of LRN handled at a time on a CPU: they stay in its cache
 
 
 def conv2d_relu(
@@ -37,46 +38,51 @@ def conv2d_relu(
 
 
 @functools.lru_cache(maxsize=64)
-def _band(
-    channels: int, size: int, groups: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """B[j, i] = 1 where channel j lies in the window of channel i and in its group."""
+def _band(channels: int, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """B[j, i] = 1 where channel j lies in the window of channel i."""
     i = torch.arange(channels, device=device)
     distance = i[:, None] - i[None, :]
-    group = i // (channels // groups)
-    inside = (distance >= -(size // 2)) & (distance <= (size - 1) // 2)
-    return (inside & (group[:, None] == group[None, :])).to(dtype)
+    return ((distance >= -(size // 2)) & (distance <= (size - 1) // 2)).to(dtype)
 
 
 def _power(d: torch.Tensor, beta: float) -> torch.Tensor:
-    """d ** -beta; a square root and its reciprocal are far cheaper than a power."""
+    """d ** beta; two square roots are far cheaper than a power."""
     if beta == 0.75:
-        r = d.rsqrt()
-        return r.mul_(r.sqrt())
-    return d.pow(-beta)
+        root = d.sqrt()
+        return root.sqrt().mul_(root)
+    return d.pow(beta)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x [N, C, H, W] as [N * H * W, C], a view where x is channels last."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+def _rows(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, ...]:
+    """The groups of x [N, C, H, W], each as [N * H * W, C / groups]; views of a channels-last x."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).chunk(groups, dim=1)
+
+
+def _blocks(*tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Go through tensors group by group, and on a CPU in blocks of rows that stay in its cache."""
+    for group in zip(*tensors, strict=True):
+        rows, channels = group[0].shape
+        yield from zip(
+            *(t.split(max(1, rows if t.is_cuda else _BLOCK // channels)) for t in group),
+            strict=True,
+        )
 
 
 class LRNFunction(torch.autograd.Function):
-    """y = x * d^-beta with d = k + alpha / size * (x^2 B), B the banded matrix of windows."""
+    """y = x / d^beta with d = k + alpha / size * (x^2 B), B the banded matrix of windows."""
 
     @staticmethod
     def forward(
         ctx: Any, input: torch.Tensor, size: int, alpha: float, beta: float, k: float, groups: int
     ) -> torch.Tensor:
         input = input.contiguous(memory_format=torch.channels_last)
-        output = torch.empty_like(input)
-        x, y = _rows(input), _rows(output)
-        denominator = torch.empty_like(x)
-        band = _band(x.shape[1], size, groups, x.dtype, x.device)
-        constant = x.new_full((x.shape[1],), k)
-        for i in _chunks(x):
-            torch.addmm(constant, x[i].square(), band, alpha=alpha / size, out=denominator[i])
-            torch.mul(x[i], _power(denominator[i], beta), out=y[i])
+        output, denominator = torch.empty_like(input), torch.empty_like(input)
+        channels = input.shape[1] // groups
+        band = _band(channels, size, input.dtype, input.device)
+        constant = input.new_full((channels,), k)
+        for x, d, y in _blocks(*(_rows(t, groups) for t in (input, denominator, output))):
+            torch.addmm(constant, x.square(), band, alpha=alpha / size, out=d)
+            torch.div(x, _power(d, beta), out=y)
         ctx.save_for_backward(input, denominator)
         ctx.constants = (size, alpha, beta, groups)
         return output
@@ -86,20 +92,15 @@ class LRNFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, denominator = ctx.saved_tensors
         size, alpha, beta, groups = ctx.constants
+        grad = grad.contiguous(memory_format=torch.channels_last)
         result = torch.empty_like(input)
-        x, dx = _rows(input), _rows(result)
-        dy = _rows(grad.contiguous(memory_format=torch.channels_last))
-        band = _band(x.shape[1], size, groups, x.dtype, x.device).t()
-        for i in _chunks(x):
-            z = _power(denominator[i], beta).mul_(dy[i])
-            neighbours = (z * x[i]).div_(denominator[i]) @ band
-            torch.addcmul(z, neighbours, x[i], value=-2.0 * alpha * beta / size, out=dx[i])
+        band = _band(input.shape[1] // groups, size, input.dtype, input.device).t()
+        tensors = (input, denominator, grad, result)
+        for x, d, dy, dx in _blocks(*(_rows(t, groups) for t in tensors)):
+            z = dy / _power(d, beta)
+            neighbours = (z * x).div_(d) @ band
+            torch.addcmul(z, neighbours, x, value=-2.0 * alpha * beta / size, out=dx)
         return result, None, None, None, None, None
-
-
-def _chunks(x: torch.Tensor) -> list[slice]:
-    rows = len(x) if x.is_cuda else max(1, _CHUNK // x.shape[1])
-    return [slice(i, i + rows) for i in range(0, len(x), rows)]
 
 
 def lrn_max_pool2d(
