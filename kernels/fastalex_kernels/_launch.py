@@ -138,7 +138,8 @@ def check_like(name: str, x: object, like: torch.Tensor) -> None:
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors as ``torch.autocast`` wants the operands of a product, where it is enabled."""
     device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    available = torch.amp.autocast_mode.is_autocast_available(device)
+    if not available or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     cast = lambda t: t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in DTYPES else t  # noqa: E731

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from fastalex_kernels import _aten
+from fastalex_kernels import _aten, _lrn_chunks
 from fastalex_kernels._launch import check_floating, interpreted, launch, use_triton
 from fastalex_kernels._layout import as_hwnc, as_nchw
 
@@ -201,6 +201,9 @@ def lrn_max_pool2d_forward(
     (H, W, N, GC), (P, Q) = x.shape, size
     y = x.new_empty((P, Q, N, GC))
     argmax = torch.empty_like(y, dtype=torch.uint8) if save else x.new_empty(0, dtype=torch.uint8)
+    if _lrn_chunks.fits(x, lrn, groups, window):
+        _lrn_chunks.forward(x, y, argmax, lrn, groups, save)
+        return y, argmax
     blocks = _blocks(Q * N, GC // groups)
     grid = (triton.cdiv(Q * N, blocks["BLOCK_M"]), P, groups)
     launch(
@@ -222,6 +225,9 @@ def lrn_max_pool2d_backward(
     """dx [H, W, N, G*C] of dy and argmax [P, Q, N, G*C]; x is the forward's input, for LRN."""
     (P, Q, N, GC), (H, W) = dy.shape, size
     dx = dy.new_empty((H, W, N, GC))
+    if x is not None and _lrn_chunks.fits(x, lrn, groups, window):
+        _lrn_chunks.backward(x, dy, argmax, dx, lrn, groups)
+        return dx
     blocks = _blocks(W * N, GC // groups)
     grid = (triton.cdiv(W * N, blocks["BLOCK_M"]), H, groups)
     launch(

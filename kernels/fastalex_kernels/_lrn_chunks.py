@@ -1,0 +1,374 @@
+"""LRN + max-pool for the sizes of AlexNet: a window of 5 channels, pooling 3 x 3 with stride 2.
+
+Such a kernel moves few bytes and is bound by the instructions it issues, so the work is arranged
+to compute no normalised value twice and to shuffle nothing:
+
+* A thread takes a chunk: 8 neighbouring channels of one image, one 16-byte load. The window of a
+  channel reaches 2 further on either side, two 4-byte loads. The sums of squares are a tree in
+  registers.
+* A program takes a strip of 7 columns, which hold 3 pooled columns, and goes down its rows: the
+  bottom row of one window is kept as the top row of the next.
+* The maximum and its position are found at once. A float32's bits are turned into an integer of
+  the same order, and its 4 lowest bits, 2^-20 of the value, are replaced by 8 - position: one
+  integer maximum does both, and of equals the first wins. Positions beyond the border repeat the
+  last row or column, which never changes a maximum nor wins a tie.
+
+Backward, a program takes the two columns that belong to one pooled column and goes down likewise.
+A channel's gradient needs its neighbours' too, so 2 values cross between the chunks of a group on
+either side, through shared memory.
+
+Layout HWNC: a pixel is N * C contiguous values, cut into N * C / 8 chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fastalex_kernels._launch import launch, target
+
+CHUNK = 8  # channels
+_STRIP = 3  # pooled columns of a forward program
+_CHUNKS = {"forward": 128, "backward": 128}  # of a program, one a thread: 4 warps
+_PROGRAMS = 1024  # cut the rows until about this many programs run: some eight per SM
+
+
+def fits(x: torch.Tensor, lrn: dict[str, Any], groups: int, window: dict[str, int]) -> bool:
+    """Whether these kernels can do LRN + pooling of x [H, W, N, G*C]."""
+    return (
+        lrn["LRN"]
+        and lrn["SIZE"] == 5
+        and lrn["BETA"] == 0.75
+        and window == {"WINDOW": 3, "STRIDE": 2}
+        and x.element_size() == 2
+        and x.shape[3] // groups % CHUNK == 0
+        and x.shape[3] // groups // CHUNK <= _CHUNKS["backward"]
+        and target(x.device) != "interpreter"  # there, the general kernel takes far fewer steps
+    )
+
+
+@triton.jit
+def _split8(v, T: tl.constexpr):
+    """The 8 columns of v [T, 8]."""
+    even, odd = tl.split(tl.reshape(v, [T, 4, 2]))
+    v04, v26 = tl.split(tl.reshape(even, [T, 2, 2]))
+    v15, v37 = tl.split(tl.reshape(odd, [T, 2, 2]))
+    v0, v4 = tl.split(v04)
+    v2, v6 = tl.split(v26)
+    v1, v5 = tl.split(v15)
+    v3, v7 = tl.split(v37)
+    return v0, v1, v2, v3, v4, v5, v6, v7
+
+
+@triton.jit
+def _join8(v0, v1, v2, v3, v4, v5, v6, v7, T: tl.constexpr):
+    """[T, 8] of its 8 columns."""
+    even = tl.reshape(tl.join(tl.join(v0, v4), tl.join(v2, v6)), [T, 4])
+    odd = tl.reshape(tl.join(tl.join(v1, v5), tl.join(v3, v7)), [T, 4])
+    return tl.reshape(tl.join(even, odd), [T, 8])
+
+
+@triton.jit
+def _denominators(x_ptr, chunk, mask, left, right, SCALE, OFFSET, T: tl.constexpr):
+    """The 8 values of each chunk, and k + alpha / size * (sum of squares) at each of them."""
+    pair = tl.arange(0, 2)[None, :]
+    x_ptrs = x_ptr + chunk[:, None] * 8
+    x = tl.load(x_ptrs + tl.arange(0, 8)[None, :], mask=mask[:, None], other=0.0)
+    below = tl.load(x_ptrs - 2 + pair, mask=left[:, None], other=0.0).to(tl.float32)
+    above = tl.load(x_ptrs + 8 + pair, mask=right[:, None], other=0.0).to(tl.float32)
+    a0, a1, a2, a3, a4, a5, a6, a7 = _split8(x.to(tl.float32), T)
+    b2, b1 = tl.split(below * below)
+    c0, c1 = tl.split(above * above)
+    s0, s1, s2, s3 = a0 * a0, a1 * a1, a2 * a2, a3 * a3
+    s4, s5, s6, s7 = a4 * a4, a5 * a5, a6 * a6, a7 * a7
+    s01, s23, s45, s67 = s0 + s1, s2 + s3, s4 + s5, s6 + s7
+    d0 = OFFSET + SCALE * (b2 + b1 + s01 + s2)
+    d1 = OFFSET + SCALE * (b1 + s01 + s23)
+    d2 = OFFSET + SCALE * (s01 + s23 + s4)
+    d3 = OFFSET + SCALE * (s1 + s23 + s45)
+    d4 = OFFSET + SCALE * (s23 + s45 + s6)
+    d5 = OFFSET + SCALE * (s3 + s45 + s67)
+    d6 = OFFSET + SCALE * (s45 + s67 + c0)
+    d7 = OFFSET + SCALE * (s5 + s67 + c0 + c1)
+    return (a0, a1, a2, a3, a4, a5, a6, a7), (d0, d1, d2, d3, d4, d5, d6, d7)
+
+
+@triton.jit
+def _key(a, d):
+    """a d^-0.75 as an integer of the same order."""
+    root = tl.math.rsqrt(d)
+    bits = (a * (root * tl.sqrt(root))).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _column_keys(x_ptr, chunk, mask, left, right, SCALE, OFFSET, T: tl.constexpr):
+    a, d = _denominators(x_ptr, chunk, mask, left, right, SCALE, OFFSET, T)
+    return _join8(
+        _key(a[0], d[0]), _key(a[1], d[1]), _key(a[2], d[2]), _key(a[3], d[3]),
+        _key(a[4], d[4]), _key(a[5], d[5]), _key(a[6], d[6]), _key(a[7], d[7]), T,
+    )  # fmt: skip
+
+
+@triton.jit
+def _max3(k0, k1, k2):
+    """The largest of three columns' keys, their low bits 2, 1 and 0 for the columns."""
+    return tl.maximum(tl.maximum((k0 & -16) | 2, (k1 & -16) | 1), k2 & -16)
+
+
+@triton.jit
+def _row_keys(
+    x_ptr, h, w, W, pixel, chunk, mask, left, right, SCALE, OFFSET, T: tl.constexpr
+):  # fmt: skip
+    """The maxima over 3 columns, at the 3 pooled columns that start at column w of row h."""
+    row = x_ptr + (h * W).to(tl.int64) * pixel
+    k0 = _column_keys(row + w * pixel, chunk, mask, left, right, SCALE, OFFSET, T)
+    k1 = _column_keys(
+        row + tl.minimum(w + 1, W - 1) * pixel, chunk, mask, left, right, SCALE, OFFSET, T
+    )
+    k2 = _column_keys(
+        row + tl.minimum(w + 2, W - 1) * pixel, chunk, mask, left, right, SCALE, OFFSET, T
+    )
+    k3 = _column_keys(
+        row + tl.minimum(w + 3, W - 1) * pixel, chunk, mask, left, right, SCALE, OFFSET, T
+    )
+    k4 = _column_keys(
+        row + tl.minimum(w + 4, W - 1) * pixel, chunk, mask, left, right, SCALE, OFFSET, T
+    )
+    k5 = _column_keys(
+        row + tl.minimum(w + 5, W - 1) * pixel, chunk, mask, left, right, SCALE, OFFSET, T
+    )
+    k6 = _column_keys(
+        row + tl.minimum(w + 6, W - 1) * pixel, chunk, mask, left, right, SCALE, OFFSET, T
+    )
+    return _max3(k0, k1, k2), _max3(k2, k3, k4), _max3(k4, k5, k6)
+
+
+@triton.jit
+def _store_maximum(y_ptr, argmax_ptr, offs, mask, top, middle, bottom, SAVE: tl.constexpr):
+    key = tl.maximum(tl.maximum(top + 6, middle + 3), bottom)
+    bits = key & -16
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFF0)
+    y = bits.to(tl.float32, bitcast=True)
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask[:, None])
+    if SAVE:
+        tl.store(argmax_ptr + offs, (8 - (key & 15)).to(tl.uint8), mask=mask[:, None])
+
+
+@triton.jit
+def _lrn_max_pool2d_chunks_fwd_kernel(
+    x_ptr,  # [H, W, N, C]
+    y_ptr,  # [P, Q, N, C]
+    argmax_ptr,  # uint8 [P, Q, N, C], written where SAVE
+    N,
+    H,
+    W,
+    P,
+    Q,
+    rows_per_program,
+    C: tl.constexpr,
+    GROUP: tl.constexpr,  # chunks of a group of channels
+    SCALE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SAVE: tl.constexpr,
+    T: tl.constexpr,
+):
+    chunks = N * (C // 8)
+    chunk = tl.program_id(0) * T + tl.arange(0, T)
+    mask = chunk < chunks
+    place = chunk % GROUP
+    left = mask & (place != 0)
+    right = mask & (place != GROUP - 1)
+    q = tl.program_id(1) * 3
+    p_first = tl.program_id(2) * rows_per_program
+    pixel = (N * C).to(tl.int64)
+    offs = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
+    t0, t1, t2 = _row_keys(
+        x_ptr, 2 * p_first, 2 * q, W, pixel, chunk, mask, left, right, SCALE, OFFSET, T
+    )
+    for p in range(p_first, tl.minimum(p_first + rows_per_program, P)):
+        h1 = tl.minimum(2 * p + 1, H - 1)
+        h2 = tl.minimum(2 * p + 2, H - 1)
+        m0, m1, m2 = _row_keys(
+            x_ptr, h1, 2 * q, W, pixel, chunk, mask, left, right, SCALE, OFFSET, T
+        )
+        b0, b1, b2 = _row_keys(
+            x_ptr, h2, 2 * q, W, pixel, chunk, mask, left, right, SCALE, OFFSET, T
+        )
+        out = (p * Q + q).to(tl.int64) * pixel + offs
+        _store_maximum(y_ptr, argmax_ptr, out, mask, t0, m0, b0, SAVE)
+        if q + 1 < Q:
+            _store_maximum(y_ptr, argmax_ptr, out + pixel, mask, t1, m1, b1, SAVE)
+        if q + 2 < Q:
+            _store_maximum(y_ptr, argmax_ptr, out + 2 * pixel, mask, t2, m2, b2, SAVE)
+        t0, t1, t2 = b0, b1, b2
+
+
+@triton.jit
+def _scaled(dy, a, d):
+    """dy d^-0.75, and that times a / d."""
+    root = tl.math.rsqrt(d)
+    z = dy * (root * tl.sqrt(root))
+    return z, z * a * (root * root)
+
+
+@triton.jit
+def _lrn_bwd_pixel(
+    x_ptr, dx_ptr, dy, chunk, mask, left, right, SCALE: tl.constexpr, OFFSET: tl.constexpr, T: tl.constexpr
+):  # fmt: skip
+    """Write the gradient of one pixel of x, from dy [T, 8], the gradient of its normalised value."""
+    a, d = _denominators(x_ptr, chunk, mask, left, right, SCALE, OFFSET, T)
+    y0, y1, y2, y3, y4, y5, y6, y7 = _split8(dy, T)
+    z0, t0 = _scaled(y0, a[0], d[0])
+    z1, t1 = _scaled(y1, a[1], d[1])
+    z2, t2 = _scaled(y2, a[2], d[2])
+    z3, t3 = _scaled(y3, a[3], d[3])
+    z4, t4 = _scaled(y4, a[4], d[4])
+    z5, t5 = _scaled(y5, a[5], d[5])
+    z6, t6 = _scaled(y6, a[6], d[6])
+    z7, t7 = _scaled(y7, a[7], d[7])
+    lane = tl.arange(0, T)
+    before = tl.maximum(lane - 1, 0)
+    after = tl.minimum(lane + 1, T - 1)
+    l6 = tl.where(left, tl.gather(t6, before, 0), 0.0)
+    l7 = tl.where(left, tl.gather(t7, before, 0), 0.0)
+    r0 = tl.where(right, tl.gather(t0, after, 0), 0.0)
+    r1 = tl.where(right, tl.gather(t1, after, 0), 0.0)
+    t01, t23, t45, t67 = t0 + t1, t2 + t3, t4 + t5, t6 + t7
+    FACTOR: tl.constexpr = -2.0 * 0.75 * SCALE
+    dx = _join8(
+        z0 + FACTOR * a[0] * (l6 + l7 + t01 + t2),
+        z1 + FACTOR * a[1] * (l7 + t01 + t23),
+        z2 + FACTOR * a[2] * (t01 + t23 + t4),
+        z3 + FACTOR * a[3] * (t1 + t23 + t45),
+        z4 + FACTOR * a[4] * (t23 + t45 + t6),
+        z5 + FACTOR * a[5] * (t3 + t45 + t67),
+        z6 + FACTOR * a[6] * (t45 + t67 + r0),
+        z7 + FACTOR * a[7] * (t5 + t67 + r0 + r1),
+        T,
+    )
+    offs = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
+    tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit
+def _load_window(dy_ptr, argmax_ptr, p, q, P, Q, pixel, chunk, chunks):
+    """dy and the position of the maximum at pooled pixel (p, q), none outside the map."""
+    inside = (p >= 0) & (p < P) & (q >= 0) & (q < Q)
+    mask = (chunk < tl.where(inside, chunks, 0))[:, None]
+    offs = (p * Q + q).to(tl.int64) * pixel + chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
+    dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return dy, tl.load(argmax_ptr + offs, mask=mask, other=255).to(tl.int32)
+
+
+@triton.jit
+def _lrn_max_pool2d_chunks_bwd_kernel(
+    x_ptr,  # [H, W, N, C]
+    dy_ptr,  # [P, Q, N, C]
+    argmax_ptr,  # uint8 [P, Q, N, C]
+    dx_ptr,  # [H, W, N, C]
+    N,
+    H,
+    W,
+    P,
+    Q,
+    rows_per_program,
+    C: tl.constexpr,
+    GROUP: tl.constexpr,  # chunks of a group of channels
+    USED: tl.constexpr,  # chunks of a program: whole groups, at most T
+    SCALE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    T: tl.constexpr,
+):
+    chunks = N * (C // 8)
+    lane = tl.arange(0, T)
+    chunk = tl.where(lane < USED, tl.program_id(0) * USED + lane, chunks)
+    mask = chunk < chunks
+    place = chunk % GROUP
+    left = mask & (place != 0)
+    right = mask & (place != GROUP - 1)
+    q = tl.program_id(1)
+    p_first = tl.program_id(2) * rows_per_program
+    pixel = (N * C).to(tl.int64)
+    # Windows above and to the left of (p, q), above, to the left, and (p, q) itself.
+    dy_al, at_al = _load_window(dy_ptr, argmax_ptr, p_first - 1, q - 1, P, Q, pixel, chunk, chunks)
+    dy_a, at_a = _load_window(dy_ptr, argmax_ptr, p_first - 1, q, P, Q, pixel, chunk, chunks)
+    for p in range(p_first, tl.minimum(p_first + rows_per_program, (H + 1) // 2)):
+        dy_l, at_l = _load_window(dy_ptr, argmax_ptr, p, q - 1, P, Q, pixel, chunk, chunks)
+        dy, at = _load_window(dy_ptr, argmax_ptr, p, q, P, Q, pixel, chunk, chunks)
+        base = (2 * p * W + 2 * q).to(tl.int64) * pixel
+        grad = tl.where(at == 0, dy, 0.0) + tl.where(at_l == 2, dy_l, 0.0)
+        grad += tl.where(at_a == 6, dy_a, 0.0) + tl.where(at_al == 8, dy_al, 0.0)
+        _lrn_bwd_pixel(
+            x_ptr + base, dx_ptr + base, grad, chunk, mask, left, right, SCALE, OFFSET, T
+        )
+        if 2 * q + 1 < W:
+            grad = tl.where(at == 1, dy, 0.0) + tl.where(at_a == 7, dy_a, 0.0)
+            here = base + pixel
+            _lrn_bwd_pixel(
+                x_ptr + here, dx_ptr + here, grad, chunk, mask, left, right, SCALE, OFFSET, T
+            )
+        if 2 * p + 1 < H:
+            here = base + W * pixel
+            grad = tl.where(at == 3, dy, 0.0) + tl.where(at_l == 5, dy_l, 0.0)
+            _lrn_bwd_pixel(
+                x_ptr + here, dx_ptr + here, grad, chunk, mask, left, right, SCALE, OFFSET, T
+            )
+            if 2 * q + 1 < W:
+                here = base + (W + 1) * pixel
+                grad = tl.where(at == 4, dy, 0.0)
+                _lrn_bwd_pixel(
+                    x_ptr + here, dx_ptr + here, grad, chunk, mask, left, right, SCALE, OFFSET, T
+                )
+        dy_al, at_al, dy_a, at_a = dy_l, at_l, dy, at
+
+
+def _row_split(rows: int, programs: int) -> tuple[int, int]:
+    """(rows of a program, programs along the rows) for ``programs`` in the other directions."""
+    parts = max(1, min(rows, -(-_PROGRAMS // max(programs, 1))))
+    share = -(-rows // parts)
+    return share, -(-rows // share)
+
+
+def forward(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    argmax: torch.Tensor,
+    lrn: dict[str, Any],
+    groups: int,
+    save: bool,
+) -> None:
+    """Fill y and, where ``save``, argmax, both [P, Q, N, G*C], from x [H, W, N, G*C]."""
+    (H, W, N, C), (P, Q, _, _) = x.shape, y.shape
+    T = _CHUNKS["forward"]
+    blocks, strips = triton.cdiv(N * C // CHUNK, T), triton.cdiv(Q, _STRIP)
+    share, parts = _row_split(P, blocks * strips)
+    launch(
+        _lrn_max_pool2d_chunks_fwd_kernel, (blocks, strips, parts), x, y, argmax, N, H, W, P, Q,
+        share, C=C, GROUP=C // groups // CHUNK, SCALE=lrn["SCALE"], OFFSET=lrn["OFFSET"],
+        SAVE=save, T=T, num_warps=T // 32,
+    )  # fmt: skip
+
+
+def backward(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    argmax: torch.Tensor,
+    dx: torch.Tensor,
+    lrn: dict[str, Any],
+    groups: int,
+) -> None:
+    """Fill dx [H, W, N, G*C] from x, and dy and argmax [P, Q, N, G*C]."""
+    (H, W, N, C), (P, Q, _, _) = x.shape, dy.shape
+    T, group = _CHUNKS["backward"], C // groups // CHUNK
+    used = T // group * group
+    blocks = triton.cdiv(N * C // CHUNK, used)
+    share, parts = _row_split(triton.cdiv(H, 2), blocks * triton.cdiv(W, 2))
+    launch(
+        _lrn_max_pool2d_chunks_bwd_kernel, (blocks, triton.cdiv(W, 2), parts), x, dy, argmax, dx,
+        N, H, W, P, Q, share, C=C, GROUP=group, USED=used, SCALE=lrn["SCALE"],
+        OFFSET=lrn["OFFSET"], T=T, num_warps=T // 32,
+    )  # fmt: skip
