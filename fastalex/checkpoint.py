@@ -1,0 +1,145 @@
+"""Weights on disk: safetensors files that hold the whole net and what is needed to use it.
+
+A file is never half written under its own name: it is written beside it, forced to the disk and
+renamed. Its header carries a SHA-256 of the tensors, which tells a damaged file from a good one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fastalex.model import AlexNet
+
+FORMAT = "fastalex-weights-1"
+
+
+def save_weights(
+    path: Path | str, state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Write weights atomically: after a crash ``path`` holds the old file or the new one, whole.
+
+    Args:
+        path: of the file; its folder exists.
+        state_dict: the whole net's tensors with torch's shapes, on any device.
+        metadata: whatever JSON can hold; ``load_model`` needs ``variant``, ``num_classes`` and
+            ``dropout``.
+
+    Raises:
+        OSError: where the file can't be written.
+    """
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state_dict.items()}
+    header = {
+        "format": "pt",  # what other readers of safetensors look for
+        "fastalex": json.dumps(
+            {"format": FORMAT, "sha256": weights_hash(tensors), **metadata}, sort_keys=True
+        ),
+    }
+    with replacing(Path(path)) as temporary:
+        try:
+            save_file(tensors, temporary, header)
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error
+
+
+def weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; it takes the place of ``path``, on disk, when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def read_metadata(path: Path | str) -> dict[str, Any]:
+    """The metadata of a weights file, without its tensors.
+
+    Raises:
+        ValueError: where the file is missing, damaged, or not fastalex's.
+    """
+    with _opened(path) as file:
+        return _metadata(path, file)
+
+
+def load_weights(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The state dict and the metadata of a weights file, the tensors on the CPU.
+
+    Raises:
+        ValueError: where the file is missing, damaged, or not fastalex's.
+    """
+    with _opened(path) as file:
+        metadata = _metadata(path, file)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if metadata.get("sha256") != weights_hash(tensors):
+        raise ValueError(f"{path}: damaged, its weights do not match the checksum beside them")
+    return tensors, metadata
+
+
+def load_model(path: Path | str) -> tuple[AlexNet, dict[str, Any]]:
+    """The net of a weights file, in evaluation mode, and the file's metadata.
+
+    Raises:
+        ValueError: where the file is missing, damaged, not fastalex's, or holds another net than
+            its metadata say.
+    """
+    tensors, metadata = load_weights(path)
+    try:
+        model = AlexNet(metadata["num_classes"], metadata["dropout"], metadata["variant"])
+        model.load_state_dict(tensors)
+    except KeyError as error:
+        raise ValueError(f"{path}: its metadata lack {error}") from error
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: its weights do not fit its variant: {reason}") from error
+    return model.eval(), metadata
+
+
+@contextlib.contextmanager
+def _opened(path: Path | str) -> Iterator[Any]:
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such weights file")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged, or not a safetensors file ({error})") from error
+
+
+def _metadata(path: Path | str, file: Any) -> dict[str, Any]:
+    header = file.metadata() or {}
+    try:
+        metadata = json.loads(header["fastalex"])
+        known = metadata["format"] == FORMAT
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: safetensors, but not weights that fastalex wrote") from error
+    if not known:
+        raise ValueError(f"{path}: expected format {FORMAT!r}, got {metadata['format']!r}")
+    return dict(metadata)

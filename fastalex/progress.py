@@ -1,0 +1,102 @@
+"""What a run shows while it goes: a bar on a terminal, now and then a line elsewhere."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+
+from tqdm import tqdm
+
+_LINE_SECONDS = 10.0
+_BAR = "{desc} |{bar:20}| step {n_fmt}/{total_fmt}{postfix}, {elapsed}, {remaining} left"
+
+
+class Progress:
+    """Loss, images/s and time left on stderr.
+
+    Args:
+        steps: of the whole run.
+        epochs: of the whole run.
+        visible: False for all processes but one.
+    """
+
+    def __init__(self, steps: int, epochs: int, visible: bool) -> None:
+        self._epochs = epochs
+        self._steps = steps
+        self._visible = visible
+        self._started = self._spoke = time.monotonic()
+        terminal = visible and sys.stderr.isatty()
+        # tqdm's own lock is a semaphore of the system, which a killed process would leave behind.
+        tqdm.set_lock(threading.RLock())
+        self._bar = tqdm(
+            total=steps, bar_format=_BAR, smoothing=0.1, dynamic_ncols=True, disable=not terminal
+        )
+        self._step = 0
+
+    def advance(self, step: int, epoch: int, loss: float | None, rate: float | None) -> None:
+        """Show that ``step`` is done; None where loss or images/s are not known yet."""
+        numbers = "" if loss is None else f", loss {loss:.4f}"
+        numbers += "" if rate is None else f", {rate:.0f} images/s"
+        self._bar.set_description_str(f"epoch {epoch}/{self._epochs}", refresh=False)
+        self._bar.set_postfix_str(numbers.removeprefix(", "), refresh=False)
+        self._bar.update(step - self._step)
+        self._step = step
+        now = time.monotonic()
+        if self._visible and self._bar.disable and now - self._spoke > _LINE_SECONDS:
+            self._spoke = now
+            left = (now - self._started) / step * (self._steps - step)
+            print(
+                f"epoch {epoch}/{self._epochs}, step {step}/{self._steps}{numbers}, "
+                f"{tqdm.format_interval(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def say(self, line: str) -> None:
+        """Print a line on stdout, above the bar."""
+        if self._visible:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def warn(self, line: str) -> None:
+        """Print a line on stderr, above the bar."""
+        if self._visible:
+            tqdm.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class StuckLoss:
+    """Tells a loss that stays at ln(classes), where every class is as likely as any other.
+
+    Over the last ``window`` steps the mean loss lies within 2% of ln(classes), and the mean of
+    the later half is not below that of the earlier one by more than chance explains. The second
+    condition spares a run that passes through ln(classes) on its way down.
+
+    Args:
+        classes: of the data; with one class nothing is ever stuck.
+        window: steps looked at.
+    """
+
+    def __init__(self, classes: int, window: int = 80) -> None:
+        self.level = math.log(classes)
+        self._losses: deque[float] = deque(maxlen=window)
+
+    def add(self, loss: float) -> bool:
+        """Take the loss of one more step; whether the run is stuck now."""
+        self._losses.append(loss)
+        if len(self._losses) < (self._losses.maxlen or 0) or self.level == 0:
+            return False
+        losses = list(self._losses)
+        if abs(statistics.fmean(losses) - self.level) > 0.02 * self.level:
+            return False
+        half = len(losses) // 2
+        early, late = losses[:half], losses[half:]
+        fall = statistics.fmean(early) - statistics.fmean(late)
+        noise = math.sqrt((statistics.variance(early) + statistics.variance(late)) / half)
+        return fall <= noise

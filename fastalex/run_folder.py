@@ -1,0 +1,180 @@
+"""The folder of a run: run.json, metrics.jsonl and model.safetensors.
+
+Nothing here is half written under its own name: whole files are replaced, and metrics.jsonl only
+ever grows by whole lines.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastalex._version import __version__
+from fastalex.checkpoint import read_metadata, replacing
+
+_SYNC_SECONDS = 1.0  # records of steps reach the disk this soon, those of epochs at once
+_ROOT = Path("runs")
+
+
+class RunFolder:
+    """Where a run writes; ``create`` makes one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "run.json"
+
+    @classmethod
+    def create(cls, output: Path | None, variant: str, seed: int) -> RunFolder:
+        """Make ``output``, or the next free ``runs/VARIANT-SEED-NNN``.
+
+        Raises:
+            ValueError: where ``output`` can't hold a new run, as ``check_output`` says.
+        """
+        if output is not None:
+            check_output(output)
+            output.mkdir(parents=True, exist_ok=True)
+            return cls(output)
+        while True:
+            path = _ROOT / f"{variant}-{seed}-{_next_number(variant, seed):03d}"
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:  # another run was quicker
+                continue
+            return cls(path)
+
+    def begin(self, arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Write run.json: what was asked for, what was chosen, and on what it runs."""
+        self._write_report(
+            {
+                "status": "running",
+                "arguments": dict(arguments),
+                "settings": dict(settings),
+                "seed": settings["seed"],
+                "versions": versions(),
+                "commit": _commit(),
+                "host": socket.gethostname(),
+                "started": _now(),
+                "ended": None,
+            }
+        )
+
+    def end(self, status: str) -> None:
+        """Note in run.json how the run ended, and drop what a killed writer left."""
+        for left in self.path.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
+        report = json.loads(self.report.read_text(encoding="utf-8"))
+        self._write_report({**report, "status": status, "ended": _now()})
+
+    def kept(self) -> str:
+        """What an ended run has left here, for a message."""
+        try:
+            epoch = read_metadata(self.weights)["epoch"]
+        except ValueError:
+            return f"{self.path} keeps metrics.jsonl, no weights yet"
+        return f"{self.path} keeps model.safetensors of epoch {epoch} and metrics.jsonl"
+
+    def _write_report(self, report: dict[str, Any]) -> None:
+        with replacing(self.report) as temporary:
+            temporary.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+class MetricsLog:
+    """Appends records to metrics.jsonl, one JSON object a line.
+
+    A line reaches the system in one write, so that a killed process leaves whole lines, and the
+    disk within about a second, so that a machine that loses power leaves nearly all of them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._synced = time.monotonic()
+
+    def append(self, record: dict[str, Any], sync: bool = False) -> None:
+        """Add a record; ``sync`` waits until it is on the disk."""
+        os.write(self._file, (json.dumps(record) + "\n").encode())
+        if sync or time.monotonic() - self._synced > _SYNC_SECONDS:
+            os.fsync(self._file)
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        os.fsync(self._file)
+        os.close(self._file)
+
+
+def check_output(output: Path) -> None:
+    """Raise unless ``output`` is an empty folder or a place for a new one.
+
+    Raises:
+        ValueError: one line that says what is there.
+    """
+    if output.is_dir():
+        names = {entry.name for entry in output.iterdir()}
+        if names:
+            what = "holds another run" if "run.json" in names else "is not empty"
+            raise ValueError(f"--output {output}: the folder {what}, name a new or empty one")
+    elif output.exists():
+        raise ValueError(f"--output {output}: not a folder, name a new or empty one")
+    place = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"--output {output}: nothing can be written in {place}")
+
+
+def _next_number(variant: str, seed: int) -> int:
+    pattern = re.compile(rf"{re.escape(variant)}-{seed}-(\d+)")
+    names = [path.name for path in _ROOT.iterdir()] if _ROOT.is_dir() else []
+    matches = [pattern.fullmatch(name) for name in names]
+    return 1 + max((int(m[1]) for m in matches if m), default=0)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run may depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton"),
+        "fastalex": __version__,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from; None for an installed one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if not git("ls-files", "--error-unmatch", Path(__file__).name):
+            return None
+        changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "HEAD") + changed
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

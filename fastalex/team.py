@@ -1,0 +1,58 @@
+"""A training process's place among the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastalex import parallel
+from fastalex.launch import World
+from fastalex.model import AlexNet
+
+
+class Team:
+    """This process's place among the others; alone, every operation is local."""
+
+    def __init__(self, world: World) -> None:
+        self.device = torch.device("cpu")
+        if world.device_type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.replicas = world.replicas
+        self._mesh = None
+        if world.processes > 1:
+            self._mesh = parallel.init_mesh(world.device_type, world.replicas, world.towers)
+        self.replica = 0 if self._mesh is None else self._mesh.get_local_rank("data")
+        self.leads = self._mesh is None or dist.get_rank() == 0
+
+    def share(self, model: AlexNet, rows: int) -> AlexNet:
+        """Turn ``model`` into this process's part; ``rows`` are its own of each batch."""
+        if self._mesh is not None:
+            parallel.parallelize(model, self._mesh)
+            parallel.set_row_offset(model, self.replica * rows)
+        return model
+
+    def reduce_gradients(self, model: AlexNet) -> None:
+        if self._mesh is not None:
+            parallel.reduce_gradients(model, self._mesh)
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of ``values`` over the replicas."""
+        if self._mesh is not None and self.replicas > 1:
+            dist.all_reduce(values, group=self._mesh.get_group("data"))
+        return values
+
+    def gather(self, values: list[int]) -> list[int]:
+        """The lists of all replicas, one after the other."""
+        if self._mesh is None or self.replicas == 1:
+            return values
+        parts: list[Any] = [None] * self.replicas
+        dist.all_gather_object(parts, values, group=self._mesh.get_group("data"))
+        return [value for part in parts for value in part]
+
+    def weights(self, model: AlexNet) -> dict[str, torch.Tensor]:
+        """The whole net's; every process takes part."""
+        if self._mesh is None:
+            return dict(model.state_dict())
+        return parallel.full_state_dict(model, self._mesh)
