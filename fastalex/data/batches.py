@@ -1,0 +1,153 @@
+"""Batches of a source: their order, crops and mirrors are functions of (seed, epoch, index) alone.
+
+An epoch draws one Philox stream for the order and one for the crops, and sample i reads the words
+that belong to i. So neither the number of processes or threads nor the batch at which a run goes
+on changes what is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastalex.data.background import map_ahead
+from fastalex.data.base import Batch, DataError, ImageSource, Normalization, Pixels
+
+_ORDER, _CROPS = 0, 1  # the streams of an epoch
+_WORDS = 3  # random 64-bit words for a sample: top, left, mirror
+
+
+def decode_size(image_size: int) -> int:
+    """Side at which images are decoded for a net of ``image_size``: 256 for 224 (P§2, P§4.1)."""
+    return round(image_size * 256 / 224)
+
+
+class Batches:
+    """The batches of each epoch over a source, or one replica's share of them.
+
+    Training: images decoded at ``decode_size(image_size)``, a random crop, mirrored half the time,
+    in a new random order each epoch. Every batch is full: where the samples of the epoch run out,
+    the last batch is filled with the first of the same order. So each sample is seen at least once
+    an epoch, and a few twice, alike.
+
+    Validation: the centre crop of the same decoded image, in the source's order; the last batch
+    may be short.
+
+    With ``replicas`` r, ``batch_size`` is the size of the whole batch, and replica ``rank`` gets
+    samples ``[rank * n // r, (rank + 1) * n // r)`` of a batch of n: none at all in a short
+    validation batch of fewer than r samples, so that all replicas take the same number of steps.
+
+    Args:
+        source: where the images come from.
+        batch_size: samples in a batch, over all replicas.
+        image_size: side in pixels of the images the net gets.
+        mean_std: how pixels are normalised.
+        seed: with the epoch, decides order, crops and mirrors of training; not negative.
+        train: training or validation, as above.
+        rank: this replica's number.
+        replicas: how many share each batch; must divide ``batch_size``.
+        workers: threads that load batches ahead; 0 loads each when it is asked for.
+
+    Raises:
+        ValueError: for an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        batch_size: int,
+        image_size: int,
+        mean_std: Normalization,
+        seed: int,
+        train: bool,
+        rank: int = 0,
+        replicas: int = 1,
+        workers: int = 0,
+    ) -> None:
+        _check_at_least("batch_size", batch_size, 1)
+        _check_at_least("image_size", image_size, 1)
+        _check_at_least("seed", seed, 0)
+        _check_at_least("replicas", replicas, 1)
+        _check_at_least("workers", workers, 0)
+        if batch_size % replicas:
+            raise ValueError(
+                f"batch_size: expected a multiple of replicas={replicas}, got {batch_size}"
+            )
+        if not 0 <= rank < replicas:
+            raise ValueError(f"rank: expected 0 to {replicas - 1}, got {rank}")
+        if len(source) == 0:
+            raise DataError("source: expected at least one image, got none")
+        self.source = source
+        self.batch_size = batch_size
+        self.image_size = image_size
+        self.mean_std = mean_std
+        self.seed = seed
+        self.train = train
+        self.rank = rank
+        self.replicas = replicas
+        self.workers = workers
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self.source) // self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches ``start``, ``start + 1``, ... of an epoch, this replica's share of each."""
+        _check_at_least("epoch", epoch, 0)
+        if not 0 <= start <= len(self):
+            raise ValueError(f"start: expected 0 to {len(self)}, got {start}")
+        order, crops = self._order(epoch), self._crops(epoch)
+        shares = (self._share(order, batch) for batch in range(start, len(self)))
+        # Two batches a thread: one being loaded and one ready.
+        return map_ahead(lambda i: self._load(i, crops), shares, self.workers, 2 * self.workers)
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """int64 [len(source)]: the samples in the order in which the epoch visits them."""
+        if not self.train:
+            return np.arange(len(self.source))
+        return np.argsort(self._words(epoch, _ORDER, 1)[:, 0], kind="stable")
+
+    def _crops(self, epoch: int) -> npt.NDArray[np.int64]:
+        """int64 [len(source), 3]: top, left and whether to mirror, for each sample."""
+        spare = decode_size(self.image_size) - self.image_size
+        if not self.train:
+            return np.tile([spare // 2, spare // 2, 0], (len(self.source), 1))
+        words = self._words(epoch, _CROPS, _WORDS)
+        ranges = np.array([spare + 1, spare + 1, 2], np.uint64)
+        return (words % ranges).astype(np.int64)
+
+    def _words(self, epoch: int, stream: int, words: int) -> npt.NDArray[np.uint64]:
+        # Raw words, because numpy may change what its distributions make of them.
+        generator = np.random.Philox(np.random.SeedSequence([self.seed, epoch, stream]))
+        return generator.random_raw(len(self.source) * words).reshape(-1, words)
+
+    def _share(self, order: npt.NDArray[np.int64], batch: int) -> npt.NDArray[np.int64]:
+        stop = (batch + 1) * self.batch_size
+        positions = np.arange(
+            batch * self.batch_size, stop if self.train else min(stop, len(order))
+        )
+        first, last = (r * len(positions) // self.replicas for r in (self.rank, self.rank + 1))
+        return order[positions[first:last] % len(order)]
+
+    def _load(self, indices: npt.NDArray[np.int64], crops: npt.NDArray[np.int64]) -> Batch:
+        side, decoded = self.image_size, decode_size(self.image_size)
+        pixels: Pixels = np.empty((len(indices), side, side, 3), np.uint8)
+        for out, index in zip(pixels, indices, strict=True):
+            top, left, mirror = crops[index]
+            crop = self.source.image(int(index), decoded)[top : top + side, left : left + side]
+            out[:] = crop[:, ::-1] if mirror else crop
+        images = torch.from_numpy(pixels).to(torch.float32)
+        images.sub_(torch.tensor(self.mean_std.mean)).div_(torch.tensor(self.mean_std.std))
+        return Batch(
+            images.permute(0, 3, 1, 2),
+            torch.from_numpy(self.source.labels[indices]),
+            torch.from_numpy(indices),
+        )
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")

@@ -1,0 +1,165 @@
+"""A folder of images, one sub-folder for each class."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from fastalex.data.background import map_ahead
+from fastalex.data.base import CACHE_BYTES, DataError, ImageCache, Pixels
+from fastalex.data.decode import read_image, why
+
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+)  # compared in lower case
+_CHECK_SIZE = 64  # side at which a file is decoded only to see whether it can be
+
+
+class FolderImages:
+    """The images ``root/CLASS/*``: classes by name, and the images of each by file name.
+
+    Every file is decoded once to find those that can't be (cut short, empty, no image), which are
+    left out. Images are kept in memory, as far as ``cache_bytes`` go, at the size asked for.
+    Hidden files and files of other types are ignored, sub-folders of a class too.
+
+    Args:
+        root: the folder.
+        classes: the names that labels index; None takes the sub-folders' names.
+        size: the side that ``image`` will be asked for, if known: the first decoding then serves.
+        unreadable: what this attribute was when the same folder was opened before; no file is
+            decoded to find out again.
+        quiet: show no progress bar. It appears, on stderr, only on a terminal.
+        cache_bytes: limit of the memory.
+
+    Attributes:
+        unreadable: (path, reason) of each file left out.
+
+    Raises:
+        DataError: where ``root`` is no folder, holds no class or one that ``classes`` lacks, or a
+            class holds no image that can be read.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        classes: list[str] | None = None,
+        size: int | None = None,
+        unreadable: Iterable[tuple[str, str]] | None = None,
+        quiet: bool = False,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        found = class_folders(root, classes)
+        self.classes = found if classes is None else list(classes)
+        self._root = root
+        files = [(path, name) for name in found for path in _image_files(root / name)]
+        self._cache = ImageCache(len(files), cache_bytes)
+        if unreadable is None:
+            self.unreadable = self._check(files, size, quiet)
+        else:
+            self.unreadable = [(path, reason) for path, reason in unreadable]
+        bad = {path for path, _ in self.unreadable}
+        files = [(path, name) for path, name in files if str(path) not in bad]
+        self._paths = [path for path, _ in files]
+        self.labels = np.array([self.classes.index(name) for _, name in files], np.int64)
+        self._require_images(found)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, index: int) -> str:
+        return str(self._paths[index])
+
+    def image(self, index: int, size: int) -> Pixels:
+        """uint8 [size, size, 3], RGB; see ``fastalex.data.decode.read_image``.
+
+        Raises:
+            DataError: where a file that could be read before can't be any more.
+        """
+        image = self._cache.get(index, size)
+        if image is None:
+            result = _try_read(self._paths[index], size)
+            if isinstance(result, str):
+                raise DataError(f"{self.name(index)}: can't be read any more: {result}")
+            image = result
+            self._cache.put(index, image)
+        return image
+
+    def _check(
+        self, files: list[tuple[Path, str]], size: int | None, quiet: bool
+    ) -> list[tuple[str, str]]:
+        """Decode every file, keep what fits in memory and return what can't be decoded."""
+        paths = [path for path, _ in files]
+        workers = min(16, os.cpu_count() or 1)
+        side = _CHECK_SIZE if size is None else size
+        results = map_ahead(lambda path: _try_read(path, side), paths, workers, 4 * workers)
+        bar = tqdm(results, f"Reading {self._root}", len(paths), disable=quiet or None, delay=0.5)
+        bad: list[tuple[str, str]] = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
+            for index, result in enumerate(bar):
+                if isinstance(result, str):
+                    bad.append((str(paths[index]), result))
+                elif size is not None:
+                    self._cache.put(index - len(bad), result)
+        return bad
+
+    def _require_images(self, found: list[str]) -> None:
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        for name in found:
+            if counts[self.classes.index(name)] == 0:
+                folder = self._root / name
+                prefix = f"{folder}{os.sep}"
+                reasons = [reason for path, reason in self.unreadable if path.startswith(prefix)]
+                detail = f" ({len(reasons)} can't be: {reasons[0]})" if reasons else ""
+                raise DataError(
+                    f"{folder}: no image that can be read{detail}; "
+                    "put images there or remove the folder"
+                )
+
+
+def class_folders(root: Path, known: list[str] | None = None) -> list[str]:
+    """Names of the sub-folders of ``root``, sorted.
+
+    Raises:
+        DataError: where there are none, or one is not among the ``known`` classes, if given.
+    """
+    try:
+        names = sorted(
+            entry.name
+            for entry in os.scandir(root)
+            if entry.is_dir() and not entry.name.startswith(".")
+        )
+    except OSError as error:
+        raise DataError(f"{root}: {why(error)}; a folder of class folders is needed") from error
+    if not names:
+        raise DataError(f"{root}: no class in it; put images in a sub-folder for each class")
+    for name in names:
+        if known is not None and name not in known:
+            raise DataError(
+                f"{root}: class {name!r} is missing from the training images; "
+                "add some there or remove it here"
+            )
+    return names
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def _try_read(path: Path, size: int) -> Pixels | str:
+    """The image, or why it can't be read."""
+    try:
+        if path.stat().st_size == 0:
+            return "empty file"
+        return read_image(path, size)
+    except Exception as error:  # broken files make Pillow raise nearly anything
+        return why(error)

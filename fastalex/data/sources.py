@@ -1,0 +1,90 @@
+"""The images that a run trains and validates on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastalex.data.base import CACHE_BYTES, DataError, ImageSource
+from fastalex.data.batches import decode_size
+from fastalex.data.folder import FolderImages, class_folders
+from fastalex.data.synthetic import TRAIN_COUNT, VAL_COUNT, SyntheticImages
+
+_NAMED = 10  # unreadable files named before the rest are only counted
+_LAYOUT = "images go in train/CLASS and val/CLASS"
+
+
+def open_sources(
+    data: Path | None,
+    seed: int,
+    image_size: int | None = None,
+    unreadable: Sequence[tuple[str, str]] | None = None,
+    quiet: bool = False,
+) -> tuple[ImageSource, ImageSource]:
+    """The training and the validation images: a folder's, or the built-in set without one.
+
+    Files that can't be read, and classes with nothing to validate on, are named on stderr.
+
+    Args:
+        data: a folder with ``train/CLASS/*`` and ``val/CLASS/*``; None is the built-in set.
+        seed: of the built-in set.
+        image_size: the net's, if known; then each file is decoded once instead of twice.
+        unreadable: ``[*train.unreadable, *val.unreadable]`` of an earlier opening of the same
+            folder, so that several processes agree on what is left out and only one decodes
+            everything to find it.
+        quiet: write nothing to stderr.
+
+    Raises:
+        DataError: one line on what is missing from the folder.
+    """
+    if data is None:
+        return SyntheticImages("train", TRAIN_COUNT, seed), SyntheticImages("val", VAL_COUNT, seed)
+    _check_layout(data)
+    size = None if image_size is None else decode_size(image_size)
+    train, val = (
+        FolderImages(data / part, classes, size, _within(data / part, unreadable), quiet, limit)
+        for part, classes, limit in (
+            ("train", None, CACHE_BYTES),
+            ("val", class_folders(data / "train"), CACHE_BYTES // 4),
+        )
+    )
+    if not quiet:
+        for line in _notes(train, val):
+            print(line, file=sys.stderr)
+    return train, val
+
+
+def _check_layout(data: Path) -> None:
+    """Raise what can be told without opening any image."""
+    if not data.exists():
+        raise DataError(f"{data}: no such folder; {_LAYOUT} of a folder")
+    if not data.is_dir():
+        raise DataError(f"{data}: not a folder; {_LAYOUT} of a folder")
+    for part in ("train", "val"):
+        if not (data / part).is_dir():
+            raise DataError(f"{data}: no {part} folder in it; {_LAYOUT}")
+    class_folders(data / "val", class_folders(data / "train"))
+
+
+def _within(
+    folder: Path, unreadable: Sequence[tuple[str, str]] | None
+) -> list[tuple[str, str]] | None:
+    if unreadable is None:
+        return None
+    return [(path, reason) for path, reason in unreadable if folder in Path(path).parents]
+
+
+def _notes(train: FolderImages, val: FolderImages) -> list[str]:
+    """What a user should know about the folder: files left out and classes not validated."""
+    bad = [*train.unreadable, *val.unreadable]
+    lines = [f"{path}: left out: {reason}" for path, reason in bad[:_NAMED]]
+    if bad:
+        total = len(bad) + len(train) + len(val)
+        rest = f", {len(bad) - _NAMED} more than named above" if len(bad) > _NAMED else ""
+        lines.append(f"{len(bad)} of {total} images can't be read and are left out{rest}")
+    missing = sorted(set(train.classes) - {val.classes[label] for label in set(val.labels)})
+    if missing:
+        lines.append(f"No validation images of {', '.join(missing[:_NAMED])}: {len(missing)} of ")
+        lines[-1] += f"{len(train.classes)} classes are trained but not validated"
+    return lines

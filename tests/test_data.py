@@ -1,0 +1,271 @@
+"""Batches, what they are made of and the threads that load them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastalex.data import Batch, Batches, Normalization, decode_size, open_sources
+from fastalex.data.background import map_ahead
+from fastalex.data.base import ImageCache, Pixels
+
+PLAIN = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+class Coordinates:
+    """A source whose pixels say where they are: (row, column, index)."""
+
+    def __init__(self, count: int) -> None:
+        self.classes = ["even", "odd"]
+        self.labels = np.arange(count) % 2
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"coordinates {index}"
+
+    def image(self, index: int, size: int) -> Pixels:
+        line = np.arange(size)
+        rows, columns = np.meshgrid(line, line, indexing="ij")
+        return np.stack([rows, columns, np.full_like(rows, index)], -1).astype(np.uint8)
+
+
+def batches(count: int = 20, size: int = 14, batch_size: int = 8, **options: object) -> Batches:
+    arguments = {"mean_std": PLAIN, "seed": 3, "train": True, **options}
+    return Batches(Coordinates(count), batch_size, size, **arguments)  # type: ignore[arg-type]
+
+
+def seen(loader: Batches, epoch: int = 0, start: int = 0) -> list[tuple[int, int, int, bool]]:
+    """(index, top, left, mirrored) of every image, read from its pixels."""
+    found = []
+    for batch in loader.epoch(epoch, start):
+        for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
+            rows, columns, numbers = image.int().tolist()
+            size = len(rows)
+            top, left = rows[0][0], min(columns[0])
+            mirrored = columns[0][0] > columns[0][-1]
+            line = list(range(left, left + size))
+            assert numbers == [[index] * size] * size
+            assert rows == [[top + y] * size for y in range(size)]
+            assert columns == [line[::-1] if mirrored else line] * size
+            found.append((index, top, left, mirrored))
+    return found
+
+
+def test_training_crops_lie_within_the_decoded_image_and_take_every_place() -> None:
+    assert decode_size(14) == 16
+    loader = batches(count=200, batch_size=50)
+    places = Counter(place[1:] for epoch in range(3) for place in seen(loader, epoch))
+    # 600 draws of 3 x 3 x 2 equally likely places, 33 expected of each: fewer than 12 or more than
+    # 60 of one has a probability below 1e-4.
+    assert len(places) == 18
+    assert min(places.values()) >= 12
+    assert max(places.values()) <= 60
+
+
+def test_validation_takes_the_centre_in_order_and_a_short_last_batch() -> None:
+    loader = batches(count=20, size=14, train=False)
+    assert [len(batch.indices) for batch in loader.epoch(0)] == [8, 8, 4]
+    assert seen(loader) == [(i, 1, 1, False) for i in range(20)]
+
+
+@given(
+    count=st.integers(1, 40),
+    per_replica=st.integers(1, 6),
+    replicas=st.integers(1, 4),
+    train=st.booleans(),
+)
+def test_replicas_share_each_batch(
+    count: int, per_replica: int, replicas: int, train: bool
+) -> None:
+    batch_size = per_replica * replicas
+    whole = batches(count, 7, batch_size, train=train)
+    parts = [
+        batches(count, 7, batch_size, train=train, rank=rank, replicas=replicas)
+        for rank in range(replicas)
+    ]
+    assert len(whole) == -(-count // batch_size)
+    for full, *shares in zip(whole.epoch(1), *(part.epoch(1) for part in parts), strict=True):
+        for field in ("images", "labels", "indices"):
+            joined = torch.cat([getattr(share, field) for share in shares])
+            assert torch.equal(joined, getattr(full, field))
+        if train:
+            assert [len(share.indices) for share in shares] == [per_replica] * replicas
+
+
+@given(count=st.integers(1, 40), batch_size=st.integers(1, 50), epoch=st.integers(0, 5))
+def test_a_training_epoch_has_full_batches_and_misses_no_sample(
+    count: int, batch_size: int, epoch: int
+) -> None:
+    indices = [b.indices.tolist() for b in batches(count, 7, batch_size).epoch(epoch)]
+    flat = [index for batch in indices for index in batch]
+    assert {len(batch) for batch in indices} == {batch_size}
+    assert sorted(flat[:count]) == list(range(count))
+    assert flat[count:] == [flat[i % count] for i in range(count, len(flat))]
+
+
+def test_what_is_seen_depends_on_seed_and_epoch_alone() -> None:
+    first = seen(batches())
+    assert seen(batches()) == first
+    assert seen(batches(workers=3)) == first
+    assert seen(batches(), start=2) == first[16:]
+    assert sorted(seen(batches(batch_size=5))) == sorted(first[:20])  # crops follow the sample
+    assert seen(batches(), epoch=1) != first
+    assert seen(batches(seed=4)) != first
+    order, other = ([i for i, *_ in seen(batches(), epoch=epoch)] for epoch in (0, 1))
+    assert order != other
+
+
+def test_batches_hold_normalised_float_images_and_their_labels() -> None:
+    norm = Normalization((1.0, 2.0, 3.0), (2.0, 4.0, 0.5))
+    loader = batches(count=3, batch_size=3, size=7, mean_std=norm, train=False)
+    (batch,) = loader.epoch(0)
+    assert isinstance(batch, Batch)
+    assert batch.images.shape == (3, 3, 7, 7)
+    assert batch.images.dtype == torch.float32
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.labels.dtype == batch.indices.dtype == torch.int64
+    assert batch.labels.tolist() == [0, 1, 0]
+    # Exact: small integers and powers of two.
+    assert batch.images[2, 2].unique().tolist() == [(2 - 3) / 0.5]
+    assert batch.images[1, 0, :, 0].tolist() == [(row - 1) / 2 for row in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"size": 0}, "image_size: expected at least 1, got 0"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"workers": -1}, "workers: expected at least 0, got -1"),
+        ({"replicas": 3}, "batch_size: expected a multiple of replicas=3, got 8"),
+        ({"rank": 2, "replicas": 2}, "rank: expected 0 to 1, got 2"),
+        ({"count": 0}, "source: expected at least one image, got none"),
+    ],
+)
+def test_arguments_out_of_range_are_named(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        batches(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("start", [-1, 4])
+def test_a_start_outside_the_epoch_is_refused(start: int) -> None:
+    with pytest.raises(ValueError, match=r"^start: expected 0 to 3"):
+        next(batches().epoch(0, start))
+
+
+# Normalization
+
+
+def test_measured_normalisation_gives_zero_mean_and_unit_variance() -> None:
+    source, _ = open_sources(None, seed=5)
+    norm = Normalization.measure(source, 16, sample=200)
+    pixels = np.stack([source.image(i, 16) for i in range(0, 3000, 15)]).reshape(-1, 3)
+    scaled = (pixels - np.array(norm.mean)) / np.array(norm.std)
+    # Measured in float64 on these very pixels: only rounding is left.
+    np.testing.assert_allclose(scaled.mean(0), 0, atol=1e-9)
+    np.testing.assert_allclose(scaled.var(0), 1, rtol=1e-9)
+
+
+def test_a_constant_channel_keeps_its_scale() -> None:
+    norm = Normalization.measure(Coordinates(1), 4)
+    assert norm.mean[2] == 0
+    assert norm.std[2] == 1
+
+
+def test_normalisation_survives_json() -> None:
+    norm = Normalization((0.1, 1 / 3, 255.0), (1e-3, 2 / 3, 77.7))
+    assert Normalization.from_dict(json.loads(json.dumps(norm.to_dict()))) == norm
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"mean": [1, 2, 3]},
+        {"mean": [1, 2], "std": [1, 2, 3]},
+        {"mean": [1, 2, 3], "std": [1, 0, 1]},
+        {"mean": [1, 2, 3], "std": [1, float("nan"), 1]},
+        {"mean": "abc", "std": [1, 1, 1]},
+    ],
+)
+def test_a_normalisation_that_makes_no_sense_is_refused(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"^normalization: "):
+        Normalization.from_dict(values)
+
+
+# The cache
+
+
+def test_the_cache_keeps_what_its_limit_allows_and_hands_out_copies() -> None:
+    cache = ImageCache(count=3, limit=2 * 3 * 4 * 4 + 1)
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    for index in range(3):
+        cache.put(index, image + np.uint8(index))
+    kept = [cache.get(index, 4) for index in range(3)]
+    assert kept[2] is None
+    first = kept[0]
+    assert first is not None
+    first[:] = 0
+    again = cache.get(0, 4)
+    assert again is not None
+    np.testing.assert_array_equal(again, image)
+    assert cache.get(0, 8) is None
+    assert cache.get(1, 8) is None
+
+
+# The threads
+
+
+def loader_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("fastalex-data")]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_results_come_in_order_and_no_further_ahead_than_asked(workers: int) -> None:
+    drawn = 0
+
+    def items() -> object:
+        nonlocal drawn
+        for item in range(30):
+            drawn += 1
+            yield item
+
+    for done, result in enumerate(map_ahead(lambda x: x * x, items(), workers, ahead=4)):  # type: ignore[arg-type]
+        assert result == done * done
+        assert drawn <= done + 1 + 4
+    assert drawn == 30
+    assert loader_threads() == []
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), KeyboardInterrupt()])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_comes_at_its_turn_and_leaves_no_thread(
+    workers: int, error: BaseException
+) -> None:
+    def fail_at_five(item: int) -> int:
+        if item == 5:
+            raise error
+        return item
+
+    results = map_ahead(fail_at_five, range(100), workers, ahead=4)
+    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(type(error)):
+        next(results)
+    assert loader_threads() == []
+
+
+def test_an_epoch_left_half_way_leaves_no_thread() -> None:
+    epoch = batches(count=100, workers=2).epoch(0)
+    next(epoch)
+    assert loader_threads() != []
+    epoch.close()  # type: ignore[attr-defined]
+    assert loader_threads() == []

@@ -1,0 +1,405 @@
+"""Folders of image files: what is read, what is left out and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image, ImageOps
+
+from fastalex.data import DataError, FolderImages, decode_size, open_sources
+from fastalex.data import folder as folder_module
+from fastalex.data.decode import read_image
+
+RED, BLUE = (200, 30, 40), (20, 60, 210)
+
+
+def smooth(width: int, height: int) -> npt.NDArray[np.uint8]:
+    """A picture without sharp edges, so that JPEG and resizing hardly change it."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    channels = [40 + 170 * x, 30 + 190 * y, 220 - 180 * x * y]
+    return np.stack(channels, -1).round().astype(np.uint8)
+
+
+def save(path: Path, pixels: npt.NDArray[np.generic] | Image.Image, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(path, **options)
+    return path
+
+
+def dataset(root: Path, train: str = "ab", val: str = "ab", count: int = 2) -> Path:
+    for part, names in (("train", train), ("val", val)):
+        for name in names:
+            for i in range(count):
+                save(root / part / name / f"{i}.jpg", smooth(40 + i, 30))
+    return root
+
+
+# One file
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".PNG", ".webp", ".bmp", ".tiff"])
+def test_kinds_of_files_give_the_same_picture(tmp_path: Path, suffix: str) -> None:
+    pixels = smooth(48, 48)
+    options = {".jpg": {"quality": 95, "subsampling": 0}, ".webp": {"lossless": True}}
+    got = read_image(save(tmp_path / f"a{suffix}", pixels, **options.get(suffix, {})), 48)
+    assert got.shape == (48, 48, 3)
+    assert got.dtype == np.uint8
+    # At quality 95 a smooth picture is off by a few levels.
+    np.testing.assert_allclose(got.astype(int), pixels, atol=6 if suffix == ".jpg" else 0)
+
+
+@pytest.mark.parametrize(("width", "height"), [(90, 60), (60, 90), (61, 240), (7, 9), (1, 1)])
+def test_the_shorter_side_is_resized_and_the_centre_kept(
+    tmp_path: Path, width: int, height: int
+) -> None:
+    """Against a crop made first, at the very same place, and resized by another filter."""
+    pixels = smooth(width, height)
+    got = read_image(save(tmp_path / "a.png", pixels), 24).astype(int)
+    short = min(width, height)
+    # The centres of 24 x 24 squares, looked up where the picture is a function of its place.
+    place = (np.arange(24) + 0.5) / 24 * short - 0.5
+    x = np.clip(place + (width - short) / 2, 0, width - 1) / max(width - 1, 1)
+    y = np.clip(place + (height - short) / 2, 0, height - 1) / max(height - 1, 1)
+    expected = np.stack(
+        np.broadcast_arrays(
+            40 + 170 * x[None], 30 + 190 * y[:, None], 220 - 180 * x[None] * y[:, None]
+        ),
+        -1,
+    )
+    # Averaging flattens the ramp in the outermost pixels only; rounding adds one level.
+    np.testing.assert_allclose(got[2:-2, 2:-2], expected[2:-2, 2:-2], atol=3)
+
+
+def test_a_large_jpeg_decoded_small_looks_as_if_decoded_whole(tmp_path: Path) -> None:
+    path = save(tmp_path / "large.jpg", smooth(1200, 900), quality=95)
+    whole = Image.open(path).resize((100, 100), Image.Resampling.BOX, (150, 0, 1050, 900))
+    difference = np.abs(read_image(path, 100).astype(int) - np.asarray(whole).astype(int))
+    assert difference.max() <= 3  # of 255; the picture spans 40 to 210
+
+
+def two_tone(size: int = 32) -> Image.Image:
+    image = Image.new("RGB", (size, size), RED)
+    image.paste(BLUE, (size // 2, 0, size, size))
+    return image
+
+
+def halves(path: Path) -> tuple[list[int], list[int]]:
+    got = read_image(path, 32)
+    return got[16, 8].tolist(), got[16, 24].tolist()
+
+
+def test_grey_palette_and_transparent_pictures_become_rgb(tmp_path: Path) -> None:
+    grey = save(tmp_path / "grey.png", two_tone().convert("L"))
+    luma = [round(0.299 * r + 0.587 * g + 0.114 * b) for r, g, b in (RED, BLUE)]
+    assert halves(grey) == ([luma[0]] * 3, [luma[1]] * 3)
+    palette = save(tmp_path / "palette.png", two_tone().quantize(2))
+    assert halves(palette) == (list(RED), list(BLUE))
+    bilevel = save(tmp_path / "bilevel.png", two_tone().convert("L").point(lambda v: v > 64, "1"))
+    assert halves(bilevel) == ([255] * 3, [255 * (luma[1] > 64)] * 3)
+
+
+def test_transparent_parts_turn_white(tmp_path: Path) -> None:
+    rgba = two_tone().convert("RGBA")
+    rgba.putalpha(Image.new("L", (32, 32), 255))
+    rgba.paste((*BLUE, 0), (16, 0, 32, 32))
+    assert halves(save(tmp_path / "rgba.png", rgba)) == (list(RED), [255] * 3)
+    half = two_tone().convert("RGBA")
+    half.paste((0, 0, 0, 51), (16, 0, 32, 32))  # a fifth black on white
+    assert halves(save(tmp_path / "half.png", half)) == (list(RED), [204] * 3)
+    indexed = two_tone().quantize(2)
+    at = indexed.getpixel((24, 16))
+    path = save(tmp_path / "indexed.png", indexed, transparency=at)
+    assert halves(path) == (list(RED), [255] * 3)
+    la = Image.merge("LA", (two_tone().convert("L"), rgba.getchannel("A")))
+    assert halves(save(tmp_path / "la.png", la))[1] == [255] * 3
+
+
+def test_cmyk_as_adobe_writes_it(tmp_path: Path) -> None:
+    """Inverted in the file: no ink is 255. Read without that, white paper would turn black."""
+    image = Image.new("CMYK", (32, 32), (0, 0, 0, 0))
+    image.paste((0, 255, 255, 0), (16, 0, 32, 32))
+    path = save(tmp_path / "cmyk.jpg", image, quality=95)
+    assert b"Adobe" in path.read_bytes()
+    left, right = halves(path)
+    np.testing.assert_allclose(left, [255, 255, 255], atol=4)
+    np.testing.assert_allclose(right, [255, 0, 0], atol=4)
+
+
+def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    path = save(tmp_path / "deep.png", levels * np.uint16(257))
+    expected = np.repeat(levels[..., None], 3, -1)
+    np.testing.assert_array_equal(read_image(path, 16), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "turned.jpg", smooth(60, 44), exif=exif, quality=95)
+    upright = save(tmp_path / "upright.png", ImageOps.exif_transpose(Image.open(path)))
+    # 40 is more than half of 44, so that the JPEG is decoded whole.
+    got, expected = (read_image(p, 40).astype(int) for p in (path, upright))
+    # The same pixels in another order, turned after resizing or before: rounding only.
+    np.testing.assert_allclose(got, expected, atol=1)
+
+
+def test_a_phone_held_upright(tmp_path: Path) -> None:
+    """Orientation 6: the first row of the file is the right edge of the picture."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.new("RGB", (32, 32), RED)
+    stored.paste(BLUE, (0, 0, 32, 16))
+    left, right = halves(save(tmp_path / "phone.jpg", stored, exif=exif, quality=95))
+    np.testing.assert_allclose(left, RED, atol=5)
+    np.testing.assert_allclose(right, BLUE, atol=5)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_metadata_does_not_lose_the_picture(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", two_tone(), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff", quality=95)
+    left, right = halves(path)
+    np.testing.assert_allclose([left, right], [RED, BLUE], atol=5)
+
+
+# A folder
+
+
+def test_classes_labels_names_and_order(tmp_path: Path) -> None:
+    for name in ("zebra", "Ant", "bee"):
+        for file in ("10.jpg", "2.JPEG", "a.png"):
+            save(tmp_path / name / file, smooth(30, 30), format="PNG")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "bee" / ".hidden.jpg").write_text("x")
+    (tmp_path / "bee" / "notes.txt").write_text("x")
+    (tmp_path / "bee" / "folder.jpg").mkdir()
+    (tmp_path / "README.md").write_text("x")
+    source = FolderImages(tmp_path)
+    assert source.classes == ["Ant", "bee", "zebra"]
+    assert source.labels.dtype == np.int64
+    assert source.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    files = ["10.jpg", "2.JPEG", "a.png"]
+    expected = [str(tmp_path / name / file) for name in source.classes for file in files]
+    assert [source.name(i) for i in range(len(source))] == expected
+    assert source.unreadable == []
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_files_that_cannot_be_read_are_listed_with_the_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    for suffix in ("jpg", "png", "webp", "bmp"):
+        whole = save(folder / f"cut.{suffix}", smooth(80, 80)).read_bytes()
+        (folder / f"cut.{suffix}").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("this is no picture")
+    (folder / "bomb.png").write_bytes(png_header(60_000, 60_000))
+    (folder / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    save(folder / "fine1.jpg", smooth(50, 50))
+    save(folder / "fine2.png", smooth(20, 50))
+    source = FolderImages(tmp_path, size=16)
+    assert [Path(source.name(i)).name for i in range(len(source))] == ["fine1.jpg", "fine2.png"]
+    reasons = {Path(path).name: reason for path, reason in source.unreadable}
+    cut = {f"cut.{suffix}" for suffix in ("jpg", "png", "webp", "bmp")}
+    assert set(reasons) == {"empty.jpg", "text.jpg", "bomb.png"} | cut
+    assert reasons["empty.jpg"] == "empty file"
+    assert reasons["text.jpg"] == "not an image"
+    assert reasons["bomb.png"] == "too many pixels to be safe"
+    for reason in reasons.values():
+        assert reason
+        assert "\n" not in reason
+    for index, name in enumerate(("fine1.jpg", "fine2.png")):
+        np.testing.assert_array_equal(source.image(index, 16), read_image(folder / name, 16))
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The paths decoded from here on."""
+    paths: list[Path] = []
+
+    def counting(path: Path, size: int) -> npt.NDArray[np.uint8]:
+        paths.append(path)
+        return read_image(path, size)
+
+    monkeypatch.setattr(folder_module, "read_image", counting)
+    return paths
+
+
+def test_each_file_is_decoded_once_when_the_size_is_known(
+    tmp_path: Path, decoded: list[Path]
+) -> None:
+    train, val = open_sources(dataset(tmp_path), 0, image_size=28, quiet=True)
+    assert len(decoded) == 8
+    for source in (train, val):
+        for index in (0, 3, 0):
+            image = source.image(index, decode_size(28))
+            np.testing.assert_array_equal(image, read_image(Path(source.name(index)), 32))
+    assert len(decoded) == 8
+
+
+def test_images_beyond_the_limit_of_memory_are_decoded_each_time(
+    tmp_path: Path, decoded: list[Path]
+) -> None:
+    dataset(tmp_path)
+    source = FolderImages(tmp_path / "train", size=10, cache_bytes=3 * 10 * 10)
+    del decoded[:]
+    for index in (0, 1, 1):
+        assert source.image(index, 10).shape == (10, 10, 3)
+    assert decoded == [Path(source.name(1))] * 2
+
+
+def test_another_process_takes_over_what_was_found_unreadable(
+    tmp_path: Path, decoded: list[Path]
+) -> None:
+    dataset(tmp_path)
+    for part in ("train", "val"):
+        (tmp_path / part / "a" / "1.jpg").write_text("broken")
+    first = open_sources(tmp_path, 0, quiet=True)
+    bad = [*first[0].unreadable, *first[1].unreadable]  # type: ignore[attr-defined]
+    assert len(bad) == 2
+    del decoded[:]
+    again = open_sources(tmp_path, 0, unreadable=bad, quiet=True)
+    assert decoded == []
+    for one, other in zip(first, again, strict=True):
+        assert one.labels.tolist() == other.labels.tolist() == [0, 1, 1]
+        assert [one.name(i) for i in range(3)] == [other.name(i) for i in range(3)]
+
+
+def test_a_file_that_goes_away_is_named(tmp_path: Path) -> None:
+    source = FolderImages(dataset(tmp_path) / "train")
+    Path(source.name(2)).unlink()
+    with pytest.raises(DataError) as error:
+        source.image(2, 16)
+    assert (
+        str(error.value) == f"{source.name(2)}: can't be read any more: no such file or directory"
+    )
+
+
+# What is refused
+
+
+def broken_class(root: Path) -> None:
+    for path in (root / "train" / "b").iterdir():
+        path.write_text("broken")
+
+
+def unknown_class(root: Path) -> None:
+    save(root / "val" / "newt" / "1.jpg", smooth(20, 20))
+
+
+REFUSED: list[tuple[Callable[[Path], object], str]] = [
+    (shutil.rmtree, "{root}: no such folder; images go in train/CLASS and val/CLASS of a folder"),
+    (
+        lambda root: (shutil.rmtree(root), root.write_text("x")),
+        "{root}: not a folder; images go in train/CLASS and val/CLASS of a folder",
+    ),
+    (
+        lambda root: shutil.rmtree(root / "train"),
+        "{root}: no train folder in it; images go in train/CLASS and val/CLASS",
+    ),
+    (
+        lambda root: shutil.rmtree(root / "val"),
+        "{root}: no val folder in it; images go in train/CLASS and val/CLASS",
+    ),
+    (
+        lambda root: [shutil.rmtree(root / "train" / name) for name in "ab"],
+        "{root}/train: no class in it; put images in a sub-folder for each class",
+    ),
+    (
+        lambda root: [shutil.rmtree(root / "val" / name) for name in "ab"],
+        "{root}/val: no class in it; put images in a sub-folder for each class",
+    ),
+    (
+        lambda root: [path.unlink() for path in (root / "train" / "a").iterdir()],
+        "{root}/train/a: no image that can be read; put images there or remove the folder",
+    ),
+    (
+        broken_class,
+        "{root}/train/b: no image that can be read (2 can't be: not an image); "
+        "put images there or remove the folder",
+    ),
+    (
+        unknown_class,
+        "{root}/val: class 'newt' is missing from the training images; "
+        "add some there or remove it here",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_a_folder_that_cannot_be_trained_on_is_refused_in_one_line(
+    tmp_path: Path, change: Callable[[Path], object], message: str
+) -> None:
+    root = dataset(tmp_path / "data")
+    change(root)
+    with pytest.raises(DataError) as error:
+        open_sources(root, 0, quiet=True)
+    assert str(error.value) == message.format(root=root)
+
+
+# What is said
+
+
+def test_a_good_folder_is_opened_in_silence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    open_sources(dataset(tmp_path), 0)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_files_left_out_are_named_and_counted(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dataset(tmp_path, count=3)
+    (tmp_path / "train" / "b" / "1.jpg").write_text("broken")
+    (tmp_path / "val" / "a" / "2.jpg").write_bytes(b"")
+    open_sources(tmp_path, 0)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        f"{tmp_path}/train/b/1.jpg: left out: not an image",
+        f"{tmp_path}/val/a/2.jpg: left out: empty file",
+        "2 of 12 images can't be read and are left out",
+    ]
+
+
+def test_of_many_files_left_out_ten_are_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dataset(tmp_path)
+    for i in range(13):
+        (tmp_path / "train" / "a" / f"broken{i:02d}.jpg").write_text("x")
+    open_sources(tmp_path, 0)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 11
+    expected = "13 of 21 images can't be read and are left out, 3 more than named above"
+    assert lines[-1] == expected
+
+
+def test_a_class_without_validation_images_is_mentioned(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train, val = open_sources(dataset(tmp_path, train="abc", val="ac"), 0)
+    assert train.classes == val.classes == ["a", "b", "c"]
+    assert val.labels.tolist() == [0, 0, 2, 2]
+    expected = "No validation images of b: 1 of 3 classes are trained but not validated\n"
+    assert capfd.readouterr().err == expected

@@ -1,0 +1,231 @@
+"""The photographs: cut from separate parts, written whole or not at all, and said where."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastalex.data import open_sources, photos
+from fastalex.data.__main__ import main
+from fastalex.data.photos import PHOTOS, regions, write_photos
+
+needs_pictures = pytest.mark.skipif(
+    importlib.util.find_spec("skimage") is None, reason="needs scikit-image's pictures"
+)
+
+
+def run(*arguments: object) -> int:
+    """The exit code of ``python -m fastalex.data ARGUMENTS``, in this process."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos") / "P"
+    assert run("photos", folder, "--crops-per-photo", 12, "--val-crops-per-photo", 6) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manifest(written: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((written / "manifest.json").read_text(encoding="utf-8"))
+    return values
+
+
+def original(name: str) -> Image.Image:
+    (file,) = (photo.file for photo in PHOTOS if photo.name == name)
+    folder = importlib.util.find_spec("skimage")
+    assert folder is not None
+    assert folder.submodule_search_locations is not None
+    return Image.open(Path(folder.submodule_search_locations[0]) / "data" / file)
+
+
+@needs_pictures
+def test_the_folder_is_what_training_reads(written: Path) -> None:
+    train, val = open_sources(written, 0, quiet=True)
+    assert train.classes == val.classes == sorted(photo.name for photo in PHOTOS)
+    assert np.bincount(train.labels).tolist() == [12] * len(PHOTOS)
+    assert np.bincount(val.labels).tolist() == [6] * len(PHOTOS)
+    assert train.unreadable == val.unreadable == []  # type: ignore[attr-defined]
+
+
+@needs_pictures
+def test_every_file_is_the_crop_that_the_manifest_says(
+    written: Path, manifest: dict[str, Any]
+) -> None:
+    files = {path.relative_to(written).as_posix() for path in written.glob("*/*/*.jpg")}
+    assert {crop["file"] for crop in manifest["crops"]} == files
+    for crop in manifest["crops"]:
+        assert crop["file"].split("/")[1] == crop["photo"]
+        left, top, right, bottom = crop["box"]
+        assert right - left == bottom - top >= 128
+        photo = original(crop["photo"])
+        assert 0 <= left < right <= photo.width
+        assert 0 <= top < bottom <= photo.height
+        saved = Image.open(written / crop["file"])
+        assert saved.size == (right - left, bottom - top)
+        expected = np.asarray(photo.convert("L"), float)[top:bottom, left:right]
+        error = np.abs(np.asarray(saved.convert("L"), float) - expected).mean()
+        assert error < 4  # JPEG's own; a crop one pixel off in the gravel is off by more than 8
+
+
+@needs_pictures
+def test_no_pixel_is_in_both_training_and_validation(manifest: dict[str, Any]) -> None:
+    for photo in PHOTOS:
+        width, height = original(photo.name).size
+        seen = {part: np.zeros((height, width), bool) for part in ("train", "val")}
+        for crop in manifest["crops"]:
+            if crop["photo"] == photo.name:
+                left, top, right, bottom = crop["box"]
+                seen[crop["file"].split("/")[0]][top:bottom, left:right] = True
+        assert seen["train"].any()
+        assert seen["val"].any()
+        assert not (seen["train"] & seen["val"]).any()
+
+
+@pytest.mark.parametrize("side", ["left", "right", "bottom"])
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5])
+def test_the_parts_of_a_photograph_make_up_the_whole(side: str, fraction: float) -> None:
+    size = (500, 400)
+    cover = np.zeros((400, 500), int)
+    for left, top, right, bottom in regions(size, side, fraction):
+        cover[top:bottom, left:right] += 1
+    assert (cover == 1).all()
+    _, (left, top, right, bottom) = regions(size, side, fraction)
+    expected = max(128, round((400 if side == "bottom" else 500) * fraction))
+    assert (bottom - top if side == "bottom" else right - left) == expected
+
+
+@needs_pictures
+def test_the_same_seed_writes_the_same_files_and_another_does_not(tmp_path: Path) -> None:
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        assert write_photos(tmp_path / name, seed, 2, 1) == 3 * len(PHOTOS)
+    first, same, other = (
+        {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.*")}
+        for name in "abc"
+    )
+    assert first == same
+    assert first.keys() == other.keys()
+    assert first != other
+
+
+@needs_pictures
+def test_the_readme_names_author_and_licence_of_every_photograph(written: Path) -> None:
+    text = (written / "README.txt").read_text(encoding="utf-8")
+    for photo in PHOTOS:
+        assert photo.licence in ("CC0", "public domain")
+        assert f"{photo.name}: {photo.what}. {photo.author}, {photo.licence}." in text
+
+
+@needs_pictures
+def test_the_last_line_says_where_and_what_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "my photos"
+    folder.mkdir()  # an empty folder is taken
+    options = ("--crops-per-photo", 1, "--val-crops-per-photo", 1)
+    assert run("photos", folder, *options) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"20 crops are in '{folder}'; next: python -m fastalex.train --data '{folder}'"
+    assert [path.name for path in tmp_path.iterdir()] == ["my photos"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_place_in_use_is_refused_and_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    place = tmp_path / "P"
+    kept = place
+    if kind == "folder":
+        place.mkdir()
+        kept = place / "mine.txt"
+    kept.write_text("keep")
+    assert run("photos", place) == 2
+    expected = f"fastalex.data: {place}: exists and is not an empty folder; name another one\n"
+    assert capsys.readouterr().err == expected
+    assert kept.read_text() == "keep"
+    assert list(tmp_path.rglob("*")) == ([place, kept] if kind == "folder" else [place])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--crops-per-photo", "0"], "train_crops: expected at least 1, got 0"),
+        (["--val-crops-per-photo", "0"], "val_crops: expected at least 1, got 0"),
+        (["--seed", "-1"], "seed: expected at least 0, got -1"),
+        (["--val-fraction", "0.6"], "val_fraction: expected 0.1 to 0.5, got 0.6"),
+        (["--val-fraction", "nan"], "val_fraction: expected 0.1 to 0.5, got nan"),
+        (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["--speed"], "unrecognized arguments: --speed"),
+    ],
+)
+def test_bad_options_are_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert run("photos", tmp_path / "P", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_scikit_image_it_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(photos.importlib.util, "find_spec", lambda name: None)
+    assert run("photos", tmp_path / "P") == 2
+    expected = 'fastalex.data: scikit-image is missing; run: pip install "fastalex[photos]"\n'
+    assert capsys.readouterr().err == expected
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_pictures
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(28, "No space left on device"), 2, "[Errno 28] No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted, nothing was written"),
+    ],
+)
+def test_what_fails_half_way_leaves_nothing(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    saved = 0
+
+    def save(self: Image.Image, *arguments: object, **options: object) -> None:
+        nonlocal saved
+        saved += 1
+        if saved == 5:
+            raise error
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert run("photos", tmp_path / "P") == code
+    assert capsys.readouterr().err == f"fastalex.data: {message}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_a_program_it_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    (tmp_path / "P").mkdir()
+    (tmp_path / "P" / "x").touch()
+    command = [sys.executable, "-m", "fastalex.data", "photos", str(tmp_path / "P")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "exists and is not an empty folder" in result.stderr
