@@ -95,6 +95,7 @@ class LRNMaxPool2d(MaxPool2d):
         groups: the window stays inside one of this many groups of channels (a tower).
         kernel_size, stride, ceil_mode: of the pooling; 1 and 1 pool nothing.
         relu: whether ReLU follows the pooling, as in the authors' net 145.
+        signed: False promises that no input is negative: a ReLU stands before.
     """
 
     def __init__(
@@ -108,10 +109,11 @@ class LRNMaxPool2d(MaxPool2d):
         stride: int = 2,
         ceil_mode: bool = False,
         relu: bool = False,
+        signed: bool = True,
     ) -> None:
         super().__init__(kernel_size, stride, ceil_mode)
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
-        self.groups, self.relu = groups, relu
+        self.groups, self.relu, self.signed = groups, relu, signed
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         output = kernels.lrn_max_pool2d(
@@ -124,6 +126,7 @@ class LRNMaxPool2d(MaxPool2d):
             self.kernel_size,
             self.stride,
             self.ceil_mode,
+            self.signed,
         )
         return F.relu(output) if self.relu else output
 

@@ -152,10 +152,11 @@ def _pool_layer(spec: Convolution, ceil_mode: bool) -> nn.Module:
         return MaxPool2d(**pool)
     norm = (spec.norm.size, spec.norm.alpha, spec.norm.beta, spec.norm.k, spec.norm.groups)
     if spec.spatial_norm is None:
-        return LRNMaxPool2d(*norm, **pool, relu=spec.relu_after_pool)
+        relu = spec.relu_after_pool
+        return LRNMaxPool2d(*norm, **pool, relu=relu, signed=relu)
     spatial = spec.spatial_norm
     return nn.Sequential(
-        LRNMaxPool2d(*norm, kernel_size=1, stride=1),
+        LRNMaxPool2d(*norm, kernel_size=1, stride=1, signed=False),
         SpatialResponseNorm(spatial.size, spatial.alpha, spatial.beta, spatial.k),
         MaxPool2d(**pool),
     )

@@ -12,6 +12,8 @@ to compute no normalised value twice and to shuffle nothing:
   the same order, and its 4 lowest bits, 2^-20 of the value, are replaced by 8 - position: one
   integer maximum does both, and of equals the first wins. Positions beyond the border repeat the
   last row or column, which never changes a maximum nor wins a tie.
+* With s = alpha / size, d = s (k / s + sum of squares). The sums start at k / s, and the factor
+  s^-0.75 is applied to the few values that are stored.
 
 Backward, a program takes the two columns that belong to one pooled column and goes down likewise.
 A channel's gradient needs its neighbours' too, so 2 values cross between the chunks of a group on
@@ -22,7 +24,7 @@ Layout HWNC: a pixel is N * C contiguous values, cut into N * C / 8 chunks.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -36,16 +38,34 @@ _CHUNKS = {"forward": 128, "backward": 128}  # of a program, one a thread: 4 war
 _PROGRAMS = 1024  # cut the rows until about this many programs run: some eight per SM
 
 
-def fits(x: torch.Tensor, lrn: dict[str, Any], groups: int, window: dict[str, int]) -> bool:
+class Norm(NamedTuple):
+    """x * (offset + scale * sum of squares over ``size`` channels) ^ -beta."""
+
+    size: int
+    scale: float
+    beta: float
+    offset: float
+    signed: bool = True  # False: no x is negative
+
+
+class Window(NamedTuple):
+    """Pooling over size x size pixels, every stride pixels."""
+
+    size: int
+    stride: int
+
+
+def fits(x: torch.Tensor, norm: Norm, groups: int, window: Window) -> bool:
     """Whether these kernels can do LRN + pooling of x [H, W, N, G*C]."""
+    channels = x.shape[3] // groups
     return (
-        lrn["LRN"]
-        and lrn["SIZE"] == 5
-        and lrn["BETA"] == 0.75
-        and window == {"WINDOW": 3, "STRIDE": 2}
+        norm.size == 5
+        and norm.beta == 0.75
+        and norm.scale > 0
+        and window == (3, 2)
         and x.element_size() == 2
-        and x.shape[3] // groups % CHUNK == 0
-        and x.shape[3] // groups // CHUNK <= _CHUNKS["backward"]
+        and channels % CHUNK == 0
+        and channels // CHUNK <= _CHUNKS["backward"]
         and target(x.device) != "interpreter"  # there, the general kernel takes far fewer steps
     )
 
@@ -72,44 +92,93 @@ def _join8(v0, v1, v2, v3, v4, v5, v6, v7, T: tl.constexpr):
 
 
 @triton.jit
-def _denominators(x_ptr, chunk, mask, left, right, SCALE, OFFSET, T: tl.constexpr):
-    """The 8 values of each chunk, and k + alpha / size * (sum of squares) at each of them."""
-    pair = tl.arange(0, 2)[None, :]
-    x_ptrs = x_ptr + chunk[:, None] * 8
-    x = tl.load(x_ptrs + tl.arange(0, 8)[None, :], mask=mask[:, None], other=0.0)
-    below = tl.load(x_ptrs - 2 + pair, mask=left[:, None], other=0.0).to(tl.float32)
-    above = tl.load(x_ptrs + 8 + pair, mask=right[:, None], other=0.0).to(tl.float32)
-    a0, a1, a2, a3, a4, a5, a6, a7 = _split8(x.to(tl.float32), T)
-    b2, b1 = tl.split(below * below)
-    c0, c1 = tl.split(above * above)
-    s0, s1, s2, s3 = a0 * a0, a1 * a1, a2 * a2, a3 * a3
-    s4, s5, s6, s7 = a4 * a4, a5 * a5, a6 * a6, a7 * a7
-    s01, s23, s45, s67 = s0 + s1, s2 + s3, s4 + s5, s6 + s7
-    d0 = OFFSET + SCALE * (b2 + b1 + s01 + s2)
-    d1 = OFFSET + SCALE * (b1 + s01 + s23)
-    d2 = OFFSET + SCALE * (s01 + s23 + s4)
-    d3 = OFFSET + SCALE * (s1 + s23 + s45)
-    d4 = OFFSET + SCALE * (s23 + s45 + s6)
-    d5 = OFFSET + SCALE * (s3 + s45 + s67)
-    d6 = OFFSET + SCALE * (s45 + s67 + c0)
-    d7 = OFFSET + SCALE * (s5 + s67 + c0 + c1)
+def _halves(word):
+    """The two bfloat16 of an int32 as float32: one instruction each, where a cast takes two."""
+    low = (word << 16).to(tl.float32, bitcast=True)
+    return low, (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load8(x_ptr, chunk, mask, EVEN: tl.constexpr, T: tl.constexpr):
+    """The 8 values of each chunk in float32."""
+    if x_ptr.dtype.element_ty == tl.bfloat16:
+        word_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        ptrs = word_ptr + chunk[:, None] * 4 + tl.arange(0, 4)[None, :]
+        words = tl.load(ptrs) if EVEN else tl.load(ptrs, mask=mask[:, None], other=0)
+        w02, w13 = tl.split(tl.reshape(words, [T, 2, 2]))
+        w0, w2 = tl.split(w02)
+        w1, w3 = tl.split(w13)
+        a0, a1 = _halves(w0)
+        a2, a3 = _halves(w1)
+        a4, a5 = _halves(w2)
+        a6, a7 = _halves(w3)
+    else:
+        ptrs = x_ptr + chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
+        values = tl.load(ptrs) if EVEN else tl.load(ptrs, mask=mask[:, None], other=0.0)
+        a0, a1, a2, a3, a4, a5, a6, a7 = _split8(values.to(tl.float32), T)
+    return a0, a1, a2, a3, a4, a5, a6, a7
+
+
+@triton.jit
+def _load2(x_ptr, chunk, PAIR: tl.constexpr, mask):
+    """The two values of a pair, counted from each chunk's first, in float32; 0 where masked."""
+    if x_ptr.dtype.element_ty == tl.bfloat16:
+        word_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        a0, a1 = _halves(tl.load(word_ptr + chunk * 4 + PAIR, mask=mask, other=0))
+    else:
+        ptrs = x_ptr + (chunk * 8 + 2 * PAIR)[:, None] + tl.arange(0, 2)[None, :]
+        a0, a1 = tl.split(tl.load(ptrs, mask=mask[:, None], other=0.0).to(tl.float32))
+    return a0, a1
+
+
+@triton.jit
+def _denominators(
+    x_ptr, chunk, mask, left, right, START: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr
+):  # fmt: skip
+    """The 8 values of each chunk, and START + the sum of squares in the window of each of them.
+
+    Every window is two neighbouring pairs of channels and one more, so it is enough to start
+    every other pair at START.
+    """
+    a0, a1, a2, a3, a4, a5, a6, a7 = _load8(x_ptr, chunk, mask, EVEN, T)
+    b0, b1 = _load2(x_ptr, chunk, -1, left)
+    c0, c1 = _load2(x_ptr, chunk, 4, right)
+    s01 = a0 * a0 + START + a1 * a1
+    s23 = a2 * a2 + a3 * a3
+    s45 = a4 * a4 + START + a5 * a5
+    s67 = a6 * a6 + a7 * a7
+    s0123, s2345, s4567 = s01 + s23, s23 + s45, s45 + s67
+    d0 = (b0 * b0 + b1 * b1) + s01 + a2 * a2
+    d1 = s0123 + b1 * b1
+    d2 = s0123 + a4 * a4
+    d3 = s2345 + a1 * a1
+    d4 = s2345 + a6 * a6
+    d5 = s4567 + a3 * a3
+    d6 = s4567 + c0 * c0
+    d7 = s67 + (c0 * c0 + START + c1 * c1) + a5 * a5
     return (a0, a1, a2, a3, a4, a5, a6, a7), (d0, d1, d2, d3, d4, d5, d6, d7)
 
 
 @triton.jit
-def _key(a, d):
-    """a d^-0.75 as an integer of the same order."""
+def _key(a, d, SIGNED: tl.constexpr):
+    """a d^-0.75 as an integer of the same order; without SIGNED, for a of at least 0."""
     root = tl.math.rsqrt(d)
     bits = (a * (root * tl.sqrt(root))).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    if SIGNED:
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return bits
 
 
 @triton.jit
-def _column_keys(x_ptr, chunk, mask, left, right, SCALE, OFFSET, T: tl.constexpr):
-    a, d = _denominators(x_ptr, chunk, mask, left, right, SCALE, OFFSET, T)
+def _column_keys(
+    x_ptr, chunk, mask, left, right,
+    START: tl.constexpr, SIGNED: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    a, d = _denominators(x_ptr, chunk, mask, left, right, START, EVEN, T)
     return _join8(
-        _key(a[0], d[0]), _key(a[1], d[1]), _key(a[2], d[2]), _key(a[3], d[3]),
-        _key(a[4], d[4]), _key(a[5], d[5]), _key(a[6], d[6]), _key(a[7], d[7]), T,
+        _key(a[0], d[0], SIGNED), _key(a[1], d[1], SIGNED), _key(a[2], d[2], SIGNED),
+        _key(a[3], d[3], SIGNED), _key(a[4], d[4], SIGNED), _key(a[5], d[5], SIGNED),
+        _key(a[6], d[6], SIGNED), _key(a[7], d[7], SIGNED), T,
     )  # fmt: skip
 
 
@@ -121,38 +190,37 @@ def _max3(k0, k1, k2):
 
 @triton.jit
 def _row_keys(
-    x_ptr, h, w, W, pixel, chunk, mask, left, right, SCALE, OFFSET, T: tl.constexpr
+    x_ptr, h, w, W, pixel, chunk, mask, left, right,
+    START: tl.constexpr, SIGNED: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """The maxima over 3 columns, at the 3 pooled columns that start at column w of row h."""
     row = x_ptr + (h * W).to(tl.int64) * pixel
-    k0 = _column_keys(row + w * pixel, chunk, mask, left, right, SCALE, OFFSET, T)
-    k1 = _column_keys(
-        row + tl.minimum(w + 1, W - 1) * pixel, chunk, mask, left, right, SCALE, OFFSET, T
-    )
-    k2 = _column_keys(
-        row + tl.minimum(w + 2, W - 1) * pixel, chunk, mask, left, right, SCALE, OFFSET, T
-    )
-    k3 = _column_keys(
-        row + tl.minimum(w + 3, W - 1) * pixel, chunk, mask, left, right, SCALE, OFFSET, T
-    )
-    k4 = _column_keys(
-        row + tl.minimum(w + 4, W - 1) * pixel, chunk, mask, left, right, SCALE, OFFSET, T
-    )
-    k5 = _column_keys(
-        row + tl.minimum(w + 5, W - 1) * pixel, chunk, mask, left, right, SCALE, OFFSET, T
-    )
-    k6 = _column_keys(
-        row + tl.minimum(w + 6, W - 1) * pixel, chunk, mask, left, right, SCALE, OFFSET, T
-    )
+    k0 = _column_keys(row + w * pixel, chunk, mask, left, right, START, SIGNED, EVEN, T)
+    x_ptr = row + tl.minimum(w + 1, W - 1) * pixel
+    k1 = _column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T)
+    x_ptr = row + tl.minimum(w + 2, W - 1) * pixel
+    k2 = _column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T)
+    x_ptr = row + tl.minimum(w + 3, W - 1) * pixel
+    k3 = _column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T)
+    x_ptr = row + tl.minimum(w + 4, W - 1) * pixel
+    k4 = _column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T)
+    x_ptr = row + tl.minimum(w + 5, W - 1) * pixel
+    k5 = _column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T)
+    x_ptr = row + tl.minimum(w + 6, W - 1) * pixel
+    k6 = _column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T)
     return _max3(k0, k1, k2), _max3(k2, k3, k4), _max3(k4, k5, k6)
 
 
 @triton.jit
-def _store_maximum(y_ptr, argmax_ptr, offs, mask, top, middle, bottom, SAVE: tl.constexpr):
+def _store_maximum(
+    y_ptr, argmax_ptr, offs, mask, top, middle, bottom,
+    UNIT: tl.constexpr, SIGNED: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
     key = tl.maximum(tl.maximum(top + 6, middle + 3), bottom)
     bits = key & -16
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFF0)
-    y = bits.to(tl.float32, bitcast=True)
+    if SIGNED:
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFF0)
+    y = bits.to(tl.float32, bitcast=True) * UNIT
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask[:, None])
     if SAVE:
         tl.store(argmax_ptr + offs, (8 - (key & 15)).to(tl.uint8), mask=mask[:, None])
@@ -171,9 +239,11 @@ def _lrn_max_pool2d_chunks_fwd_kernel(
     rows_per_program,
     C: tl.constexpr,
     GROUP: tl.constexpr,  # chunks of a group of channels
-    SCALE: tl.constexpr,
-    OFFSET: tl.constexpr,
+    START: tl.constexpr,
+    UNIT: tl.constexpr,
+    SIGNED: tl.constexpr,
     SAVE: tl.constexpr,
+    EVEN: tl.constexpr,  # every program is full: only the borders of groups are masked
     T: tl.constexpr,
 ):
     chunks = N * (C // 8)
@@ -187,23 +257,23 @@ def _lrn_max_pool2d_chunks_fwd_kernel(
     pixel = (N * C).to(tl.int64)
     offs = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
     t0, t1, t2 = _row_keys(
-        x_ptr, 2 * p_first, 2 * q, W, pixel, chunk, mask, left, right, SCALE, OFFSET, T
+        x_ptr, 2 * p_first, 2 * q, W, pixel, chunk, mask, left, right, START, SIGNED, EVEN, T
     )
     for p in range(p_first, tl.minimum(p_first + rows_per_program, P)):
         h1 = tl.minimum(2 * p + 1, H - 1)
         h2 = tl.minimum(2 * p + 2, H - 1)
         m0, m1, m2 = _row_keys(
-            x_ptr, h1, 2 * q, W, pixel, chunk, mask, left, right, SCALE, OFFSET, T
+            x_ptr, h1, 2 * q, W, pixel, chunk, mask, left, right, START, SIGNED, EVEN, T
         )
         b0, b1, b2 = _row_keys(
-            x_ptr, h2, 2 * q, W, pixel, chunk, mask, left, right, SCALE, OFFSET, T
+            x_ptr, h2, 2 * q, W, pixel, chunk, mask, left, right, START, SIGNED, EVEN, T
         )
         out = (p * Q + q).to(tl.int64) * pixel + offs
-        _store_maximum(y_ptr, argmax_ptr, out, mask, t0, m0, b0, SAVE)
+        _store_maximum(y_ptr, argmax_ptr, out, mask, t0, m0, b0, UNIT, SIGNED, SAVE)
         if q + 1 < Q:
-            _store_maximum(y_ptr, argmax_ptr, out + pixel, mask, t1, m1, b1, SAVE)
+            _store_maximum(y_ptr, argmax_ptr, out + pixel, mask, t1, m1, b1, UNIT, SIGNED, SAVE)
         if q + 2 < Q:
-            _store_maximum(y_ptr, argmax_ptr, out + 2 * pixel, mask, t2, m2, b2, SAVE)
+            _store_maximum(y_ptr, argmax_ptr, out + 2 * pixel, mask, t2, m2, b2, UNIT, SIGNED, SAVE)
         t0, t1, t2 = b0, b1, b2
 
 
@@ -217,10 +287,11 @@ def _scaled(dy, a, d):
 
 @triton.jit
 def _lrn_bwd_pixel(
-    x_ptr, dx_ptr, dy, chunk, mask, left, right, SCALE: tl.constexpr, OFFSET: tl.constexpr, T: tl.constexpr
+    x_ptr, dx_ptr, dy, chunk, mask, left, right,
+    START: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one pixel of x, from dy [T, 8], the gradient of its normalised value."""
-    a, d = _denominators(x_ptr, chunk, mask, left, right, SCALE, OFFSET, T)
+    a, d = _denominators(x_ptr, chunk, mask, left, right, START, EVEN, T)
     y0, y1, y2, y3, y4, y5, y6, y7 = _split8(dy, T)
     z0, t0 = _scaled(y0, a[0], d[0])
     z1, t1 = _scaled(y1, a[1], d[1])
@@ -238,20 +309,19 @@ def _lrn_bwd_pixel(
     r0 = tl.where(right, tl.gather(t0, after, 0), 0.0)
     r1 = tl.where(right, tl.gather(t1, after, 0), 0.0)
     t01, t23, t45, t67 = t0 + t1, t2 + t3, t4 + t5, t6 + t7
-    FACTOR: tl.constexpr = -2.0 * 0.75 * SCALE
     dx = _join8(
-        z0 + FACTOR * a[0] * (l6 + l7 + t01 + t2),
-        z1 + FACTOR * a[1] * (l7 + t01 + t23),
-        z2 + FACTOR * a[2] * (t01 + t23 + t4),
-        z3 + FACTOR * a[3] * (t1 + t23 + t45),
-        z4 + FACTOR * a[4] * (t23 + t45 + t6),
-        z5 + FACTOR * a[5] * (t3 + t45 + t67),
-        z6 + FACTOR * a[6] * (t45 + t67 + r0),
-        z7 + FACTOR * a[7] * (t5 + t67 + r0 + r1),
+        z0 - 1.5 * a[0] * (l6 + l7 + t01 + t2),
+        z1 - 1.5 * a[1] * (l7 + t01 + t23),
+        z2 - 1.5 * a[2] * (t01 + t23 + t4),
+        z3 - 1.5 * a[3] * (t1 + t23 + t45),
+        z4 - 1.5 * a[4] * (t23 + t45 + t6),
+        z5 - 1.5 * a[5] * (t3 + t45 + t67),
+        z6 - 1.5 * a[6] * (t45 + t67 + r0),
+        z7 - 1.5 * a[7] * (t5 + t67 + r0 + r1),
         T,
     )
     offs = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
-    tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask[:, None])
+    tl.store(dx_ptr + offs, (dx * UNIT).to(dx_ptr.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit
@@ -279,8 +349,9 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
     C: tl.constexpr,
     GROUP: tl.constexpr,  # chunks of a group of channels
     USED: tl.constexpr,  # chunks of a program: whole groups, at most T
-    SCALE: tl.constexpr,
-    OFFSET: tl.constexpr,
+    START: tl.constexpr,
+    UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
     T: tl.constexpr,
 ):
     chunks = N * (C // 8)
@@ -303,27 +374,42 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
         grad = tl.where(at == 0, dy, 0.0) + tl.where(at_l == 2, dy_l, 0.0)
         grad += tl.where(at_a == 6, dy_a, 0.0) + tl.where(at_al == 8, dy_al, 0.0)
         _lrn_bwd_pixel(
-            x_ptr + base, dx_ptr + base, grad, chunk, mask, left, right, SCALE, OFFSET, T
+            x_ptr + base, dx_ptr + base, grad, chunk, mask, left, right, START, UNIT, EVEN, T
         )
         if 2 * q + 1 < W:
             grad = tl.where(at == 1, dy, 0.0) + tl.where(at_a == 7, dy_a, 0.0)
             here = base + pixel
             _lrn_bwd_pixel(
-                x_ptr + here, dx_ptr + here, grad, chunk, mask, left, right, SCALE, OFFSET, T
+                x_ptr + here, dx_ptr + here, grad, chunk, mask, left, right, START, UNIT, EVEN, T
             )
         if 2 * p + 1 < H:
             here = base + W * pixel
             grad = tl.where(at == 3, dy, 0.0) + tl.where(at_l == 5, dy_l, 0.0)
             _lrn_bwd_pixel(
-                x_ptr + here, dx_ptr + here, grad, chunk, mask, left, right, SCALE, OFFSET, T
+                x_ptr + here, dx_ptr + here, grad, chunk, mask, left, right, START, UNIT, EVEN, T
             )
             if 2 * q + 1 < W:
                 here = base + (W + 1) * pixel
                 grad = tl.where(at == 4, dy, 0.0)
                 _lrn_bwd_pixel(
-                    x_ptr + here, dx_ptr + here, grad, chunk, mask, left, right, SCALE, OFFSET, T
+                    x_ptr + here,
+                    dx_ptr + here,
+                    grad,
+                    chunk,
+                    mask,
+                    left,
+                    right,
+                    START,
+                    UNIT,
+                    EVEN,
+                    T,
                 )
         dy_al, at_al, dy_a, at_a = dy_l, at_l, dy, at
+
+
+def _scaled_constants(norm: Norm) -> dict[str, float]:
+    """The sums start at START, and what they give is UNIT times too small."""
+    return {"START": norm.offset / norm.scale, "UNIT": norm.scale**-0.75}
 
 
 def _row_split(rows: int, programs: int) -> tuple[int, int]:
@@ -337,7 +423,7 @@ def forward(
     x: torch.Tensor,
     y: torch.Tensor,
     argmax: torch.Tensor,
-    lrn: dict[str, Any],
+    norm: Norm,
     groups: int,
     save: bool,
 ) -> None:
@@ -348,8 +434,8 @@ def forward(
     share, parts = _row_split(P, blocks * strips)
     launch(
         _lrn_max_pool2d_chunks_fwd_kernel, (blocks, strips, parts), x, y, argmax, N, H, W, P, Q,
-        share, C=C, GROUP=C // groups // CHUNK, SCALE=lrn["SCALE"], OFFSET=lrn["OFFSET"],
-        SAVE=save, T=T, num_warps=T // 32,
+        share, C=C, GROUP=C // groups // CHUNK, SIGNED=norm.signed, SAVE=save, EVEN=N * C // CHUNK % T == 0,
+        **_scaled_constants(norm), T=T, num_warps=T // 32,
     )  # fmt: skip
 
 
@@ -358,7 +444,7 @@ def backward(
     dy: torch.Tensor,
     argmax: torch.Tensor,
     dx: torch.Tensor,
-    lrn: dict[str, Any],
+    norm: Norm,
     groups: int,
 ) -> None:
     """Fill dx [H, W, N, G*C] from x, and dy and argmax [P, Q, N, G*C]."""
@@ -369,6 +455,5 @@ def backward(
     share, parts = _row_split(triton.cdiv(H, 2), blocks * triton.cdiv(W, 2))
     launch(
         _lrn_max_pool2d_chunks_bwd_kernel, (blocks, triton.cdiv(W, 2), parts), x, dy, argmax, dx,
-        N, H, W, P, Q, share, C=C, GROUP=group, USED=used, SCALE=lrn["SCALE"],
-        OFFSET=lrn["OFFSET"], T=T, num_warps=T // 32,
+        N, H, W, P, Q, share, C=C, GROUP=group, USED=used, EVEN=N * C // CHUNK % T == 0 and used == T, **_scaled_constants(norm), T=T, num_warps=T // 32,
     )  # fmt: skip

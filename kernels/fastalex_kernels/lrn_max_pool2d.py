@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from fastalex_kernels import _aten, _lrn_chunks
 from fastalex_kernels._launch import check_floating, interpreted, launch, use_triton
 from fastalex_kernels._layout import as_hwnc, as_nchw
+from fastalex_kernels._lrn_chunks import Norm, Window
 
 MAX_KERNEL_SIZE = 15  # the position of a maximum is one byte
 MAX_CHANNELS = 4096  # of one group: they share a program
@@ -175,6 +176,19 @@ def _lrn_max_pool2d_bwd_kernel(
     tl.store(dx_ptr + offs, grad.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
+def _constants(norm: Norm | None, window: Window) -> dict[str, Any]:
+    n = norm or Norm(size=1, scale=0.0, beta=1.0, offset=1.0)
+    return {
+        "LRN": norm is not None,
+        "SIZE": n.size,
+        "SCALE": n.scale,
+        "BETA": n.beta,
+        "OFFSET": n.offset,
+        "WINDOW": window.size,
+        "STRIDE": window.stride,
+    }
+
+
 def _blocks(rows: int, channels: int) -> dict[str, int]:
     block_c = triton.next_power_of_2(channels)
     block = _INTERPRETER_BLOCK if interpreted() else _BLOCK
@@ -191,9 +205,9 @@ def pooled_size(size: int, kernel_size: int, stride: int, ceil_mode: bool) -> in
 
 def lrn_max_pool2d_forward(
     x: torch.Tensor,
-    lrn: dict[str, Any],
+    norm: Norm | None,
     groups: int,
-    window: dict[str, int],
+    window: Window,
     size: tuple[int, int],
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,14 +215,14 @@ def lrn_max_pool2d_forward(
     (H, W, N, GC), (P, Q) = x.shape, size
     y = x.new_empty((P, Q, N, GC))
     argmax = torch.empty_like(y, dtype=torch.uint8) if save else x.new_empty(0, dtype=torch.uint8)
-    if _lrn_chunks.fits(x, lrn, groups, window):
-        _lrn_chunks.forward(x, y, argmax, lrn, groups, save)
+    if norm is not None and _lrn_chunks.fits(x, norm, groups, window):
+        _lrn_chunks.forward(x, y, argmax, norm, groups, save)
         return y, argmax
     blocks = _blocks(Q * N, GC // groups)
     grid = (triton.cdiv(Q * N, blocks["BLOCK_M"]), P, groups)
     launch(
         _lrn_max_pool2d_fwd_kernel, grid, x, y, argmax, N, H, W, Q,
-        G=groups, C=GC // groups, SAVE=save, **lrn, **window, **blocks,
+        G=groups, C=GC // groups, SAVE=save, **_constants(norm, window), **blocks,
     )  # fmt: skip
     return y, argmax
 
@@ -217,22 +231,22 @@ def lrn_max_pool2d_backward(
     x: torch.Tensor | None,
     dy: torch.Tensor,
     argmax: torch.Tensor,
-    lrn: dict[str, Any],
+    norm: Norm | None,
     groups: int,
-    window: dict[str, int],
+    window: Window,
     size: tuple[int, int],
 ) -> torch.Tensor:
     """dx [H, W, N, G*C] of dy and argmax [P, Q, N, G*C]; x is the forward's input, for LRN."""
     (P, Q, N, GC), (H, W) = dy.shape, size
     dx = dy.new_empty((H, W, N, GC))
-    if x is not None and _lrn_chunks.fits(x, lrn, groups, window):
-        _lrn_chunks.backward(x, dy, argmax, dx, lrn, groups)
+    if norm is not None and x is not None and _lrn_chunks.fits(x, norm, groups, window):
+        _lrn_chunks.backward(x, dy, argmax, dx, norm, groups)
         return dx
     blocks = _blocks(W * N, GC // groups)
     grid = (triton.cdiv(W * N, blocks["BLOCK_M"]), H, groups)
     launch(
         _lrn_max_pool2d_bwd_kernel, grid, dy if x is None else x, dy, argmax, dx, N, W, P, Q,
-        G=groups, C=GC // groups, **lrn, **window, **blocks,
+        G=groups, C=GC // groups, **_constants(norm, window), **blocks,
     )  # fmt: skip
     return dx
 
@@ -244,15 +258,15 @@ class LRNMaxPool2dFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         input: torch.Tensor,
-        lrn: dict[str, Any],
+        norm: Norm | None,
         groups: int,
-        window: dict[str, int],
+        window: Window,
         size: tuple[int, int],
     ) -> torch.Tensor:
         x = as_hwnc(input)
-        y, argmax = lrn_max_pool2d_forward(x, lrn, groups, window, size, ctx.needs_input_grad[0])
-        ctx.save_for_backward(x if lrn["LRN"] else None, argmax)
-        ctx.arguments = (lrn, groups, window, x.shape[:2])
+        y, argmax = lrn_max_pool2d_forward(x, norm, groups, window, size, ctx.needs_input_grad[0])
+        ctx.save_for_backward(None if norm is None else x, argmax)
+        ctx.arguments = (norm, groups, window, x.shape[:2])
         return as_nchw(y)
 
     @staticmethod
@@ -308,6 +322,7 @@ def lrn_max_pool2d(
     kernel_size: int = 3,
     stride: int = 2,
     ceil_mode: bool = False,
+    signed: bool = True,
 ) -> torch.Tensor:
     """Local response normalisation across channels, then max-pooling, in one pass.
 
@@ -323,6 +338,7 @@ def lrn_max_pool2d(
         groups: the window never crosses a border between these equal groups of channels.
         kernel_size, stride: of the pooling, in pixels; kernel_size 1 with stride 1 pools nothing.
         ceil_mode: whether the last window may hang over the bottom and right edges.
+        signed: False promises that no input is negative, as after a ReLU; a little faster.
 
     Returns:
         [N, C, P, Q]. Of equal maxima the first takes the gradient; a NaN is kept.
@@ -338,8 +354,8 @@ def lrn_max_pool2d(
         return _aten.lrn_max_pool2d(
             input, size, alpha, beta, k, groups, kernel_size, stride, ceil_mode
         )
-    lrn = {"LRN": True, "SIZE": size, "SCALE": alpha / size, "BETA": beta, "OFFSET": k}
-    return _apply(input, lrn, groups, kernel_size, stride, pooled)
+    norm = Norm(size, alpha / size, beta, k, signed)
+    return _apply(input, norm, groups, kernel_size, stride, pooled)
 
 
 def max_pool2d(
@@ -368,22 +384,21 @@ def max_pool2d(
         if channels
         else 1
     )
-    lrn = {"LRN": False, "SIZE": 1, "SCALE": 0.0, "BETA": 0.75, "OFFSET": 1.0}
-    return _apply(input, lrn, groups, kernel_size, stride, pooled)
+    return _apply(input, None, groups, kernel_size, stride, pooled)
 
 
 def _apply(
     input: torch.Tensor,
-    lrn: dict[str, Any],
+    norm: Norm | None,
     groups: int,
     kernel_size: int,
     stride: int,
     pooled: tuple[int, int],
 ) -> torch.Tensor:
-    window = {"WINDOW": kernel_size, "STRIDE": stride}
+    window = Window(kernel_size, stride)
     if input.dtype == torch.bfloat16 and interpreted():
         # The interpreter computes bfloat16 on its raw bits: do as a GPU does, in float32.
-        return LRNMaxPool2dFunction.apply(input.float(), lrn, groups, window, pooled).to(
+        return LRNMaxPool2dFunction.apply(input.float(), norm, groups, window, pooled).to(
             input.dtype
         )
-    return LRNMaxPool2dFunction.apply(input, lrn, groups, window, pooled)
+    return LRNMaxPool2dFunction.apply(input, norm, groups, window, pooled)

@@ -48,6 +48,7 @@ def lrn_max_pool2d(
     kernel_size: int = 3,
     stride: int = 2,
     ceil_mode: bool = False,
+    signed: bool = True,
 ) -> torch.Tensor:
     """max_pool2d(local_response_norm(input))."""
     normalised = local_response_norm(input, size, alpha, beta, k, groups)
