@@ -103,8 +103,11 @@ def train(plan: Plan) -> None:
     except torch.OutOfMemoryError as error:
         size = plan.settings.batch_size
         raise TrainingError(f"out of GPU memory at --batch-size {size}, try half") from error
-    except (DataError, OSError) as error:
+    except DataError as error:
         raise TrainingError(str(error)) from error
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise TrainingError(f"{where}{error.strerror or error}") from error
 
 
 class Trainer:
@@ -162,6 +165,7 @@ class Trainer:
         for epoch in range(1, self.epochs + 1):
             started = time.monotonic()
             loss = self._train_epoch(epoch)
+            self.progress.validating(epoch)
             accuracy = evaluate(self.model, self.val_batches, self.team)
             if not math.isfinite(accuracy.loss):
                 raise TrainingError(
@@ -243,12 +247,10 @@ class Trainer:
         """Warn once where the net learns nothing."""
         if self.stuck is None or not self.stuck.add(loss):
             return
-        advice = ["a larger --lr", "a larger --batch-size", "--dropout 0"]
+        advice = "a larger --lr, a larger --batch-size or --dropout 0"
         if self.settings.init != "he":
-            advice.insert(0, "--init he")
-        text = STUCK.format(
-            classes=len(self.plan.classes), level=self.stuck.level, advice=" or ".join(advice)
-        )
+            advice = f"--init he, {advice}"
+        text = STUCK.format(classes=len(self.plan.classes), level=self.stuck.level, advice=advice)
         self.progress.warn(f"{text} (step {self.step})")
         self.stuck = None
 

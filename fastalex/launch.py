@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -198,7 +199,7 @@ def in_process(world: World, function: Callable[..., Result], *arguments: Any) -
     try:
         result = function(*arguments)
     except Exception as error:
-        if _is_lost_peer(error):
+        if is_lost_peer(error):
             # The other process has died or is about to say why it ends: its reason is the one to
             # report, and the launcher stops this process once it has it.
             time.sleep(_PEER_LOST_WAIT)
@@ -228,7 +229,8 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def _is_lost_peer(error: Exception) -> bool:
+def is_lost_peer(error: Exception) -> bool:
+    """Whether an operation failed because a process at its other end is gone."""
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
         return True
     text = str(error).lower()
@@ -261,6 +263,7 @@ def _interrupts_kept_from_children() -> Iterator[None]:
     A terminal sends Ctrl-C to all of them, and one that is still importing would print a
     traceback. Another thread takes the signal for this process; Python handles it here.
     """
+    resource_tracker.ensure_running()  # it unblocks the signal when it starts
     done = threading.Event()
     threading.Thread(target=done.wait, daemon=True).start()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -56,6 +56,10 @@ class Progress:
                 flush=True,
             )
 
+    def validating(self, epoch: int) -> None:
+        """Show that the net is measured, not trained."""
+        self._bar.set_description_str(f"epoch {epoch}/{self._epochs}, validating")
+
     def say(self, line: str) -> None:
         """Print a line on stdout, above the bar."""
         if self._visible:
@@ -74,16 +78,16 @@ class Progress:
 class StuckLoss:
     """Tells a loss that stays at ln(classes), where every class is as likely as any other.
 
-    Over the last ``window`` steps the mean loss lies within 2% of ln(classes), and the mean of
-    the later half is not below that of the earlier one by more than chance explains. The second
-    condition spares a run that passes through ln(classes) on its way down.
+    Over the last ``window`` steps the mean loss lies within 2% of ln(classes), and from their
+    first half to their second it did not fall by more than chance explains (two standard errors,
+    and 0.1%). The second condition spares a run on its way down past ln(classes).
 
     Args:
         classes: of the data; with one class nothing is ever stuck.
         window: steps looked at.
     """
 
-    def __init__(self, classes: int, window: int = 80) -> None:
+    def __init__(self, classes: int, window: int = 100) -> None:
         self.level = math.log(classes)
         self._losses: deque[float] = deque(maxlen=window)
 
@@ -99,4 +103,4 @@ class StuckLoss:
         early, late = losses[:half], losses[half:]
         fall = statistics.fmean(early) - statistics.fmean(late)
         noise = math.sqrt((statistics.variance(early) + statistics.variance(late)) / half)
-        return fall <= noise
+        return fall <= max(2 * noise, 0.001 * self.level)

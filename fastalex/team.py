@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from fastalex import parallel
-from fastalex.launch import World
+from fastalex.launch import TrainingError, World, is_lost_peer
 from fastalex.model import AlexNet
 
 
@@ -27,10 +27,23 @@ class Team:
         self.leads = self._mesh is None or dist.get_rank() == 0
 
     def share(self, model: AlexNet, rows: int) -> AlexNet:
-        """Turn ``model`` into this process's part; ``rows`` are its own of each batch."""
-        if self._mesh is not None:
-            parallel.parallelize(model, self._mesh)
-            parallel.set_row_offset(model, self.replica * rows)
+        """Turn ``model`` into this process's part; ``rows`` are its own of each batch.
+
+        Raises:
+            TrainingError: where the towers can't exchange data.
+        """
+        if self._mesh is None:
+            return model
+        exchange = None
+        if self._mesh["tower"].size() > 1:
+            try:
+                exchange = parallel.check_copies(self._mesh)
+            except RuntimeError as error:
+                if is_lost_peer(error):
+                    raise
+                raise TrainingError(str(error)) from error
+        parallel.parallelize(model, self._mesh, exchange)
+        parallel.set_row_offset(model, self.replica * rows)
         return model
 
     def reduce_gradients(self, model: AlexNet) -> None:

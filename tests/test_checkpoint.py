@@ -1,0 +1,179 @@
+"""Weights on disk: what comes back, what a crash leaves, and what a bad file says."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastalex import AlexNet, checkpoint
+from fastalex.checkpoint import load_model, load_weights, read_metadata, save_weights
+from tests._commands import end, start, wait_until
+
+METADATA = {"variant": "owt", "num_classes": 3, "dropout": 0.25, "classes": ["ä", "b", "c d"]}
+
+
+def _tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "a.weight": torch.randn(4, 3, generator=generator),
+        "a.bias": torch.randn(4, generator=generator).to(torch.bfloat16),
+        "count": torch.tensor(7),
+        "empty": torch.empty(0, 5),
+    }
+
+
+def test_tensors_and_metadata_come_back_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = _tensors()
+    tensors["transposed"] = torch.arange(6.0).reshape(2, 3).t()
+    save_weights(path, tensors, METADATA)
+    loaded, metadata = load_weights(path)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+        assert loaded[name].is_contiguous()
+    assert {key: metadata[key] for key in METADATA} == METADATA
+    assert read_metadata(path) == metadata
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_model_comes_back_and_computes_the_same(tmp_path: Path) -> None:
+    model = AlexNet(3, 0.25, "owt").eval()
+    save_weights(tmp_path / "w", model.state_dict(), METADATA)
+    loaded, metadata = load_model(tmp_path / "w")
+    assert not loaded.training
+    assert metadata["classes"] == METADATA["classes"]
+    assert loaded.classifier[1].p == 0.25
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+
+
+@pytest.mark.parametrize("fails_in", ["save_file", "fsync", "replace"])
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_in: str
+) -> None:
+    path = tmp_path / "w"
+    save_weights(path, _tensors(), {"epoch": 1})
+    before = path.read_bytes()
+
+    def half(tensors: object, temporary: Path, *_: object) -> None:
+        temporary.write_bytes(before[:40])
+        raise OSError("No space left on device")
+
+    def fail(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    if fails_in == "save_file":
+        monkeypatch.setattr(checkpoint, "save_file", half)
+    else:
+        monkeypatch.setattr(f"fastalex.checkpoint.os.{fails_in}", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_weights(path, _tensors(), {"epoch": 2})
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["w"]
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    script = (
+        "import sys, torch\n"
+        "from fastalex.checkpoint import save_weights\n"
+        "tensors = {'w': torch.ones(2_000_000)}\n"
+        "for epoch in range(10**9):\n"
+        "    save_weights(sys.argv[1], {'w': tensors['w'] * epoch}, {'epoch': epoch})\n"
+    )
+    seen: list[int] = []
+    for delay in (0.0, 0.021):
+        writer = start(["-c", script, str(path)], tmp_path)
+        try:
+            wait_until(lambda: path.exists() and path.stat().st_mtime_ns not in seen, "written")
+            time.sleep(delay)
+        finally:
+            end(writer)
+        assert writer.returncode == -signal.SIGKILL
+        tensors, metadata = load_weights(path)
+        assert torch.equal(tensors["w"], torch.full((2_000_000,), float(metadata["epoch"])))
+        seen.append(path.stat().st_mtime_ns)
+
+
+def _cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def _flip_last_bit(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_cut, "damaged, or not a safetensors file"),
+        (_flip_last_bit, "do not match the checksum"),
+        (lambda data: b"", "damaged, or not a safetensors file"),
+        (lambda data: b"\x89PNG\r\n\x1a\n, say", "damaged, or not a safetensors file"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: object, message: str) -> None:
+    path = tmp_path / "w"
+    save_weights(path, {"w": torch.arange(100.0)}, METADATA)
+    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    with pytest.raises(ValueError, match=message) as caught:
+        load_weights(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "header", [None, {"format": "pt"}, {"fastalex": "no json"}, {"fastalex": "[]"}]
+)
+def test_a_foreign_file_is_refused(tmp_path: Path, header: dict[str, str] | None) -> None:
+    save_file(_tensors(), tmp_path / "w", header)
+    with pytest.raises(ValueError, match="not weights that fastalex wrote"):
+        load_weights(tmp_path / "w")
+
+
+def test_another_format_of_ours_is_named(tmp_path: Path) -> None:
+    header = {"fastalex": json.dumps({"format": "fastalex-weights-9"})}
+    save_file(_tensors(), tmp_path / "w", header)
+    with pytest.raises(ValueError, match="got 'fastalex-weights-9'"):
+        load_weights(tmp_path / "w")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing\.safetensors: no such weights file"):
+        load_weights(tmp_path / "nothing.safetensors")
+
+
+def test_weights_of_another_net_are_refused_in_one_line(tmp_path: Path) -> None:
+    save_weights(tmp_path / "w", _tensors(), METADATA)
+    with pytest.raises(ValueError, match="do not fit its variant") as caught:
+        load_model(tmp_path / "w")
+    assert "\n" not in str(caught.value)
+    save_weights(tmp_path / "w", _tensors(), {"variant": "owt"})
+    with pytest.raises(ValueError, match="metadata lack 'num_classes'"):
+        load_model(tmp_path / "w")
+
+
+def test_the_hash_tells_names_shapes_and_dtypes_apart() -> None:
+    base = torch.zeros(4)
+    nets = [
+        {"a": base},
+        {"b": base},
+        {"a": base.reshape(2, 2)},
+        {"a": base.to(torch.int32)},
+        {"a": base, "b": torch.zeros(0)},
+    ]
+    hashes = {checkpoint.weights_hash(net) for net in nets}
+    assert len(hashes) == len(nets)
+    assert checkpoint.weights_hash({"x": base, "a": base}) == checkpoint.weights_hash(
+        {"a": base, "x": base}
+    )

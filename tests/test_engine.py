@@ -1,0 +1,289 @@
+"""The training loop's parts: optimizer, evaluation, losses that are stuck or not finite."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastalex import AlexNet, engine
+from fastalex.config import Settings, parse_arguments
+from fastalex.data import Batches, Normalization
+from fastalex.launch import TrainingError, World
+from fastalex.optim import build_optimizer, learning_rate, set_learning_rate
+from fastalex.progress import StuckLoss
+from fastalex.run_folder import RunFolder, check_output
+from fastalex.team import Team
+
+ALONE = World("cpu", processes=1, towers=1, threads=1)
+
+
+class FewImages:
+    """Grey images, each of its own brightness; the net sees its index."""
+
+    def __init__(self, labels: list[int], classes: int) -> None:
+        self.classes = [f"class {i}" for i in range(classes)]
+        self.labels = np.array(labels, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def image(self, index: int, size: int) -> Any:
+        return np.full((size, size, 3), index % 256, np.uint8)
+
+
+class Lookup(nn.Module):
+    """Logits by the brightness of the first pixel."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.logits[images[:, 0, 0, 0].long()]
+
+
+def _settings(*arguments: str) -> Settings:
+    return Settings.choose(parse_arguments(arguments), "cpu")
+
+
+def _plan(folder: Path, source: FewImages, *arguments: str) -> engine.Plan:
+    return engine.Plan(
+        _settings("--image-size", "64", "--variant", "owt", *arguments),
+        ALONE,
+        folder,
+        source.classes,
+        Normalization((127.0,) * 3, (64.0,) * 3),
+        unreadable=[],
+        sources=(source, source),
+    )
+
+
+@pytest.fixture(scope="module")
+def net() -> AlexNet:
+    return AlexNet(2, variant="owt")
+
+
+@pytest.fixture
+def one_net(net: AlexNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing 57 million weights takes seconds; these tests do not look at them."""
+    monkeypatch.setattr(engine, "build_model", lambda *_: net)
+
+
+@pytest.mark.parametrize("classes", [2, 5, 9])
+def test_accuracies_are_those_of_a_count_by_hand(classes: int) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randn(23, classes, generator=generator)
+    labels = torch.randint(0, classes, (23,), generator=generator).tolist()
+    source = FewImages(labels, classes)
+    # 23 images in batches of 5: the last one is short.
+    batches = Batches(source, 5, 8, Normalization((0.0,) * 3, (1.0,) * 3), 0, train=False)
+    model = Lookup(logits)
+    accuracy = engine.evaluate(model, batches, Team(ALONE))  # type: ignore[arg-type]
+
+    ranks = [sorted(range(classes), key=lambda c: -row[c]) for row in logits.tolist()]
+    top1 = sum(rank[0] == label for rank, label in zip(ranks, labels, strict=True)) / 23
+    top5 = sum(label in rank[:5] for rank, label in zip(ranks, labels, strict=True)) / 23
+    losses = [
+        math.log(sum(math.exp(v) for v in row)) - row[label]
+        for row, label in zip(logits.tolist(), labels, strict=True)
+    ]
+    assert accuracy.top1 == pytest.approx(top1)
+    assert accuracy.top5 == pytest.approx(top5)
+    assert accuracy.loss == pytest.approx(sum(losses) / 23, rel=1e-5)  # float32 logits
+    assert model.training
+
+
+def test_net_and_seed_name_one_set_of_weights() -> None:
+    first, again = (engine.build_model(_settings("--seed", "3"), 4) for _ in range(2))
+    other = engine.build_model(_settings("--seed", "4"), 4)
+    pairs = list(zip(first.parameters(), again.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(first.classifier[6].weight, other.classifier[6].weight)
+
+
+@pytest.mark.parametrize(("variant", "bias_rate", "decays"), [("paper", 1, 1), ("caffe", 2, 0)])
+def test_steps_are_those_of_the_rule_by_hand(variant: str, bias_rate: int, decays: int) -> None:
+    """Two steps across a drop of the rate: v <- .9 v + g + decay w, w <- w - lr v."""
+    model = AlexNet(2, variant=variant)
+    names = ["classifier.6.weight", "classifier.6.bias"]
+    parameters = dict(model.named_parameters())
+    for name in names:
+        parameters[name].data.normal_(generator=torch.Generator().manual_seed(0))
+    expected = {name: parameters[name].detach().double().clone() for name in names}
+    velocity = {name: torch.zeros_like(expected[name]) for name in names}
+    optimizer = build_optimizer(model, lr=0.5, momentum=0.9, weight_decay=0.01)
+    for lr in (0.5, 0.05):
+        set_learning_rate(optimizer, lr)
+        for name in names:
+            grad = torch.full_like(parameters[name], 0.25)
+            parameters[name].grad = grad
+            is_bias = name.endswith("bias")
+            decay = 0.01 * (decays if is_bias else 1)
+            velocity[name] = 0.9 * velocity[name] + grad + decay * expected[name]
+            expected[name] = expected[name] - lr * (bias_rate if is_bias else 1) * velocity[name]
+        optimizer.step()
+    for name in names:
+        # A few float32 roundings of numbers near 1.
+        torch.testing.assert_close(
+            parameters[name].double(), expected[name], rtol=1e-6, atol=1e-6, check_dtype=False
+        )
+
+
+def test_every_parameter_is_trained_once() -> None:
+    model = AlexNet(2, variant="source2012")
+    groups = build_optimizer(model, lr=0.1).param_groups
+    trained = [p for group in groups for p in group["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in model.parameters()}
+    assert len(trained) == len(list(model.parameters()))
+
+
+def test_the_rate_drops_once_and_never_without_a_drop() -> None:
+    assert [learning_rate(1.0, step, 10, 0.7) for step in range(1, 11)] == [1.0] * 7 + [0.1] * 3
+    assert {learning_rate(1.0, step, 10, 1.0) for step in range(1, 11)} == {1.0}
+
+
+def _stuck_at(losses: list[float], classes: int = 10) -> int | None:
+    """The first step at which the losses count as stuck."""
+    stuck = StuckLoss(classes)
+    return next((i for i, loss in enumerate(losses, 1) if stuck.add(loss)), None)
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.1])
+def test_a_loss_at_the_logarithm_of_the_classes_is_stuck(classes: int, noise: float) -> None:
+    draw = random.Random(classes)
+    losses = [math.log(classes) + draw.gauss(0, noise) for _ in range(300)]
+    step = _stuck_at(losses, classes)
+    assert step is not None
+    assert step >= 60
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_loss_that_falls_is_never_stuck(seed: int) -> None:
+    """Down from 4 to 0.1 in 600 steps, through ln(10), with the noise of batches of 64."""
+    draw = random.Random(seed)
+    losses = [0.1 + 3.9 * math.exp(-step / 150) + draw.gauss(0, 0.1) for step in range(600)]
+    assert _stuck_at(losses) is None
+
+
+def test_a_loss_far_from_the_logarithm_is_never_stuck() -> None:
+    assert _stuck_at([1.0] * 500) is None
+    assert _stuck_at([5.0] * 500) is None
+    assert _stuck_at([0.0] * 500, classes=1) is None
+
+
+@pytest.mark.usefixtures("one_net")
+@pytest.mark.parametrize("read_every", [1, 4, 50])
+def test_a_loss_that_is_not_finite_is_blamed_on_its_step_and_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_every: int
+) -> None:
+    """However rarely losses are read from the device, the step named is the one that went wrong."""
+    source = FewImages([0, 1] * 20, classes=2)
+    plan = _plan(tmp_path, source, "--batch-size", "4", "--epochs", "1")
+    trainer = engine.Trainer(plan)
+    trainer.read_every = read_every
+    seen = []
+
+    def step(batch: Any) -> None:
+        trainer.step += 1
+        seen.append(batch.indices.tolist())
+        loss = torch.tensor(math.nan if trainer.step >= 6 else 1.0)
+        trainer.unread.append((loss, batch.indices))
+
+    monkeypatch.setattr(trainer, "_train_step", step)
+    with pytest.raises(TrainingError) as caught:
+        trainer.run()
+    trainer.close()
+    names = ", ".join(source.name(i) for i in seen[5][:3])
+    assert f"loss is nan at step 6 (epoch 1), on {names} and 1 more" in str(caught.value)
+    assert not RunFolder(tmp_path).weights.exists()
+
+
+@pytest.mark.usefixtures("one_net")
+def test_a_validation_loss_that_is_not_finite_keeps_the_last_good_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = FewImages([0, 1, 0, 1], classes=2)
+    plan = _plan(tmp_path, source, "--batch-size", "4", "--epochs", "3")
+    trainer = engine.Trainer(plan)
+    results = iter([engine.Accuracy(1.0, 0.5, 1.0), engine.Accuracy(math.inf, 0.5, 1.0)])
+    monkeypatch.setattr(engine, "evaluate", lambda *_: next(results))
+    with pytest.raises(TrainingError, match=r"validation loss is inf after step 2 \(epoch 2\)"):
+        trainer.run()
+    trainer.close()
+    assert "of epoch 1" in RunFolder(tmp_path).kept()
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert kinds.count("epoch") == 1
+
+
+@pytest.mark.usefixtures("one_net")
+def test_a_stuck_run_is_warned_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = FewImages([0, 1] * 200, classes=2)
+    arguments = ("--batch-size", "2", "--epochs", "1", "--init", "published")
+    trainer = engine.Trainer(_plan(tmp_path, source, *arguments))
+
+    def step(batch: Any) -> None:
+        trainer.step += 1
+        trainer.unread.append((torch.tensor(math.log(2)), batch.indices))
+
+    monkeypatch.setattr(trainer, "_train_step", step)
+    monkeypatch.setattr(engine, "evaluate", lambda *_: engine.Accuracy(math.log(2), 0.5, 1.0))
+    trainer.run()
+    trainer.close()
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert "ln(2) = 0.693" in warnings[0]
+    assert "--init he" in warnings[0]
+
+
+@pytest.mark.usefixtures("one_net")
+def test_full_disks_and_lost_data_end_a_run_with_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = _plan(tmp_path, FewImages([0, 1], 2), "--batch-size", "2")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr(engine, "save_weights", full)
+    with pytest.raises(TrainingError, match=r"^model\.safetensors: No space left on device$"):
+        engine.train(plan)
+
+
+def test_output_folders_are_numbered_and_never_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "paper-3-007").mkdir(parents=True)
+    (tmp_path / "runs" / "paper-33-100").mkdir()
+    paths = [RunFolder.create(None, "paper", 3).path for _ in range(2)]
+    assert [str(path) for path in paths] == ["runs/paper-3-008", "runs/paper-3-009"]
+    assert str(RunFolder.create(None, "owt", 3).path) == "runs/owt-3-001"
+
+
+def test_only_a_new_or_empty_folder_is_taken(tmp_path: Path) -> None:
+    check_output(tmp_path)
+    check_output(tmp_path / "new" / "er")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is not empty"):
+        check_output(tmp_path)
+    with pytest.raises(ValueError, match="not a folder"):
+        check_output(tmp_path / "file")
+    with pytest.raises(ValueError, match="nothing can be written"):
+        check_output(tmp_path / "file" / "below")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds another run"):
+        check_output(tmp_path)

@@ -1,0 +1,396 @@
+"""The training command as a user runs it: real processes, their files and their last words."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastalex import launch, train
+from fastalex.checkpoint import load_weights, read_metadata
+from tests._commands import alive, end, run, start, wait_until, workers
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+# A rate at which six steps do not yet magnify the last bit of a loss.
+SHORT = ["--image-size", "64", "--batch-size", "8", "--log-every", "1", "--lr", "0.001"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes by colour: 8 images of each to train on and 3 to validate."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 3)):
+        for channel, name in enumerate(("blue", "green", "red")):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 160, (80, 80, 3), np.uint8)
+                pixels[..., 2 - channel] += 90
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def _train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(["-m", "fastalex.train", *arguments], folder)
+
+
+def _records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def _losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in _records(folder, "step")]
+
+
+class Run:
+    """A run that has ended well, and its folder."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.process = _train(folder.parent, *arguments, "--output", str(folder))
+        assert self.process.returncode == 0, self.process.stderr
+        self.folder = folder
+        self.losses = _losses(folder)
+        self.weights, self.metadata = load_weights(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def one(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("one") / "run"
+    return Run(folder, "--gpus", "1", "--data", str(images), "--epochs", "2", *SHORT)
+
+
+@pytest.fixture(scope="module")
+def two(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("two") / "run"
+    return Run(folder, "--gpus", "2", "--data", str(images), "--epochs", "2", *SHORT)
+
+
+def _assert_same_training(first: Run, second: Run) -> None:
+    """Equal but for the order in which float32 sums are taken, over a handful of steps."""
+    assert second.losses == pytest.approx(first.losses, rel=1e-5)
+    for name, weight in first.weights.items():
+        torch.testing.assert_close(second.weights[name], weight, rtol=1e-3, atol=1e-5)
+    keys = ("loss", "val_loss", "top1", "top5")
+    for a, b in zip(_records(first.folder, "epoch"), _records(second.folder, "epoch"), strict=True):
+        assert [b[k] for k in keys] == pytest.approx([a[k] for k in keys], rel=1e-5)
+
+
+def test_two_towers_train_as_one_process_does(one: Run, two: Run) -> None:
+    assert len(one.losses) == 6
+    _assert_same_training(one, two)
+
+
+def test_two_replicas_train_as_one_process_does(images: Path, tmp_path: Path) -> None:
+    arguments = ["--variant", "owt", "--data", str(images), "--max-steps", "3", *SHORT]
+    single = Run(tmp_path / "one", "--gpus", "1", *arguments)
+    replicas = Run(tmp_path / "two", "--gpus", "2", *arguments)
+    assert "2 replicas with 4 images each" in replicas.process.stdout
+    _assert_same_training(single, replicas)
+
+
+def test_the_same_command_gives_the_same_bits(one: Run, images: Path, tmp_path: Path) -> None:
+    again = Run(tmp_path / "run", "--gpus", "1", "--data", str(images), "--epochs", "2", *SHORT)
+    assert again.losses == one.losses
+    assert again.metadata["sha256"] == one.metadata["sha256"]
+
+
+def test_torchrun_gives_the_bits_of_our_own_launcher(
+    two: Run, images: Path, tmp_path: Path
+) -> None:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fastalex.train"]
+    arguments = ["--data", str(images), "--epochs", "2", *SHORT, "--output", str(tmp_path / "run")]
+    process = run([*command, *arguments], tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("no GPU found: two CPU processes, gloo") == 1
+    assert read_metadata(tmp_path / "run" / "model.safetensors")["sha256"] == two.metadata["sha256"]
+
+
+def test_what_was_chosen_and_what_came_of_it_is_said(one: Run, two: Run, images: Path) -> None:
+    said = two.process.stdout.splitlines()
+    assert said[0].startswith("no GPU found: two CPU processes, gloo")
+    assert "two towers, one per process" in said[1]
+    assert said[2].startswith("initialisation: he")
+    assert "3 classes, 24 training and 9 validation images, 64 px" in said[3]
+    for epoch in (1, 2):
+        assert sum(line.startswith(f"epoch {epoch}/2: loss") for line in said) == 1
+    assert all("top-1" in line and "top-5" in line for line in said if line.startswith("epoch"))
+    weights, metrics = two.folder / "model.safetensors", two.folder / "metrics.jsonl"
+    assert said[-1] == f"weights: {weights}, metrics: {metrics}"
+    for done in (one, two):
+        assert done.process.stderr == ""
+    assert one.process.stdout.startswith("no GPU found: one CPU process")
+
+
+def test_the_folder_of_a_run_tells_what_it_was(one: Run, images: Path) -> None:
+    names = sorted(path.name for path in one.folder.iterdir())
+    assert names == ["metrics.jsonl", "model.safetensors", "run.json"]
+    report = json.loads((one.folder / "run.json").read_text())
+    assert report["status"] == "finished"
+    assert report["arguments"]["data"] == str(images)
+    assert report["settings"]["batch_size"] == 8
+    assert report["seed"] == 0
+    assert report["started"] <= report["ended"]
+    assert set(report["versions"]) == {"python", "torch", "triton", "fastalex"}
+    assert report["host"]
+    steps = _records(one.folder, "step")
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert [record["epoch"] for record in steps] == [1, 1, 1, 2, 2, 2]
+    assert all(record["images_per_s"] > 0 for record in steps)
+    assert one.metadata["classes"] == ["blue", "green", "red"]
+    assert one.metadata["epoch"] == 2
+    assert one.metadata["image_size"] == 64
+    assert one.metadata["top1"] == _records(one.folder, "epoch")[-1]["top1"]
+    assert set(one.metadata["normalization"]) == {"mean", "std"}
+    assert one.weights["features.0.weight"].shape == (96, 3, 11, 11)
+
+
+def _start(folder: Path, images: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A run of many epochs, in ``folder / "run"``."""
+    common = ["--data", str(images), "--epochs", "1000", "--output", "run", *SHORT]
+    return start(["-m", "fastalex.train", *common, *arguments], folder)
+
+
+@pytest.fixture
+def two_training(images: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Two processes in the middle of a run, after its first epoch."""
+    process = _start(tmp_path, images, "--gpus", "2")
+    try:
+        wait_until((tmp_path / "run" / "model.safetensors").exists, "an epoch is done")
+        yield process, workers(process.pid)
+    finally:
+        end(process)
+
+
+@linux
+def test_a_killed_process_ends_the_run(
+    two_training: tuple[subprocess.Popen[str], list[int]], tmp_path: Path
+) -> None:
+    process, pids = two_training
+    assert len(pids) == 2
+    os.kill(pids[1], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert len(stderr.splitlines()) == 1
+    assert f"(process {pids[1]}) was killed by SIGKILL" in stderr
+    assert re.search(r"rank [01] ", stderr)
+    assert re.search(r"keeps model\.safetensors of epoch \d+", stderr)
+    assert not any(map(alive, pids))
+    load_weights(tmp_path / "run" / "model.safetensors")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+@linux
+def test_no_process_outlives_a_killed_launcher(
+    two_training: tuple[subprocess.Popen[str], list[int]], tmp_path: Path
+) -> None:
+    process, pids = two_training
+    assert all(map(alive, pids))
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(map(alive, pids)), "all ended", seconds=30)
+    load_weights(tmp_path / "run" / "model.safetensors")
+
+
+@linux
+def test_ctrl_c_ends_two_processes_and_says_what_is_kept(
+    two_training: tuple[subprocess.Popen[str], list[int]], tmp_path: Path
+) -> None:
+    process, pids = two_training
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, stderr = process.communicate(timeout=30)
+    _assert_interrupted(process, stderr, tmp_path / "run")
+    assert not any(map(alive, pids))
+
+
+def test_ctrl_c_ends_one_process_and_says_what_is_kept(images: Path, tmp_path: Path) -> None:
+    process = _start(tmp_path, images, "--gpus", "1")
+    try:
+        wait_until((tmp_path / "run" / "model.safetensors").exists, "an epoch is done")
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+    finally:
+        end(process)
+    _assert_interrupted(process, stderr, tmp_path / "run")
+
+
+def _assert_interrupted(process: subprocess.Popen[str], stderr: str, folder: Path) -> None:
+    assert process.returncode == 130
+    assert len(stderr.splitlines()) == 1
+    assert "interrupted by SIGINT; run keeps model.safetensors of epoch" in stderr
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "metrics.jsonl",
+        "model.safetensors",
+        "run.json",
+    ]
+    epoch = load_weights(folder / "model.safetensors")[1]["epoch"]
+    assert f"of epoch {epoch} " in stderr
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+
+
+@linux
+def test_ctrl_c_while_processes_start_is_quiet_too(images: Path, tmp_path: Path) -> None:
+    process = _start(tmp_path, images, "--gpus", "2")
+    try:
+        wait_until(lambda: workers(process.pid), "a process started")
+        pids = workers(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        end(process)
+    assert process.returncode == 130
+    assert stderr.splitlines() == [
+        "train: interrupted by SIGINT; run keeps metrics.jsonl, no weights yet"
+    ]
+    assert not any(map(alive, pids))
+
+
+@pytest.mark.parametrize("gpus", ["1", "2"])
+def test_a_loss_that_is_not_finite_ends_the_run(images: Path, tmp_path: Path, gpus: str) -> None:
+    arguments = ["--gpus", gpus, "--variant", "owt", "--data", str(images), "--output", "run"]
+    process = _train(tmp_path, *arguments, *SHORT, "--lr", "1e30")
+    assert process.returncode == 1
+    assert len(process.stderr.splitlines()) <= 2
+    found = re.search(r"the loss is (nan|inf) at step (\d+) \(epoch 1\), on (.+?),", process.stderr)
+    assert found is not None
+    assert int(found[2]) <= 3
+    assert Path(found[3]).is_file()
+    assert "and 5 more samples" in process.stderr
+    assert "no weights yet" in process.stderr
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_bug_in_one_process_shows_its_traceback_once(tmp_path: Path) -> None:
+    (tmp_path / "buggy.py").write_text(
+        "import torch, torch.distributed as dist\n"
+        "from fastalex import launch\n"
+        "def work():\n"
+        "    if dist.get_rank() == 1:\n"
+        "        raise ZeroDivisionError('the bug')\n"
+        "    dist.all_reduce(torch.ones(1))\n"
+        "if __name__ == '__main__':\n"
+        "    import buggy\n"
+        "    try:\n"
+        "        launch.run(launch.World('cpu', 2, 1, 1), buggy.work)\n"
+        "    except launch.WorkerFailed as error:\n"
+        "        print(error, error.traceback, sep='|')\n"
+    )
+    process = run([str(tmp_path / "buggy.py")], tmp_path)
+    assert process.stderr == ""
+    message, _, traceback = process.stdout.partition("|")
+    assert re.fullmatch(r"rank 1 \(process \d+\) failed", message)
+    assert traceback.count("ZeroDivisionError: the bug") == 1
+    assert "in work" in traceback
+
+
+def _folder(root: Path, *images: str) -> Path:
+    for name in images:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (70, 70)).save(path)
+    return root
+
+
+def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str], folder: Path) -> str:
+    """The line that says why; asserts exit code 2 and that nothing was written."""
+    before = sorted(folder.rglob("*"))
+    try:
+        code = train.main(arguments)
+    except SystemExit as error:
+        code = int(error.code or 0)
+    said = capsys.readouterr()
+    assert code == 2
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+    assert said.err.startswith("train: error: ")
+    assert sorted(folder.rglob("*")) == before
+    return said.err
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    _folder(tmp_path / "good", "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png")
+    _folder(tmp_path / "unknown", "train/a/1.png", "val/a/1.png", "val/extra/1.png")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    (tmp_path / "empty" / "val").mkdir()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "run.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--gpus", "3"], "3"),
+        (["--variant", "resnet"], "resnet"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", "empty"], "empty"),
+        (["--data", "unknown"], "extra"),
+        (["--output", "old"], "old: the folder holds another run"),
+        (["--output", "good"], "good: the folder is not empty"),
+        (["--data", "good", "--image-size", "20"], "20: variant paper needs at least 36"),
+        (["--gpus", "2", "--variant", "owt", "--batch-size", "3"], "multiple of 2"),
+        (["--epochs", "0"], "--epochs"),
+        (["--batch-size", "x"], "'x'"),
+        (["--lr", "nan"], "--lr"),
+        (["--dropout", "1"], "--dropout"),
+        (["--init", "zero"], "zero"),
+        (["--seed", "-1"], "--seed"),
+        (["surplus"], "surplus"),
+    ],
+)
+def test_a_wrong_command_is_refused_in_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], names: str
+) -> None:
+    assert names in _refused(arguments, capsys, here)
+
+
+def test_one_gpu_for_two_processes_is_refused_with_what_to_do(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    line = _refused(["--gpus", "2"], capsys, here)
+    assert "--gpus 1" in line
+    assert "CUDA_VISIBLE_DEVICES=" in line
+
+
+def test_another_number_of_processes_than_torchrun_started_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--gpus 1 under a launcher" in _refused(["--gpus", "1"], capsys, here)
+
+
+def test_a_worker_that_failed_shows_traceback_and_what_is_kept(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise launch.WorkerFailed("rank 1 (process 7) failed", "Traceback ...\nKeyError: 'x'")
+
+    monkeypatch.setattr(launch, "run", fail)
+    code = train.main(["--gpus", "2", "--data", "good", "--image-size", "64", "--output", "new"])
+    assert code == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "Traceback ...",
+        "KeyError: 'x'",
+        "train: error: rank 1 (process 7) failed, the other process was stopped; "
+        "new keeps metrics.jsonl, no weights yet",
+    ]
