@@ -21,20 +21,20 @@ becomes 3 x 3 on 48, whose rows load 16 bytes at a time.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex_kernels import _aten
+from fastalex_kernels._conv2d_arguments import Padding, check, space_to_depth, spell_out
 from fastalex_kernels._epilogue import epilogue_backward, sum_partials
 from fastalex_kernels._launch import (
     autocast,
-    check_floating,
-    check_like,
     dot_precision,
     interpreted,
     launch,
@@ -43,11 +43,9 @@ from fastalex_kernels._launch import (
 )
 from fastalex_kernels._layout import as_hwnc, as_nchw
 
-Padding = tuple[tuple[int, int], tuple[int, int]]
-
-# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width; BLOCK_N and
-# BLOCK_K shrink to the layer. What bounds a stage count is the target's shared memory:
-# 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on sm_86, sm_89 and sm_120, 64 KB on gfx942.
+# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width, cut to the layer.
+# What bounds the stages is shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on
+# sm_86, sm_89 and sm_120, 64 KB on gfx942.
 _FORWARD_TILES = {
     ("sm_80", 16): (128, 128, 64, 8, 3),
     ("sm_90", 16): (128, 128, 64, 8, 4),
@@ -55,41 +53,49 @@ _FORWARD_TILES = {
     ("gfx942", 16): (128, 128, 32, 8, 2),
     ("other", 16): (128, 128, 32, 8, 3),
     ("other", 32): (64, 64, 32, 4, 2),
+    ("interpreter", 16): (2048, 512, 512, 4, 1),  # where an operation costs the same at any size
+    ("interpreter", 32): (2048, 512, 512, 4, 1),
 }
 # The weight gradient's M is input channels, its K is rows.
 _WEIGHT_TILES = {
-    ("sm_80", 16): (128, 64, 64, 8, 3),
-    ("sm_90", 16): (128, 128, 64, 8, 3),
-    ("sm_100", 16): (128, 128, 64, 8, 3),
+    ("sm_80", 16): (128, 128, 64, 8, 3),
+    ("sm_90", 16): (128, 128, 64, 8, 4),
+    ("sm_100", 16): (128, 128, 64, 8, 4),
     ("gfx942", 16): (64, 64, 32, 4, 2),
     ("other", 16): (128, 64, 32, 8, 2),
     ("other", 32): (64, 64, 32, 4, 2),
+    ("interpreter", 16): (2048, 512, 512, 4, 1),
+    ("interpreter", 32): (2048, 512, 512, 4, 1),
 }
+_TMA_TARGETS = ("sm_90", "sm_100", "sm_103")
 _WEIGHT_PROGRAMS = 528  # split the reduction until about this many programs run: four per SM
-_INTERPRETER_TILE = (2048, 512, 512, 4, 1)  # each operation costs the same, whatever its size
 
 
-def _tile(
-    tiles: dict[tuple[str, int], tuple[int, ...]], x: torch.Tensor, m: int, n: int, k: int
-) -> dict[str, int]:
-    """The launch arguments of a tile for an m x n x k product: table entry, cut to the problem."""
-    name = target(x.device)
-    if name == "interpreter":
-        block_m, block_n, block_k, warps, stages = _INTERPRETER_TILE
-    else:
-        bits = 8 * x.element_size()
-        entry = tiles.get((name, bits)) or tiles[("other", bits)]
-        block_m, block_n, block_k, warps, stages = entry
-        while block_k > 16 and k % block_k:  # an even split of the reduction wastes no product
-            block_k //= 2
-    cut = lambda block, size: max(16, min(block, triton.next_power_of_2(size)))  # noqa: E731
-    return {
-        "BLOCK_M": cut(block_m, m),
-        "BLOCK_N": cut(block_n, n),
-        "BLOCK_K": cut(block_k, k),
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+@triton.jit
+def _tap_range(first, last, pad: tl.constexpr, size, KERNEL: tl.constexpr):
+    """Taps [lo, hi) of an axis that touch the image for some output in first..last."""
+    return tl.maximum(pad - last, 0), tl.minimum(size + pad - first, KERNEL)
+
+
+@triton.jit
+def _next_tap(r, s, c, s_lo, s_hi, BLOCK_K: tl.constexpr, C: tl.constexpr):
+    """Advance the odometer (r, s, c) of the flat reduction by one block of channels."""
+    c += BLOCK_K
+    wrap = c >= C
+    c = tl.where(wrap, 0, c)
+    s = tl.where(wrap, s + 1, s)
+    wrap = s == s_hi
+    return tl.where(wrap, r + 1, r), tl.where(wrap, s_lo, s), c
+
+
+@triton.jit
+def _finish(acc, b_ptr, channel, mask_n, HAS_BIAS: tl.constexpr, RELU: tl.constexpr):
+    """Bias and ReLU on a float32 block; ``channel`` are its columns' output channels."""
+    if HAS_BIAS:
+        acc += tl.load(b_ptr + channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)  # not tl.maximum, which would hide a NaN
+    return acc
 
 
 @triton.jit
@@ -121,76 +127,208 @@ def _conv2d_relu_fwd_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TAIL_N: tl.constexpr,  # more output channels, in an accumulator of their own: 192 = 128 + 64
     BLOCK_K: tl.constexpr,
+    TAIL_K: tl.constexpr,  # the rest of a tap's channels: 48 = 32 + 16
 ):
-    pid_m = tl.program_id(0)
-    g = tl.program_id(2)
-    first = pid_m * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, P * Q * N) - 1
+    N_BLOCKS: tl.constexpr = (K + BLOCK_N + TAIL_N - 1) // (BLOCK_N + TAIL_N)
+    C_EVEN: tl.constexpr = C % (BLOCK_K + TAIL_K) == 0
+    W_EVEN: tl.constexpr = C_EVEN and K % (BLOCK_N + TAIL_N) == 0
+    pid = tl.program_id(0)
+    g = tl.program_id(1)
+    # Rows that need every tap first, the lighter ones of the borders at the end.
+    rows = P * Q * N
+    m_blocks = (rows + BLOCK_M - 1) // BLOCK_M
+    BORDER: tl.constexpr = PAD_H if PAD_H > 0 else 0
+    first = (pid // N_BLOCKS + BORDER * Q * N // BLOCK_M) % m_blocks * BLOCK_M
+    last = tl.minimum(first + BLOCK_M, rows) - 1
     p_first = first // (Q * N)
     p_last = last // (Q * N)
     q_first = first // N - p_first * Q
     q_last = last // N - p_last * Q
-    if not ONE_PIXEL:  # a tile that spans rows of the image may hold any column
+    if not ONE_PIXEL:  # a tile that spans lines of the image may hold any column
         q_first = tl.where(p_first == p_last, q_first, 0)
         q_last = tl.where(p_first == p_last, q_last, Q - 1)
-    # The taps that touch the image for at least one row of the tile.
-    r_lo = tl.maximum(PAD_H - p_last, 0)
-    r_hi = tl.minimum(H + PAD_H - p_first, R)
-    s_lo = tl.maximum(PAD_W - q_last, 0)
-    s_hi = tl.minimum(W + PAD_W - q_first, S)
-    CHUNKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    r_lo, r_hi = _tap_range(p_first, p_last, PAD_H, H, R)
+    s_lo, s_hi = _tap_range(q_first, q_last, PAD_W, W, S)
+    CHUNKS: tl.constexpr = (C + BLOCK_K + TAIL_K - 1) // (BLOCK_K + TAIL_K)
     steps = tl.maximum(r_hi - r_lo, 0) * tl.maximum(s_hi - s_lo, 0) * CHUNKS
 
     offs_m = first + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = pid % N_BLOCKS * (BLOCK_N + TAIL_N) + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_m = offs_m < P * Q * N
+    mask_m = offs_m < rows
     mask_n = offs_n < K
     # The row of x under tap (0, 0), and where it stands in the image (h, w).
     h = offs_m // (Q * N) - PAD_H
     w = offs_m // N - (h + PAD_H) * Q - PAD_W
-    row = (h * W + w) * N + offs_m % N
-    x_ptrs = x_ptr + row.to(tl.int64)[:, None] * (G * C) + (g * C + offs_k)[None, :]
-    w_ptrs = w_ptr + g * W_GROUP + offs_k[:, None] * W_C + offs_n[None, :] * W_K
-
+    row = ((h * W + w) * N + offs_m % N).to(tl.int64)
+    x_ptrs = x_ptr + row[:, None] * (G * C) + (g * C + offs_k)[None, :]
+    w_offs = g * W_GROUP + offs_k[:, None] * W_C + offs_n[None, :] * W_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if TAIL_N > 0:
+        tail_n = pid % N_BLOCKS * (BLOCK_N + TAIL_N) + BLOCK_N + tl.arange(0, TAIL_N)
+        w_tail = g * W_GROUP + offs_k[:, None] * W_C + tail_n[None, :] * W_K
+        acc_n = tl.zeros((BLOCK_M, TAIL_N), tl.float32)
+    if TAIL_K > 0:
+        tail_k = BLOCK_K + tl.arange(0, TAIL_K)
+        x_tail = x_ptr + row[:, None] * (G * C) + (g * C + tail_k)[None, :]
+        w_tail = g * W_GROUP + tail_k[:, None] * W_C + offs_n[None, :] * W_K
+
     r = r_lo
     s = s_lo
     c = first * 0
     for _ in range(steps):
         shift = ((r * W + s) * N).to(tl.int64) * (G * C) + c
         tap = R * S - 1 - (r * S + s) if REVERSE else r * S + s
+        w_tap = w_ptr + (tap * W_TAP + c * W_C)
         mask_k = offs_k < C - c
-        if ONE_PIXEL:
-            if C % BLOCK_K == 0:
-                a = tl.load(x_ptrs + shift)
-            else:
-                a = tl.load(x_ptrs + shift, mask=mask_k[None, :], other=0.0)
+        if ONE_PIXEL and C_EVEN:
+            a = tl.load(x_ptrs + shift)
+        elif ONE_PIXEL:
+            a = tl.load(x_ptrs + shift, mask=mask_k[None, :], other=0.0)
         else:
             inside = mask_m & (h + r >= 0) & (h + r < H) & (w + s >= 0) & (w + s < W)
-            a = tl.load(x_ptrs + shift, mask=inside[:, None] & mask_k[None, :], other=0.0)
-        b_ptrs = w_ptrs + (tap * W_TAP + c * W_C)
-        if C % BLOCK_K == 0 and K % BLOCK_N == 0:
-            b = tl.load(b_ptrs)
+            mask_a = inside[:, None] if C_EVEN else inside[:, None] & mask_k[None, :]
+            a = tl.load(x_ptrs + shift, mask=mask_a, other=0.0)
+        if W_EVEN:
+            b = tl.load(w_tap + w_offs)
         else:
-            b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+            b = tl.load(w_tap + w_offs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        # Advance the odometer (r, s, c).
-        c += BLOCK_K
-        wrap = c >= C
-        c = tl.where(wrap, 0, c)
-        s = tl.where(wrap, s + 1, s)
-        wrap = s == s_hi
-        s = tl.where(wrap, s_lo, s)
-        r = tl.where(wrap, r + 1, r)
+        if TAIL_N > 0:
+            acc_n = tl.dot(a, tl.load(w_tap + w_tail), acc_n, input_precision=PRECISION)
+        if TAIL_K > 0:
+            if ONE_PIXEL:
+                a = tl.load(x_tail + shift)
+            else:
+                a = tl.load(x_tail + shift, mask=inside[:, None], other=0.0)
+            if W_EVEN:
+                b = tl.load(w_tap + w_tail)
+            else:
+                b = tl.load(w_tap + w_tail, mask=mask_n[None, :], other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        r, s, c = _next_tap(r, s, c, s_lo, s_hi, BLOCK_K + TAIL_K, C)
 
-    if HAS_BIAS:
-        acc += tl.load(b_ptr + g * K + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)  # not tl.maximum, which would hide a NaN
-    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * (G * K) + (g * K + offs_n)[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    out = y_ptr + offs_m.to(tl.int64)[:, None] * (G * K) + g * K
+    acc = _finish(acc, b_ptr, g * K + offs_n, mask_n, HAS_BIAS, RELU)
+    mask = mask_m[:, None] & mask_n[None, :]
+    tl.store(out + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+    if TAIL_N > 0:
+        acc_n = _finish(acc_n, b_ptr, g * K + tail_n, tail_n < K, HAS_BIAS, RELU)
+        tl.store(out + tail_n[None, :], acc_n.to(y_ptr.dtype.element_ty), mask=mask_m[:, None])
+
+
+@triton.jit
+def _load_weight(desc, tap, c, g, k, C: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr):
+    """A block [reduction, outputs] of the packed weight [R * S * C, G * K], or of the reversed."""
+    if REVERSE:  # the weight's rows are this product's outputs
+        block = desc.load([tap * K + k, g * C + c]).T
+    else:
+        block = desc.load([tap * C + c, g * K + k])
+    return block
+
+
+@triton.jit
+def _conv2d_relu_fwd_tma_kernel(
+    x_desc,  # [H * W * N, G * C], blocks [BLOCK_M, BLOCK_K]
+    x_tail_desc,  # the same in blocks [BLOCK_M, TAIL_K]
+    w_desc,  # packed weight, blocks [BLOCK_K, BLOCK_N]
+    w_tail_desc,  # the same in blocks [BLOCK_K, TAIL_N] or [TAIL_K, BLOCK_N]
+    b_ptr,  # [G * K], read where HAS_BIAS
+    y_ptr,  # [P, Q, N, G * K]
+    N,
+    H,
+    W,
+    P,
+    Q,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAIL_K: tl.constexpr,
+):
+    """The kernel above for tiles of one pixel, whose blocks the tensor memory accelerator fetches."""
+    N_BLOCKS: tl.constexpr = (K + BLOCK_N + TAIL_N - 1) // (BLOCK_N + TAIL_N)
+    pid = tl.program_id(0)
+    g = tl.program_id(1)
+    pixel = (pid // N_BLOCKS) // (N // BLOCK_M)
+    n = (pid // N_BLOCKS) % (N // BLOCK_M) * BLOCK_M
+    BORDER: tl.constexpr = PAD_H if PAD_H > 0 else 0
+    p = (pixel // Q + BORDER) % P
+    q = pixel % Q
+    k = pid % N_BLOCKS * (BLOCK_N + TAIL_N)
+    r_lo, r_hi = _tap_range(p, p, PAD_H, H, R)
+    s_lo, s_hi = _tap_range(q, q, PAD_W, W, S)
+    CHUNKS: tl.constexpr = C // (BLOCK_K + TAIL_K)
+    steps = tl.maximum(r_hi - r_lo, 0) * tl.maximum(s_hi - s_lo, 0) * CHUNKS
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if TAIL_N > 0:
+        acc_n = tl.zeros((BLOCK_M, TAIL_N), tl.float32)
+    if TAIL_K > 0:
+        acc_k = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    r = r_lo
+    s = s_lo
+    c = pid * 0
+    for _ in range(steps):
+        row = ((p + r - PAD_H) * W + q + s - PAD_W) * N + n
+        tap = R * S - 1 - (r * S + s) if REVERSE else r * S + s
+        a = x_desc.load([row, g * C + c])
+        acc = tl.dot(a, _load_weight(w_desc, tap, c, g, k, C, K, REVERSE), acc)
+        if TAIL_N > 0:
+            b = _load_weight(w_tail_desc, tap, c, g, k + BLOCK_N, C, K, REVERSE)
+            acc_n = tl.dot(a, b, acc_n)
+        if TAIL_K > 0:
+            b = _load_weight(w_tail_desc, tap, c + BLOCK_K, g, k, C, K, REVERSE)
+            acc_k = tl.dot(x_tail_desc.load([row, g * C + c + BLOCK_K]), b, acc_k)
+        r, s, c = _next_tap(r, s, c, s_lo, s_hi, BLOCK_K + TAIL_K, C)
+
+    if TAIL_K > 0:
+        acc += acc_k
+    offs_m = (p * Q + q) * N + n + tl.arange(0, BLOCK_M)
+    offs_n = k + tl.arange(0, BLOCK_N)
+    out = y_ptr + offs_m.to(tl.int64)[:, None] * (G * K) + g * K
+    acc = _finish(acc, b_ptr, g * K + offs_n, offs_n < K, HAS_BIAS, RELU)
+    tl.store(out + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=(offs_n < K)[None, :])
+    if TAIL_N > 0:
+        tail_n = k + BLOCK_N + tl.arange(0, TAIL_N)
+        acc_n = _finish(acc_n, b_ptr, g * K + tail_n, tail_n < K, HAS_BIAS, RELU)
+        tl.store(out + tail_n[None, :], acc_n.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _weight_share(
+    tap, split, N, H, W, P, Q, S: tl.constexpr, R: tl.constexpr, PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What one program of the weight gradient adds up.
+
+    The output pixels whose tap lies inside the image are p_lo..p_hi by q_lo..q_hi: `run` rows in
+    each line of them, contiguous both in dz and, shifted, in x. Returned are the blocks first..last
+    of this split, the line p and row j of the first, q_lo, and run.
+    """
+    p_lo = tl.maximum(PAD_H - tap // S, 0)
+    p_hi = tl.minimum(H + PAD_H - tap // S, P)
+    q_lo = tl.maximum(PAD_W - tap % S, 0)
+    q_hi = tl.minimum(W + PAD_W - tap % S, Q)
+    run = tl.maximum(q_hi - q_lo, 0) * N
+    blocks = (run + BLOCK_K - 1) // BLOCK_K
+    steps = tl.maximum(p_hi - p_lo, 0) * blocks
+    share = (steps + SPLIT - 1) // SPLIT
+    first = split * share
+    last = tl.minimum(first + share, steps)
+    p = p_lo + first // tl.maximum(blocks, 1)
+    return first, last, p, first % tl.maximum(blocks, 1) * BLOCK_K, q_lo, run
 
 
 @triton.jit
@@ -212,6 +350,7 @@ def _conv2d_bwd_weight_kernel(
     PAD_W: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_ROWS: tl.constexpr,  # BLOCK_K divides N: every block of rows is full
+    TMA: tl.constexpr,  # x_ptr and dz_ptr are descriptors of [rows, channels]; EVEN_ROWS holds
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -223,44 +362,38 @@ def _conv2d_bwd_weight_kernel(
     split = tl.program_id(1)
     g = tl.program_id(2)
     tap = pid // (M_BLOCKS * N_BLOCKS)
-    r = tap // S
-    s = tap % S
-    # The output pixels whose tap (r, s) lies inside the image: `run` rows in each line of them.
-    p_lo = tl.maximum(PAD_H - r, 0)
-    p_hi = tl.minimum(H + PAD_H - r, P)
-    q_lo = tl.maximum(PAD_W - s, 0)
-    q_hi = tl.minimum(W + PAD_W - s, Q)
-    run = tl.maximum(q_hi - q_lo, 0) * N
-    blocks = (run + BLOCK_K - 1) // BLOCK_K
-    steps = tl.maximum(p_hi - p_lo, 0) * blocks
-    share = (steps + SPLIT - 1) // SPLIT
-    first = split * share
-    last = tl.minimum(first + share, steps)
-
-    offs_m = pid // N_BLOCKS % M_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid % N_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
+    c = pid // N_BLOCKS % M_BLOCKS * BLOCK_M
+    k = pid % N_BLOCKS * BLOCK_N
+    first, last, p, j, q_lo, run = _weight_share(
+        tap, split, N, H, W, P, Q, S, R, PAD_H, PAD_W, SPLIT, BLOCK_K
+    )
+    offs_m = c + tl.arange(0, BLOCK_M)
+    offs_n = k + tl.arange(0, BLOCK_N)
     mask_m = offs_m < C
     mask_n = offs_n < K
-    x_ptrs = x_ptr + offs_k[None, :] * (G * C) + (g * C + offs_m)[:, None]  # x transposed
-    dz_ptrs = dz_ptr + offs_k[:, None] * (G * K) + (g * K + offs_n)[None, :]
+    if not TMA:
+        offs_k = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + offs_k[None, :] * (G * C) + (g * C + offs_m)[:, None]  # x transposed
+        dz_ptrs = dz_ptr + offs_k[:, None] * (G * K) + (g * K + offs_n)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    p = p_lo + first // tl.maximum(blocks, 1)
-    j = first % tl.maximum(blocks, 1) * BLOCK_K
     for _ in range(first, last):
-        x_row = ((p + r - PAD_H) * W + q_lo + s - PAD_W) * N + j
+        x_row = ((p + tap // S - PAD_H) * W + q_lo + tap % S - PAD_W) * N + j
         dz_row = (p * Q + q_lo) * N + j
-        mask_k = offs_k < run - j
-        a_ptrs = x_ptrs + x_row.to(tl.int64) * (G * C)
-        b_ptrs = dz_ptrs + dz_row.to(tl.int64) * (G * K)
-        if EVEN_ROWS and C % BLOCK_M == 0:
-            a = tl.load(a_ptrs)
+        if TMA:
+            a = x_ptr.load([x_row, g * C + c]).T
+            b = dz_ptr.load([dz_row, g * K + k])
         else:
-            a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        if EVEN_ROWS and K % BLOCK_N == 0:
-            b = tl.load(b_ptrs)
-        else:
-            b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+            mask_k = offs_k < run - j
+            a_ptrs = x_ptrs + x_row.to(tl.int64) * (G * C)
+            b_ptrs = dz_ptrs + dz_row.to(tl.int64) * (G * K)
+            if EVEN_ROWS and C % BLOCK_M == 0:
+                a = tl.load(a_ptrs)
+            else:
+                a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            if EVEN_ROWS and K % BLOCK_N == 0:
+                b = tl.load(b_ptrs)
+            else:
+                b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         j += BLOCK_K
         wrap = j >= run
@@ -272,6 +405,60 @@ def _conv2d_bwd_weight_kernel(
     tl.store(part_ptrs, acc, mask=mask_m[:, None] & mask_n[None, :])
 
 
+def _entry(tiles: dict[tuple[str, int], tuple[int, ...]], x: torch.Tensor) -> tuple[int, ...]:
+    name, bits = target(x.device), 8 * x.element_size()
+    return tiles.get((name, bits)) or tiles[("other", bits)]
+
+
+def _warps(warps: int, block_m: int, block_n: int) -> int:
+    """Half the warps for half a tile: each then issues as many products for its bookkeeping."""
+    return warps if block_m * block_n > 64 * 128 else min(warps, 4)
+
+
+def _cut(block: int, size: int) -> int:
+    """A block no longer than the axis needs."""
+    return max(16, min(block, triton.next_power_of_2(size)))
+
+
+def _split(block: int, size: int) -> tuple[int, int]:
+    """(block, tail) that fill ``size`` channels exactly where two powers of two can."""
+    for main in (block, block // 2):
+        if main >= 16 and size % main == 0:
+            return main, 0
+        tail = main // 2
+        if tail >= 16 and size % (main + tail) == 0:
+            return main, tail
+    return _cut(block, size), 0
+
+
+def _forward_tile(x: torch.Tensor, rows: int, C: int, K: int) -> dict[str, int]:
+    """Blocks for ``rows`` rows, C channels in and K out of a group."""
+    block_m, block_n, block_k, warps, stages = _entry(_FORWARD_TILES, x)
+    block_m = _cut(block_m, rows)
+    tile = {"BLOCK_M": block_m, "num_stages": stages}
+    if target(x.device) == "interpreter":
+        return tile | {
+            "BLOCK_N": _cut(block_n, K),
+            "TAIL_N": 0,
+            "BLOCK_K": _cut(block_k, C),
+            "TAIL_K": 0,
+        }
+    k, tail_k = _split(block_k, C)
+    if tail_k and k + tail_k != C:  # a tail ends every tap, so there is one chunk a tap
+        k, tail_k = _cut(block_k, C), 0
+    n, tail_n = _split(block_n, K)
+    if n < block_n // 2 or (tail_n and tail_k):
+        n, tail_n = _cut(block_n, K), 0
+    warps = _warps(warps, block_m, n + tail_n)
+    return tile | {
+        "BLOCK_N": n,
+        "TAIL_N": tail_n,
+        "BLOCK_K": k,
+        "TAIL_K": tail_k,
+        "num_warps": warps,
+    }
+
+
 def conv2d_relu_forward(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -281,21 +468,19 @@ def conv2d_relu_forward(
     relu: bool,
 ) -> torch.Tensor:
     """y [P, Q, N, G*K] of x [H, W, N, G*C] and the packed w [R, S, C, G*K]."""
-    (R, S, C, GK), (top, bottom), (left, right) = w.shape, *padding
-    H, W, N, _ = x.shape
+    (R, S, _, GK), (top, bottom), (left, right) = w.shape, *padding
+    H, W = x.shape[:2]
     size = (H + top + bottom - R + 1, W + left + right - S + 1)
-    strides = {"W_TAP": C * GK, "W_GROUP": GK // groups, "W_C": GK, "W_K": 1}
-    return _convolve(x, w, bias, size, GK // groups, (top, left), groups, relu, False, strides)
+    return _convolve(x, w, bias, size, GK // groups, (top, left), groups, relu, reverse=False)
 
 
 def conv2d_relu_backward_input(
     dz: torch.Tensor, w: torch.Tensor, size: tuple[int, int], padding: Padding, groups: int
 ) -> torch.Tensor:
-    """dx [H, W, N, G*C] of dz [P, Q, N, G*K]: the forward kernel with the weight's roles exchanged."""
-    (R, S, C, GK), (top, _), (left, _) = w.shape, *padding
-    strides = {"W_TAP": C * GK, "W_GROUP": GK // groups, "W_C": 1, "W_K": GK}
+    """dx [H, W, N, G*C] of dz [P, Q, N, G*K]: the forward kernel, the weight's roles exchanged."""
+    (R, S, C, _), (top, _), (left, _) = w.shape, *padding
     pad = (R - 1 - top, S - 1 - left)
-    return _convolve(dz, w, None, size, C, pad, groups, False, True, strides)
+    return _convolve(dz, w, None, size, C, pad, groups, relu=False, reverse=True)
 
 
 def _convolve(
@@ -308,41 +493,61 @@ def _convolve(
     groups: int,
     relu: bool,
     reverse: bool,
-    strides: dict[str, int],
 ) -> torch.Tensor:
-    H, W, N, GC = x.shape
-    (P, Q), C = size, GC // groups
+    (H, W, N, GC), (R, S, rows, columns), (P, Q) = x.shape, w.shape, size
+    C = GC // groups
     y = x.new_empty((P, Q, N, groups * K))
-    tile = _tile(_FORWARD_TILES, x, P * Q * N, K, C)
-    grid = (triton.cdiv(P * Q * N, tile["BLOCK_M"]), triton.cdiv(K, tile["BLOCK_N"]), groups)
+    tile = _forward_tile(x, P * Q * N, C, K)
+    one_pixel = N % tile["BLOCK_M"] == 0
+    m_blocks = triton.cdiv(P * Q * N, tile["BLOCK_M"])
+    n_blocks = triton.cdiv(K, tile["BLOCK_N"] + tile["TAIL_N"])
+    grid = (m_blocks * n_blocks, groups)
+    sizes = (N, H, W, P, Q)
+    constants = {
+        "G": groups, "C": C, "K": K, "R": R, "S": S, "PAD_H": pad[0], "PAD_W": pad[1],
+        "REVERSE": reverse, "HAS_BIAS": bias is not None, "RELU": relu, **tile,
+    }  # fmt: skip
+    b = x if bias is None else bias
+    if one_pixel and _tma_fits(x, w) and C % (tile["BLOCK_K"] + tile["TAIL_K"]) == 0:
+        descriptors = _forward_descriptors(x, w, tile, reverse)
+        launch(_conv2d_relu_fwd_tma_kernel, grid, *descriptors, b, y, *sizes, **constants)
+        return y
+    strides = (1, columns) if reverse else (columns, 1)
     launch(
-        _conv2d_relu_fwd_kernel,
-        grid,
-        x,
-        w,
-        x if bias is None else bias,
-        y,
-        N,
-        H,
-        W,
-        P,
-        Q,
-        G=groups,
-        C=C,
-        K=K,
-        R=w.shape[0],
-        S=w.shape[1],
-        PAD_H=pad[0],
-        PAD_W=pad[1],
-        REVERSE=reverse,
-        HAS_BIAS=bias is not None,
-        RELU=relu,
-        ONE_PIXEL=N % tile["BLOCK_M"] == 0,
-        PRECISION=dot_precision(x.dtype),
-        **strides,
-        **tile,
-    )
+        _conv2d_relu_fwd_kernel, grid, x, w, b, y, *sizes, **constants,
+        W_TAP=rows * columns, W_GROUP=columns // groups, W_C=strides[0], W_K=strides[1],
+        ONE_PIXEL=one_pixel, PRECISION=dot_precision(x.dtype),
+    )  # fmt: skip
     return y
+
+
+def _tma_fits(x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Whether x and w can be described to the tensor memory accelerator: rows of 16 bytes."""
+    return (
+        target(x.device) in _TMA_TARGETS
+        and x.element_size() == 2
+        and x.numel() > 0
+        and x.shape[3] % 8 == 0
+        and w.shape[3] % 8 == 0
+        and math.prod(x.shape[:3]) < 2**31
+    )
+
+
+def _forward_descriptors(
+    x: torch.Tensor, w: torch.Tensor, tile: dict[str, int], reverse: bool
+) -> list[TensorDescriptor]:
+    """x and w, each in main blocks and in tail blocks (the main ones again where there is none)."""
+    m, n, k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    tail_n, tail_k = tile["TAIL_N"], tile["TAIL_K"]
+    w_tail = [k, tail_n] if tail_n else [tail_k or k, n]
+    blocks = [[m, k], [m, tail_k or k]]
+    w_blocks = [[k, n], w_tail]
+    if reverse:
+        w_blocks = [b[::-1] for b in w_blocks]
+    rows, weights = x.view(-1, x.shape[3]), w.view(-1, w.shape[3])
+    return [TensorDescriptor.from_tensor(rows, b) for b in blocks] + [
+        TensorDescriptor.from_tensor(weights, b) for b in w_blocks
+    ]
 
 
 def conv2d_relu_backward_weight(
@@ -351,36 +556,29 @@ def conv2d_relu_backward_weight(
     """dw, packed [R, S, C, G*K], of x [H, W, N, G*C] and dz [P, Q, N, G*K]."""
     (H, W, N, GC), (P, Q, _, GK), (R, S) = x.shape, dz.shape, kernel_size
     C, K = GC // groups, GK // groups
-    tile = _tile(_WEIGHT_TILES, x, C, K, N if N % 16 == 0 else 64)
-    programs = R * S * triton.cdiv(C, tile["BLOCK_M"]) * triton.cdiv(K, tile["BLOCK_N"])
-    steps = P * triton.cdiv(Q * N, tile["BLOCK_K"])
+    block_m, block_n, block_k, warps, stages = _entry(_WEIGHT_TILES, x)
+    block_k = next((k for k in (block_k, block_k // 2) if N % k == 0), block_k)
+    block_m, block_n = _cut(block_m, C), _cut(block_n, K)
+    programs = R * S * triton.cdiv(C, block_m) * triton.cdiv(K, block_n)
     split = 1
     if not interpreted():
+        steps = P * triton.cdiv(Q * N, block_k)
         split = max(1, min(_WEIGHT_PROGRAMS // (programs * groups), steps // 4))
     part = x.new_empty((split, R, S, C, GK), dtype=torch.float32)
+    even_rows = N % block_k == 0
+    tma = even_rows and N > 0 and _tma_fits(x, dz)
+    operands: tuple[Any, ...] = (x, dz)
+    if tma:
+        operands = (
+            TensorDescriptor.from_tensor(x.view(-1, GC), [block_k, block_m]),
+            TensorDescriptor.from_tensor(dz.view(-1, GK), [block_k, block_n]),
+        )
     launch(
-        _conv2d_bwd_weight_kernel,
-        (programs, split, groups),
-        x,
-        dz,
-        part,
-        N,
-        H,
-        W,
-        P,
-        Q,
-        G=groups,
-        C=C,
-        K=K,
-        R=R,
-        S=S,
-        PAD_H=padding[0][0],
-        PAD_W=padding[1][0],
-        SPLIT=split,
-        EVEN_ROWS=N % tile["BLOCK_K"] == 0,
-        PRECISION=dot_precision(x.dtype),
-        **tile,
-    )
+        _conv2d_bwd_weight_kernel, (programs, split, groups), *operands, part, N, H, W, P, Q,
+        G=groups, C=C, K=K, R=R, S=S, PAD_H=padding[0][0], PAD_W=padding[1][0], SPLIT=split,
+        EVEN_ROWS=even_rows, TMA=tma, PRECISION=dot_precision(x.dtype), BLOCK_M=block_m,
+        BLOCK_N=block_n, BLOCK_K=block_k, num_warps=_warps(warps, block_m, block_n), num_stages=stages,
+    )  # fmt: skip
     return sum_partials(part, x.new_empty(part.shape[1:]))
 
 
@@ -427,92 +625,6 @@ class Conv2dReLUFunction(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
-def _space_to_depth(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    stride: tuple[int, int],
-    padding: Padding,
-    groups: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same convolution at stride 1 and padding 0, over blocks of ``stride`` pixels.
-
-    Differentiable torch operations, so the gradients of input and weight pass through them.
-    """
-    (N, GC, H, W), (GK, C, R, S), (sh, sw) = input.shape, weight.shape, stride
-    (top, bottom), (left, right) = padding
-    P, Q = (H + top + bottom - R) // sh + 1, (W + left + right - S) // sw + 1
-    rows, columns = -(-R // sh), -(-S // sw)
-    height, width = P + rows - 1, Q + columns - 1
-    x = F.pad(input, (left, width * sw - W - left, top, height * sh - H - top))
-    x = x.reshape(N, groups, C, height, sh, width, sw).permute(3, 5, 0, 1, 4, 6, 2)
-    w = F.pad(weight, (0, columns * sw - S, 0, rows * sh - R))
-    w = w.reshape(GK, C, rows, sh, columns, sw).permute(2, 4, 3, 5, 1, 0)
-    return (
-        as_nchw(x.reshape(height, width, N, groups * sh * sw * C)),
-        w.reshape(rows, columns, sh * sw * C, GK).permute(3, 2, 0, 1),
-    )
-
-
-def _normalise(padding: Any, stride: Any) -> tuple[Padding, tuple[int, int]]:
-    """Spell out the accepted forms of padding and stride, or say what is wrong with them."""
-    integer = lambda v: isinstance(v, int) and not isinstance(v, bool)  # noqa: E731
-    pair = (stride, stride) if integer(stride) else stride
-    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(integer, pair))):
-        raise TypeError(f"stride: expected an int or (height, width), got {stride!r}")
-    if min(pair) < 1:
-        raise ValueError(f"stride: expected at least 1, got {stride!r}")
-    sides = (padding, padding) if integer(padding) else padding
-    if isinstance(sides, (tuple, list)) and len(sides) == 2:
-        sides = tuple(
-            (v, v) if integer(v) else tuple(v) if isinstance(v, (tuple, list)) else v for v in sides
-        )
-        if all(isinstance(v, tuple) and len(v) == 2 and all(map(integer, v)) for v in sides):
-            if min(min(v) for v in sides) < 0:
-                raise ValueError(f"padding: expected no negative value, got {padding!r}")
-            return sides, (pair[0], pair[1])  # type: ignore[return-value]
-    raise TypeError(
-        "padding: expected an int, (height, width) or ((top, bottom), (left, right)), "
-        f"got {padding!r}"
-    )
-
-
-def _check(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    padding: Padding,
-    groups: int,
-) -> None:
-    check_floating("input", input)
-    check_like("weight", weight, input)
-    if input.dim() != 4:
-        raise ValueError(f"input: expected [N, C, H, W], got shape {tuple(input.shape)}")
-    if weight.dim() != 4 or min(weight.shape) < 1:
-        raise ValueError(
-            f"weight: expected [out, in / groups, height, width], got shape {tuple(weight.shape)}"
-        )
-    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
-        raise ValueError(
-            f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups!r}"
-        )
-    if input.shape[1] != weight.shape[1] * groups:
-        raise ValueError(
-            f"input: expected {weight.shape[1] * groups} channels "
-            f"(weight {tuple(weight.shape)}, groups {groups}), got {input.shape[1]}"
-        )
-    if bias is not None:
-        check_like("bias", bias, input)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    for name, size, kernel, sides in zip(
-        ("height", "width"), input.shape[2:], weight.shape[2:], padding, strict=True
-    ):
-        if size + sum(sides) < kernel:
-            raise ValueError(
-                f"input: {name} {size} with padding {sides} is below the kernel's {kernel}"
-            )
-
-
 def conv2d_relu(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -543,9 +655,9 @@ def conv2d_relu(
         TypeError: for a wrong type or dtype.
         ValueError: for a wrong shape, device, or a value out of range.
     """
-    sides, strides = _normalise(padding, stride)
+    sides, strides = spell_out(padding, stride)
     input, weight, bias = autocast(input, weight, bias)
-    _check(input, weight, bias, sides, groups)
+    check(input, weight, bias, sides, groups)
     if not use_triton(input):
         return _aten.conv2d_relu(input, weight, bias, strides, sides, groups, relu)
     if input.dtype == torch.bfloat16 and interpreted():
@@ -555,6 +667,6 @@ def conv2d_relu(
             input.dtype
         )
     if strides != (1, 1):
-        input, weight = _space_to_depth(input, weight, strides, sides, groups)
+        input, weight = space_to_depth(input, weight, strides, sides, groups)
         sides = ((0, 0), (0, 0))
     return Conv2dReLUFunction.apply(input, weight, bias, sides, groups, relu)
