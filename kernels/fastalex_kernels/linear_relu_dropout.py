@@ -15,6 +15,7 @@ float32 partial sums, and a second small kernel adds them in order and runs the 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ _TILES = {
     ("sm_90", 16): (128, 64, 64, 4, 4),
     ("sm_100", 16): (128, 64, 64, 4, 4),
     ("gfx942", 16): (128, 64, 64, 4, 2),
-    ("other", 16): (128, 64, 64, 4, 3),
+    ("other", 16): (128, 64, 64, 8, 3),
     ("other", 32): (64, 64, 32, 4, 2),
 }
 _INTERPRETER_TILE = (1024, 1024, 1024, 4, 1)
@@ -79,18 +80,16 @@ def _finish(
 
 @triton.jit
 def _linear_relu_dropout_fwd_kernel(
-    a_ptr,  # [M, K]
-    w_ptr,  # [K, N]
+    a_ptr,  # [M, K], element (m, k) at m * stride_a + k, or m + k * stride_a where A_COLUMNS
+    w_ptr,  # [K, N], element (k, n) at k * stride_w + n, or k + n * stride_w where W_COLUMNS
     b_ptr,  # [N], read where HAS_BIAS
     rng_ptr,  # int64 [2], read where DROPOUT
     y_ptr,  # [M, N], or float32 partial sums [SPLIT, M, N] where SPLIT > 1
     M,
     N,
     K,
-    stride_am,
-    stride_ak,
-    stride_wk,
-    stride_wn,
+    stride_a,
+    stride_w,
     p,
     scale,
     row_offset,
@@ -99,12 +98,20 @@ def _linear_relu_dropout_fwd_kernel(
     RELU: tl.constexpr,
     DROPOUT: tl.constexpr,
     SPLIT: tl.constexpr,
+    A_COLUMNS: tl.constexpr,
+    W_COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,  # the blocks divide N and every share of K: only M is masked
+    ALIGN: tl.constexpr,  # divides M, N, K and the strides, which the compiler cannot see for 1000
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    M = M // ALIGN * ALIGN
+    N = N // ALIGN * ALIGN
+    K = K // ALIGN * ALIGN
+    stride_a = stride_a // ALIGN * ALIGN
+    stride_w = stride_w // ALIGN * ALIGN
     split = tl.program_id(2)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -114,12 +121,17 @@ def _linear_relu_dropout_fwd_kernel(
     share = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
     first = split * share
     last = tl.minimum(first + share, K)
-    a_ptrs = a_ptr + offs_m.to(tl.int64)[:, None] * stride_am
-    w_ptrs = w_ptr + offs_n.to(tl.int64)[None, :] * stride_wn
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(first, last, BLOCK_K):
-        a_block = a_ptrs + (k + offs_k).to(tl.int64)[None, :] * stride_ak
-        w_block = w_ptrs + (k + offs_k).to(tl.int64)[:, None] * stride_wk
+        row = (k + offs_k).to(tl.int64)
+        if A_COLUMNS:
+            a_block = a_ptr + offs_m[:, None] + row[None, :] * stride_a
+        else:
+            a_block = a_ptr + offs_m.to(tl.int64)[:, None] * stride_a + (k + offs_k)[None, :]
+        if W_COLUMNS:
+            w_block = w_ptr + (k + offs_k)[:, None] + offs_n.to(tl.int64)[None, :] * stride_w
+        else:
+            w_block = w_ptr + row[:, None] * stride_w + offs_n[None, :]
         if EVEN:
             a = tl.load(a_block, mask=mask_m[:, None], other=0.0)
             w = tl.load(w_block)
@@ -190,6 +202,14 @@ def _tile(x: torch.Tensor, m: int, n: int, k: int) -> dict[str, int]:
     }
 
 
+def _unit_stride(x: torch.Tensor) -> tuple[torch.Tensor, int, bool]:
+    """x [rows, columns] with neighbours along one axis, the other's stride, and whether by columns."""
+    if x.stride(1) != 1 and x.stride(0) != 1:
+        x = x.contiguous()
+    columns = x.stride(1) != 1
+    return x, x.stride(1 if columns else 0), columns
+
+
 def matmul(
     a: torch.Tensor,
     w: torch.Tensor,
@@ -213,9 +233,11 @@ def matmul(
     b, r = (a if bias is None else bias), (a if rng is None else rng)
     scalars = (p, 1.0 / (1.0 - p), row_offset, feature_offset)
     flags = {"HAS_BIAS": bias is not None, "RELU": relu, "DROPOUT": rng is not None}
+    (a, stride_a, a_columns), (w, stride_w, w_columns) = _unit_stride(a), _unit_stride(w)
+    align = math.gcd(8, M, N, K, stride_a, stride_w)
     launch(
         _linear_relu_dropout_fwd_kernel, (*blocks, split), a, w, b, r, out, M, N, K,
-        *a.stride(), *w.stride(), *scalars, SPLIT=split,
+        stride_a, stride_w, *scalars, SPLIT=split, A_COLUMNS=a_columns, W_COLUMNS=w_columns, ALIGN=align,
         EVEN=N % tile["BLOCK_N"] == 0 and K % (tile["BLOCK_K"] * split) == 0,
         PRECISION=dot_precision(a.dtype), **flags, **tile,
     )  # fmt: skip
