@@ -79,8 +79,9 @@ class World:
     def describe(self) -> str:
         number = _NUMBERS.get(self.processes, str(self.processes))
         if self.device_type == "cuda":
-            name = torch.cuda.get_device_name(0)
-            return f"one GPU, {name}" if self.processes == 1 else f"{number} GPUs, NCCL, {name}"
+            if self.processes == 1:
+                return f"one GPU, {torch.cuda.get_device_name(0)}"
+            return f"{number} GPUs, NCCL"  # asking for a name here would take memory on one
         threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
         if self.processes == 1:
             return f"no GPU found: one CPU process, {threads}"
@@ -203,7 +204,7 @@ def in_process(world: World, function: Callable[..., Result], *arguments: Any) -
             # The other process has died or is about to say why it ends: its reason is the one to
             # report, and the launcher stops this process once it has it.
             time.sleep(_PEER_LOST_WAIT)
-            raise TrainingError(f"rank {rank()} lost its peer") from error
+            raise TrainingError("lost the connection to another process") from error
         raise
     dist.destroy_process_group()
     return result

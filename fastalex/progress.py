@@ -33,7 +33,12 @@ class Progress:
         # tqdm's own lock is a semaphore of the system, which a killed process would leave behind.
         tqdm.set_lock(threading.RLock())
         self._bar = tqdm(
-            total=steps, bar_format=_BAR, smoothing=0.1, dynamic_ncols=True, disable=not terminal
+            desc=f"epoch 1/{epochs}",
+            total=steps,
+            bar_format=_BAR,
+            smoothing=0.1,
+            dynamic_ncols=True,
+            disable=not terminal,
         )
         self._step = 0
 

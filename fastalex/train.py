@@ -149,23 +149,26 @@ def _run_under_torchrun(options: Mapping[str, Any], world: World) -> int:
     try:
         return launch.in_process(world, _member, options, world)
     except TrainingError as error:
-        return _fail(str(error), _FAILED)
+        # Each process for itself: the others may have stopped without a word of their own.
+        line = f"train: error: rank {launch.rank()}: {error}"
+        print(line, file=sys.stderr, flush=True)
+        return _FAILED
     except KeyboardInterrupt:
         return 130
 
 
 def _member(options: Mapping[str, Any], world: World) -> int:
-    decided: list[engine.Plan | str | None] = [None]
+    decided: list[engine.Plan | None] = [None]
     if launch.rank() == 0:
         try:
             decided = [prepare(options, world)]
         except (ValueError, OSError) as error:
-            decided = [str(error)]
+            _fail(str(error), _REFUSED)
     if world.processes > 1:
         dist.broadcast_object_list(decided)
     plan = decided[0]
-    if not isinstance(plan, engine.Plan):
-        return _fail(str(plan), _REFUSED)
+    if plan is None:
+        return _REFUSED
     folder = RunFolder(plan.folder)
     status = "failed"
     try:
