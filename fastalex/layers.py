@@ -6,6 +6,7 @@ A fused layer is a subclass of the torch layer whose parameters it holds, so tha
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ class Conv2dReLU(nn.Conv2d):
         )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, ceil_mode={self.ceil_mode}, relu={self.relu}"
+        stock = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{stock}, ceil_mode={self.ceil_mode}, relu={self.relu}"
 
 
 class MaxPool2d(nn.Module):
@@ -156,8 +158,9 @@ class SpatialResponseNorm(nn.Module):
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
         before, after = self.size // 2, (self.size - 1) // 2
         squares = F.pad(wide.square(), (before, after, before, after))
-        rows = sum(squares[:, :, i : i + height] for i in range(self.size))
-        total = sum(rows[..., j : j + width] for j in range(self.size))  # type: ignore[index]
+        window = range(self.size)
+        rows = reduce(torch.add, (squares[:, :, i : i + height] for i in window))
+        total = reduce(torch.add, (rows[..., j : j + width] for j in window))
         return (wide * (self.k + self.alpha / self.size**2 * total) ** -self.beta).to(input.dtype)
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,9 +91,9 @@ class AlexNet(nn.Module):
         """Draw every parameter anew, on the CPU and in a fixed order, so that a seed names one net.
 
         Args:
-            scheme: ``"published"``, the variant's own (normal weights of a given deviation, constant
-                biases; torch's default for owt); ``"he"``, normal with variance 2 / fan-in and no
-                bias, which learns from the first steps on small sets too.
+            scheme: ``"published"``, the variant's own (normal weights of a given deviation and
+                constant biases; torch's default for owt); ``"he"``, normal with variance
+                2 / fan-in and no bias, which learns from the first steps on small sets too.
             generator: a CPU generator; None is torch's default.
 
         Raises:
@@ -102,7 +103,10 @@ class AlexNet(nn.Module):
         """
         if scheme not in ("published", "he"):
             raise ValueError(f"scheme: expected 'published' or 'he', got {scheme!r}")
-        specs = (*self.variant.convolutions, *self.variant.fully_connected)
+        specs: list[Convolution | FullyConnected] = [
+            *self.variant.convolutions,
+            *self.variant.fully_connected,
+        ]
         layers = [m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         for layer, spec in zip(layers, specs, strict=True):
             _init_layer(layer, spec, scheme, generator)
@@ -147,7 +151,7 @@ def _feature_layers(variant: Variant) -> list[nn.Module]:
 
 
 def _pool_layer(spec: Convolution, ceil_mode: bool) -> nn.Module:
-    pool = {"kernel_size": 3, "stride": 2, "ceil_mode": ceil_mode}
+    pool: dict[str, Any] = {"kernel_size": 3, "stride": 2, "ceil_mode": ceil_mode}
     if spec.norm is None:
         return MaxPool2d(**pool)
     norm = (spec.norm.size, spec.norm.alpha, spec.norm.beta, spec.norm.k, spec.norm.groups)
@@ -164,7 +168,8 @@ def _pool_layer(spec: Convolution, ceil_mode: bool) -> nn.Module:
 
 def _classifier_layers(variant: Variant, num_classes: int, dropout: float) -> list[nn.Module]:
     fc6, fc7, _ = (spec.features for spec in variant.fully_connected)
-    assert fc6 is not None and fc7 is not None
+    assert fc6 is not None
+    assert fc7 is not None
     maps = variant.convolutions[-1].channels * _GRID * _GRID
     # Dropout on the input of fc6 and fc7 is a layer of its own before fc6, and fc6's epilogue.
     on_input, on_fc7 = (dropout, 0.0) if variant.dropout_on_input else (0.0, dropout)

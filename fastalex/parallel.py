@@ -90,8 +90,9 @@ class GatherTowers(torch.autograd.Function):
         ctx.exchange, ctx.summed = exchange, summed
         mine, order = _dense(x)
         with nvtx_range("exchange forward"):
-            halves = [mine, exchange.swap(mine)]
-        whole = torch.cat(halves[:: 1 - 2 * exchange.rank], dim=order.index(1))
+            theirs = exchange.swap(mine)
+        halves = [mine, theirs] if exchange.rank == 0 else [theirs, mine]
+        whole = torch.cat(halves, dim=order.index(1))
         return whole.permute([order.index(d) for d in range(x.dim())])
 
     @staticmethod
@@ -109,7 +110,8 @@ class GatherTowers(torch.autograd.Function):
 
 def _dense(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     """``x`` with its axes in memory order, contiguous, and that order."""
-    order = sorted(range(x.dim()), key=lambda d: (-x.stride(d), d))
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda d: (-strides[d], d))
     return x.permute(order).contiguous(), order
 
 
@@ -184,7 +186,7 @@ def _layers(model: AlexNet) -> list[nn.Conv2d | nn.Linear]:
 
 def _gather_input(exchange: TowerExchange, summed: bool) -> Any:
     def hook(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (GatherTowers.apply(inputs[0], exchange, summed),)
+        return (GatherTowers.apply(inputs[0], exchange, summed),)  # type: ignore[no-untyped-call]
 
     return hook
 
@@ -238,7 +240,8 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh, share: float | None = N
     flat.mul_(1.0 / replicas if share is None else share)
     with nvtx_range("all-reduce gradients"):
         dist.all_reduce(flat, group=mesh.get_group("data"))
-    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    totals = torch.split(flat, [g.numel() for g in gradients])
+    for gradient, total in zip(gradients, totals, strict=True):
         gradient.copy_(total.view(gradient.shape))
 
 

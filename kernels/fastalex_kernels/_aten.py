@@ -146,5 +146,6 @@ def linear_relu_dropout(
 def dropout(
     input: torch.Tensor, p: float, rng: torch.Tensor, row_offset: int, feature_offset: int
 ) -> torch.Tensor:
-    kept = _philox.keep_mask(rng, *input.shape, p, row_offset, feature_offset)
+    rows, features = input.shape
+    kept = _philox.keep_mask(rng, rows, features, p, row_offset, feature_offset)
     return input * (kept.to(input.dtype) / (1.0 - p))

@@ -22,6 +22,7 @@ becomes 3 x 3 on 48, whose rows load 16 bytes at a time.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -405,7 +406,7 @@ def _conv2d_bwd_weight_kernel(
     tl.store(part_ptrs, acc, mask=mask_m[:, None] & mask_n[None, :])
 
 
-def _entry(tiles: dict[tuple[str, int], tuple[int, ...]], x: torch.Tensor) -> tuple[int, ...]:
+def _entry(tiles: Mapping[tuple[str, int], tuple[int, ...]], x: torch.Tensor) -> tuple[int, ...]:
     name, bits = target(x.device), 8 * x.element_size()
     return tiles.get((name, bits)) or tiles[("other", bits)]
 
@@ -417,7 +418,7 @@ def _warps(warps: int, block_m: int, block_n: int) -> int:
 
 def _cut(block: int, size: int) -> int:
     """A block no longer than the axis needs."""
-    return max(16, min(block, triton.next_power_of_2(size)))
+    return max(16, min(block, int(triton.next_power_of_2(size))))
 
 
 def _split(block: int, size: int) -> tuple[int, int]:
@@ -614,13 +615,14 @@ class Conv2dReLUFunction(torch.autograd.Function):
             need_dz=need_x or need_w,
             bias=bias if need_b else None,
         )
+        if dz is None:
+            return None, None, db, None, None, None
+        dz, padding, groups = dz.view(dy.shape), ctx.padding, ctx.groups
         dx = dw = None
-        if dz is not None:
-            dz = dz.view(dy.shape)
         if need_x:
-            dx = as_nchw(conv2d_relu_backward_input(dz, w, x.shape[:2], ctx.padding, ctx.groups))
+            dx = as_nchw(conv2d_relu_backward_input(dz, w, x.shape[:2], padding, groups))
         if need_w:
-            dw = conv2d_relu_backward_weight(x, dz, w.shape[:2], ctx.padding, ctx.groups)
+            dw = conv2d_relu_backward_weight(x, dz, w.shape[:2], padding, groups)
             dw = dw.permute(3, 2, 0, 1)
         return dx, dw, db, None, None, None
 
@@ -669,4 +671,5 @@ def conv2d_relu(
     if strides != (1, 1):
         input, weight = space_to_depth(input, weight, strides, sides, groups)
         sides = ((0, 0), (0, 0))
-    return Conv2dReLUFunction.apply(input, weight, bias, sides, groups, relu)
+    output: torch.Tensor = Conv2dReLUFunction.apply(input, weight, bias, sides, groups, relu)
+    return output

@@ -284,8 +284,10 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
             rng=rng,
             **ctx.dropout,
         )
-        dx = matmul(dz, weight) if need_x else None
-        dw = matmul(dz.t(), input) if need_w else None
+        dx = dw = None
+        if dz is not None:
+            dx = matmul(dz, weight) if need_x else None
+            dw = matmul(dz.t(), input) if need_w else None
         return dx, dw, db, None, None, None, None, None
 
 
@@ -377,12 +379,13 @@ def linear_relu_dropout(
     arguments = (p, relu, rng, row_offset, feature_offset)
     if not use_triton(input):
         return _aten.linear_relu_dropout(input, weight, bias, *arguments)
-    if input.dtype == torch.bfloat16 and interpreted():
+    dtype = input.dtype
+    if dtype == torch.bfloat16 and interpreted():
         # The interpreter computes bfloat16 on its raw bits: do as a GPU does, sum in float32.
-        b = None if bias is None else bias.float()
-        wide = LinearReLUDropoutFunction.apply(input.float(), weight.float(), b, *arguments)
-        return wide.to(input.dtype)
-    return LinearReLUDropoutFunction.apply(input, weight, bias, *arguments)
+        input, weight = input.float(), weight.float()
+        bias = None if bias is None else bias.float()
+    output: torch.Tensor = LinearReLUDropoutFunction.apply(input, weight, bias, *arguments)
+    return output.to(dtype)
 
 
 def dropout(

@@ -396,9 +396,7 @@ def _apply(
     pooled: tuple[int, int],
 ) -> torch.Tensor:
     window = Window(kernel_size, stride)
-    if input.dtype == torch.bfloat16 and interpreted():
-        # The interpreter computes bfloat16 on its raw bits: do as a GPU does, in float32.
-        return LRNMaxPool2dFunction.apply(input.float(), norm, groups, window, pooled).to(
-            input.dtype
-        )
-    return LRNMaxPool2dFunction.apply(input, norm, groups, window, pooled)
+    # The interpreter computes bfloat16 on its raw bits: do as a GPU does, in float32.
+    wide = input.float() if input.dtype == torch.bfloat16 and interpreted() else input
+    output: torch.Tensor = LRNMaxPool2dFunction.apply(wide, norm, groups, window, pooled)
+    return output.to(input.dtype)
