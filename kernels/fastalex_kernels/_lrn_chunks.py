@@ -256,7 +256,7 @@ def _lrn_max_pool2d_chunks_fwd_kernel(
     right = mask & (place != GROUP - 1)
     q = tl.program_id(1) * 3
     p_first = tl.program_id(2) * rows_per_program
-    pixel = (N * C).to(tl.int64)
+    pixel = tl.cast(N, tl.int64) * C
     offs = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
     t0, t1, t2 = _row_keys(
         x_ptr, 2 * p_first, 2 * q, W, pixel, chunk, mask, left, right, START, SIGNED, EVEN, T
@@ -365,7 +365,7 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
     right = mask & (place != GROUP - 1)
     q = tl.program_id(1)
     p_first = tl.program_id(2) * rows_per_program
-    pixel = (N * C).to(tl.int64)
+    pixel = tl.cast(N, tl.int64) * C
     # Windows above and to the left of (p, q), above, to the left, and (p, q) itself.
     dy_al, at_al = _load_window(dy_ptr, argmax_ptr, p_first - 1, q - 1, P, Q, pixel, chunk, chunks)
     dy_a, at_a = _load_window(dy_ptr, argmax_ptr, p_first - 1, q, P, Q, pixel, chunk, chunks)

@@ -176,7 +176,7 @@ def _finish_partials_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(parts):
         acc += tl.load(part_ptr + offs, mask=mask, other=0.0)
-        part_ptr += M.to(tl.int64) * N
+        part_ptr += tl.cast(M, tl.int64) * N
     acc = _finish(
         acc, offs_m, offs_n, mask_n, b_ptr, rng_ptr, p, scale, row_offset, feature_offset,
         HAS_BIAS, RELU, DROPOUT,
