@@ -1,0 +1,184 @@
+"""One of several processes that hold AlexNets together: what ``test_parallel`` measures in it.
+
+    python tests/_parallel_script.py MEASUREMENT RANK WORLD RENDEZVOUS RESULTS
+
+Writes a JSON object of the results. Each process draws other weights, so that nothing agrees
+unless the first one's are handed out; the first one also runs every net whole, before it is split.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+
+from fastalex import AlexNet, parallel
+from fastalex.parallel import TowerExchange
+
+ROWS, SIZE = 5, 64
+Tensors = dict[str, torch.Tensor]
+
+
+def _batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    images = torch.randn(ROWS, 3, SIZE, SIZE, generator=generator)
+    return images, torch.arange(ROWS) * 7 % 10
+
+
+def _net(variant: str) -> AlexNet:
+    """In training, with this process's own weights; what is dropped is everyone's."""
+    with torch.device("meta"):
+        model = AlexNet(num_classes=10, variant=variant)
+    model = model.to_empty(device="cpu")
+    model.init_parameters("he", torch.Generator().manual_seed(dist.get_rank()))
+    model.seed_dropout(21, 3)
+    return model.train()
+
+
+def _pass(model: AlexNet, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and logits of some rows, and the gradients left in the parameters."""
+    images, labels = _batch()
+    logits = model(images[rows])
+    loss = F.cross_entropy(logits, labels[rows])
+    loss.backward()
+    return loss.detach(), logits.detach()
+
+
+def _gradients(model: AlexNet) -> Tensors:
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _weights(model: AlexNet) -> Tensors:
+    return {n: p.detach() for n, p in model.named_parameters()}
+
+
+def _digest(*tensors: torch.Tensor) -> str:
+    state = hashlib.sha256()
+    for tensor in tensors:
+        state.update(tensor.contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+
+def _distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    return float((x.double() - y.double()).norm() / y.double().norm())
+
+
+def _equal(a: Tensors, b: Tensors) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _compare(
+    variant: str, mesh: DeviceMesh, ends: list[int], exchange: TowerExchange | None = None
+) -> dict[str, Any]:
+    """One pass of the whole net and one of its parts; replica r has rows ends[r] to ends[r + 1]."""
+    model, result = _net(variant), {}
+    if dist.get_rank() == 0:
+        loss, logits = _pass(model, slice(0, ROWS))
+        gradients, weights = _gradients(model), _weights(model)
+        model.zero_grad(set_to_none=True)
+    parallel.parallelize(model, mesh, exchange)
+    replica = mesh.get_local_rank("data")
+    rows = slice(ends[replica], ends[replica + 1])
+    share = (rows.stop - rows.start) / ROWS
+    parallel.set_row_offset(model, rows.start)
+    part_loss, part_logits = _pass(model, rows)
+    parallel.reduce_gradients(model, mesh, share=share)
+    # Averaged as the gradients are; every process of a replica's towers has the same loss.
+    shares = part_loss * share / mesh["tower"].size()
+    dist.all_reduce(shares)
+    whole = parallel.full_tensors(model, mesh, _gradients(model))
+    state = parallel.full_state_dict(model, mesh)
+    if dist.get_rank() == 0:
+        result["loss"] = [float(loss), float(shares)]
+        result["logits"] = _distance(part_logits, logits[rows])
+        result["gradients"] = {n: _distance(whole[n], gradients[n]) for n in gradients}
+        result["weights are the first process's"] = _equal(state, weights)
+    result["undone"] = _equal(parallel.local_tensors(model, mesh, whole), _gradients(model))
+    result["undone"] &= _equal(parallel.local_tensors(model, mesh, state), _weights(model))
+    result["held"] = sum(p.numel() for p in model.parameters())
+    result["logits digest"] = _digest(part_logits)
+    result["digest"] = _digest(*state.values(), *whole.values())
+    return result
+
+
+def _refused(function: Callable[[], object]) -> str:
+    try:
+        function()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def _check_damaged(mesh: DeviceMesh, damaged: Callable[[TowerExchange], bool]) -> str:
+    """What ``check_copies`` says where some exchanges bring zeros."""
+    swap = TowerExchange.swap
+
+    def zeros(self: TowerExchange, x: torch.Tensor) -> torch.Tensor:
+        received = swap(self, x)
+        return torch.zeros_like(x) if damaged(self) else received
+
+    TowerExchange.swap = zeros  # type: ignore[method-assign]
+    try:
+        exchange = parallel.check_copies(mesh)
+        return "staged" if exchange.staged else "direct"
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        TowerExchange.swap = swap  # type: ignore[method-assign]
+
+
+def two() -> dict[str, Any]:
+    towers, replicas = parallel.init_mesh("cpu", 1, 2), parallel.init_mesh("cpu", 2, 1)
+    staged = TowerExchange(towers, staged=True)
+    sent = torch.arange(3.0) + 10 * dist.get_rank()
+    return {
+        "paper": _compare("paper", towers, [0, ROWS]),
+        "source2012": _compare("source2012", towers, [0, ROWS], staged),
+        "caffe": _compare("caffe", replicas, [0, 3, ROWS]),
+        "owt": _compare("owt", replicas, [0, 1, ROWS]),
+        "staged swap": staged.swap(sent).tolist(),
+        "empty swap": list(staged.swap(torch.empty(0, 4)).shape),
+        "sound": _check_damaged(towers, lambda _: False),
+        "direct way damaged": _check_damaged(towers, lambda e: not e.staged),
+        "direct way damaged to rank 1": _check_damaged(
+            towers, lambda e: not e.staged and e.rank == 1
+        ),
+        "both ways damaged": _check_damaged(towers, lambda _: True),
+        "no towers": _refused(lambda: parallel.parallelize(_net("caffe"), towers)),
+    }
+
+
+def four() -> dict[str, Any]:
+    mesh = parallel.init_mesh("cpu", 2, 2)
+    return {"paper": _compare("paper", mesh, [0, 3, ROWS])}
+
+
+def main() -> None:
+    measurement, rank, world, rendezvous, results = sys.argv[1:]
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the host's name resolves to
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=int(rank),
+        world_size=int(world),
+        timeout=datetime.timedelta(seconds=120),
+    )
+    result = {"two": two, "four": four}[measurement]()
+    Path(results).write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
