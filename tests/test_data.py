@@ -263,6 +263,24 @@ def test_an_error_comes_at_its_turn_and_leaves_no_thread(
     assert loader_threads() == []
 
 
+def test_work_not_begun_is_cancelled() -> None:
+    begun: list[int] = []
+    gate = threading.Event()
+
+    def wait(item: int) -> int:
+        begun.append(item)
+        if item > 0:
+            gate.wait()
+        return item
+
+    results = map_ahead(wait, range(100), workers=1, ahead=20)
+    assert next(results) == 0
+    threading.Timer(0.3, gate.set).start()  # closing waits for the item under way
+    results.close()  # type: ignore[attr-defined]
+    assert len(begun) < 21
+    assert loader_threads() == []
+
+
 def test_an_epoch_left_half_way_leaves_no_thread() -> None:
     epoch = batches(count=100, workers=2).epoch(0)
     next(epoch)

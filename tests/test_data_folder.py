@@ -256,6 +256,30 @@ def test_each_file_is_decoded_once_when_the_size_is_known(
     assert len(decoded) == 8
 
 
+def test_images_kept_from_the_check_are_those_of_their_index(
+    tmp_path: Path, decoded: list[Path]
+) -> None:
+    for file in ("0.png", "2.png"):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / file).write_text("broken")
+    grey = {"1.png": 10, "3.png": 30, "4.png": 40, "5.png": 50}
+    for file, level in grey.items():
+        save(tmp_path / "a" / file, np.full((8, 8), level, np.uint8))
+    source = FolderImages(tmp_path, size=8)
+    del decoded[:]
+    assert [int(source.image(i, 8)[0, 0, 0]) for i in range(4)] == list(grey.values())
+    assert decoded == []
+
+
+def test_an_unknown_class_is_refused_before_anything_is_decoded(
+    tmp_path: Path, decoded: list[Path]
+) -> None:
+    unknown_class(dataset(tmp_path))
+    with pytest.raises(DataError, match="newt"):
+        open_sources(tmp_path, 0, quiet=True)
+    assert decoded == []
+
+
 def test_images_beyond_the_limit_of_memory_are_decoded_each_time(
     tmp_path: Path, decoded: list[Path]
 ) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ from PIL import Image
 
 from fastalex.data import open_sources, photos
 from fastalex.data.__main__ import main
-from fastalex.data.photos import PHOTOS, regions, write_photos
+from fastalex.data.photos import PHOTOS, Photo, write_photos
+from tests import _commands
 
 needs_pictures = pytest.mark.skipif(
     importlib.util.find_spec("skimage") is None, reason="needs scikit-image's pictures"
@@ -94,17 +93,20 @@ def test_no_pixel_is_in_both_training_and_validation(manifest: dict[str, Any]) -
         assert not (seen["train"] & seen["val"]).any()
 
 
-@pytest.mark.parametrize("side", ["left", "right", "bottom"])
-@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5])
-def test_the_parts_of_a_photograph_make_up_the_whole(side: str, fraction: float) -> None:
-    size = (500, 400)
-    cover = np.zeros((400, 500), int)
-    for left, top, right, bottom in regions(size, side, fraction):
-        cover[top:bottom, left:right] += 1
-    assert (cover == 1).all()
-    _, (left, top, right, bottom) = regions(size, side, fraction)
-    expected = max(128, round((400 if side == "bottom" else 500) * fraction))
-    assert (bottom - top if side == "bottom" else right - left) == expected
+@needs_pictures
+@pytest.mark.parametrize("photo", PHOTOS, ids=lambda photo: photo.name)
+def test_no_seed_can_mix_training_and_validation(photo: Photo) -> None:
+    width, height = original(photo.name).size
+    parts = {"train": photo.train, "val": (photo.val,)}
+    cover = {part: np.zeros((height, width), bool) for part in parts}
+    for part, boxes in parts.items():
+        for left, top, right, bottom in boxes:
+            assert 0 <= left <= right - 128
+            assert right <= width
+            assert 0 <= top <= bottom - 128
+            assert bottom <= height
+            cover[part][top:bottom, left:right] = True
+    assert not (cover["train"] & cover["val"]).any()
 
 
 @needs_pictures
@@ -164,8 +166,6 @@ def test_a_place_in_use_is_refused_and_left_alone(
         (["--crops-per-photo", "0"], "train_crops: expected at least 1, got 0"),
         (["--val-crops-per-photo", "0"], "val_crops: expected at least 1, got 0"),
         (["--seed", "-1"], "seed: expected at least 0, got -1"),
-        (["--val-fraction", "0.6"], "val_fraction: expected 0.1 to 0.5, got 0.6"),
-        (["--val-fraction", "nan"], "val_fraction: expected 0.1 to 0.5, got nan"),
         (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
         (["--speed"], "unrecognized arguments: --speed"),
     ],
@@ -223,8 +223,7 @@ def test_what_fails_half_way_leaves_nothing(
 def test_as_a_program_it_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "P").mkdir()
     (tmp_path / "P" / "x").touch()
-    command = [sys.executable, "-m", "fastalex.data", "photos", str(tmp_path / "P")]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = _commands.run(["-m", "fastalex.data", "photos", str(tmp_path / "P")], tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1

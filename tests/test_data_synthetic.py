@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +11,7 @@ import pytest
 
 from fastalex.data import TRAIN_COUNT, VAL_COUNT, SyntheticImages, open_sources
 from fastalex.data.base import Pixels
+from tests import _commands
 
 CLASSES = [
     "broad_horizontal_stripes",
@@ -43,13 +43,13 @@ def test_open_sources_without_a_folder_gives_the_ten_classes_in_equal_numbers() 
     assert val.name(0) == "synthetic val 0"
 
 
-def test_a_picture_is_the_same_in_any_order_and_in_another_process() -> None:
+def test_a_picture_is_the_same_in_any_order_and_in_another_process(tmp_path: Path) -> None:
     script = (
         "import hashlib; from fastalex.data import SyntheticImages; "
         "s = SyntheticImages('val', 20, 7); "
         "print(hashlib.sha256(b''.join(s.image(i, 33).tobytes() for i in range(20))).hexdigest())"
     )
-    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    other = _commands.run(["-c", script], tmp_path)
     source = SyntheticImages("val", 20, seed=7)
     images = {i: source.image(i, 33) for i in reversed(range(20))}
     here = hashlib.sha256(b"".join(images[i].tobytes() for i in range(20))).hexdigest()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fastalex.data.photos import TRAIN_CROPS, VAL_CROPS, VAL_FRACTION, write_photos
+from fastalex.data.photos import TRAIN_CROPS, VAL_CROPS, write_photos
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,13 +57,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"validation crops of each photograph (default: {VAL_CROPS})",
     )
-    photos.add_argument(
-        "--val-fraction",
-        type=float,
-        default=VAL_FRACTION,
-        metavar="F",
-        help=f"share of each photograph kept for validation, 0.1 to 0.5 (default: {VAL_FRACTION})",
-    )
     photos.set_defaults(run=_photos)
     return parser
 
@@ -75,7 +68,6 @@ def _photos(options: argparse.Namespace) -> int:
         options.seed,
         options.crops_per_photo,
         options.val_crops_per_photo,
-        options.val_fraction,
     )
     where = shlex.quote(str(folder))
     print(f"{count} crops are in {where}; next: python -m fastalex.train --data {where}")

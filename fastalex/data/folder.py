@@ -65,7 +65,8 @@ class FolderImages:
         bad = {path for path, _ in self.unreadable}
         files = [(path, name) for path, name in files if str(path) not in bad]
         self._paths = [path for path, _ in files]
-        self.labels = np.array([self.classes.index(name) for _, name in files], np.int64)
+        label = {name: index for index, name in enumerate(self.classes)}
+        self.labels = np.array([label[name] for _, name in files], np.int64)
         self._require_images(found)
 
     def __len__(self) -> int:
@@ -129,11 +130,10 @@ def class_folders(root: Path, known: list[str] | None = None) -> list[str]:
         DataError: where there are none, or one is not among the ``known`` classes, if given.
     """
     try:
-        names = sorted(
-            entry.name
-            for entry in os.scandir(root)
-            if entry.is_dir() and not entry.name.startswith(".")
-        )
+        with os.scandir(root) as entries:
+            names = sorted(
+                entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+            )
     except OSError as error:
         raise DataError(f"{root}: {why(error)}; a folder of class folders is needed") from error
     if not names:
@@ -148,11 +148,13 @@ def class_folders(root: Path, known: list[str] | None = None) -> list[str]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.is_file()]
+    return [
+        folder / name
+        for name in sorted(names)
+        if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+    ]
 
 
 def _try_read(path: Path, size: int) -> Pixels | str:

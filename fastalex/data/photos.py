@@ -1,8 +1,7 @@
 """A small set of real photographs, cut from pictures that scikit-image ships.
 
-A class is one photograph. Each is divided by a straight line: validation crops come from one side
-of it and training crops from the other, so that no pixel is in both. Nothing is downloaded and no
-crop is enlarged.
+A class is one photograph. A rectangle in it is kept for validation, and training crops are cut from
+the rest, so that no pixel is in both. Nothing is downloaded and no crop is enlarged.
 """
 
 from __future__ import annotations
@@ -10,10 +9,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -23,7 +21,6 @@ from fastalex.data.base import DataError
 
 TRAIN_CROPS = 240
 VAL_CROPS = 40
-VAL_FRACTION = 0.3
 _SMALLEST, _LARGEST = 128, 256  # side of a crop
 _QUALITY = 92
 MANIFEST = "manifest.json"
@@ -31,14 +28,24 @@ README = "README.txt"
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
+# The middle of a picture of 512 x 512, and the four sides around it.
+_CENTRE: Box = (166, 166, 346, 346)
+_RING: tuple[Box, ...] = (
+    (0, 0, 512, 166),
+    (0, 346, 512, 512),
+    (0, 0, 166, 512),
+    (346, 0, 512, 512),
+)
+
 
 @dataclass(frozen=True)
 class Photo:
-    """A photograph, where it is from, and the side of it that is kept for validation."""
+    """A photograph, where it is from, and the parts of it that crops are cut from."""
 
     name: str
     file: str
-    val_side: Literal["left", "right", "bottom"]
+    train: tuple[Box, ...]
+    val: Box
     what: str
     author: str
     licence: str
@@ -46,12 +53,14 @@ class Photo:
 
 
 # Only pictures whose author or publisher gave them to the public domain, as scikit-image documents
-# it. The side is one that shows some of what the rest shows.
+# it. The part kept for validation shows things of which the rest shows some too; the black around
+# the retina is left out, for it is no picture of anything.
 PHOTOS = (
     Photo(
         "astronaut",
         "astronaut.png",
-        "bottom",
+        ((0, 0, 512, 180), (0, 360, 512, 512), (0, 0, 190, 512), (370, 0, 512, 512)),
+        (190, 180, 370, 360),
         "Eileen Collins, astronaut",
         "NASA",
         "public domain",
@@ -60,7 +69,8 @@ PHOTOS = (
     Photo(
         "brick",
         "brick.png",
-        "right",
+        _RING,
+        _CENTRE,
         "brick wall",
         "CC0Textures",
         "CC0",
@@ -69,7 +79,8 @@ PHOTOS = (
     Photo(
         "camera",
         "camera.png",
-        "bottom",
+        ((0, 0, 512, 370),),
+        (0, 370, 512, 512),
         "man with a camera",
         "Lav Varshney",
         "CC0",
@@ -78,7 +89,8 @@ PHOTOS = (
     Photo(
         "chelsea",
         "chelsea.png",
-        "left",
+        ((136, 0, 451, 300),),
+        (0, 0, 136, 300),
         "Chelsea the cat",
         "Stefan van der Walt",
         "CC0",
@@ -87,7 +99,8 @@ PHOTOS = (
     Photo(
         "clock",
         "clock_motion.png",
-        "bottom",
+        ((0, 0, 213, 300),),
+        (213, 0, 400, 300),
         "wall clock, by a moving camera",
         "Stefan van der Walt",
         "public domain",
@@ -96,7 +109,8 @@ PHOTOS = (
     Photo(
         "coffee",
         "coffee.png",
-        "bottom",
+        ((0, 0, 420, 400),),
+        (420, 0, 600, 400),
         "cup of espresso",
         "Rachel Michetti, by courtesy of Pikolo Espresso Bar",
         "CC0",
@@ -105,7 +119,8 @@ PHOTOS = (
     Photo(
         "grass",
         "grass.png",
-        "right",
+        _RING,
+        _CENTRE,
         "grass",
         "linolafett",
         "CC0",
@@ -114,7 +129,8 @@ PHOTOS = (
     Photo(
         "gravel",
         "gravel.png",
-        "right",
+        _RING,
+        _CENTRE,
         "gravel",
         "CC0Textures",
         "CC0",
@@ -123,7 +139,8 @@ PHOTOS = (
     Photo(
         "hubble_deep_field",
         "hubble_deep_field.jpg",
-        "right",
+        ((0, 0, 680, 872),),
+        (680, 0, 1000, 872),
         "Hubble eXtreme Deep Field",
         "NASA",
         "public domain",
@@ -132,7 +149,8 @@ PHOTOS = (
     Photo(
         "retina",
         "retina.jpg",
-        "bottom",
+        ((200, 200, 1210, 860),),
+        (200, 860, 1210, 1210),
         "retina of a left eye",
         "Mikael Häggström",
         "CC0",
@@ -146,7 +164,6 @@ def write_photos(
     seed: int = 0,
     train_crops: int = TRAIN_CROPS,
     val_crops: int = VAL_CROPS,
-    val_fraction: float = VAL_FRACTION,
 ) -> int:
     """Write ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg`` to ``folder``, all of it or nothing.
 
@@ -158,8 +175,6 @@ def write_photos(
         seed: decides the crops; not negative.
         train_crops: of each photograph, at least 1.
         val_crops: likewise.
-        val_fraction: share of each photograph's width or height that validation crops come from,
-            0.1 to 0.5, and never less than the smallest crop.
 
     Returns:
         How many crops were written.
@@ -175,8 +190,6 @@ def write_photos(
     ):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if not 0.1 <= val_fraction <= 0.5:
-        raise ValueError(f"val_fraction: expected 0.1 to 0.5, got {val_fraction}")
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise DataError(f"{folder}: exists and is not an empty folder; name another one")
@@ -185,24 +198,13 @@ def write_photos(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
-        crops = _write_crops(partial, pictures, seed, (train_crops, val_crops), val_fraction)
+        crops = _write_crops(partial, pictures, seed, (train_crops, val_crops))
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return crops
-
-
-def regions(size: tuple[int, int], side: str, fraction: float) -> tuple[Box, Box]:
-    """The training and the validation part of a photograph of ``size`` (width, height)."""
-    width, height = size
-    depth = max(_SMALLEST, round((height if side == "bottom" else width) * fraction))
-    if side == "bottom":
-        return (0, 0, width, height - depth), (0, height - depth, width, height)
-    if side == "right":
-        return (0, 0, width - depth, height), (width - depth, 0, width, height)
-    return (depth, 0, width, height), (0, 0, depth, height)
 
 
 def _pictures_folder() -> Path:
@@ -220,38 +222,34 @@ def _pictures_folder() -> Path:
     return folder
 
 
-def _write_crops(
-    folder: Path, pictures: Path, seed: int, counts: tuple[int, int], fraction: float
-) -> int:
+def _write_crops(folder: Path, pictures: Path, seed: int, counts: tuple[int, int]) -> int:
     crops: list[dict[str, object]] = []
-    parts: dict[str, dict[str, Box]] = {}
     total = len(PHOTOS) * sum(counts)
     with tqdm(total=total, desc="Cutting photographs", unit="crop", disable=None) as bar:
         for number, photo in enumerate(PHOTOS):
             with Image.open(pictures / photo.file) as image:
                 image.load()
-            train, val = regions(image.size, photo.val_side, fraction)
-            parts[photo.name] = {"train": train, "val": val}
-            for index, (part, region) in enumerate((("train", train), ("val", val))):
+            parts = {"train": photo.train, "val": (photo.val,)}
+            for index, (part, regions) in enumerate(parts.items()):
                 (folder / part / photo.name).mkdir(parents=True)
                 random = np.random.default_rng([seed, number, index])
-                for i, box in enumerate(_boxes(region, counts[index], random)):
+                for i, box in enumerate(_boxes(regions, counts[index], random)):
                     file = f"{part}/{photo.name}/{i:04d}.jpg"
                     image.crop(box).save(folder / file, quality=_QUALITY)
                     crops.append({"file": file, "photo": photo.name, "box": box})
                     bar.update()
-    photos = [{**asdict(photo), "regions": parts[photo.name]} for photo in PHOTOS]
-    manifest = {"seed": seed, "photos": photos, "crops": crops}
+    manifest = {"seed": seed, "photos": [asdict(photo) for photo in PHOTOS], "crops": crops}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     (folder / README).write_text(_readme(), encoding="utf-8")
     return len(crops)
 
 
-def _boxes(region: Box, count: int, random: np.random.Generator) -> Iterator[Box]:
-    """Squares in ``region``, anywhere and of any scale from the smallest, small ones oftener."""
-    left, top, right, bottom = region
-    largest = min(right - left, bottom - top, _LARGEST)
+def _boxes(regions: Sequence[Box], count: int, random: np.random.Generator) -> Iterator[Box]:
+    """Squares, each anywhere in one of ``regions`` and of any scale, small ones oftener."""
+    areas = np.array([(box[2] - box[0]) * (box[3] - box[1]) for box in regions])
     for _ in range(count):
+        left, top, right, bottom = regions[random.choice(len(regions), p=areas / areas.sum())]
+        largest = min(right - left, bottom - top, _LARGEST)
         side = round(_SMALLEST * (largest / _SMALLEST) ** float(random.random()))
         x = int(random.integers(left, right - side, endpoint=True))
         y = int(random.integers(top, bottom - side, endpoint=True))
