@@ -38,7 +38,7 @@ class Defaults:
 DEFAULTS: dict[tuple[bool, str], Defaults] = {
     (False, "cpu"): Defaults(image_size=64, batch_size=64, epochs=6, workers=1),
     (False, "cuda"): Defaults(image_size=64, batch_size=64, epochs=6, workers=4),
-    (True, "cpu"): Defaults(image_size=96, batch_size=64, epochs=8, workers=1),
+    (True, "cpu"): Defaults(image_size=96, batch_size=64, epochs=10, workers=1),
     (True, "cuda"): Defaults(image_size=224, batch_size=128, epochs=90, workers=8),
 }
 

@@ -3,8 +3,8 @@
 | name | what it is | source |
 |---|---|---|
 | paper | the net as the paper prints it | Krizhevsky et al., NIPS 2012 |
-| source2012 | the authors' own net 145, whose logged errors are the paper's numbers | S:layers/layers-145.cfg |
-| caffe | the widely copied single-GPU net: groups, LRN across their border | BVLC models/bvlc_alexnet |
+| source2012 | the authors' net 145, which logged the paper's errors | S:layers/layers-145.cfg |
+| caffe | the widely copied single-GPU net, LRN across groups | BVLC models/bvlc_alexnet |
 | owt | "one weird trick": one tower, no LRN, as in torchvision | torchvision models/alexnet.py |
 
 P§n is a section of the paper, S:file a file of the authors' 2012 program

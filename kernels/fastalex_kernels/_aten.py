@@ -33,6 +33,7 @@ def conv2d_relu(
         input = F.pad(input, (left, right, top, bottom))
         top = left = 0
     input = input.contiguous(memory_format=torch.channels_last)
+    weight = weight.contiguous()  # torch's slow convolution cannot differentiate other strides
     output = F.conv2d(input, weight, bias, stride, (top, left), groups=groups)
     return output.relu_() if relu else output
 
@@ -117,12 +118,14 @@ def lrn_max_pool2d(
     # Rounding before the maximum would make equals of neighbours: stay wide until the end.
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
     normalised = LRNFunction.apply(wide, size, alpha, beta, k, groups)
-    return max_pool2d(normalised, kernel_size, stride, ceil_mode).to(input.dtype)
+    if (kernel_size, stride) != (1, 1):
+        normalised = max_pool2d(normalised, kernel_size, stride, ceil_mode)
+    return normalised.to(input.dtype)
 
 
 def max_pool2d(input: torch.Tensor, kernel_size: int, stride: int, ceil_mode: bool) -> torch.Tensor:
     if kernel_size == 1 and stride == 1:
-        return input
+        return input.clone()
     input = input.contiguous(memory_format=torch.channels_last)
     return F.max_pool2d(input, kernel_size, stride, ceil_mode=ceil_mode)
 
@@ -148,4 +151,5 @@ def dropout(
 ) -> torch.Tensor:
     rows, features = input.shape
     kept = _philox.keep_mask(rng, rows, features, p, row_offset, feature_offset)
-    return input * (kept.to(input.dtype) / (1.0 - p))
+    # Not a product with the mask: what is dropped is zero even where it is not finite.
+    return torch.where(kept, input / (1.0 - p), input.new_zeros(()))

@@ -1,6 +1,6 @@
 """Where and how kernels run: backend choice, the target's name, and the only launch in the package.
 
-Importing this module asks no driver anything; a target is looked up at the first launch on a device.
+Importing this module asks no driver anything; a target is looked up at the first launch on it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def target(device: torch.device) -> str:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """``tl.dot``'s input precision: TF32 for float32 only where torch's matmul setting allows it."""
+    """``tl.dot``'s input precision: TF32 for float32 where torch's matmul setting allows it."""
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if dtype == torch.float32 and tf32 else "ieee"
 

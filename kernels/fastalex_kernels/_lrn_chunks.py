@@ -292,7 +292,7 @@ def _lrn_bwd_pixel(
     x_ptr, dx_ptr, dy, chunk, mask, left, right,
     START: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of one pixel of x, from dy [T, 8], the gradient of its normalised value."""
+    """Write the gradient of one pixel of x, from dy [T, 8], that of its normalised values."""
     a, d = _denominators(x_ptr, chunk, mask, left, right, START, EVEN, T)
     y0, y1, y2, y3, y4, y5, y6, y7 = _split8(dy, T)
     z0, t0 = _scaled(y0, a[0], d[0])
@@ -436,7 +436,8 @@ def forward(
     share, parts = _row_split(P, blocks * strips)
     launch(
         _lrn_max_pool2d_chunks_fwd_kernel, (blocks, strips, parts), x, y, argmax, N, H, W, P, Q,
-        share, C=C, GROUP=C // groups // CHUNK, SIGNED=norm.signed, SAVE=save, EVEN=N * C // CHUNK % T == 0,
+        share, C=C, GROUP=C // groups // CHUNK, SIGNED=norm.signed, SAVE=save,
+        EVEN=N * C // CHUNK % T == 0,
         **_scaled_constants(norm), T=T, num_warps=T // 32,
     )  # fmt: skip
 
@@ -457,5 +458,7 @@ def backward(
     share, parts = _row_split(triton.cdiv(H, 2), blocks * triton.cdiv(W, 2))
     launch(
         _lrn_max_pool2d_chunks_bwd_kernel, (blocks, triton.cdiv(W, 2), parts), x, dy, argmax, dx,
-        N, H, W, P, Q, share, C=C, GROUP=group, USED=used, EVEN=N * C // CHUNK % T == 0 and used == T, **_scaled_constants(norm), T=T, num_warps=T // 32,
+        N, H, W, P, Q, share, C=C, GROUP=group, USED=used,
+        EVEN=N * C // CHUNK % T == 0 and used == T, **_scaled_constants(norm), T=T,
+        num_warps=T // 32,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Convolution + bias + ReLU, forward and every gradient.
 
-    y[n, k, p, q] = relu(b[k] + sum_{c, r, s} x[n, c, p + r - pad_top, q + s - pad_left] w[k, c, r, s])
+    y[n, k, p, q] = relu(b[k] + sum_{c, r, s} x[n, c, p + r - top, q + s - left] w[k, c, r, s])
 
 Everything inside is HWNC (see _layout): x [H, W, N, G*C], y [P, Q, N, G*K], and the weight packed
 as [R, S, C, G*K], for G groups of C input and K output channels. A row is one pixel of one image,
@@ -259,7 +259,7 @@ def _conv2d_relu_fwd_tma_kernel(
     BLOCK_K: tl.constexpr,
     TAIL_K: tl.constexpr,
 ):
-    """The kernel above for tiles of one pixel, whose blocks the tensor memory accelerator fetches."""
+    """The kernel above for tiles of one pixel, fetched by the tensor memory accelerator."""
     N_BLOCKS: tl.constexpr = (K + BLOCK_N + TAIL_N - 1) // (BLOCK_N + TAIL_N)
     pid = tl.program_id(0)
     g = tl.program_id(1)
@@ -578,7 +578,8 @@ def conv2d_relu_backward_weight(
         _conv2d_bwd_weight_kernel, (programs, split, groups), *operands, part, N, H, W, P, Q,
         G=groups, C=C, K=K, R=R, S=S, PAD_H=padding[0][0], PAD_W=padding[1][0], SPLIT=split,
         EVEN_ROWS=even_rows, TMA=tma, PRECISION=dot_precision(x.dtype), BLOCK_M=block_m,
-        BLOCK_N=block_n, BLOCK_K=block_k, num_warps=_warps(warps, block_m, block_n), num_stages=stages,
+        BLOCK_N=block_n, BLOCK_K=block_k, num_warps=_warps(warps, block_m, block_n),
+        num_stages=stages,
     )  # fmt: skip
     return sum_partials(part, x.new_empty(part.shape[1:]))
 
@@ -638,7 +639,8 @@ def conv2d_relu(
 ) -> torch.Tensor:
     """Convolution + bias + ReLU in one pass, differentiable in input, weight and bias.
 
-        relu(bias[k] + sum_{c, r, s} input[n, c, p * stride + r - top, q * stride + s - left] weight[k, c, r, s])
+        relu(bias[k] + sum_{c, r, s} input[n, c, p * stride + r - top, q * stride + s - left]
+                                     * weight[k, c, r, s])
 
     Args:
         input: [N, C, H, W], float32, bfloat16, float16 or float64, any strides.

@@ -203,7 +203,7 @@ def _tile(x: torch.Tensor, m: int, n: int, k: int) -> dict[str, int]:
 
 
 def _unit_stride(x: torch.Tensor) -> tuple[torch.Tensor, int, bool]:
-    """x [rows, columns] with neighbours along one axis, the other's stride, and whether by columns."""
+    """x with neighbours along one axis, the other axis's stride, and whether columns lie so."""
     if x.stride(1) != 1 and x.stride(0) != 1:
         x = x.contiguous()
     columns = x.stride(1) != 1
@@ -237,7 +237,8 @@ def matmul(
     align = math.gcd(8, M, N, K, stride_a, stride_w)
     launch(
         _linear_relu_dropout_fwd_kernel, (*blocks, split), a, w, b, r, out, M, N, K,
-        stride_a, stride_w, *scalars, SPLIT=split, A_COLUMNS=a_columns, W_COLUMNS=w_columns, ALIGN=align,
+        stride_a, stride_w, *scalars, SPLIT=split, A_COLUMNS=a_columns, W_COLUMNS=w_columns,
+        ALIGN=align,
         EVEN=N % tile["BLOCK_N"] == 0 and K % (tile["BLOCK_K"] * split) == 0,
         PRECISION=dot_precision(a.dtype), **flags, **tile,
     )  # fmt: skip
@@ -295,8 +296,6 @@ def _check(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    p: float,
-    rng: torch.Tensor | None,
 ) -> None:
     check_floating("input", input)
     check_like("weight", weight, input)
@@ -310,11 +309,25 @@ def _check(
         check_like("bias", bias, input)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    check_dropout(input, p, rng)
 
 
-def check_dropout(input: torch.Tensor, p: float, rng: torch.Tensor | None) -> None:
-    """Check the arguments that say what is dropped."""
+def _check_dropout(
+    input: torch.Tensor,
+    features: int,
+    p: float,
+    rng: torch.Tensor | None,
+    row_offset: int,
+    feature_offset: int,
+) -> None:
+    """Check the arguments that say what is dropped of [rows of input, features]."""
+    for name, offset, size in (
+        ("row_offset", row_offset, input.shape[0]),
+        ("feature_offset", feature_offset, features),
+    ):
+        if not isinstance(offset, int) or isinstance(offset, bool):
+            raise TypeError(f"{name}: expected an int, got {offset!r}")
+        if not 0 <= offset <= 2**31 - max(size, 1):
+            raise ValueError(f"{name}: expected 0 to {2**31 - max(size, 1)}, got {offset}")
     if not isinstance(p, (int, float)) or isinstance(p, bool):
         raise TypeError(f"p: expected a number, got {p!r}")
     if not 0.0 <= p < 1.0:
@@ -371,7 +384,8 @@ def linear_relu_dropout(
     Source: P§4.2; the scaling in training is the same function as halving at test.
     """
     input, weight, bias = autocast(input, weight, bias)
-    _check(input, weight, bias, p, rng)
+    _check(input, weight, bias)
+    _check_dropout(input, weight.shape[0], p, rng, row_offset, feature_offset)
     if not training or p == 0:
         p, rng = 0.0, None
     elif rng is None:
@@ -400,7 +414,7 @@ def dropout(
     check_floating("input", input)
     if input.dim() != 2:
         raise ValueError(f"input: expected [N, features], got shape {tuple(input.shape)}")
-    check_dropout(input, p, rng)
+    _check_dropout(input, input.shape[1], p, rng, row_offset, feature_offset)
     if not training or p == 0:
         return input
     rng = draw_rng(input.device) if rng is None else rng

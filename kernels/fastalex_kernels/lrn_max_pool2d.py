@@ -7,7 +7,8 @@ The window of channel i is size channels wide, [i - size // 2, i + (size - 1) //
 borders of its group. The normalised map is never written. With g the gradient that pooling hands
 back to y, and window'(i) the channels whose windows hold i,
 
-    dx[i] = g[i] d[i]^-beta - 2 beta alpha / size * x[i] sum_{j in window'(i)} g[j] x[j] d[j]^(-beta-1)
+    dx[i] = g[i] d[i]^-beta
+            - 2 beta alpha / size * x[i] sum_{j in window'(i)} g[j] x[j] d[j]^(-beta-1)
 
 The forward pass saves the position of each maximum inside its window as one byte. The backward
 pass recomputes d, which costs less than reading it.
@@ -292,6 +293,8 @@ def _check_window(
             raise TypeError(f"{name}: expected an int, got {value!r}")
         if not 1 <= value <= most:
             raise ValueError(f"{name}: expected 1 to {most}, got {value}")
+    if not isinstance(ceil_mode, bool):
+        raise TypeError(f"ceil_mode: expected True or False, got {ceil_mode!r}")
     height, width = (pooled_size(s, kernel_size, stride, ceil_mode) for s in input.shape[2:])
     if min(height, width) < 1:
         raise ValueError(
@@ -301,9 +304,14 @@ def _check_window(
     return height, width
 
 
-def _check_lrn(input: torch.Tensor, size: int, k: float, groups: int) -> None:
-    if not isinstance(size, int) or size < 1:
+def _check_lrn(
+    input: torch.Tensor, size: int, alpha: float, beta: float, k: float, groups: int
+) -> None:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"size: expected an int of at least 1, got {size!r}")
+    for name, value in (("alpha", alpha), ("beta", beta), ("k", k)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
     if not k > 0:
         raise ValueError(f"k: expected a positive number, got {k!r}")
     if not isinstance(groups, int) or groups < 1 or input.shape[1] % groups:
@@ -349,7 +357,7 @@ def lrn_max_pool2d(
     Source: P§3.3 and P§3.4; S:layer.py:1183 for the division.
     """
     pooled = _check_window(input, kernel_size, stride, ceil_mode)
-    _check_lrn(input, size, k, groups)
+    _check_lrn(input, size, alpha, beta, k, groups)
     if not use_triton(input) or input.shape[1] // groups > MAX_CHANNELS:
         return _aten.lrn_max_pool2d(
             input, size, alpha, beta, k, groups, kernel_size, stride, ceil_mode

@@ -1,0 +1,73 @@
+"""What the benchmarks share: options, the device, and the table at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ._report import RESULTS, Report, conditions, save, table
+from ._timing import Rates
+
+THREADS = 2  # on a CPU
+_report = pytest.StashKey[Report]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastalex")
+    group.addoption("--compiled", action="store_true", help="also against torch.compile")
+    group.addoption(
+        "--save-results",
+        action="store_true",
+        help="write bench/results/THEME_DEVICE_YYYYMM.json for every theme that ran",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_quiet = True  # its tables show one side of a comparison only
+    torch.set_num_threads(THREADS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--compiled"):
+        return
+    for item in items:
+        if item.get_closest_marker("compiled"):
+            item.add_marker(pytest.mark.skip(reason="torch.compile takes minutes: --compiled"))
+
+
+@pytest.fixture(scope="session")
+def report(request: pytest.FixtureRequest, device: str, dtype: torch.dtype) -> Report:
+    """Where comparisons go; on a GPU its two rates are measured first, for the floor."""
+    rates = Rates.measure(dtype) if device == "cuda" else None
+    return request.config.stash.setdefault(_report, Report(rates))
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    if _report not in config.stash:  # nothing ran
+        return
+    themes = config.stash[_report].themes
+    for theme, rows in themes.items():
+        terminalreporter.section(f"{theme}: {conditions(rows[0])}")
+        for line in table(rows):
+            terminalreporter.write_line(line)
+    if not config.getoption("--save-results"):
+        return
+    for theme, rows in themes.items():
+        if exitstatus == 0:
+            path = save(theme, rows)
+            terminalreporter.write_line(f"saved {path.relative_to(RESULTS.parent.parent)}")
+        else:
+            terminalreporter.write_line(f"{theme}: not saved, as something failed")

@@ -1,0 +1,79 @@
+"""The layers of AlexNet as calls, on tensors without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import fastalex_kernels as fk
+
+# name: (input channels, image, output channels, kernel, stride, padding, groups)
+CONVOLUTIONS: dict[str, tuple[Any, ...]] = {
+    "conv1": (3, 224, 96, 11, 4, ((0, 3), (0, 3)), 1),
+    "conv2": (96, 27, 256, 5, 1, 2, 2),
+    "conv3": (256, 13, 384, 3, 1, 1, 1),
+    "conv4": (384, 13, 384, 3, 1, 1, 2),
+    "conv5": (384, 13, 256, 3, 1, 1, 2),
+}
+# One of the two towers when each is a process.
+TOWER_CONVOLUTIONS: dict[str, tuple[Any, ...]] = {
+    "conv1": (3, 224, 48, 11, 4, ((0, 3), (0, 3)), 1),
+    "conv2": (48, 27, 128, 5, 1, 2, 1),
+    "conv3": (256, 13, 192, 3, 1, 1, 1),
+    "conv4": (192, 13, 192, 3, 1, 1, 1),
+    "conv5": (192, 13, 128, 3, 1, 1, 1),
+}
+# name: (channels, image, groups), and None for pooling without normalisation
+POOLINGS = {"pool1": (96, 55, 2), "pool2": (256, 27, 2), "pool5": (256, 13, None)}
+TOWER_POOLINGS = {"pool1": (48, 55, 1), "pool2": (128, 27, 1), "pool5": (128, 13, None)}
+# name: (input features, output features, p)
+LINEARS = {"fc6": (9216, 4096, 0.5), "fc7": (4096, 4096, 0.5), "fc8": (4096, 1000, 0.0)}
+TOWER_LINEARS = {"fc6": (9216, 2048, 0.5), "fc7": (4096, 2048, 0.5), "fc8": (4096, 500, 0.0)}
+
+Step = Callable[[], object]
+
+
+def _leaf(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, requires_grad=True)
+
+
+def _forward_and_backward(output: torch.Tensor) -> None:
+    output.backward(torch.empty_like(output))
+
+
+def _convolution(spec: tuple[Any, ...], batch: int, dtype: torch.dtype) -> None:
+    c, image, k, size, stride, padding, groups = spec
+    x = _leaf(dtype, batch, c, image, image).requires_grad_(c != 3)  # images have no gradient
+    w, b = _leaf(dtype, k, c // groups, size, size), _leaf(dtype, k)
+    _forward_and_backward(fk.conv2d_relu(x, w, b, stride, padding, groups))
+
+
+def _pooling(spec: tuple[int, int, int | None], batch: int, dtype: torch.dtype) -> None:
+    c, image, groups = spec
+    x = _leaf(dtype, batch, c, image, image)
+    _forward_and_backward(
+        fk.max_pool2d(x) if groups is None else fk.lrn_max_pool2d(x, groups=groups)
+    )
+
+
+def _linear(spec: tuple[int, int, float], batch: int, dtype: torch.dtype) -> None:
+    inputs, outputs, p = spec
+    x, w, b = _leaf(dtype, batch, inputs), _leaf(dtype, outputs, inputs), _leaf(dtype, outputs)
+    rng = torch.empty(2, dtype=torch.int64)
+    _forward_and_backward(fk.linear_relu_dropout(x, w, b, p, relu=p > 0, rng=rng))
+
+
+def layers(batch: int, dtype: torch.dtype, towers: bool = False) -> dict[str, Step]:
+    """Each layer's forward and backward by name, to be recorded by ``fastalex.offline``."""
+    steps: dict[str, Step] = {}
+    tables: list[tuple[dict[str, Any], Callable[..., None]]] = [
+        (TOWER_CONVOLUTIONS if towers else CONVOLUTIONS, _convolution),
+        (TOWER_POOLINGS if towers else POOLINGS, _pooling),
+        (TOWER_LINEARS if towers else LINEARS, _linear),
+    ]
+    for table, run in tables:
+        for name, spec in table.items():
+            steps[name] = lambda run=run, spec=spec: run(spec, batch, dtype)
+    return steps

@@ -1,0 +1,98 @@
+"""Every function on the tiles of real GPUs: many programs, split sums, masks and none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from .._oracle import Case, check, conv, linear, lrn, make_inputs, pool, run
+from ._observe import observe
+from ._strict import Strict
+from .conftest import RealTiles
+
+# sm_120 stands for every target without tiles of its own.
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942", "sm_120"]
+
+# Rows, channels and sums are just above, just below or exactly a few tiles.
+PRODUCTS = [
+    conv("whole-tiles", (128, 32, 3, 2), 128, 2),  # one pixel of 128 images is a tile
+    conv("whole-tiles-unaligned", (128, 16, 2, 2), 16, 2, layout="unaligned"),
+    conv("tails", (128, 48, 2, 2), 192, 2, padding=((0, 1), (0, 0)), relu=False),
+    conv("odd", (9, 70, 5, 4), 130, 3, padding=1),
+    conv("rest-of-channels", (64, 40, 3, 3), 24, 3, padding=1, groups=2),
+    conv("many-rows", (3, 16, 11, 10), 16, 2, padding=((0, 1), (1, 0))),
+    conv("conv1", (2, 3, 39, 39), 16, 11, stride=4, padding=((0, 3), (0, 3))),
+    linear("split", 3, 1100, 140, p=0.3),
+    linear("split-no-relu", 17, 1024, 64, relu=False),
+    linear("rows", 130, 70, 72),
+    linear("batch1", 1, 1100, 40),
+    linear("unaligned", 20, 64, 136, layout="unaligned"),
+]
+POOLINGS = [
+    lrn("groups", (3, 48, 5, 7), alpha=1.0, groups=2),
+    lrn("wide", (3, 200, 5, 5), alpha=1.0),
+    lrn("odd-channels", (3, 3, 15, 17), alpha=1.0),
+    lrn("paper-alpha", (2, 32, 7, 6), ceil_mode=True),
+    lrn("one-chunk", (1, 8, 6, 9), alpha=1.0, k=1.0),
+    lrn("no-negatives", (2, 32, 7, 6), groups=2, signed=False),
+    lrn("unaligned", (3, 16, 5, 5), "unaligned", alpha=1.0),
+    pool("many-channels", (5, 300, 5, 5)),
+]
+CASES = [*PRODUCTS, *POOLINGS]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_float16(case: Case, target: str, real_tiles: RealTiles, strict: Strict) -> None:
+    with real_tiles(target):
+        check(case, torch.float16)
+    assert strict.programs > len(strict.launches), "one program a launch shows nothing"
+
+
+@pytest.mark.parametrize("case", POOLINGS, ids=str)
+def test_float16_pooling(case: Case, real_tiles: RealTiles) -> None:
+    with real_tiles("sm_90"):
+        check(case, torch.float16)
+
+
+@pytest.mark.parametrize("case", POOLINGS, ids=str)
+def test_bfloat16_pooling(case: Case, real_tiles: RealTiles) -> None:
+    """Where no product is taken the interpreter can do bfloat16, but for one unit of rounding."""
+    with real_tiles("sm_90"):
+        check(case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float32(case: Case, real_tiles: RealTiles) -> None:
+    with real_tiles("sm_90"):
+        check(case, torch.float32)
+
+
+def test_a_long_sum_is_split(real_tiles: RealTiles, strict: Strict) -> None:
+    with real_tiles("sm_90"):
+        check(linear("split", 3, 1100, 140), torch.float16)
+    assert "_finish_partials_kernel" in strict.launches
+
+
+@pytest.mark.parametrize("case", [PRODUCTS[2], PRODUCTS[5], PRODUCTS[7], *POOLINGS[:2]], ids=str)
+def test_same_bits_whatever_runs_first(case: Case, real_tiles: RealTiles) -> None:
+    results = []
+    for seed in (None, None, 1):
+        with observe(Strict(seed)), real_tiles("sm_90"):
+            results.append(run(case, make_inputs(case, torch.float16)))
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), f"{name} differs between two runs"
+        assert torch.equal(results[2][name], expected), f"{name} differs with the programs' order"
+
+
+@pytest.mark.parametrize("case", [PRODUCTS[7], PRODUCTS[9]], ids=str)
+def test_dropout_is_the_same_on_every_target(case: Case, real_tiles: RealTiles) -> None:
+    case = replace(case, arguments={**case.arguments, "p": 0.4, "relu": False})
+    tensors = make_inputs(case, torch.float32)
+    dropped = run(case, tensors)["output"] == 0
+    assert 0.2 < dropped.double().mean() < 0.6
+    for target in TARGETS:
+        with real_tiles(target):
+            assert torch.equal(run(case, tensors)["output"] == 0, dropped), target

@@ -1,0 +1,105 @@
+"""The functions on torch's own operators: what runs on a CPU, and in float64 everywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import fastalex_kernels as fk
+
+from . import _cases as cases
+from . import _strategies as any_of
+from ._oracle import Case, call, check, conv, linear, lrn, make_inputs, pool, relative_error
+
+many = settings(max_examples=150)
+
+
+@pytest.fixture(autouse=True)
+def _on_aten():
+    with fk.backend("aten"):
+        yield
+
+
+@pytest.mark.parametrize("case", cases.EVERY, ids=str)
+def test_float32(case: Case) -> None:
+    check(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", cases.BASIC, ids=str)
+def test_16_bits(case: Case, dtype: torch.dtype) -> None:
+    if dtype == torch.float16 and case.name == "conv-batch128":
+        pytest.skip("on a CPU torch sums a float16 weight gradient in float16")
+    check(case, dtype)
+
+
+# Small, away from ties and corners: finite differences see both sides of one.
+GRADCHECK = [
+    conv("plain", (2, 4, 5, 4), 6, 3, padding=1, groups=2),
+    conv("asymmetric", (1, 2, 4, 5), 3, (2, 3), padding=((0, 2), (1, 0)), bias=False),
+    conv("conv1", (1, 3, 13, 9), 2, 5, stride=4, padding=((0, 3), (0, 3))),
+    lrn("groups", (2, 8, 5, 5), alpha=2.0, groups=2),
+    lrn("even", (2, 6, 4, 4), alpha=2.0, size=4, beta=0.5, kernel_size=2, stride=2),
+    lrn("small", (2, 5, 3, 3), "channels_last", alpha=1e-4),
+    pool("plain", (2, 3, 5, 5)),
+    pool("ceil", (2, 3, 6, 4), ceil_mode=True),
+    linear("plain", 3, 5, 8, relu=False),
+    linear("relu", 3, 5, 8, p=0.3),
+]
+
+
+@pytest.mark.parametrize("case", GRADCHECK, ids=str)
+def test_gradients_by_finite_differences(case: Case) -> None:
+    tensors = make_inputs(case, torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: call(case, fk, list(t)), tensors)
+
+
+@pytest.mark.parametrize("case", cases.BASIC, ids=str)
+def test_float64(case: Case) -> None:
+    tensors = make_inputs(case, torch.float64)
+    output = call(case, fk, tensors)
+    assert output.dtype == torch.float64
+    assert relative_error(output, call(case, fk.reference, tensors)) < 1e-14
+
+
+@many
+@given(any_of.convolutions())
+def test_any_conv2d_relu(case: Case) -> None:
+    check(case, torch.float32, slack=any_of.SLACK)
+
+
+@many
+@given(any_of.normalisations())
+def test_any_lrn_max_pool2d(case: Case) -> None:
+    check(case, torch.float32, slack=any_of.SLACK)
+
+
+@many
+@given(any_of.poolings())
+def test_any_max_pool2d(case: Case) -> None:
+    check(case, torch.float32, slack=any_of.SLACK)
+
+
+@many
+@given(any_of.linears())
+def test_any_linear_relu_dropout(case: Case) -> None:
+    check(case, torch.float32, slack=any_of.SLACK)
+
+
+def test_pooling_that_pools_nothing_leaves_the_input_alone() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    y = fk.max_pool2d(x, kernel_size=1, stride=1)
+    before = x.clone()
+    y.relu_()
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_dropout_drops_what_is_not_finite(value: float) -> None:
+    x, w = torch.full((4, 3), value), torch.ones(50, 3)
+    rng = torch.tensor([1, 2])
+    expected = fk.reference.linear_relu_dropout(x, w, rng=rng)
+    assert (expected == 0).any()
+    output = fk.linear_relu_dropout(x, w, rng=rng)
+    torch.testing.assert_close(output, expected, equal_nan=True)

@@ -1,0 +1,180 @@
+"""Every launch of AlexNet, forward and backward, compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+import fastalex_kernels as fk
+from fastalex import offline
+from fastalex_kernels._launch import interpreted
+
+from ._alexnet import layers
+
+pytestmark = pytest.mark.skipif(interpreted(), reason="an interpreted kernel has no machine code")
+
+LAYERS = list(layers(1, torch.float16))
+TENSOR_CORES = {
+    "sm_80": r"HMMA\.16816\.F32",
+    "sm_90": r"HGMMA\.64x\d+x16\.F32",
+    "sm_100": r"UTC\w*MMA",
+    "sm_120": r"HMMA\.16816\.F32",
+    "gfx942": r"v_mfma_f32_\w+16",
+}
+# Kernels that hold products: convolutions and fully connected layers.
+DOTS = re.compile(r"_conv2d_(relu_fwd|bwd_weight)|_linear_relu_dropout_fwd")
+
+Made = list[tuple[offline.Launch, offline.MachineCode]]
+
+
+@functools.cache
+def _made(target: str, layer: str, batch: int, dtype: torch.dtype, towers: bool = False) -> Made:
+    launches = offline.record(target, layers(batch, dtype, towers)[layer])
+    return [(launch, offline.read(offline.compile_launch(launch, target))) for launch in launches]
+
+
+def _check(target: str, made: Made) -> None:
+    for launch, code in made:
+        where = f"{launch.name}{launch.grid} on {target}"
+        x, y, z = (*launch.grid, 1, 1)[:3]
+        assert x <= 2**31 - 1, where
+        assert max(y, z) <= 65535, where
+        assert code.shared <= offline.TARGETS[target].shared_limit, f"{where}: {code.shared} bytes"
+        if target in ("sm_80", "sm_90"):
+            assert (code.stack, code.spills) == (0, 0), f"{where}: {code.registers} registers"
+        if target == "gfx942":
+            assert code.spills == 0, f"{where}: {code.registers} registers"
+
+
+def _check_products(target: str, made: Made) -> None:
+    """Tensor cores, and operands that come 16 bytes at a time."""
+    for launch, code in made:
+        if not DOTS.match(launch.name):
+            continue
+        where = f"{launch.name}{launch.grid} on {target}"
+        assert code.count(TENSOR_CORES[target]), where
+        if target == "gfx942":
+            assert code.count(r"(global|buffer)_load_dwordx4"), where
+        else:
+            assert code.count(r"LDGSTS\.E.*\.128|UTMALDG"), where
+
+
+@pytest.mark.parametrize("target", list(offline.TARGETS))
+@pytest.mark.parametrize("layer", LAYERS)
+def test_bfloat16(layer: str, target: str) -> None:
+    made = _made(target, layer, 128, torch.bfloat16)
+    assert len(made) >= 2, "no backward was recorded"
+    _check(target, made)
+    _check_products(target, made)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_tower_alone(layer: str, target: str) -> None:
+    made = _made(target, layer, 128, torch.bfloat16, True)
+    _check(target, made)
+    _check_products(target, made)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_float16(layer: str) -> None:
+    made = _made("sm_80", layer, 128, torch.float16)
+    _check("sm_80", made)
+    _check_products("sm_80", made)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_float32(layer: str, target: str) -> None:
+    _check(target, _made(target, layer, 128, torch.float32))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_batch_1(layer: str) -> None:
+    """An integer argument that equals 1 is a constant to Triton, and not a tensor."""
+    _check("sm_90", _made("sm_90", layer, 1, torch.bfloat16))
+
+
+def _smallest_sizes() -> None:
+    """Every integer argument that can be 1 is 1."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for channels in (1, 8):
+            x = torch.empty(1, channels, 1, 1, dtype=dtype, requires_grad=True)
+            w = torch.empty(1, channels, 1, 1, dtype=dtype, requires_grad=True)
+            b = torch.empty(1, dtype=dtype, requires_grad=True)
+            fk.conv2d_relu(x, w, b).sum().backward()
+            fk.lrn_max_pool2d(x, kernel_size=1, stride=1).sum().backward()
+            fk.lrn_max_pool2d(x.expand(1, channels, 3, 3)).sum().backward()
+            fk.max_pool2d(x, kernel_size=1, stride=1).sum().backward()
+            for inputs in (1, 4096):
+                x, w = (torch.empty(1, inputs, dtype=dtype, requires_grad=True) for _ in range(2))
+                rng = torch.empty(2, dtype=torch.int64)
+                for relu in (True, False):
+                    y = fk.linear_relu_dropout(
+                        x, w, b, relu=relu, rng=rng, row_offset=1, feature_offset=1
+                    )
+                    y.sum().backward()
+
+
+def test_the_smallest_sizes() -> None:
+    for launch in offline.record("sm_90", _smallest_sizes):
+        offline.compile_launch(launch, "sm_90")
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, n, BLOCK: triton.language.constexpr):
+    offs = triton.language.program_id(0) * BLOCK + triton.language.arange(0, BLOCK)
+    x = triton.language.load(x_ptr + offs, mask=offs < n)
+    triton.language.store(y_ptr + offs, x, mask=offs < n)
+
+
+def _copy(n: int, offset: int = 0) -> offline.Launch:
+    x = torch.empty(n + offset, device="meta")[offset:]
+    return offline.Launch(_copy_kernel, (1,), (x, x, n), {"BLOCK": 512})
+
+
+def test_a_launch_is_specialised_as_on_a_gpu() -> None:
+    def loads(launch: offline.Launch) -> Any:
+        return offline.read(offline.compile_launch(launch, "sm_80")).count(r"LDG\.E\.128")
+
+    assert loads(_copy(4096)) == 1
+    assert loads(_copy(4097)) == 0, "a size that 16 does not divide has narrow loads"
+    assert loads(_copy(4096, offset=1)) == 0, "a tensor not at 16 bytes has narrow loads"
+
+
+def test_launches_of_one_code_share_it() -> None:
+    first, second = (offline.compile_launch(_copy(n), "sm_80") for n in (4096, 8192))
+    assert first is second
+    assert offline.read(first) is offline.read(second)
+    assert offline.compile_launch(_copy(4096), "sm_90") is not first
+
+
+def test_a_driver_is_put_back() -> None:
+    driver = triton.runtime.driver
+    before = driver._active
+    with pytest.raises(ZeroDivisionError), offline.fake_driver("sm_90"):
+        assert driver.active.get_current_target().arch == 90
+        with offline.fake_driver("gfx942"):
+            assert driver.active.get_current_target().backend == "hip"
+        assert driver.active.get_current_target().arch == 90
+        raise ZeroDivisionError
+    assert driver._active is before
+
+
+@pytest.mark.parametrize(
+    "function", [offline.fake_driver("sm_91").__enter__, lambda: offline.record("sm_91", int)]
+)
+def test_an_unknown_target(function: Any) -> None:
+    with pytest.raises(ValueError, match=r"^target: expected one of sm_80, .*, got 'sm_91'$"):
+        function()
+
+
+def test_named_arguments() -> None:
+    arguments = _copy(4096).named_args
+    assert list(arguments) == ["x_ptr", "y_ptr", "n", "BLOCK"]
+    assert (arguments["n"], arguments["BLOCK"]) == (4096, 512)

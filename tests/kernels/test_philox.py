@@ -1,0 +1,107 @@
+"""Philox-4x32-10 in torch against its published values, and the mask made of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastalex_kernels as fk
+from fastalex_kernels import _philox
+
+# Counter, key and words of philox4x32 with 10 rounds, from Random123's kat_vectors.
+KNOWN_ANSWERS = [
+    (
+        (0x00000000, 0x00000000, 0x00000000, 0x00000000),
+        (0x00000000, 0x00000000),
+        (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+    ),
+    (
+        (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
+        (0xFFFFFFFF, 0xFFFFFFFF),
+        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    ),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
+def test_published_words(counter, key, words) -> None:
+    seed = _signed(key[1] << 32 | key[0])
+    c = [torch.tensor([word]) for word in counter]
+    for form in (seed, torch.tensor(seed)):
+        assert tuple(int(word) for word in _philox.philox(form, *c)) == words
+    negative = [torch.tensor([word - 2**32]) for word in counter]
+    assert tuple(int(word) for word in _philox.philox(seed, *negative)) == words
+
+
+def test_words_become_uniform_numbers() -> None:
+    ends = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1])
+    numbers = _philox.uniform(ends)
+    assert numbers.dtype == torch.float32
+    assert numbers[[0, 5]].tolist() == [0.0, 0.0]
+    assert (numbers >= 0).all()
+    assert (numbers < 1).all()
+    assert torch.equal(numbers[2], numbers[3])
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
+def test_the_share_of_what_is_kept(p: float) -> None:
+    kept = _philox.keep_mask(torch.tensor([5, 6]), 500, 400, p).double()
+    spread = (p * (1 - p)) ** 0.5
+    # Five standard deviations of a mean of n draws: of the whole, of a row, of a column.
+    assert abs(float(kept.mean()) - (1 - p)) < 5 * spread / 200_000**0.5
+    assert (kept.mean(1) - (1 - p)).abs().max() < 5 * spread / 400**0.5
+    assert (kept.mean(0) - (1 - p)).abs().max() < 5 * spread / 500**0.5
+
+
+def test_neighbours_are_independent() -> None:
+    drawn = _philox.keep_mask(torch.tensor([5, 6]), 400, 400, 0.5).double() * 2 - 1
+    bound = 5 / 159_600**0.5
+    assert abs(float((drawn[1:] * drawn[:-1]).mean())) < bound
+    assert abs(float((drawn[:, 1:] * drawn[:, :-1]).mean())) < bound
+    assert abs(float((drawn * drawn.t()).mean())) < 5 * 2**0.5 / 400
+
+
+@pytest.mark.parametrize("other", [(6, 6), (5, 7), (5 + 2**32, 6), (5, 6 + 2**32), (-5, 6)])
+def test_every_bit_of_seed_and_offset_counts(other: tuple[int, int]) -> None:
+    one = _philox.keep_mask(torch.tensor([5, 6]), 64, 64, 0.5)
+    two = _philox.keep_mask(torch.tensor(other), 64, 64, 0.5)
+    assert 0.4 < (one != two).double().mean() < 0.6
+
+
+def test_a_part_is_that_part_of_the_whole() -> None:
+    rng = torch.tensor([-(2**63), 2**63 - 1])
+    whole = _philox.keep_mask(rng, 20, 30, 0.5, 10**6, 10**5)
+    part = _philox.keep_mask(rng, 7, 11, 0.5, 10**6 + 13, 10**5 + 19)
+    assert torch.equal(part, whole[13:, 19:])
+
+
+def test_dropout_alone_has_the_mask_of_the_fused_layer() -> None:
+    x = torch.rand(9, 12) + 1
+    arguments = {"p": 0.4, "rng": torch.tensor([3, 4]), "row_offset": 5, "feature_offset": 6}
+    alone = fk.dropout(x, **arguments)
+    fused = fk.linear_relu_dropout(x, torch.eye(12), **arguments)
+    torch.testing.assert_close(alone, fused)
+    kept = _philox.keep_mask(arguments["rng"], 9, 12, 0.4, 5, 6)
+    torch.testing.assert_close(alone, torch.where(kept, x / 0.6, torch.zeros(())))
+
+
+def test_dropout_alone_in_evaluation() -> None:
+    x = torch.randn(3, 4)
+    assert torch.equal(fk.dropout(x, training=False), x)
+    assert torch.equal(fk.dropout(x, p=0.0), x)
+
+
+def test_dropout_alone_hands_back_the_gradient_of_what_it_kept() -> None:
+    x = torch.randn(5, 8, requires_grad=True)
+    y = fk.dropout(x, p=0.5, rng=torch.tensor([3, 4]))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, (y != 0) * 2.0)
