@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.jit import JITFunction
 
 BACKENDS = ("auto", "triton", "aten")
@@ -115,6 +116,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[grid](*args, **kwargs)
+
+
+def aligned(x: torch.Tensor) -> bool:
+    """Whether ``x`` starts at a multiple of 16 bytes, as wide loads need."""
+    if isinstance(x, FakeTensor):  # it has no address, and starts where its storage does
+        return x.storage_offset() * x.element_size() % 16 == 0
+    return x.data_ptr() % 16 == 0
 
 
 def check_floating(name: str, x: object) -> None:

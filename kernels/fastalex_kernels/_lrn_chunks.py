@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels._launch import launch, target
+from fastalex_kernels._launch import aligned, launch, target
 
 CHUNK = 8  # channels
 _STRIP = 3  # pooled columns of a forward program
@@ -64,6 +64,7 @@ def fits(x: torch.Tensor, norm: Norm, groups: int, window: Window) -> bool:
         and norm.scale > 0
         and window == (3, 2)
         and x.element_size() == 2
+        and aligned(x)
         and channels % CHUNK == 0
         and channels // CHUNK <= _CHUNKS["backward"]
         # The interpreter takes fewer steps through the general kernel, and AMD's compiler needs

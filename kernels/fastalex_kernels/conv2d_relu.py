@@ -35,6 +35,7 @@ from fastalex_kernels import _aten
 from fastalex_kernels._conv2d_arguments import Padding, check, space_to_depth, spell_out
 from fastalex_kernels._epilogue import epilogue_backward, sum_partials
 from fastalex_kernels._launch import (
+    aligned,
     autocast,
     dot_precision,
     interpreted,
@@ -509,7 +510,7 @@ def _convolve(
         "REVERSE": reverse, "HAS_BIAS": bias is not None, "RELU": relu, **tile,
     }  # fmt: skip
     b = x if bias is None else bias
-    if one_pixel and _tma_fits(x, w) and C % (tile["BLOCK_K"] + tile["TAIL_K"]) == 0:
+    if one_pixel and _tma_fits(groups, x, w) and C % (tile["BLOCK_K"] + tile["TAIL_K"]) == 0:
         descriptors = _forward_descriptors(x, w, tile, reverse)
         launch(_conv2d_relu_fwd_tma_kernel, grid, *descriptors, b, y, *sizes, **constants)
         return y
@@ -522,15 +523,15 @@ def _convolve(
     return y
 
 
-def _tma_fits(x: torch.Tensor, w: torch.Tensor) -> bool:
-    """Whether x and w can be described to the tensor memory accelerator: rows of 16 bytes."""
-    return (
-        target(x.device) in _TMA_TARGETS
-        and x.element_size() == 2
+def _tma_fits(groups: int, *operands: torch.Tensor) -> bool:
+    """Whether operands can be described to the tensor memory accelerator: 16-byte rows."""
+    return target(operands[0].device) in _TMA_TARGETS and all(
+        x.element_size() == 2
         and x.numel() > 0
-        and x.shape[3] % 8 == 0
-        and w.shape[3] % 8 == 0
+        and x.shape[3] // groups % 8 == 0
+        and aligned(x)
         and math.prod(x.shape[:3]) < 2**31
+        for x in operands
     )
 
 
@@ -567,7 +568,7 @@ def conv2d_relu_backward_weight(
         split = max(1, min(_WEIGHT_PROGRAMS // (programs * groups), steps // 4))
     part = x.new_empty((split, R, S, C, GK), dtype=torch.float32)
     even_rows = N % block_k == 0
-    tma = even_rows and N > 0 and _tma_fits(x, dz)
+    tma = even_rows and N > 0 and _tma_fits(groups, x, dz)
     operands: tuple[Any, ...] = (x, dz)
     if tma:
         operands = (
