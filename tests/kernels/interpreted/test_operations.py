@@ -12,7 +12,7 @@ from ._strict import Strict
 
 def _check(case: Case, dtype: torch.dtype, strict: Strict) -> None:
     check(case, dtype)
-    assert strict.launches, "no kernel ran"
+    assert strict.launches or "empty" in str(case), "no kernel ran"
 
 
 @pytest.mark.parametrize("case", cases.EVERY, ids=str)
