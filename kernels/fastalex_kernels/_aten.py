@@ -117,7 +117,7 @@ def lrn_max_pool2d(
 ) -> torch.Tensor:
     # Rounding before the maximum would make equals of neighbours: stay wide until the end.
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
-    normalised = LRNFunction.apply(wide, size, alpha, beta, k, groups)
+    normalised: torch.Tensor = LRNFunction.apply(wide, size, alpha, beta, k, groups)
     if (kernel_size, stride) != (1, 1):
         normalised = max_pool2d(normalised, kernel_size, stride, ceil_mode)
     return normalised.to(input.dtype)
