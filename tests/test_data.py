@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -233,13 +234,13 @@ def loader_threads() -> list[str]:
 def test_results_come_in_order_and_no_further_ahead_than_asked(workers: int) -> None:
     drawn = 0
 
-    def items() -> object:
+    def items() -> Iterator[int]:
         nonlocal drawn
         for item in range(30):
             drawn += 1
             yield item
 
-    for done, result in enumerate(map_ahead(lambda x: x * x, items(), workers, ahead=4)):  # type: ignore[arg-type]
+    for done, result in enumerate(map_ahead(lambda x: x * x, items(), workers, ahead=4)):
         assert result == done * done
         assert drawn <= done + 1 + 4
     assert drawn == 30
