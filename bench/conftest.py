@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._functorch import config as functorch_config
 
 from ._report import RESULTS, Report, conditions, save, table
 from ._timing import Rates
@@ -32,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--compiled"):
+        # A backward pass is timed many times: its saved tensors must not be reused by the first.
+        functorch_config.donated_buffer = False
         return
     for item in items:
         if item.get_closest_marker("compiled"):
