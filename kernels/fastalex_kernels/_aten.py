@@ -46,12 +46,12 @@ def _band(channels: int, size: int, dtype: torch.dtype, device: torch.device) ->
     return ((distance >= -(size // 2)) & (distance <= (size - 1) // 2)).to(dtype)
 
 
-def _power(d: torch.Tensor, beta: float) -> torch.Tensor:
-    """d ** beta; two square roots are far cheaper than a power."""
+def _power(d: torch.Tensor, beta: float, out: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """out = d ** beta; two square roots are far cheaper than a power."""
     if beta == 0.75:
-        root = d.sqrt()
-        return root.sqrt().mul_(root)
-    return d.pow(beta)
+        torch.sqrt(d, out=scratch)
+        return torch.sqrt(scratch, out=out).mul_(scratch)
+    return torch.pow(d, beta, out=out)
 
 
 def _rows(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, ...]:
@@ -59,14 +59,19 @@ def _rows(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, ...]:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).chunk(groups, dim=1)
 
 
-def _blocks(*tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Go through tensors group by group, and on a CPU in blocks of rows that stay in its cache."""
+def _blocks(buffers: int, *tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Go through tensors group by group, and on a CPU in blocks of rows that stay in its cache.
+
+    Each block comes after ``buffers`` contiguous ones of its shape to compute in, the same memory
+    every time: a fresh half megabyte costs more in page faults than what is computed in it.
+    """
+    first = tensors[0][0]
+    rows, channels = first.shape
+    step = max(1, rows if first.is_cuda else min(rows, _BLOCK // channels))
+    memory = first.new_empty(buffers, step, channels)
     for group in zip(*tensors, strict=True):
-        rows, channels = group[0].shape
-        yield from zip(
-            *(t.split(max(1, rows if t.is_cuda else _BLOCK // channels)) for t in group),
-            strict=True,
-        )
+        for block in zip(*(t.split(step) for t in group), strict=True):
+            yield (*memory[:, : block[0].shape[0]].unbind(), *block)
 
 
 class LRNFunction(torch.autograd.Function):
@@ -77,13 +82,16 @@ class LRNFunction(torch.autograd.Function):
         ctx: Any, input: torch.Tensor, size: int, alpha: float, beta: float, k: float, groups: int
     ) -> torch.Tensor:
         input = input.contiguous(memory_format=torch.channels_last)
-        output, denominator = torch.empty_like(input), torch.empty_like(input)
-        channels = input.shape[1] // groups
+        output = torch.empty_like(input)
+        rows, channels = input.numel() // max(input.shape[1], 1), input.shape[1] // groups
+        # Group by group, as roots of strided memory take several times as long.
+        denominator = input.new_empty(groups, rows, channels)
         band = _band(channels, size, input.dtype, input.device)
         constant = input.new_full((channels,), k)
-        for x, d, y in _blocks(*(_rows(t, groups) for t in (input, denominator, output))):
-            torch.addmm(constant, x.square(), band, alpha=alpha / size, out=d)
-            torch.div(x, _power(d, beta), out=y)
+        groupwise = (_rows(input, groups), denominator.unbind(), _rows(output, groups))
+        for a, b, x, d, y in _blocks(2, *groupwise):
+            torch.addmm(constant, torch.mul(x, x, out=a), band, alpha=alpha / size, out=d)
+            torch.div(x, _power(d, beta, out=b, scratch=a), out=y)
         ctx.save_for_backward(input, denominator)
         ctx.constants = (size, alpha, beta, groups)
         return output
@@ -96,10 +104,11 @@ class LRNFunction(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         result = torch.empty_like(input)
         band = _band(input.shape[1] // groups, size, input.dtype, input.device).t()
-        tensors = (input, denominator, grad, result)
-        for x, d, dy, dx in _blocks(*(_rows(t, groups) for t in tensors)):
-            z = dy / _power(d, beta)
-            neighbours = (z * x).div_(d) @ band
+        inputs, grads, results = (_rows(t, groups) for t in (input, grad, result))
+        groupwise = (inputs, denominator.unbind(), grads, results)
+        for a, b, z, x, d, dy, dx in _blocks(3, *groupwise):
+            torch.div(dy, _power(d, beta, out=b, scratch=a), out=z)
+            neighbours = torch.mm(torch.mul(z, x, out=a).div_(d), band, out=b)
             torch.addcmul(z, neighbours, x, value=-2.0 * alpha * beta / size, out=dx)
         return result, None, None, None, None, None
 
