@@ -29,7 +29,8 @@ def space_to_depth(
     P, Q = (H + top + bottom - R) // sh + 1, (W + left + right - S) // sw + 1
     rows, columns = -(-R // sh), -(-S // sw)
     height, width = P + rows - 1, Q + columns - 1
-    x = F.pad(input, (left, width * sw - W - left, top, height * sh - H - top))
+    bottom, right = max(height * sh - H - top, 0), max(width * sw - W - left, 0)
+    x = F.pad(input, (left, right, top, bottom))[..., : height * sh, : width * sw]
     x = x.reshape(N, groups, C, height, sh, width, sw).permute(3, 5, 0, 1, 4, 6, 2)
     w = F.pad(weight, (0, columns * sw - S, 0, rows * sh - R))
     w = w.reshape(GK, C, rows, sh, columns, sw).permute(2, 4, 3, 5, 1, 0)

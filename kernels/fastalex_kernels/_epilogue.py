@@ -58,7 +58,7 @@ def _epilogue_bwd_kernel(
         dz = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32) * scale
         if RELU:
             y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            dz = tl.where(y > 0, dz, 0.0)
+            dz = tl.where(y <= 0, 0.0, dz)  # a NaN hands its gradient on, as in torch
         if PHILOX:
             kept = _philox.keep(
                 rng_ptr, (offs_m + row_offset)[:, None], (offs_n + feature_offset)[None, :], p
@@ -126,7 +126,7 @@ def epilogue_backward(
     write_dz = need_dz and masks
     if not write_dz and bias is None:
         return (dy if need_dz else None), None
-    block_n = min(triton.next_power_of_2(features), 128)
+    block_n = max(1, min(triton.next_power_of_2(features), 128))
     block_m = 4096 if interpreted() else 4096 // block_n
     chunk_rows = triton.cdiv(triton.cdiv(max(rows, 1), _PROGRAMS), block_m) * block_m
     chunks = triton.cdiv(max(rows, 1), chunk_rows)

@@ -199,7 +199,11 @@ def _conv2d_relu_fwd_kernel(
             b = tl.load(w_tap + w_offs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if TAIL_N > 0:
-            acc_n = tl.dot(a, tl.load(w_tap + w_tail), acc_n, input_precision=PRECISION)
+            if W_EVEN:
+                b = tl.load(w_tap + w_tail)
+            else:
+                b = tl.load(w_tap + w_tail, mask=mask_k[:, None], other=0.0)
+            acc_n = tl.dot(a, b, acc_n, input_precision=PRECISION)
         if TAIL_K > 0:
             if ONE_PIXEL:
                 a = tl.load(x_tail + shift)
@@ -600,6 +604,7 @@ class Conv2dReLUFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         x = as_hwnc(input)
         w = weight.permute(2, 3, 1, 0).contiguous()
+        bias = None if bias is None else bias.contiguous()
         output = as_nchw(conv2d_relu_forward(x, w, bias, padding, groups, relu))
         ctx.save_for_backward(x, w, bias, output if relu else None)
         ctx.padding, ctx.groups = padding, groups
@@ -665,14 +670,13 @@ def conv2d_relu(
     check(input, weight, bias, sides, groups)
     if not use_triton(input):
         return _aten.conv2d_relu(input, weight, bias, strides, sides, groups, relu)
-    if input.dtype == torch.bfloat16 and interpreted():
+    dtype = input.dtype
+    if dtype == torch.bfloat16 and interpreted():
         # The interpreter computes bfloat16 on its raw bits: do as a GPU does, sum in float32.
-        b = None if bias is None else bias.float()
-        return conv2d_relu(input.float(), weight.float(), b, strides, sides, groups, relu).to(
-            input.dtype
-        )
+        input, weight = input.float(), weight.float()
+        bias = None if bias is None else bias.float()
     if strides != (1, 1):
         input, weight = space_to_depth(input, weight, strides, sides, groups)
         sides = ((0, 0), (0, 0))
     output: torch.Tensor = Conv2dReLUFunction.apply(input, weight, bias, sides, groups, relu)
-    return output
+    return output.to(dtype)

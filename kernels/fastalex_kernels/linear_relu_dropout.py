@@ -267,8 +267,12 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
         row_offset: int,
         feature_offset: int,
     ) -> torch.Tensor:
+        bias = None if bias is None else bias.contiguous()
+        rng = None if rng is None else rng.contiguous()
         output = matmul(input, weight.t(), bias, relu, p, rng, row_offset, feature_offset)
-        ctx.save_for_backward(input, weight, bias, output if relu else None, rng)
+        # With ReLU the output is the mask. Without, the caller may advance rng before backward.
+        kept_rng = None if relu or rng is None else rng.clone()
+        ctx.save_for_backward(input, weight, bias, output if relu else None, kept_rng)
         ctx.dropout = {"p": p, "row_offset": row_offset, "feature_offset": feature_offset}
         return output
 

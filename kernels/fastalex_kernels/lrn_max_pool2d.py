@@ -53,7 +53,7 @@ def _power(d, BETA: tl.constexpr):
 def _window_sum(v, BELOW: tl.constexpr, ABOVE: tl.constexpr, CHANNELS: tl.constexpr):
     """Sum v[:, i - BELOW .. i + ABOVE] for each channel i, as far as [0, CHANNELS) reaches."""
     channel = tl.arange(0, v.shape[1])[None, :]
-    total = v * 0.0
+    total = tl.zeros(v.shape, tl.float32)
     for shift in tl.static_range(-BELOW, ABOVE + 1):
         source = channel + shift
         inside = (source >= 0) & (source < CHANNELS)
