@@ -67,8 +67,8 @@ class AlexNet(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected [N, 3, H, W], got shape {tuple(images.shape)}")
-        smallest = self.smallest_image_size()
-        if min(images.shape[2:]) < smallest:
+        if not _reaches(min(images.shape[2:]), self._spatial_layers()):
+            smallest = self.smallest_image_size()
             raise ValueError(
                 f"images: {images.shape[2]} x {images.shape[3]} pixels are too few, "
                 f"the smallest image this net takes is {smallest} x {smallest}"
@@ -78,11 +78,14 @@ class AlexNet(nn.Module):
 
     def smallest_image_size(self) -> int:
         """The side in pixels of the smallest square image that reaches the last layer."""
-        spatial = [m for m in self.features.modules() if isinstance(m, (Conv2dReLU, MaxPool2d))]
+        layers = self._spatial_layers()
         size = 1
-        while not _reaches(size, spatial):
+        while not _reaches(size, layers):
             size += 1
         return size
+
+    def _spatial_layers(self) -> list[Conv2dReLU | MaxPool2d]:
+        return [m for m in self.features.modules() if isinstance(m, (Conv2dReLU, MaxPool2d))]
 
     @torch.no_grad()
     def init_parameters(
@@ -185,6 +188,7 @@ def _classifier_layers(variant: Variant, num_classes: int, dropout: float) -> li
 
 
 def _reaches(size: int, layers: list[Conv2dReLU | MaxPool2d]) -> bool:
+    """Whether an axis of ``size`` pixels leaves something for every one of ``layers``."""
     for layer in layers:
         if (
             isinstance(layer, Conv2dReLU)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,7 +18,6 @@ from triton.runtime.jit import JITFunction
 
 BACKENDS = ("auto", "triton", "aten")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels store
-MAX_GRID_YZ = 65535
 
 _backend: ContextVar[str] = ContextVar("fastalex_backend", default="auto")
 
@@ -99,6 +98,19 @@ def target(device: torch.device) -> str:
     return _device_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def tile_entry(
+    tiles: Mapping[tuple[str, int], tuple[int, ...]], x: torch.Tensor
+) -> tuple[int, ...]:
+    """The tile that a table by (target, bits of an operand) holds for ``x``."""
+    name, bits = target(x.device), 8 * x.element_size()
+    return tiles.get((name, bits)) or tiles["other", bits]
+
+
+def cut(block: int, size: int) -> int:
+    """A block no longer than an axis of ``size`` needs, and no shorter than ``tl.dot`` takes."""
+    return max(16, min(block, int(triton.next_power_of_2(size))))
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """``tl.dot``'s input precision: TF32 for float32 where torch's matmul setting allows it."""
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -141,6 +153,17 @@ def check_like(name: str, x: object, like: torch.Tensor) -> None:
         raise TypeError(f"{name}: expected dtype {like.dtype} as the input's, got {x.dtype}")
     if x.device != like.device:
         raise ValueError(f"{name}: expected device {like.device} as the input's, got {x.device}")
+
+
+def interpretable(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """bfloat16 tensors as float32 where the kernels are interpreted, anything else as it is.
+
+    The interpreter computes bfloat16 on its raw bits. Kernels sum in float32 anyway, so a result
+    that is rounded afterwards is what a GPU gives.
+    """
+    if not interpreted():
+        return tensors
+    return tuple(t.float() if t is not None and t.dtype == torch.bfloat16 else t for t in tensors)
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:

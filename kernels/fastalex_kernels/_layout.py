@@ -19,8 +19,3 @@ def as_hwnc(x: torch.Tensor) -> torch.Tensor:
 def as_nchw(x: torch.Tensor) -> torch.Tensor:
     """View ``x`` [H, W, N, C] as [N, C, H, W], without a copy."""
     return x.permute(2, 3, 0, 1)
-
-
-def empty_hwnc(n: int, c: int, h: int, w: int, like: torch.Tensor) -> torch.Tensor:
-    """An uninitialised contiguous [h, w, n, c] with the dtype and device of ``like``."""
-    return like.new_empty((h, w, n, c))

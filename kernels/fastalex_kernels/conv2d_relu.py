@@ -22,7 +22,6 @@ becomes 3 x 3 on 48, whose rows load 16 bytes at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,10 +36,13 @@ from fastalex_kernels._epilogue import epilogue_backward, sum_partials
 from fastalex_kernels._launch import (
     aligned,
     autocast,
+    cut,
     dot_precision,
+    interpretable,
     interpreted,
     launch,
     target,
+    tile_entry,
     use_triton,
 )
 from fastalex_kernels._layout import as_hwnc, as_nchw
@@ -411,19 +413,9 @@ def _conv2d_bwd_weight_kernel(
     tl.store(part_ptrs, acc, mask=mask_m[:, None] & mask_n[None, :])
 
 
-def _entry(tiles: Mapping[tuple[str, int], tuple[int, ...]], x: torch.Tensor) -> tuple[int, ...]:
-    name, bits = target(x.device), 8 * x.element_size()
-    return tiles.get((name, bits)) or tiles[("other", bits)]
-
-
 def _warps(warps: int, block_m: int, block_n: int) -> int:
     """Half the warps for half a tile: each then issues as many products for its bookkeeping."""
     return warps if block_m * block_n > 64 * 128 else min(warps, 4)
-
-
-def _cut(block: int, size: int) -> int:
-    """A block no longer than the axis needs."""
-    return max(16, min(block, int(triton.next_power_of_2(size))))
 
 
 def _split(block: int, size: int) -> tuple[int, int]:
@@ -434,27 +426,27 @@ def _split(block: int, size: int) -> tuple[int, int]:
         tail = main // 2
         if tail >= 16 and size % (main + tail) == 0:
             return main, tail
-    return _cut(block, size), 0
+    return cut(block, size), 0
 
 
 def _forward_tile(x: torch.Tensor, rows: int, C: int, K: int) -> dict[str, int]:
     """Blocks for ``rows`` rows, C channels in and K out of a group."""
-    block_m, block_n, block_k, warps, stages = _entry(_FORWARD_TILES, x)
-    block_m = _cut(block_m, rows)
+    block_m, block_n, block_k, warps, stages = tile_entry(_FORWARD_TILES, x)
+    block_m = cut(block_m, rows)
     tile = {"BLOCK_M": block_m, "num_stages": stages}
     if target(x.device) == "interpreter":
         return tile | {
-            "BLOCK_N": _cut(block_n, K),
+            "BLOCK_N": cut(block_n, K),
             "TAIL_N": 0,
-            "BLOCK_K": _cut(block_k, C),
+            "BLOCK_K": cut(block_k, C),
             "TAIL_K": 0,
         }
     k, tail_k = _split(block_k, C)
     if tail_k and k + tail_k != C:  # a tail ends every tap, so there is one chunk a tap
-        k, tail_k = _cut(block_k, C), 0
+        k, tail_k = cut(block_k, C), 0
     n, tail_n = _split(block_n, K)
     if n < block_n // 2 or (tail_n and tail_k):
-        n, tail_n = _cut(block_n, K), 0
+        n, tail_n = cut(block_n, K), 0
     warps = _warps(warps, block_m, n + tail_n)
     return tile | {
         "BLOCK_N": n,
@@ -562,9 +554,9 @@ def conv2d_relu_backward_weight(
     """dw, packed [R, S, C, G*K], of x [H, W, N, G*C] and dz [P, Q, N, G*K]."""
     (H, W, N, GC), (P, Q, _, GK), (R, S) = x.shape, dz.shape, kernel_size
     C, K = GC // groups, GK // groups
-    block_m, block_n, block_k, warps, stages = _entry(_WEIGHT_TILES, x)
+    block_m, block_n, block_k, warps, stages = tile_entry(_WEIGHT_TILES, x)
     block_k = next((k for k in (block_k, block_k // 2) if N % k == 0), block_k)
-    block_m, block_n = _cut(block_m, C), _cut(block_n, K)
+    block_m, block_n = cut(block_m, C), cut(block_n, K)
     programs = R * S * triton.cdiv(C, block_m) * triton.cdiv(K, block_n)
     split = 1
     if not interpreted():
@@ -671,10 +663,7 @@ def conv2d_relu(
     if not use_triton(input):
         return _aten.conv2d_relu(input, weight, bias, strides, sides, groups, relu)
     dtype = input.dtype
-    if dtype == torch.bfloat16 and interpreted():
-        # The interpreter computes bfloat16 on its raw bits: do as a GPU does, sum in float32.
-        input, weight = input.float(), weight.float()
-        bias = None if bias is None else bias.float()
+    input, weight, bias = interpretable(input, weight, bias)
     if strides != (1, 1):
         input, weight = space_to_depth(input, weight, strides, sides, groups)
         sides = ((0, 0), (0, 0))

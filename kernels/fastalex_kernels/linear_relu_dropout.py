@@ -29,10 +29,12 @@ from fastalex_kernels._launch import (
     autocast,
     check_floating,
     check_like,
+    cut,
     dot_precision,
+    interpretable,
     interpreted,
     launch,
-    target,
+    tile_entry,
     use_triton,
 )
 
@@ -44,8 +46,9 @@ _TILES = {
     ("gfx942", 16): (128, 64, 64, 4, 2),
     ("other", 16): (128, 64, 64, 8, 3),
     ("other", 32): (64, 64, 32, 4, 2),
+    ("interpreter", 16): (1024, 1024, 1024, 4, 1),
+    ("interpreter", 32): (1024, 1024, 1024, 4, 1),
 }
-_INTERPRETER_TILE = (1024, 1024, 1024, 4, 1)
 _PROGRAMS = 256  # split the reduction until about this many programs run: two per SM
 _MAX_SPLIT = 16
 
@@ -185,14 +188,7 @@ def _finish_partials_kernel(
 
 
 def _tile(x: torch.Tensor, m: int, n: int, k: int) -> dict[str, int]:
-    name = target(x.device)
-    if name == "interpreter":
-        block_m, block_n, block_k, warps, stages = _INTERPRETER_TILE
-    else:
-        bits = 8 * x.element_size()
-        entry = _TILES.get((name, bits)) or _TILES[("other", bits)]
-        block_m, block_n, block_k, warps, stages = entry
-    cut = lambda block, size: max(16, min(block, triton.next_power_of_2(size)))  # noqa: E731
+    block_m, block_n, block_k, warps, stages = tile_entry(_TILES, x)
     return {
         "BLOCK_M": cut(block_m, m),
         "BLOCK_N": cut(block_n, n),
@@ -398,10 +394,7 @@ def linear_relu_dropout(
     if not use_triton(input):
         return _aten.linear_relu_dropout(input, weight, bias, *arguments)
     dtype = input.dtype
-    if dtype == torch.bfloat16 and interpreted():
-        # The interpreter computes bfloat16 on its raw bits: do as a GPU does, sum in float32.
-        input, weight = input.float(), weight.float()
-        bias = None if bias is None else bias.float()
+    input, weight, bias = interpretable(input, weight, bias)
     output: torch.Tensor = LinearReLUDropoutFunction.apply(input, weight, bias, *arguments)
     return output.to(dtype)
 

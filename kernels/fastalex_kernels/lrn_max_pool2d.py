@@ -28,7 +28,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _aten, _lrn_chunks
-from fastalex_kernels._launch import check_floating, interpreted, launch, use_triton
+from fastalex_kernels._launch import check_floating, interpretable, interpreted, launch, use_triton
 from fastalex_kernels._layout import as_hwnc, as_nchw
 from fastalex_kernels._lrn_chunks import Norm, Window
 
@@ -404,7 +404,6 @@ def _apply(
     pooled: tuple[int, int],
 ) -> torch.Tensor:
     window = Window(kernel_size, stride)
-    # The interpreter computes bfloat16 on its raw bits: do as a GPU does, in float32.
-    wide = input.float() if input.dtype == torch.bfloat16 and interpreted() else input
+    (wide,) = interpretable(input)
     output: torch.Tensor = LRNMaxPool2dFunction.apply(wide, norm, groups, window, pooled)
     return output.to(input.dtype)
