@@ -56,7 +56,7 @@ _FORWARD_TILES = {
     ("sm_100", 16): (128, 128, 64, 8, 4),
     ("gfx942", 16): (128, 128, 32, 8, 2),
     ("other", 16): (128, 128, 32, 8, 3),
-    ("other", 32): (64, 64, 32, 4, 2),
+    ("other", 32): (64, 64, 32, 8, 3),
     ("interpreter", 16): (2048, 512, 512, 4, 1),  # where an operation costs the same at any size
     ("interpreter", 32): (2048, 512, 512, 4, 1),
 }
@@ -67,7 +67,7 @@ _WEIGHT_TILES = {
     ("sm_100", 16): (128, 128, 64, 8, 4),
     ("gfx942", 16): (64, 64, 32, 4, 2),
     ("other", 16): (128, 64, 32, 8, 2),
-    ("other", 32): (64, 64, 32, 4, 2),
+    ("other", 32): (64, 64, 32, 8, 3),
     ("interpreter", 16): (2048, 512, 512, 4, 1),
     ("interpreter", 32): (2048, 512, 512, 4, 1),
 }
@@ -413,9 +413,12 @@ def _conv2d_bwd_weight_kernel(
     tl.store(part_ptrs, acc, mask=mask_m[:, None] & mask_n[None, :])
 
 
-def _warps(warps: int, block_m: int, block_n: int) -> int:
-    """Half the warps for half a tile: each then issues as many products for its bookkeeping."""
-    return warps if block_m * block_n > 64 * 128 else min(warps, 4)
+def _warps(warps: int, block_m: int, block_n: int, bits: int) -> int:
+    """Half the warps for half a tile: each then issues as many products for its bookkeeping.
+
+    Not for float32, which has no tensor cores: four warps of a 64 x 64 tile spill.
+    """
+    return warps if bits == 32 or block_m * block_n > 64 * 128 else min(warps, 4)
 
 
 def _split(block: int, size: int) -> tuple[int, int]:
@@ -447,7 +450,7 @@ def _forward_tile(x: torch.Tensor, rows: int, C: int, K: int) -> dict[str, int]:
     n, tail_n = _split(block_n, K)
     if n < block_n // 2 or (tail_n and tail_k):
         n, tail_n = cut(block_n, K), 0
-    warps = _warps(warps, block_m, n + tail_n)
+    warps = _warps(warps, block_m, n + tail_n, 8 * x.element_size())
     return tile | {
         "BLOCK_N": n,
         "TAIL_N": tail_n,
@@ -575,8 +578,8 @@ def conv2d_relu_backward_weight(
         _conv2d_bwd_weight_kernel, (programs, split, groups), *operands, part, N, H, W, P, Q,
         G=groups, C=C, K=K, R=R, S=S, PAD_H=padding[0][0], PAD_W=padding[1][0], SPLIT=split,
         EVEN_ROWS=even_rows, TMA=tma, PRECISION=dot_precision(x.dtype), BLOCK_M=block_m,
-        BLOCK_N=block_n, BLOCK_K=block_k, num_warps=_warps(warps, block_m, block_n),
-        num_stages=stages,
+        BLOCK_N=block_n, BLOCK_K=block_k, num_stages=stages,
+        num_warps=_warps(warps, block_m, block_n, 8 * x.element_size()),
     )  # fmt: skip
     return sum_partials(part, x.new_empty(part.shape[1:]))
 
