@@ -98,6 +98,11 @@ def target(device: torch.device) -> str:
     return _device_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def has_tma(device: torch.device) -> bool:
+    """Whether kernels fetch blocks by tensor descriptors there, through the TMA unit."""
+    return target(device) in ("sm_90", "sm_100", "sm_103")
+
+
 def tile_entry(
     tiles: Mapping[tuple[str, int], tuple[int, ...]], x: torch.Tensor
 ) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ from fastalex_kernels._launch import (
     autocast,
     cut,
     dot_precision,
+    has_tma,
     interpretable,
     interpreted,
     launch,
@@ -71,7 +72,6 @@ _WEIGHT_TILES = {
     ("interpreter", 16): (2048, 512, 512, 4, 1),
     ("interpreter", 32): (2048, 512, 512, 4, 1),
 }
-_TMA_TARGETS = ("sm_90", "sm_100", "sm_103")
 _WEIGHT_PROGRAMS = 528  # split the reduction until about this many programs run: four per SM
 
 
@@ -524,7 +524,7 @@ def _convolve(
 
 def _tma_fits(groups: int, *operands: torch.Tensor) -> bool:
     """Whether operands can be described to the tensor memory accelerator: 16-byte rows."""
-    return target(operands[0].device) in _TMA_TARGETS and all(
+    return has_tma(operands[0].device) and all(
         x.element_size() == 2
         and x.numel() > 0
         and x.shape[3] // groups % 8 == 0

@@ -16,21 +16,25 @@ float32 partial sums, and a second small kernel adds them in order and runs the 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex_kernels import _aten, _philox
 from fastalex_kernels._epilogue import epilogue_backward
 from fastalex_kernels._launch import (
+    aligned,
     autocast,
     check_floating,
     check_like,
     cut,
     dot_precision,
+    has_tma,
     interpretable,
     interpreted,
     launch,
@@ -82,6 +86,76 @@ def _finish(
 
 
 @triton.jit
+def _load_block(ptrs, mask_row, mask_column, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr):
+    """A block with zeros where a mask is False; an even axis needs none."""
+    if EVEN_ROWS and EVEN_COLUMNS:
+        block = tl.load(ptrs)
+    elif EVEN_COLUMNS:
+        block = tl.load(ptrs, mask=mask_row[:, None], other=0.0)
+    elif EVEN_ROWS:
+        block = tl.load(ptrs, mask=mask_column[None, :], other=0.0)
+    else:
+        block = tl.load(ptrs, mask=mask_row[:, None] & mask_column[None, :], other=0.0)
+    return block
+
+
+@triton.jit
+def product(
+    a_ptr,
+    w_ptr,
+    M,
+    N,
+    K,
+    stride_a,
+    stride_w,
+    offs_m,
+    offs_n,
+    first,
+    last,
+    TMA: tl.constexpr,
+    A_COLUMNS: tl.constexpr,
+    W_COLUMNS: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """float32 a[offs_m, first:last] @ w[first:last, offs_n]; arguments as of the kernel below."""
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+    if TMA:
+        m = tl.program_id(1) * BLOCK_M
+        n = tl.program_id(0) * BLOCK_N
+    else:
+        wide_k = offs_k.to(tl.int64)
+        if A_COLUMNS:
+            a_ptrs = a_ptr + offs_m[:, None] + wide_k[None, :] * stride_a
+        else:
+            a_ptrs = a_ptr + offs_m.to(tl.int64)[:, None] * stride_a + offs_k[None, :]
+        if W_COLUMNS:
+            w_ptrs = w_ptr + offs_k[:, None] + offs_n.to(tl.int64)[None, :] * stride_w
+        else:
+            w_ptrs = w_ptr + wide_k[:, None] * stride_w + offs_n[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(first, last, BLOCK_K):
+        if TMA:  # what lies outside is read as zero
+            a = a_ptr.load([k, m]).T if A_COLUMNS else a_ptr.load([m, k])
+            w = w_ptr.load([n, k]).T if W_COLUMNS else w_ptr.load([k, n])
+        else:
+            a_block = a_ptrs + (tl.cast(k, tl.int64) * stride_a if A_COLUMNS else k)
+            w_block = w_ptrs + (k if W_COLUMNS else tl.cast(k, tl.int64) * stride_w)
+            mask_k = offs_k < last - k
+            a = _load_block(a_block, mask_m, mask_k, EVEN_M, EVEN_K)
+            w = _load_block(w_block, mask_k, mask_n, EVEN_K, EVEN_N)
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def _linear_relu_dropout_fwd_kernel(
     a_ptr,  # [M, K], element (m, k) at m * stride_a + k, or m + k * stride_a where A_COLUMNS
     w_ptr,  # [K, N], element (k, n) at k * stride_w + n, or k + n * stride_w where W_COLUMNS
@@ -101,9 +175,12 @@ def _linear_relu_dropout_fwd_kernel(
     RELU: tl.constexpr,
     DROPOUT: tl.constexpr,
     SPLIT: tl.constexpr,
+    TMA: tl.constexpr,  # a_ptr and w_ptr are descriptors of the operands as they lie in memory
     A_COLUMNS: tl.constexpr,
     W_COLUMNS: tl.constexpr,
-    EVEN: tl.constexpr,  # the blocks divide N and every share of K: only M is masked
+    EVEN_M: tl.constexpr,  # BLOCK_M divides M: no row is masked
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,  # BLOCK_K divides every share of K
     ALIGN: tl.constexpr,  # divides M, N, K and the strides, which the compiler cannot see for 1000
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -118,38 +195,22 @@ def _linear_relu_dropout_fwd_kernel(
     split = tl.program_id(2)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_m = offs_m < M
-    mask_n = offs_n < N
     share = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
     first = split * share
     last = tl.minimum(first + share, K)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(first, last, BLOCK_K):
-        row = (k + offs_k).to(tl.int64)
-        if A_COLUMNS:
-            a_block = a_ptr + offs_m[:, None] + row[None, :] * stride_a
-        else:
-            a_block = a_ptr + offs_m.to(tl.int64)[:, None] * stride_a + (k + offs_k)[None, :]
-        if W_COLUMNS:
-            w_block = w_ptr + (k + offs_k)[:, None] + offs_n.to(tl.int64)[None, :] * stride_w
-        else:
-            w_block = w_ptr + row[:, None] * stride_w + offs_n[None, :]
-        if EVEN:
-            a = tl.load(a_block, mask=mask_m[:, None], other=0.0)
-            w = tl.load(w_block)
-        else:
-            mask_k = offs_k < last - k
-            a = tl.load(a_block, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            w = tl.load(w_block, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+    acc = product(
+        a_ptr, w_ptr, M, N, K, stride_a, stride_w, offs_m, offs_n, first, last, TMA, A_COLUMNS,
+        W_COLUMNS, EVEN_M, EVEN_N, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    mask_n = offs_n < N
     if SPLIT == 1:
         acc = _finish(
             acc, offs_m, offs_n, mask_n, b_ptr, rng_ptr, p, scale, row_offset, feature_offset,
             HAS_BIAS, RELU, DROPOUT,
         )  # fmt: skip
     offs = (split * M + offs_m).to(tl.int64)[:, None] * N + offs_n[None, :]
-    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -206,6 +267,43 @@ def _unit_stride(x: torch.Tensor) -> tuple[torch.Tensor, int, bool]:
     return x, x.stride(1 if columns else 0), columns
 
 
+@dataclass(frozen=True)
+class Operands:
+    """The two operands of a product as ``product`` takes them."""
+
+    args: tuple[Any, ...]  # a, w, M, N, K and the two strides
+    flags: dict[str, Any]
+
+
+def operands(a: torch.Tensor, w: torch.Tensor, tile: dict[str, int], split: int = 1) -> Operands:
+    """a [M, K] and w [K, N], each of any strides; by descriptors where the target has them."""
+    (M, K), N = a.shape, w.shape[1]
+    (a, stride_a, a_columns), (w, stride_w, w_columns) = _unit_stride(a), _unit_stride(w)
+    m, n, k = (tile[f"BLOCK_{axis}"] for axis in "MNK")
+    tma = has_tma(a.device) and all(
+        x.element_size() == 2 and x.numel() > 0 and aligned(x) and stride % 8 == 0
+        for x, stride in ((a, stride_a), (w, stride_w))
+    )
+    flags = {
+        "TMA": tma,
+        "A_COLUMNS": a_columns,
+        "W_COLUMNS": w_columns,
+        "EVEN_M": M % m == 0,
+        "EVEN_N": N % n == 0,
+        "EVEN_K": K % (k * split) == 0,
+        "PRECISION": dot_precision(a.dtype),
+        **tile,
+    }
+    blocks: tuple[Any, Any] = (a, w)
+    if tma:
+        a_block, w_block = [k, m] if a_columns else [m, k], [n, k] if w_columns else [k, n]
+        blocks = (
+            TensorDescriptor.from_tensor(a.t() if a_columns else a, a_block),
+            TensorDescriptor.from_tensor(w.t() if w_columns else w, w_block),
+        )
+    return Operands((*blocks, M, N, K, stride_a, stride_w), flags)
+
+
 def matmul(
     a: torch.Tensor,
     w: torch.Tensor,
@@ -228,22 +326,19 @@ def matmul(
     out = y if split == 1 else y.new_empty((split, M, N), dtype=torch.float32)
     b, r = (a if bias is None else bias), (a if rng is None else rng)
     scalars = (p, 1.0 / (1.0 - p), row_offset, feature_offset)
-    flags = {"HAS_BIAS": bias is not None, "RELU": relu, "DROPOUT": rng is not None}
-    (a, stride_a, a_columns), (w, stride_w, w_columns) = _unit_stride(a), _unit_stride(w)
-    align = math.gcd(8, M, N, K, stride_a, stride_w)
+    epilogue = {"HAS_BIAS": bias is not None, "RELU": relu, "DROPOUT": rng is not None}
+    given = operands(a, w, tile, split)
     launch(
-        _linear_relu_dropout_fwd_kernel, (*blocks, split), a, w, b, r, out, M, N, K,
-        stride_a, stride_w, *scalars, SPLIT=split, A_COLUMNS=a_columns, W_COLUMNS=w_columns,
-        ALIGN=align,
-        EVEN=N % tile["BLOCK_N"] == 0 and K % (tile["BLOCK_K"] * split) == 0,
-        PRECISION=dot_precision(a.dtype), **flags, **tile,
+        _linear_relu_dropout_fwd_kernel, (*blocks, split), *given.args[:2], b, r, out,
+        *given.args[2:], *scalars, SPLIT=split, ALIGN=math.gcd(8, *given.args[2:]),
+        **given.flags, **epilogue,
     )  # fmt: skip
     if split > 1:
         block_m, block_n = 8, 128
         grid = (triton.cdiv(N, block_n), triton.cdiv(M, block_m))
         launch(
             _finish_partials_kernel, grid, out, b, r, y, split, M, N, *scalars,
-            **flags, BLOCK_M=block_m, BLOCK_N=block_n,
+            **epilogue, BLOCK_M=block_m, BLOCK_N=block_n,
         )  # fmt: skip
     return y
 
