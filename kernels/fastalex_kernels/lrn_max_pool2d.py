@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _aten, _lrn_chunks
 from fastalex_kernels._launch import check_floating, interpretable, interpreted, launch, use_triton
-from fastalex_kernels._layout import as_hwnc, as_nchw
+from fastalex_kernels._layout import as_hwnc, empty_nchw, lie_as_hwnc
 from fastalex_kernels._lrn_chunks import Norm, Window
 
 MAX_KERNEL_SIZE = 15  # the position of a maximum is one byte
@@ -212,20 +212,24 @@ def lrn_max_pool2d_forward(
     size: tuple[int, int],
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, argmax), both [P, Q, N, G*C], of x [H, W, N, G*C]; argmax is empty unless ``save``."""
+    """y [N, G*C, P, Q] and argmax [P, Q, N, G*C] of x [H, W, N, G*C].
+
+    Both are HWNC in memory; argmax is empty unless ``save``.
+    """
     (H, W, N, GC), (P, Q) = x.shape, size
-    y = x.new_empty((P, Q, N, GC))
+    output = empty_nchw(x, (N, GC, P, Q))
+    y = as_hwnc(output)
     argmax = torch.empty_like(y, dtype=torch.uint8) if save else x.new_empty(0, dtype=torch.uint8)
     if norm is not None and _lrn_chunks.fits(x, norm, groups, window):
         _lrn_chunks.forward(x, y, argmax, norm, groups, save)
-        return y, argmax
+        return output, argmax
     blocks = _blocks(Q * N, GC // groups)
     grid = (triton.cdiv(Q * N, blocks["BLOCK_M"]), P, groups)
     launch(
         _lrn_max_pool2d_fwd_kernel, grid, x, y, argmax, N, H, W, Q,
         G=groups, C=GC // groups, SAVE=save, **_constants(norm, window), **blocks,
     )  # fmt: skip
-    return y, argmax
+    return output, argmax
 
 
 def lrn_max_pool2d_backward(
@@ -237,19 +241,20 @@ def lrn_max_pool2d_backward(
     window: Window,
     size: tuple[int, int],
 ) -> torch.Tensor:
-    """dx [H, W, N, G*C] of dy and argmax [P, Q, N, G*C]; x is the forward's input, for LRN."""
+    """dx [N, G*C, H, W] of dy and argmax [P, Q, N, G*C]; x is the forward's input, for LRN."""
     (P, Q, N, GC), (H, W) = dy.shape, size
-    dx = dy.new_empty((H, W, N, GC))
+    result = empty_nchw(dy, (N, GC, H, W))
+    dx = as_hwnc(result)
     if norm is not None and x is not None and _lrn_chunks.fits(x, norm, groups, window):
         _lrn_chunks.backward(x, dy, argmax, dx, norm, groups)
-        return dx
+        return result
     blocks = _blocks(W * N, GC // groups)
     grid = (triton.cdiv(W * N, blocks["BLOCK_M"]), H, groups)
     launch(
         _lrn_max_pool2d_bwd_kernel, grid, dy if x is None else x, dy, argmax, dx, N, W, P, Q,
         G=groups, C=GC // groups, **_constants(norm, window), **blocks,
     )  # fmt: skip
-    return dx
+    return result
 
 
 class LRNMaxPool2dFunction(torch.autograd.Function):
@@ -264,18 +269,21 @@ class LRNMaxPool2dFunction(torch.autograd.Function):
         window: Window,
         size: tuple[int, int],
     ) -> torch.Tensor:
-        x = as_hwnc(input)
-        y, argmax = lrn_max_pool2d_forward(x, norm, groups, window, size, ctx.needs_input_grad[0])
-        ctx.save_for_backward(None if norm is None else x, argmax)
-        ctx.arguments = (norm, groups, window, x.shape[:2])
-        return as_nchw(y)
+        input = lie_as_hwnc(input)
+        output, argmax = lrn_max_pool2d_forward(
+            as_hwnc(input), norm, groups, window, size, save=ctx.needs_input_grad[0]
+        )
+        ctx.save_for_backward(None if norm is None else input, argmax)
+        ctx.arguments = (norm, groups, window, input.shape[2:])
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, argmax = ctx.saved_tensors
+        input, argmax = ctx.saved_tensors
+        x = None if input is None else as_hwnc(input)
         dx = lrn_max_pool2d_backward(x, as_hwnc(grad), argmax, *ctx.arguments)
-        return as_nchw(dx), None, None, None, None
+        return dx, None, None, None, None
 
 
 def _check_window(
