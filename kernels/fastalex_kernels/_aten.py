@@ -129,9 +129,11 @@ class LRNFunction(torch.autograd.Function):
         for padded, a, b, z, d, x, dy, dx in _blocks(3, below + above, *wholes):
             z, p, q = (_first(t, *x.shape) for t in (z, a, b))
             torch.div(dy, _power(d, beta, out=q, scratch=p), out=z)
-            torch.div(torch.mul(z, x, out=p), d, out=padded[:, above : above + channels])
+            # The scale goes with 1 / d: apart, the largest alpha leaves float32's range.
+            torch.mul(z, x, out=p).mul_(scale)
+            torch.div(p, d, out=padded[:, above : above + channels])
             neighbours = _window_sum(padded, below + 1 + above, a, b)[:, :channels]
-            torch.addcmul(z, neighbours, x, value=-2.0 * beta * scale, out=dx)
+            torch.addcmul(z, neighbours, x, value=-2.0 * beta, out=dx)
         return result, None, None, None, None, None
 
 

@@ -20,6 +20,7 @@ channels never leaves the program: its sum is `size` shifts along the channel ax
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -50,15 +51,24 @@ def _power(d, BETA: tl.constexpr):
 
 
 @triton.jit
+def _shifted(v, shift, CHANNELS: tl.constexpr):
+    """v[:, i + shift] for each channel i, 0 outside of [0, CHANNELS)."""
+    source = tl.arange(0, v.shape[1])[None, :] + shift
+    inside = (source >= 0) & (source < CHANNELS)
+    index = tl.where(inside, source, 0) + tl.zeros(v.shape, tl.int32)
+    return tl.where(inside, tl.gather(v, index, axis=1), 0.0)
+
+
+@triton.jit
 def _window_sum(v, BELOW: tl.constexpr, ABOVE: tl.constexpr, CHANNELS: tl.constexpr):
     """Sum v[:, i - BELOW .. i + ABOVE] for each channel i, as far as [0, CHANNELS) reaches."""
-    channel = tl.arange(0, v.shape[1])[None, :]
     total = tl.zeros(v.shape, tl.float32)
-    for shift in tl.static_range(-BELOW, ABOVE + 1):
-        source = channel + shift
-        inside = (source >= 0) & (source < CHANNELS)
-        index = tl.where(inside, source, 0) + tl.zeros(v.shape, tl.int32)
-        total += tl.where(inside, tl.gather(v, index, axis=1), 0.0)
+    if BELOW + ABOVE < 16:
+        for shift in tl.static_range(-BELOW, ABOVE + 1):
+            total += _shifted(v, shift, CHANNELS)
+    else:  # unrolled, a window of a thousand channels would compile for minutes
+        for shift in range(-BELOW, ABOVE + 1):
+            total += _shifted(v, shift, CHANNELS)
     return total
 
 
@@ -172,16 +182,17 @@ def _lrn_max_pool2d_bwd_kernel(
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         d = _denominator(x, SIZE, SCALE, OFFSET, C)
         scaled = grad * _power(d, BETA)
-        neighbours = _window_sum(scaled * x / d, (SIZE - 1) // 2, SIZE // 2, C)
-        grad = scaled - 2.0 * BETA * SCALE * x * neighbours
+        # SCALE goes with 1 / d: apart, the largest and the smallest alpha leave float32's range.
+        neighbours = _window_sum(scaled * (SCALE * x / d), (SIZE - 1) // 2, SIZE // 2, C)
+        grad = scaled - 2.0 * BETA * x * neighbours
     tl.store(dx_ptr + offs, grad.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _constants(norm: Norm | None, window: Window) -> dict[str, Any]:
+def _constants(norm: Norm | None, window: Window, channels: int) -> dict[str, Any]:
     n = norm or Norm(size=1, scale=0.0, beta=1.0, offset=1.0)
     return {
         "LRN": norm is not None,
-        "SIZE": n.size,
+        "SIZE": min(n.size, max(2 * channels - 1, 1)),  # what reaches every channel from any
         "SCALE": n.scale,
         "BETA": n.beta,
         "OFFSET": n.offset,
@@ -227,7 +238,7 @@ def lrn_max_pool2d_forward(
     grid = (triton.cdiv(Q * N, blocks["BLOCK_M"]), P, groups)
     launch(
         _lrn_max_pool2d_fwd_kernel, grid, x, y, argmax, N, H, W, Q,
-        G=groups, C=GC // groups, SAVE=save, **_constants(norm, window), **blocks,
+        G=groups, C=GC // groups, SAVE=save, **_constants(norm, window, GC // groups), **blocks,
     )  # fmt: skip
     return output, argmax
 
@@ -252,7 +263,7 @@ def lrn_max_pool2d_backward(
     grid = (triton.cdiv(W * N, blocks["BLOCK_M"]), H, groups)
     launch(
         _lrn_max_pool2d_bwd_kernel, grid, dy if x is None else x, dy, argmax, dx, N, W, P, Q,
-        G=groups, C=GC // groups, **_constants(norm, window), **blocks,
+        G=groups, C=GC // groups, **_constants(norm, window, GC // groups), **blocks,
     )  # fmt: skip
     return result
 
@@ -320,6 +331,8 @@ def _check_lrn(
     for name, value in (("alpha", alpha), ("beta", beta), ("k", k)):
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise TypeError(f"{name}: expected a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
     if not k > 0:
         raise ValueError(f"k: expected a positive number, got {k!r}")
     if not isinstance(groups, int) or groups < 1 or input.shape[1] % groups:

@@ -106,6 +106,11 @@ def test_dropout_drops_what_is_not_finite(value: float) -> None:
     torch.testing.assert_close(output, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("alpha", [0.0, -0.1, 1e-300, 1e-30, 1e5, 1e30])
+def test_extreme_constants_of_lrn(alpha: float) -> None:
+    check(lrn("extreme", (2, 16, 5, 6), alpha=alpha), torch.float32)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 30])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_lrn_hands_what_is_not_finite_to_its_window_alone(value: float, size: int) -> None:
