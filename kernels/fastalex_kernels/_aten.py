@@ -1,12 +1,11 @@
 """The functions of this package on torch's own operators: oneDNN on a CPU, cuDNN on a GPU.
 
 This is what runs without a GPU, and the baseline on one. Activations are kept channels last, which
-oneDNN and cuDNN prefer and which makes the window sum of LRN a product with a banded matrix.
+oneDNN and cuDNN prefer and where the window of LRN is a run of neighbours.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,14 +37,6 @@ def conv2d_relu(
     return output.relu_() if relu else output
 
 
-@functools.lru_cache(maxsize=64)
-def _band(channels: int, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """B[j, i] = 1 where channel j lies in the window of channel i."""
-    i = torch.arange(channels, device=device)
-    distance = i[:, None] - i[None, :]
-    return ((distance >= -(size // 2)) & (distance <= (size - 1) // 2)).to(dtype)
-
-
 def _power(d: torch.Tensor, beta: float, out: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """out = d ** beta; two square roots are far cheaper than a power."""
     if beta == 0.75:
@@ -54,28 +45,56 @@ def _power(d: torch.Tensor, beta: float, out: torch.Tensor, scratch: torch.Tenso
     return torch.pow(d, beta, out=out)
 
 
-def _rows(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, ...]:
-    """The groups of x [N, C, H, W], each as [N * H * W, C / groups]; views of a channels-last x."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).chunk(groups, dim=1)
+def _rows(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """A channels-last x [N, C, H, W] as [N * H * W * groups, C / groups], one group to a row."""
+    channels = x.shape[1] // groups
+    return x.permute(0, 2, 3, 1).reshape(x.numel() // max(channels, 1), channels)
 
 
-def _blocks(buffers: int, *tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Go through tensors group by group, and on a CPU in blocks of rows that stay in its cache.
+def _first(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    return buffer[: rows * columns].view(rows, columns)
 
-    Each block comes after ``buffers`` contiguous ones of its shape to compute in, the same memory
-    every time: a fresh half megabyte costs more in page faults than what is computed in it.
+
+def _blocks(
+    buffers: int, margin: int, *tensors: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Go through tensors of one shape, on a CPU in blocks of rows that stay in its cache.
+
+    Each block comes after rows of zeros that are ``margin`` longer and after ``buffers`` flat
+    buffers of that size, the same memory every time: a fresh half megabyte costs more in page
+    faults than what is computed in it.
     """
-    first = tensors[0][0]
-    rows, channels = first.shape
-    step = max(1, rows if first.is_cuda else min(rows, _BLOCK // channels))
-    memory = first.new_empty(buffers, step, channels)
-    for group in zip(*tensors, strict=True):
-        for block in zip(*(t.split(step) for t in group), strict=True):
-            yield (*memory[:, : block[0].shape[0]].unbind(), *block)
+    rows, channels = tensors[0].shape
+    if rows * channels == 0:
+        return
+    step = rows if tensors[0].is_cuda else max(1, min(rows, _BLOCK // channels))
+    padded, *flat = tensors[0].new_zeros(1 + buffers, step * (channels + margin)).unbind()
+    for block in zip(*(t.split(step) for t in tensors), strict=True):
+        yield (_first(padded, block[0].shape[0], channels + margin), *flat, *block)
+
+
+def _window_sum(
+    padded: torch.Tensor, size: int, one: torch.Tensor, other: torch.Tensor
+) -> torch.Tensor:
+    """Sum padded[:, i .. i + size - 1] for each i that has so many columns before the row's end.
+
+    The rows are added to themselves as one long line, shifted: sums of twice as many elements each
+    time, and of one more where the binary digits of ``size`` say so. An element goes into the
+    windows that hold it and into no other, also where it is not finite.
+    """
+    flat = total = padded.view(-1)
+    end, length = flat.numel(), 1
+    for digit in f"{size:b}"[1:]:
+        for term, more in ((total, length), (flat, 1))[: 1 + int(digit)]:
+            end -= more
+            torch.add(total[:end], term[length : length + end], out=one[:end])
+            total, one, other = one, other, one
+            length += more
+    return total[: flat.numel()].view(padded.shape)
 
 
 class LRNFunction(torch.autograd.Function):
-    """y = x / d^beta with d = k + alpha / size * (x^2 B), B the banded matrix of windows."""
+    """y = x / d^beta with d = k + alpha / size * (sum of x^2 over the window)."""
 
     @staticmethod
     def forward(
@@ -83,33 +102,38 @@ class LRNFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         input = input.contiguous(memory_format=torch.channels_last)
         output = torch.empty_like(input)
-        rows, channels = input.numel() // max(input.shape[1], 1), input.shape[1] // groups
-        # Group by group, as roots of strided memory take several times as long.
-        denominator = input.new_empty(groups, rows, channels)
-        band = _band(channels, size, input.dtype, input.device)
+        denominator = torch.empty_like(_rows(input, groups))
+        channels = denominator.shape[1]
+        below, above = (min(n, max(channels - 1, 0)) for n in (size // 2, (size - 1) // 2))
         constant = input.new_full((channels,), k)
-        groupwise = (_rows(input, groups), denominator.unbind(), _rows(output, groups))
-        for a, b, x, d, y in _blocks(2, *groupwise):
-            torch.addmm(constant, torch.mul(x, x, out=a), band, alpha=alpha / size, out=d)
+        wholes = (_rows(input, groups), denominator, _rows(output, groups))
+        for padded, a, b, x, d, y in _blocks(2, below + above, *wholes):
+            torch.mul(x, x, out=padded[:, below : below + channels])
+            total = _window_sum(padded, below + 1 + above, a, b)[:, :channels]
+            torch.add(constant, total, alpha=alpha / size, out=d)
+            a, b = _first(a, *x.shape), _first(b, *x.shape)
             torch.div(x, _power(d, beta, out=b, scratch=a), out=y)
         ctx.save_for_backward(input, denominator)
-        ctx.constants = (size, alpha, beta, groups)
+        ctx.constants = (below, above, alpha / size, beta, groups)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, denominator = ctx.saved_tensors
-        size, alpha, beta, groups = ctx.constants
+        below, above, scale, beta, groups = ctx.constants
         grad = grad.contiguous(memory_format=torch.channels_last)
         result = torch.empty_like(input)
-        band = _band(input.shape[1] // groups, size, input.dtype, input.device).t()
-        inputs, grads, results = (_rows(t, groups) for t in (input, grad, result))
-        groupwise = (inputs, denominator.unbind(), grads, results)
-        for a, b, z, x, d, dy, dx in _blocks(3, *groupwise):
-            torch.div(dy, _power(d, beta, out=b, scratch=a), out=z)
-            neighbours = torch.mm(torch.mul(z, x, out=a).div_(d), band, out=b)
-            torch.addcmul(z, neighbours, x, value=-2.0 * alpha * beta / size, out=dx)
+        channels = denominator.shape[1]
+        wholes = (denominator, *(_rows(t, groups) for t in (input, grad, result)))
+        for padded, a, b, z, d, x, dy, dx in _blocks(3, below + above, *wholes):
+            z, p, q = (_first(t, *x.shape) for t in (z, a, b))
+            torch.div(dy, _power(d, beta, out=q, scratch=p), out=z)
+            # The scale goes with 1 / d: apart, the largest alpha leaves float32's range.
+            torch.mul(z, x, out=p).mul_(scale)
+            torch.div(p, d, out=padded[:, above : above + channels])
+            neighbours = _window_sum(padded, below + 1 + above, a, b)[:, :channels]
+            torch.addcmul(z, neighbours, x, value=-2.0 * beta, out=dx)
         return result, None, None, None, None, None
 
 

@@ -19,3 +19,23 @@ def as_hwnc(x: torch.Tensor) -> torch.Tensor:
 def as_nchw(x: torch.Tensor) -> torch.Tensor:
     """View ``x`` [H, W, N, C] as [N, C, H, W], without a copy."""
     return x.permute(2, 3, 0, 1)
+
+
+def lie_as_hwnc(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [N, C, H, W] itself where it lies as HWNC, else a copy that does.
+
+    This is what a function saves for backward, as a view of its input would hide from autograd's
+    message what was changed in place.
+    """
+    hwnc = x.permute(2, 3, 0, 1)
+    return x if hwnc.is_contiguous() else as_nchw(hwnc.contiguous())
+
+
+def empty_nchw(like: torch.Tensor, size: tuple[int, int, int, int]) -> torch.Tensor:
+    """Allocate [N, C, H, W] that lies as HWNC, of the dtype and on the device of ``like``.
+
+    The allocation itself and not a view of one: autograd refuses to change a view that a custom
+    function returned in place.
+    """
+    N, C, _, W = size
+    return like.new_empty_strided(size, (C, 1, W * N * C, N * C))

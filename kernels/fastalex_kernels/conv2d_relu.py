@@ -46,7 +46,7 @@ from fastalex_kernels._launch import (
     tile_entry,
     use_triton,
 )
-from fastalex_kernels._layout import as_hwnc, as_nchw
+from fastalex_kernels._layout import as_hwnc, empty_nchw, lie_as_hwnc
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width, cut to the layer.
 # What bounds the stages is shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on
@@ -468,7 +468,7 @@ def conv2d_relu_forward(
     groups: int,
     relu: bool,
 ) -> torch.Tensor:
-    """y [P, Q, N, G*K] of x [H, W, N, G*C] and the packed w [R, S, C, G*K]."""
+    """y [N, G*K, P, Q], HWNC in memory, of x [H, W, N, G*C] and the packed w [R, S, C, G*K]."""
     (R, S, _, GK), (top, bottom), (left, right) = w.shape, *padding
     H, W = x.shape[:2]
     size = (H + top + bottom - R + 1, W + left + right - S + 1)
@@ -478,7 +478,7 @@ def conv2d_relu_forward(
 def conv2d_relu_backward_input(
     dz: torch.Tensor, w: torch.Tensor, size: tuple[int, int], padding: Padding, groups: int
 ) -> torch.Tensor:
-    """dx [H, W, N, G*C] of dz [P, Q, N, G*K]: the forward kernel, the weight's roles exchanged."""
+    """dx [N, G*C, H, W] of dz [P, Q, N, G*K]: the forward kernel, the weight's roles exchanged."""
     (R, S, C, _), (top, _), (left, _) = w.shape, *padding
     pad = (R - 1 - top, S - 1 - left)
     return _convolve(dz, w, None, size, C, pad, groups, relu=False, reverse=True)
@@ -497,7 +497,8 @@ def _convolve(
 ) -> torch.Tensor:
     (H, W, N, GC), (R, S, rows, columns), (P, Q) = x.shape, w.shape, size
     C = GC // groups
-    y = x.new_empty((P, Q, N, groups * K))
+    output = empty_nchw(x, (N, groups * K, P, Q))
+    y = as_hwnc(output)
     tile = _forward_tile(x, P * Q * N, C, K)
     one_pixel = N % tile["BLOCK_M"] == 0
     m_blocks = triton.cdiv(P * Q * N, tile["BLOCK_M"])
@@ -512,14 +513,14 @@ def _convolve(
     if one_pixel and _tma_fits(groups, x, w) and C % (tile["BLOCK_K"] + tile["TAIL_K"]) == 0:
         descriptors = _forward_descriptors(x, w, tile, reverse)
         launch(_conv2d_relu_fwd_tma_kernel, grid, *descriptors, b, y, *sizes, **constants)
-        return y
+        return output
     strides = (1, columns) if reverse else (columns, 1)
     launch(
         _conv2d_relu_fwd_kernel, grid, x, w, b, y, *sizes, **constants,
         W_TAP=rows * columns, W_GROUP=columns // groups, W_C=strides[0], W_K=strides[1],
         ONE_PIXEL=one_pixel, PRECISION=dot_precision(x.dtype),
     )  # fmt: skip
-    return y
+    return output
 
 
 def _tma_fits(groups: int, *operands: torch.Tensor) -> bool:
@@ -597,18 +598,20 @@ class Conv2dReLUFunction(torch.autograd.Function):
         groups: int,
         relu: bool,
     ) -> torch.Tensor:
+        input = lie_as_hwnc(input)
         x = as_hwnc(input)
         w = weight.permute(2, 3, 1, 0).contiguous()
         bias = None if bias is None else bias.contiguous()
-        output = as_nchw(conv2d_relu_forward(x, w, bias, padding, groups, relu))
-        ctx.save_for_backward(x, w, bias, output if relu else None)
+        output = conv2d_relu_forward(x, w, bias, padding, groups, relu)
+        ctx.save_for_backward(input, w, bias, output if relu else None)
         ctx.padding, ctx.groups = padding, groups
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, w, bias, output = ctx.saved_tensors
+        input, w, bias, output = ctx.saved_tensors
+        x = as_hwnc(input)
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         dy = as_hwnc(grad)
         dz, db = epilogue_backward(
@@ -622,7 +625,7 @@ class Conv2dReLUFunction(torch.autograd.Function):
         dz, padding, groups = dz.view(dy.shape), ctx.padding, ctx.groups
         dx = dw = None
         if need_x:
-            dx = as_nchw(conv2d_relu_backward_input(dz, w, x.shape[:2], padding, groups))
+            dx = conv2d_relu_backward_input(dz, w, input.shape[2:], padding, groups)
         if need_w:
             dw = conv2d_relu_backward_weight(x, dz, w.shape[:2], padding, groups)
             dw = dw.permute(3, 2, 0, 1)

@@ -20,6 +20,7 @@ channels never leaves the program: its sum is `size` shifts along the channel ax
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _aten, _lrn_chunks
 from fastalex_kernels._launch import check_floating, interpretable, interpreted, launch, use_triton
-from fastalex_kernels._layout import as_hwnc, as_nchw
+from fastalex_kernels._layout import as_hwnc, empty_nchw, lie_as_hwnc
 from fastalex_kernels._lrn_chunks import Norm, Window
 
 MAX_KERNEL_SIZE = 15  # the position of a maximum is one byte
@@ -50,15 +51,24 @@ def _power(d, BETA: tl.constexpr):
 
 
 @triton.jit
+def _shifted(v, shift, CHANNELS: tl.constexpr):
+    """v[:, i + shift] for each channel i, 0 outside of [0, CHANNELS)."""
+    source = tl.arange(0, v.shape[1])[None, :] + shift
+    inside = (source >= 0) & (source < CHANNELS)
+    index = tl.where(inside, source, 0) + tl.zeros(v.shape, tl.int32)
+    return tl.where(inside, tl.gather(v, index, axis=1), 0.0)
+
+
+@triton.jit
 def _window_sum(v, BELOW: tl.constexpr, ABOVE: tl.constexpr, CHANNELS: tl.constexpr):
     """Sum v[:, i - BELOW .. i + ABOVE] for each channel i, as far as [0, CHANNELS) reaches."""
-    channel = tl.arange(0, v.shape[1])[None, :]
     total = tl.zeros(v.shape, tl.float32)
-    for shift in tl.static_range(-BELOW, ABOVE + 1):
-        source = channel + shift
-        inside = (source >= 0) & (source < CHANNELS)
-        index = tl.where(inside, source, 0) + tl.zeros(v.shape, tl.int32)
-        total += tl.where(inside, tl.gather(v, index, axis=1), 0.0)
+    if BELOW + ABOVE < 16:
+        for shift in tl.static_range(-BELOW, ABOVE + 1):
+            total += _shifted(v, shift, CHANNELS)
+    else:  # unrolled, a window of a thousand channels would compile for minutes
+        for shift in range(-BELOW, ABOVE + 1):
+            total += _shifted(v, shift, CHANNELS)
     return total
 
 
@@ -172,16 +182,17 @@ def _lrn_max_pool2d_bwd_kernel(
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         d = _denominator(x, SIZE, SCALE, OFFSET, C)
         scaled = grad * _power(d, BETA)
-        neighbours = _window_sum(scaled * x / d, (SIZE - 1) // 2, SIZE // 2, C)
-        grad = scaled - 2.0 * BETA * SCALE * x * neighbours
+        # SCALE goes with 1 / d: apart, the largest and the smallest alpha leave float32's range.
+        neighbours = _window_sum(scaled * (SCALE * x / d), (SIZE - 1) // 2, SIZE // 2, C)
+        grad = scaled - 2.0 * BETA * x * neighbours
     tl.store(dx_ptr + offs, grad.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _constants(norm: Norm | None, window: Window) -> dict[str, Any]:
+def _constants(norm: Norm | None, window: Window, channels: int) -> dict[str, Any]:
     n = norm or Norm(size=1, scale=0.0, beta=1.0, offset=1.0)
     return {
         "LRN": norm is not None,
-        "SIZE": n.size,
+        "SIZE": min(n.size, max(2 * channels - 1, 1)),  # what reaches every channel from any
         "SCALE": n.scale,
         "BETA": n.beta,
         "OFFSET": n.offset,
@@ -212,20 +223,24 @@ def lrn_max_pool2d_forward(
     size: tuple[int, int],
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, argmax), both [P, Q, N, G*C], of x [H, W, N, G*C]; argmax is empty unless ``save``."""
+    """y [N, G*C, P, Q] and argmax [P, Q, N, G*C] of x [H, W, N, G*C].
+
+    Both are HWNC in memory; argmax is empty unless ``save``.
+    """
     (H, W, N, GC), (P, Q) = x.shape, size
-    y = x.new_empty((P, Q, N, GC))
+    output = empty_nchw(x, (N, GC, P, Q))
+    y = as_hwnc(output)
     argmax = torch.empty_like(y, dtype=torch.uint8) if save else x.new_empty(0, dtype=torch.uint8)
     if norm is not None and _lrn_chunks.fits(x, norm, groups, window):
         _lrn_chunks.forward(x, y, argmax, norm, groups, save)
-        return y, argmax
+        return output, argmax
     blocks = _blocks(Q * N, GC // groups)
     grid = (triton.cdiv(Q * N, blocks["BLOCK_M"]), P, groups)
     launch(
         _lrn_max_pool2d_fwd_kernel, grid, x, y, argmax, N, H, W, Q,
-        G=groups, C=GC // groups, SAVE=save, **_constants(norm, window), **blocks,
+        G=groups, C=GC // groups, SAVE=save, **_constants(norm, window, GC // groups), **blocks,
     )  # fmt: skip
-    return y, argmax
+    return output, argmax
 
 
 def lrn_max_pool2d_backward(
@@ -237,19 +252,20 @@ def lrn_max_pool2d_backward(
     window: Window,
     size: tuple[int, int],
 ) -> torch.Tensor:
-    """dx [H, W, N, G*C] of dy and argmax [P, Q, N, G*C]; x is the forward's input, for LRN."""
+    """dx [N, G*C, H, W] of dy and argmax [P, Q, N, G*C]; x is the forward's input, for LRN."""
     (P, Q, N, GC), (H, W) = dy.shape, size
-    dx = dy.new_empty((H, W, N, GC))
+    result = empty_nchw(dy, (N, GC, H, W))
+    dx = as_hwnc(result)
     if norm is not None and x is not None and _lrn_chunks.fits(x, norm, groups, window):
         _lrn_chunks.backward(x, dy, argmax, dx, norm, groups)
-        return dx
+        return result
     blocks = _blocks(W * N, GC // groups)
     grid = (triton.cdiv(W * N, blocks["BLOCK_M"]), H, groups)
     launch(
         _lrn_max_pool2d_bwd_kernel, grid, dy if x is None else x, dy, argmax, dx, N, W, P, Q,
-        G=groups, C=GC // groups, **_constants(norm, window), **blocks,
+        G=groups, C=GC // groups, **_constants(norm, window, GC // groups), **blocks,
     )  # fmt: skip
-    return dx
+    return result
 
 
 class LRNMaxPool2dFunction(torch.autograd.Function):
@@ -264,18 +280,21 @@ class LRNMaxPool2dFunction(torch.autograd.Function):
         window: Window,
         size: tuple[int, int],
     ) -> torch.Tensor:
-        x = as_hwnc(input)
-        y, argmax = lrn_max_pool2d_forward(x, norm, groups, window, size, ctx.needs_input_grad[0])
-        ctx.save_for_backward(None if norm is None else x, argmax)
-        ctx.arguments = (norm, groups, window, x.shape[:2])
-        return as_nchw(y)
+        input = lie_as_hwnc(input)
+        output, argmax = lrn_max_pool2d_forward(
+            as_hwnc(input), norm, groups, window, size, save=ctx.needs_input_grad[0]
+        )
+        ctx.save_for_backward(None if norm is None else input, argmax)
+        ctx.arguments = (norm, groups, window, input.shape[2:])
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, argmax = ctx.saved_tensors
+        input, argmax = ctx.saved_tensors
+        x = None if input is None else as_hwnc(input)
         dx = lrn_max_pool2d_backward(x, as_hwnc(grad), argmax, *ctx.arguments)
-        return as_nchw(dx), None, None, None, None
+        return dx, None, None, None, None
 
 
 def _check_window(
@@ -312,6 +331,8 @@ def _check_lrn(
     for name, value in (("alpha", alpha), ("beta", beta), ("k", k)):
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise TypeError(f"{name}: expected a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
     if not k > 0:
         raise ValueError(f"k: expected a positive number, got {k!r}")
     if not isinstance(groups, int) or groups < 1 or input.shape[1] % groups:

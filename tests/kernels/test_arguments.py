@@ -85,6 +85,8 @@ WRONG: list[tuple[str, str, Any, type[Exception], str]] = [
     ("lrn_max_pool2d", "k", "2", TypeError, "'2'"),
     ("lrn_max_pool2d", "alpha", "1e-4", TypeError, "'1e-4'"),
     ("lrn_max_pool2d", "alpha", None, TypeError, "None"),
+    ("lrn_max_pool2d", "alpha", float("inf"), ValueError, "inf"),
+    ("lrn_max_pool2d", "beta", float("nan"), ValueError, "nan"),
     ("lrn_max_pool2d", "beta", None, TypeError, "None"),
     ("lrn_max_pool2d", "groups", 0, ValueError, "0"),
     ("lrn_max_pool2d", "groups", 4, ValueError, "4"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalex_kernels as fk
 
@@ -103,3 +104,48 @@ def test_dropout_drops_what_is_not_finite(value: float) -> None:
     assert (expected == 0).any()
     output = fk.linear_relu_dropout(x, w, rng=rng)
     torch.testing.assert_close(output, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -0.1, 1e-300, 1e-30, 1e5, 1e30])
+def test_extreme_constants_of_lrn(alpha: float) -> None:
+    check(lrn("extreme", (2, 16, 5, 6), alpha=alpha), torch.float32)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_lrn_hands_what_is_not_finite_to_its_window_alone(value: float, size: int) -> None:
+    x = torch.randn(2, 24, 3, 4)
+    x[1, 3, 2, 1] = x[0, 17, 1, 1] = value
+    x[0, 0, 0, 0] = x[0, 11, 0, 0] = value
+    arguments = {"size": size, "alpha": 1.0, "groups": 2, "kernel_size": 1, "stride": 1}
+    results = []
+    for module in (fk, fk.reference):
+        leaf = x.clone().requires_grad_()
+        y = module.lrn_max_pool2d(leaf, **arguments)
+        results.append((y.detach(), torch.autograd.grad(y, leaf, torch.ones_like(y))[0]))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+def test_lrn_leaves_nothing_behind_for_the_next_call() -> None:
+    x = torch.randn(2, 37, 3, 3)
+    with FakeTensorMode() as fakes:
+        fk.lrn_max_pool2d(fakes.from_tensor(x), kernel_size=1, stride=1)
+    with torch.inference_mode():
+        expected = fk.lrn_max_pool2d(x, kernel_size=1, stride=1).clone()
+    leaf = x.clone().requires_grad_()
+    y = fk.lrn_max_pool2d(leaf, kernel_size=1, stride=1)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert leaf.grad.isfinite().all()
+
+
+def test_lrn_under_autocast_has_the_bits_of_float32() -> None:
+    x = torch.randn(2, 16, 5, 5, requires_grad=True)
+    plain = fk.lrn_max_pool2d(x, alpha=1.0)
+    expected = torch.autograd.grad(plain.sum(), x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fk.lrn_max_pool2d(x, alpha=1.0)
+        found = torch.autograd.grad(y.sum(), x)[0]
+    assert torch.equal(y, plain)
+    assert torch.equal(found, expected)

@@ -126,6 +126,21 @@ def test_the_smallest_sizes() -> None:
         offline.compile_launch(launch, "sm_90")
 
 
+def _lrn_of_size(size: int) -> None:
+    x = torch.empty(2, 64, 5, 5, requires_grad=True)
+    fk.lrn_max_pool2d(x, size=size).sum().backward()
+
+
+def test_the_code_does_not_grow_with_the_window_of_lrn() -> None:
+    lengths = {}
+    for size in (21, 64, 10_001):
+        launches = offline.record("sm_90", lambda size=size: _lrn_of_size(size))
+        made = [offline.read(offline.compile_launch(launch, "sm_90")) for launch in launches]
+        lengths[size] = [sum(code.instructions.values()) for code in made]
+    for size in (64, 10_001):
+        assert all(map(int.__le__, lengths[size], lengths[21])), lengths
+
+
 @triton.jit
 def _copy_kernel(x_ptr, y_ptr, n, BLOCK: triton.language.constexpr):
     offs = triton.language.program_id(0) * BLOCK + triton.language.arange(0, BLOCK)

@@ -40,6 +40,10 @@ POOLINGS = [
     lrn("unaligned", (3, 16, 5, 5), "unaligned", alpha=1.0),
     pool("many-channels", (5, 300, 5, 5)),
 ]
+EXTREMES = [
+    lrn(f"alpha{alpha:g}", (2, 16, 5, 6), alpha=alpha)
+    for alpha in (0.0, -0.1, 1e-300, 1e-30, 1e-10, 1e5, 1e30)
+] + [lrn(f"k{k:g}", (2, 16, 5, 6), alpha=1.0, k=k) for k in (1e-30, 1e-10, 1e10, 1e25)]
 CASES = [*PRODUCTS, *POOLINGS]
 
 
@@ -68,6 +72,16 @@ def test_bfloat16_pooling(case: Case, real_tiles: RealTiles) -> None:
 def test_float32(case: Case, real_tiles: RealTiles) -> None:
     with real_tiles("sm_90"):
         check(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", EXTREMES, ids=str)
+def test_extreme_constants_of_lrn(
+    case: Case, dtype: torch.dtype, real_tiles: RealTiles, strict: Strict
+) -> None:
+    with real_tiles("sm_90"):
+        check(case, dtype)
+    assert strict.launches
 
 
 def test_a_long_sum_is_split(real_tiles: RealTiles, strict: Strict) -> None:
