@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastalex import cost, machine_code, offline, ttir
 from fastalex.gpus import GPU
 from fastalex.recorded_step import Event, Layer, Step, tensor_of
 
+_WAITING = 8  # instructions of a loop that only waits, at most
 _WIDE_SHARE = 0.01  # of a launch's bytes: below it, how wide an access is doesn't matter
 
 
@@ -30,6 +32,7 @@ class Row:
             bytes of a thread, of a program.
         mma: the tensor instruction of the main loop.
         loads, stores: widths in bytes, ``"TMA"`` for the tensor memory accelerator, by argument.
+        sizes, itemsizes: bytes of an argument and of an element of it.
         loop: instructions of the main loop, the one with the products.
         mma_loops: loops that hold products.
         issue_ratio: see ``fastalex.machine_code``.
@@ -60,6 +63,7 @@ class Row:
     loads: dict[str, list[str]] = field(default_factory=dict)
     stores: dict[str, list[str]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    itemsizes: dict[str, int] = field(default_factory=dict)
     loop: int | None = None
     mma_loops: int | None = None
     issue_ratio: float | None = None
@@ -79,13 +83,15 @@ class Row:
     floor_flops: float | None = None
     bound: float = 0.0
 
-    def narrowest(self, store: bool) -> list[str]:
-        """Widths of the arguments that carry a share of the bytes."""
-        total = max(sum(self.sizes.values()), 1)
-        widths: set[str] = set()
-        for argument, found in (self.stores if store else self.loads).items():
-            if self.sizes.get(argument, total) >= _WIDE_SHARE * total:
-                widths |= set(found)
+    def carriers(self) -> set[str]:
+        """Arguments that carry a share of the bytes, and what isn't known to be another one's."""
+        least = _WIDE_SHARE * sum(self.sizes.values())
+        return {name for name, size in self.sizes.items() if size >= least} | {"?"}
+
+    def widths(self, store: bool) -> list[str]:
+        """Widths of the accesses to the arguments that carry a share of the bytes."""
+        found = self.stores if store else self.loads
+        widths = {width for name in self.carriers() for width in found.get(name, [])}
         return sorted(widths, key=lambda w: (w.isdigit(), int(w) if w.isdigit() else 0))
 
 
@@ -114,7 +120,10 @@ def compile_all(launches: list[offline.Launch], target: str, progress: Progress)
         with context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             for done, i in enumerate(pool.imap_unordered(_compile, order), 1):
                 progress(done, len(order), launches[i].name)
-    return [offline.compile_launch(launch, target) for launch in launches]
+    compiled = [offline.compile_launch(launch, target) for launch in launches]
+    with ThreadPoolExecutor(workers) as threads:  # the disassembler is a program of its own
+        list(threads.map(lambda kernel: offline.read(kernel).assembly, dict.fromkeys(compiled)))
+    return compiled
 
 
 def _distinct(launches: list[offline.Launch]) -> list[int]:
@@ -192,14 +201,25 @@ def _read(
     if row.tile and not amd:
         slots = cost.resident(gpu, code.registers, code.shared, row.warps)
         row.waves = cost.wave_efficiency(gpu, work.flops, slots)
-    big = [loop for loop in loops if len(loop) > 8]
-    if layer is not None and len(big) == len(work.trips) <= 1 and not amd:
-        straight = len(instructions) - sum(map(len, big))
-        executed = straight * len(work.flops) + sum(
-            len(loop) * float(trips.sum()) for loop, trips in zip(big, work.trips, strict=True)
-        )
-        row.instructions = executed * 32 * row.warps / torch.Size(layer.input).numel()
+    if layer is not None and not amd:
+        executed = _executed(len(instructions), loops, work)
+        if executed is not None:
+            row.instructions = executed * 32 * row.warps / torch.Size(layer.input).numel()
     return row
+
+
+def _executed(total: int, loops: list[machine_code.Loop], work: ttir.Work) -> float | None:
+    """Instructions that one warp of every program runs together; None with several loops.
+
+    Both sides of a branch count.
+    """
+    real = [loop for loop in loops if len(loop) > _WAITING]
+    if not real and all(trips.max(initial=0) <= 1 for trips in work.trips):
+        return float(total * len(work.flops))
+    if len(real) != 1 or len(work.trips) != 1:
+        return None
+    straight = total - len(real[0])
+    return float(straight * len(work.flops) + len(real[0]) * work.trips[0].sum())
 
 
 def _add_traffic(row: Row, event: Event, arguments: dict[str, Any], text: ttir.Code) -> None:
@@ -211,7 +231,7 @@ def _add_traffic(row: Row, event: Event, arguments: dict[str, Any], text: ttir.C
             if tensor is None:
                 continue
             size = tensor.numel() * tensor.element_size()
-            row.sizes[name] = size
+            row.sizes[name], row.itemsizes[name] = size, tensor.element_size()
             # Two descriptors of one tensor, in blocks of two sizes, share its bytes.
             same = (event.places[name], store)
             if same in seen:
@@ -225,9 +245,8 @@ def _add_traffic(row: Row, event: Event, arguments: dict[str, Any], text: ttir.C
 
 def _add_widths(row: Row, accesses: list[machine_code.Access], text: ttir.Code) -> None:
     for access in accesses:
-        names = text.lines.get(access.line, {"?"}) if access.line else {"?"}
         place = row.stores if access.store else row.loads
-        for name in names & (set(row.sizes) | {"?"}):
+        for name in text.at(access.line, access.store) & set(row.sizes) or {"?"}:
             widths = place.setdefault(name, [])
             if access.label not in widths:
                 widths.append(access.label)

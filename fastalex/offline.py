@@ -245,7 +245,7 @@ class _NvidiaCode(MachineCode):
 
     @functools.cached_property
     def assembly(self) -> str:
-        return self._tool(triton.knobs.nvidia.nvdisasm, "-g", "-c")
+        return self._tool(triton.knobs.nvidia.nvdisasm, "-g", "-c", "-ndf")
 
     @functools.cached_property
     def instructions(self) -> Counter[str]:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 import triton
+from torch import nn
 from tqdm import tqdm
 
 from fastalex import cost, offline
@@ -174,6 +175,11 @@ def _summary(step: Step, rows: list[Row], gpu: GPU, options: argparse.Namespace)
         "our_launches": sum(row.grid is not None for row in rows),
         "torch_launches": sum(row.launches for row in rows if row.grid is None),
         "parameters": parameters,
+        "linear_parameters": sum(
+            sum(p.numel() for p in layer.module.parameters())
+            for layer in step.layers.values()
+            if isinstance(layer.module, nn.Linear)
+        ),
         "optimizer_bytes_per_parameter": moved / parameters if update else None,
         "bytes": sum(row.read + row.written for row in rows),
         "floor_bytes": sum(row.floor_size or 0 for row in rows) + update,
@@ -218,7 +224,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     def over(value: float, floor: float | None) -> str:
         return "-" if not floor or not value else f"{value / floor:.2f}"
 
-    loads, stores = ("/".join(shown.narrowest(store)) or "-" for store in (False, True))
+    loads, stores = ("/".join(shown.widths(store)) or "-" for store in (False, True))
     return [
         shown.layer,
         shown.role or shown.phase,

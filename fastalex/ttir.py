@@ -20,6 +20,7 @@ Line = tuple[str, int]  # a file and a line in it
 
 _VALUE = re.compile(r"%[\w.$-]+(?:#\d+)?")
 _OPERATION = re.compile(r'^(?:(%[\w.$-]+)(?::(\d+))? = )?"?([a-z_]+\.[\w.]+)"?(.*)$')
+_DRIFT = 12  # lines
 _LOADS = ("tt.load", "tt.descriptor_load", "tt.descriptor_gather")
 _STORES = ("tt.store", "tt.descriptor_store", "tt.descriptor_scatter", "tt.descriptor_reduce")
 _ATOMICS = ("tt.atomic_rmw", "tt.atomic_cas")
@@ -94,7 +95,7 @@ class Code:
     Attributes:
         arguments: names of the kernel's run-time arguments.
         reads, writes: the arguments through which memory is read and written.
-        lines: for each line of source that reads or writes memory, those arguments.
+        read_lines, written_lines: for each line of source that does so, those arguments.
         dots: the products in it.
     """
 
@@ -106,7 +107,8 @@ class Code:
         self.loops = [o for o in self._operations() if o.name == "scf.for"]
         self.reads: set[str] = set()
         self.writes: set[str] = set()
-        self.lines: dict[Line, set[str]] = defaultdict(set)
+        self.read_lines: dict[Line, set[str]] = defaultdict(set)
+        self.written_lines: dict[Line, set[str]] = defaultdict(set)
         self._find_accesses()
 
     def _operations(self) -> Iterator[Operation]:
@@ -180,15 +182,18 @@ class Code:
                     if i < len(operation.results):
                         roots[operation.results[i]] = of([outer])
             moved = of(operands[:1])
-            if operation.name in _LOADS + _ATOMICS:
-                self.reads |= moved
-            if operation.name in _STORES + _ATOMICS:
-                self.writes |= moved
             place = self._line(operation.text)
-            if operation.name in _LOADS + _STORES + _ATOMICS:
-                if place:
-                    self.lines[place] |= moved
-            elif operation.name != "scf.for":
+            memory = False
+            for names, arguments, lines in (
+                (_LOADS + _ATOMICS, self.reads, self.read_lines),
+                (_STORES + _ATOMICS, self.writes, self.written_lines),
+            ):
+                if operation.name in names:
+                    memory = True
+                    arguments |= moved
+                    if place:
+                        lines[place] |= moved
+            if not memory and operation.name != "scf.for":
                 for result in operation.results:
                     roots[result] = of(operands)
             for region in operation.regions:
@@ -201,6 +206,21 @@ class Code:
 
         for operation in self._body:
             visit(operation)
+
+    def at(self, line: Line | None, store: bool) -> set[str]:
+        """The arguments that are read or written at a line of source, or at the nearest one.
+
+        The compiler may give an access the line of what is done with the value.
+        """
+        lines = self.written_lines if store else self.read_lines
+        if line is None or line in lines:
+            return lines.get(line, set()) if line else set()
+        near = [
+            (abs(there[1] - line[1]), there)
+            for there in lines
+            if there[0] == line[0] and abs(there[1] - line[1]) <= _DRIFT
+        ]
+        return lines[min(near)[1]] if near else set()
 
     def tile(self) -> tuple[int, int] | None:
         """Rows and columns of the result that a program holds; None where it multiplies nothing.
