@@ -15,6 +15,7 @@ import io
 import json
 import statistics
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 import pytest
@@ -130,11 +131,15 @@ def _linear_bytes(case: Case) -> Figures:
 
 
 class Bar(NamedTuple):
-    """A figure of everything it applies to, and its limit; ``at_least`` says on which side."""
+    """A figure of everything it applies to, and its limit; ``at_least`` says on which side.
+
+    ``absent`` are cases in which it applies to nothing.
+    """
 
     figures: Callable[[Case], Figures]
     limit: float
     at_least: bool = False
+    absent: tuple[Case, ...] = ()
 
     def holds(self, figure: float) -> bool:
         return figure >= self.limit if self.at_least else figure <= self.limit
@@ -144,13 +149,15 @@ def _summary(key: str) -> Callable[[Case], Figures]:
     return lambda case: {"step": report(case)["summary"][key]}
 
 
+A100 = tuple(case for case in CASES if case.gpu == "a100")  # it has no TMA
+TOWERS = tuple(case for case in CASES if case.gpus == 2)
 LATE = ("conv2", "conv3", "conv4", "conv5")
 BARS = {
     "local memory": Bar(_each(lambda row: float(row.spills or row.stack or 0)), 0),
     "operands through registers": Bar(_each(_products(lambda row: row.register_operands)), 0),
     "narrow accesses": Bar(_each(_narrow), 1),
     "drains": Bar(_each(_products(lambda row: row.drains)), 0),
-    "memory barriers": Bar(_each(_barriers), 0),
+    "memory barriers": Bar(_each(_barriers), 0, absent=A100),
     "loops with products": Bar(_each(_products(lambda row: row.mma_loops)), 1),
     "issue ratio": Bar(_each(_products(lambda row: row.issue_ratio), *LATE, "fc"), 0.40),
     "issue ratio of conv1": Bar(_each(_products(lambda row: row.issue_ratio), "conv1"), 0.80),
@@ -163,8 +170,8 @@ BARS = {
         _each(lambda row: row.useful, "conv2 input"), 0.75 - 1e-6, at_least=True
     ),
     "useful share of conv1": Bar(_each(lambda row: row.useful, "conv1"), 0.72, at_least=True),
-    "waves": Bar(_waves, 0.85, at_least=True),
-    "mean waves": Bar(_mean_waves, 0.90, at_least=True),
+    "waves": Bar(_waves, 0.85, at_least=True, absent=TOWERS),
+    "mean waves": Bar(_mean_waves, 0.90, at_least=True, absent=TOWERS),
     "tile intensity": Bar(
         _each(lambda r: r.tile[0] * r.tile[1] / sum(r.tile) if r.tile else None, "conv"),
         64,
@@ -182,54 +189,146 @@ BARS = {
     "launches": Bar(_summary("launches"), 45),
 }
 
-# bar: what misses it: (why, {case: figure})
-MISSED: dict[str, dict[str, tuple[str, dict[str, float]]]] = {}
+
+class Missed(NamedTuple):
+    """What a bar asks for and does not get today.
+
+    Args:
+        bar: a key of ``BARS``.
+        what: the launch, named as in the report: layer and pass, or layer, phase and kernel.
+        figure: the worst of its figures.
+        where: patterns of the cases it is missed in, separated by commas.
+        why: the reason.
+    """
+
+    bar: str
+    what: str
+    figure: float
+    where: str
+    why: str
+
+    @property
+    def cases(self) -> list[Case]:
+        patterns = self.where.split(", ")
+        return [case for case in CASES if any(fnmatch(str(case), p) for p in patterns)]
 
 
-def _missed(name: str) -> set[tuple[str, str]]:
-    return {(what, case) for what, (_, cases) in MISSED.get(name, {}).items() for case in cases}
+# Why, for MISSED.
+COLUMNS_1000 = "fc8 has 1000 columns, which 16 and 128 do not divide"
+BIAS_SUMS = "float32 partial sums of the bias gradient, a few percent of the bytes"
+SPLIT_48 = "48 channels are taken as 32 + 16, two short products a step"
+COLUMNS_48 = "48 outputs in 64 columns: no number of rows makes 64 of that"
+ROWS_48 = "48 input channels in 64 rows"
+NARROW_TILE = "128 x 64 tiles, 4 warps, operands through pointers"
+ONE_RESIDENT = "9 short steps a program; on h100, 154 registers leave room for one"
+FEW_PROGRAMS = "some 500 programs on 108 processors, and what a program can't overlap"
+SHORT_PROGRAMS = "a program computes one row more than it keeps, of few"
+SHORT_BACKWARD = "two windows are loaded before the first of few rows"
+WRITTEN_GRADIENTS = "gradients are written and read, weights cast, partial sums stored"
+CASTS = "20 bytes by torch's fused SGD, 12 by casts of weights and gradients"
+OPERATORS = "casts, packed weights and copies by torch, small kernels between the products"
+
+MISSED = [
+    Missed(*missed)
+    for missed in (
+        ("narrow accesses", "fc8 forward finish_partials", 8.0, "*", COLUMNS_1000),
+        ("narrow accesses", "fc8 backward epilogue_bwd", 8.0, "*", COLUMNS_1000),
+        ("narrow accesses", "fc8 backward sum_partials", 8.0, "*", COLUMNS_1000),
+        ("narrow accesses", "fc7 backward epilogue_bwd", 4.0, "*", BIAS_SUMS),
+        ("narrow accesses", "fc6 backward epilogue_bwd", 4.0, "*", BIAS_SUMS),
+        ("narrow accesses", "conv5 backward epilogue_bwd", 4.0, "* 128", BIAS_SUMS),
+        ("narrow accesses", "conv4 backward epilogue_bwd", 4.0, "* 128", BIAS_SUMS),
+        ("narrow accesses", "conv3 backward epilogue_bwd", 4.0, "* 128", BIAS_SUMS),
+        ("issue ratio", "conv2 forward", 0.71, "*", SPLIT_48),
+        ("issue ratio", "fc6 forward", 0.49, "h100 *", NARROW_TILE),
+        ("issue ratio", "fc7 forward", 0.49, "h100 *", NARROW_TILE),
+        ("issue ratio", "fc8 forward", 0.62, "*", NARROW_TILE),
+        ("issue ratio", "fc8 input", 0.75, "*", NARROW_TILE),
+        ("issue ratio", "fc8 weight", 0.73, "*", NARROW_TILE),
+        ("issue ratio", "fc7 input", 0.6, "*", NARROW_TILE),
+        ("issue ratio", "fc7 weight", 0.73, "*", NARROW_TILE),
+        ("issue ratio", "fc6 input", 0.6, "*", NARROW_TILE),
+        ("issue ratio", "fc6 weight", 0.73, "*", NARROW_TILE),
+        ("issue ratio", "conv2 input", 0.44, "h100 *", COLUMNS_48),
+        ("issue ratio", "conv2 weight", 0.42, "a100 *", ROWS_48),
+        ("useful share of conv1", "conv1 weight", 0.56, "*", ROWS_48),
+        ("waves", "conv1 forward", 0.69, "h100 whole *, * whole 128", ONE_RESIDENT),
+        ("waves", "conv2 weight", 0.8, "a100 whole *", FEW_PROGRAMS),
+        ("waves", "conv1 weight", 0.79, "a100 whole *", FEW_PROGRAMS),
+        ("tile intensity", "conv2 input", 42.67, "*", COLUMNS_48),
+        ("tile intensity", "conv2 weight", 42.67, "*", ROWS_48),
+        ("tile intensity", "conv1 weight", 32.0, "*", ROWS_48),
+        ("tile intensity", "conv1 forward", 42.67, "* tower *", COLUMNS_48),
+        ("instructions forward", "pool1 forward", 22.13, "*", SHORT_PROGRAMS),
+        ("instructions forward", "pool2 forward", 28.0, "*", SHORT_PROGRAMS),
+        ("instructions backward", "pool2 backward", 37.9, "*", SHORT_BACKWARD),
+        ("instructions backward", "pool1 backward", 41.87, "* 128", SHORT_BACKWARD),
+        ("bytes of fully connected layers", "fc6 fc7 fc8", 1.84, "*", WRITTEN_GRADIENTS),
+        ("bytes of the update", "step", 32.47, "*", CASTS),
+        ("launches", "step", 126, "*", OPERATORS),
+    )
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", BARS)
 def test_bar(name: str, case: Case) -> None:
-    bar, missed = BARS[name], _missed(name)
-    over = {
-        what: figure
-        for what, figure in bar.figures(case).items()
-        if not bar.holds(figure) and (what, str(case)) not in missed
-    }
+    bar = BARS[name]
+    missed = {m.what for m in MISSED if m.bar == name and case in m.cases}
+    figures = bar.figures(case)
+    assert figures or case in bar.absent, "nothing was looked at"
+    over = {what: f for what, f in figures.items() if not bar.holds(f) and what not in missed}
     assert not over, f"{name}: limit {bar.limit:g} on {case}"
 
 
-ENTRIES = [
-    pytest.param(name, what, case, id=f"{name}-{what}-{case}", marks=pytest.mark.xfail(
-        strict=True, raises=AssertionError, reason=f"{figure:g}: {why}"
-    ))
-    for name, found in MISSED.items()
-    for what, (why, cases) in found.items()
-    for case, figure in cases.items()
-]  # fmt: skip
+@pytest.mark.parametrize(
+    "missed",
+    [
+        pytest.param(
+            m,
+            id=f"{m.bar} - {m.what}",
+            marks=pytest.mark.xfail(
+                strict=True, raises=AssertionError, reason=f"{m.figure:g} ({m.where}): {m.why}"
+            ),
+        )
+        for m in MISSED
+    ],
+)
+def test_missed(missed: Missed) -> None:
+    """Fails for as long as the bar is missed in every case of the entry."""
+    bar = BARS[missed.bar]
+    figures = {str(case): bar.figures(case)[missed.what] for case in missed.cases}
+    assert any(map(bar.holds, figures.values())), f"{figures}, limit {bar.limit:g}"
 
 
-@pytest.mark.parametrize(("name", "what", "case"), ENTRIES)
-def test_missed(name: str, what: str, case: str) -> None:
-    bar, of = BARS[name], next(c for c in CASES if str(c) == case)
-    figure = bar.figures(of)[what]
-    assert bar.holds(figure), f"{figure:g}, limit {bar.limit:g}"
+_PATTERNS = ("*", "h100 *", "a100 *", "* 128", "* 1024", "* whole *", "* tower *", "h100 whole *",
+             "h100 tower *", "a100 whole *", "a100 tower *", "* whole 128", "* whole 1024",
+             "* tower 128", "* tower 1024", *map(str, CASES))  # fmt: skip
+
+
+def _where(cases: list[str]) -> str:
+    """The fewest of ``_PATTERNS`` that match these cases and no others, the widest first."""
+    left, chosen = set(cases), []
+    for pattern in _PATTERNS:
+        matched = {str(case) for case in CASES if fnmatch(str(case), pattern)}
+        if matched <= set(cases) and matched & left:
+            chosen.append(pattern)
+            left -= matched
+    return ", ".join(chosen)
 
 
 def _print_missed() -> None:
+    reasons = {(m.bar, m.what): m.why for m in MISSED}
     for name, bar in BARS.items():
         found: dict[str, dict[str, float]] = {}
         for case in CASES:
             for what, figure in bar.figures(case).items():
                 if not bar.holds(figure):
-                    found.setdefault(what, {})[str(case)] = round(figure, 2)
-        if found:
-            print(f"{name} (limit {bar.limit:g}):")
+                    found.setdefault(what, {})[str(case)] = figure
         for what, figures in found.items():
-            print(f"    {what}: {figures}")
+            worst = (min if bar.at_least else max)(figures.values())
+            entry = (name, what, round(worst, 2), _where(list(figures)))
+            print(f"Missed{(*entry, reasons.get((name, what), '?'))},")
 
 
 if __name__ == "__main__":
