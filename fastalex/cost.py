@@ -76,8 +76,10 @@ def floors(layers: Mapping[str, Layer], itemsize: int, train: bool) -> dict[tupl
     result: dict[tuple[str, str], Floor] = {}
     ordered = list(layers.values())
     for layer, following in zip(ordered, [*ordered[1:], None], strict=True):
-        if layer.weight is None:
-            passes = _pooling(layer, itemsize)
+        if isinstance(layer.module, MaxPool2d):
+            passes = _pooling(layer, itemsize, train)
+        elif layer.weight is None:
+            continue
         elif isinstance(layer.module, Conv2dReLU):
             # Before another convolution the ReLU's mask is read from the output itself; a pooling
             # layer's gradient can be masked where it is made.
@@ -118,9 +120,9 @@ def _linear(layer: Layer, itemsize: int) -> dict[str, Floor]:
     return {"forward": both, "input": both, "weight": Floor(flops, itemsize * (x + y), flops)}
 
 
-def _pooling(layer: Layer, itemsize: int) -> dict[str, Floor]:
+def _pooling(layer: Layer, itemsize: int, train: bool) -> dict[str, Floor]:
     x, y = itemsize * _numel(layer.input), itemsize * _numel(layer.output)
-    if isinstance(layer.module, MaxPool2d) and not isinstance(layer.module, LRNMaxPool2d):
+    if train and not isinstance(layer.module, LRNMaxPool2d):
         # The position of a maximum, a byte, costs less than to read the input again.
         at = y // itemsize
         return {"forward": Floor(0.0, x + y + at), "backward": Floor(0.0, y + at + x)}

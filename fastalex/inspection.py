@@ -198,7 +198,7 @@ def _read(
     except ttir.UnreadableCode:
         return row
     row.flops = float(work.flops.sum())
-    if row.tile and not amd:
+    if row.mma and not amd:
         slots = cost.resident(gpu, code.registers, code.shared, row.warps)
         row.waves = cost.wave_efficiency(gpu, work.flops, slots)
     if layer is not None and not amd:

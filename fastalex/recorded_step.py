@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex import offline, parallel
-from fastalex.layers import LRNMaxPool2d, MaxPool2d, SpatialResponseNorm
+from fastalex.layers import Dropout, LRNMaxPool2d, MaxPool2d, SpatialResponseNorm
 from fastalex.model import AlexNet
 from fastalex.optim import build_optimizer
 from fastalex_kernels._launch import record_launches
@@ -185,6 +185,8 @@ def layer_names(model: AlexNet) -> dict[str, nn.Module]:
             names[f"pool{number}"] = module
         elif isinstance(module, SpatialResponseNorm):
             names[f"spatial-norm{number}"] = module
+        elif isinstance(module, Dropout):
+            names[f"dropout{number}"] = module
     return names
 
 
