@@ -32,7 +32,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex_kernels._launch import interpreted, record_launches
+from fastalex_kernels._launch import _probe, interpreted, record_launches
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ class Launch:
         return {**dict(zip(self.kernel.arg_names, self.args, strict=False)), **self.kwargs}
 
 
-def _without_data(x: Any) -> Any:
+def without_data(x: Any) -> Any:
     """A tensor as a meta tensor of its shape, strides and alignment; anything else as it is."""
     if isinstance(x, TensorDescriptor):
-        return replace(x, base=_without_data(x.base))
+        return replace(x, base=without_data(x.base))
     if not isinstance(x, torch.Tensor):
         return x
     size = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
@@ -157,9 +157,27 @@ def record(target: str, step: Callable[[], object]) -> list[Launch]:
     with FakeTensorMode(allow_non_fake_inputs=True), record_launches(target, recorder):
         step()
     return [
-        Launch(kernel, grid, tuple(map(_without_data, args)), kwargs)
+        Launch(kernel, grid, tuple(map(without_data, args)), kwargs)
         for kernel, grid, args, kwargs in recorded
     ]
+
+
+def check_target(target: str) -> None:
+    """Compile an empty kernel.
+
+    Raises:
+        ValueError: where the installed Triton can't compile for ``target``, or interprets.
+    """
+    if interpreted():
+        raise ValueError("TRITON_INTERPRET=1 is set: an interpreted kernel has no machine code")
+    try:
+        compile_launch(Launch(_probe, (1,), (), {}), target)
+    except Exception as error:  # each version has its own, from a KeyError to ptxas's message
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"triton {triton.__version__} can't compile for {target}: "
+            f"{reason[0] if reason else type(error).__name__}"
+        ) from error
 
 
 def compile_launch(launch: Launch, target: str) -> Any:
@@ -218,16 +236,16 @@ class _NvidiaCode(MachineCode):
             int(re.findall(rf"\b{field}:(\d+)", usage)[0]) for field in ("REG", "STACK")
         )
 
-    def _tool(self, tool: Any, option: str) -> str:
+    def _tool(self, tool: Any, *options: str) -> str:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder, "kernel.cubin")
             cubin.write_bytes(self._asm["cubin"])
-            command = [tool.path, option, str(cubin)]
+            command = [tool.path, *options, str(cubin)]
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     @functools.cached_property
     def assembly(self) -> str:
-        return self._tool(triton.knobs.nvidia.nvdisasm, "-c")
+        return self._tool(triton.knobs.nvidia.nvdisasm, "-g", "-c", "-ndf")
 
     @functools.cached_property
     def instructions(self) -> Counter[str]:

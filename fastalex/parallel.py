@@ -15,7 +15,7 @@ included, because masks and weights are functions of their place in the whole ne
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,14 @@ from fastalex.nvtx_ranges import nvtx_range
 
 TOWERS = 2
 _CHECK_NUMEL = 1 << 20  # elements sent by the start-up check
+
+
+class Swap(Protocol):
+    """What a tower needs of the other one."""
+
+    rank: int
+
+    def swap(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
 class TowerExchange:
@@ -86,7 +94,7 @@ class GatherTowers(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, exchange: TowerExchange, summed: bool) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, exchange: Swap, summed: bool) -> torch.Tensor:
         ctx.exchange, ctx.summed = exchange, summed
         mine, order = _dense(x)
         with nvtx_range("exchange forward"):
@@ -167,6 +175,12 @@ def parallelize(model: AlexNet, mesh: DeviceMesh, exchange: TowerExchange | None
         )
     exchange = exchange or check_copies(mesh)
     _broadcast(model, mesh, "tower")
+    cut_to_tower(model, exchange)
+    return model
+
+
+def cut_to_tower(model: AlexNet, exchange: Swap) -> None:
+    """Keep one tower of a whole ``model``, in place, its halves fetched through ``exchange``."""
     for layer in _layers(model):
         reads_both = layer is not model.features[0] and getattr(layer, "groups", 1) == 1
         whole = layer is model.classifier[-1]
@@ -177,14 +191,13 @@ def parallelize(model: AlexNet, mesh: DeviceMesh, exchange: TowerExchange | None
     for norm in model.features.modules():
         if isinstance(norm, LRNMaxPool2d):
             norm.groups = 1
-    return model
 
 
 def _layers(model: AlexNet) -> list[nn.Conv2d | nn.Linear]:
     return [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
 
 
-def _gather_input(exchange: TowerExchange, summed: bool) -> Any:
+def _gather_input(exchange: Swap, summed: bool) -> Any:
     def hook(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         return (GatherTowers.apply(inputs[0], exchange, summed),)  # type: ignore[no-untyped-call]
 

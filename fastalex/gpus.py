@@ -1,0 +1,78 @@
+"""GPUs as data: what a kernel is held against when no GPU is there.
+
+Peaks are the makers' figures for dense products; the rates are what a well-written kernel is
+assumed to reach of them, the same shares for every GPU whose rates nobody has reported to us.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU.
+
+    Args:
+        name: as its maker calls it.
+        target: what its kernels are compiled for, one of ``fastalex.offline.TARGETS``.
+        processors: streaming multiprocessors, or compute units.
+        tensor_flops: dense bfloat16 or float16 operations a processor does in a clock cycle on its
+            matrix units, a multiply-add counted as two.
+        peak_tflops: dense TFLOP/s by element type, float32 without TF32.
+        peak_bandwidth: of its memory, TB/s.
+        tflops: bfloat16 and float16 TFLOP/s assumed to be reached.
+        bandwidth: TB/s assumed to be reached.
+        shared: bytes of shared memory (LDS) of a processor.
+        threads: resident threads of a processor.
+        source: where the maker's figures stand.
+    """
+
+    name: str
+    target: str
+    processors: int
+    tensor_flops: int
+    peak_tflops: dict[str, float]
+    peak_bandwidth: float
+    tflops: float
+    bandwidth: float
+    shared: int
+    threads: int
+    source: str
+
+    def flops(self, dtype: str) -> float:
+        """Operations a second assumed to be reached on ``dtype``."""
+        share = self.tflops / self.peak_tflops["bf16"]
+        return 1e12 * share * self.peak_tflops[dtype]
+
+    def seconds(self, flops: float, size: float, dtype: str) -> float:
+        """The longer of computing ``flops`` and moving ``size`` bytes."""
+        return max(flops / self.flops(dtype), size / (1e12 * self.bandwidth))
+
+
+def _peaks(half: float, single: float) -> dict[str, float]:
+    return {"bf16": half, "fp16": half, "fp32": single}
+
+
+GPUS = {
+    "h100": GPU(
+        "NVIDIA H100 SXM", "sm_90", 132, 4096, _peaks(989.4, 66.9), 3.35, 800.0, 3.0,
+        228 << 10, 2048, "NVIDIA H100 Tensor Core GPU Architecture white paper, table 2",
+    ),
+    "a100": GPU(
+        "NVIDIA A100 SXM 80 GB", "sm_80", 108, 2048, _peaks(312.0, 19.5), 2.039, 270.0, 1.7,
+        164 << 10, 2048, "NVIDIA A100 80GB data sheet; Ampere architecture white paper, table 4",
+    ),
+    "b200": GPU(
+        "NVIDIA B200", "sm_100", 148, 8192, _peaks(2250.0, 75.0), 8.0, 1800.0, 7.0,
+        228 << 10, 2048, "NVIDIA HGX B200 data sheet; Blackwell tuning guide",
+    ),
+    "rtx5090": GPU(
+        "NVIDIA GeForce RTX 5090", "sm_120", 170, 512, _peaks(209.5, 104.8), 1.792, 168.0, 1.6,
+        100 << 10, 1536, "NVIDIA RTX Blackwell GPU Architecture white paper, table 3",
+    ),
+    "mi300x": GPU(
+        "AMD Instinct MI300X", "gfx942", 304, 2048, _peaks(1307.4, 163.4), 5.3, 1050.0, 4.7,
+        64 << 10, 2048, "AMD Instinct MI300X data sheet; CDNA 3 instruction set architecture",
+    ),
+}  # fmt: skip

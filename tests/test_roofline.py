@@ -1,0 +1,120 @@
+"""What the roofline report computes, against counts made another way, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastalex import cost, machine_code, offline, roofline, ttir
+from fastalex.gpus import GPUS
+from fastalex.recorded_step import record_step
+from fastalex_kernels._launch import interpreted
+
+pytestmark = pytest.mark.skipif(interpreted(), reason="an interpreted kernel has no machine code")
+
+
+def test_the_steps_of_a_program_are_its_taps_that_touch_the_image() -> None:
+    """conv2, 5 x 5 on 27 x 27 with padding 2: counted tap by tap."""
+    step = record_step("sm_90", 128, step="infer")
+    (event,) = [e for e in step.events if e.layer == "conv2" and e.launch is not None]
+    assert event.launch is not None
+    compiled = offline.compile_launch(event.launch, "sm_90")
+    work = ttir.read(compiled.asm["ttir"]).work(event.launch.grid, event.launch.named_args)
+    inside = [sum(0 <= p + r - 2 < 27 for r in range(5)) for p in range(27)]
+    expected = sorted(a * b for a in inside for b in inside)
+    (trips,) = work.trips
+    assert sorted(trips[: 27 * 27].tolist()) == expected
+    dense = 2 * 128 * 27 * 27 * 256 * 48 * 25
+    assert work.flops.sum() == pytest.approx(dense * (sum(inside) / 135) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "batch", "ceiling"),
+    [("h100", 128, 104e3), ("h100", 1024, 147e3), ("a100", 128, 44e3), ("a100", 1024, 55e3)],
+)
+def test_the_floor_of_a_step(gpu: str, batch: int, ceiling: float) -> None:
+    """The ceilings that were computed by hand for these rates."""
+    step = record_step(GPUS[gpu].target, batch)
+    floors = cost.floors(step.layers, 2, train=True).values()
+    seconds = sum(GPUS[gpu].seconds(f.flops, f.size, "bf16") for f in floors)
+    seconds += cost.UPDATE_BYTES * sum(step.parameters) / (1e12 * GPUS[gpu].bandwidth)
+    assert batch / seconds == pytest.approx(ceiling, rel=0.01)
+
+
+def test_waves() -> None:
+    gpu = GPUS["h100"]
+    cycles = 1e6
+    one = np.full(gpu.processors, cycles * gpu.tensor_flops)
+    whole = cost.wave_efficiency(gpu, one, 1)
+    assert whole == pytest.approx(cycles / (cycles + 1500))
+    assert cost.wave_efficiency(gpu, np.append(one, one[0]), 1) == pytest.approx(
+        whole * (gpu.processors + 1) / (2 * gpu.processors)
+    )
+
+
+def test_resident_programs() -> None:
+    gpu = GPUS["h100"]
+    assert cost.resident(gpu, registers=154, shared=0, warps=8) == 1  # 160 * 256 of 65536
+    assert cost.resident(gpu, registers=128, shared=0, warps=8) == 2
+    assert cost.resident(gpu, registers=16, shared=98368, warps=8) == 2
+    assert cost.resident(gpu, registers=16, shared=0, warps=8) == 8  # threads
+
+
+LISTING = """
+        /*0000*/              MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/              LDGSTS.E.BYPASS.128 [R2], desc[UR4][R4.64] ;
+        /*0020*/         @!P0 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0030*/              HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], R24 ;
+        /*0040*/          @P1 BRA `(.L_x_1) ;
+        /*0050*/              STG.E.64 desc[UR4][R2.64], R6 ;
+        /*0060*/              EXIT ;
+.L_x_3:
+        /*0070*/              NOP ;
+        /*0080*/              BRA `(.L_x_2) ;
+"""
+
+
+def test_a_loop_is_what_returns_to_a_block_that_leads_there() -> None:
+    """The slow way of a wait, moved behind the end, jumps into the loop and is no loop itself."""
+    instructions, labels = machine_code.parse(LISTING)
+    (loop,) = machine_code.loops(instructions, labels)
+    assert [i.name.split(".")[0] for i in loop.body] == ["LDGSTS", "BRA", "HGMMA", "BRA"]
+    assert loop.products == 1
+    assert loop.tensor_cycles(warps=8, flops_per_cycle=4096) == 2 * 128 / 2
+    accesses = [(a.store, a.how, a.width) for a in machine_code.accesses(instructions)]
+    assert accesses == [(False, "async", 16), (True, "register", 8)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "v100"], "argument --gpu: invalid choice: 'v100'"),
+        (["--batch", "0"], "--batch: expected at least 1, got 0"),
+        (["--gpus", "2", "--variant", "owt"], "--gpus 2: variant owt has no two towers"),
+        (["--step", "infer", "--sass", "nosuch"], "--sass: no kernel 'nosuch' here"),
+    ],
+)
+def test_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = roofline.main(arguments)
+    except SystemExit as end:
+        code = int(str(end.code))
+    output, error = capsys.readouterr()
+    assert (code, output) == (2, "")
+    assert error.startswith(f"roofline: error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_a_triton_that_lacks_the_target(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("ptxas fatal: Value 'sm_120a' is not defined\nmore")
+
+    monkeypatch.setattr(offline, "compile_launch", fail)
+    assert roofline.main(["--gpu", "rtx5090"]) == 2
+    error = capsys.readouterr().err
+    assert "can't compile for sm_120: ptxas fatal: Value 'sm_120a' is not defined\n" in error
+    assert error.count("\n") == 1
