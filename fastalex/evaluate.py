@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastalex.ablations import split_name
 from fastalex.checkpoint import replacing
 from fastalex.command_line import Parser, at_least_one, guarded
 from fastalex.data import ImageSource
@@ -199,7 +200,7 @@ def _describe(member: Any) -> str:
 
 
 def _published(ensemble: Ensemble) -> list[Published]:
-    variants = [member.metadata["variant"] for member in ensemble.members]
+    variants = [split_name(member.metadata["variant"])[0] for member in ensemble.members]
     return list(dict.fromkeys(result for name in variants for result in RESULTS[name]))
 
 
