@@ -126,7 +126,8 @@ def report(output: Path, names: Sequence[str]) -> list[str]:
         output: holds a run's folder for each of ``names``, the whole net's first.
         names: ``"whole"`` and edits.
     """
-    rows = [["net", "parameters", "top-1", "top-5", "lost", "", "published", ""]]
+    rows = [["", "", "error", "error", "lost", "lost", "published", "published"]]
+    rows += [["net", "parameters", *["top-1", "top-5"] * 3]]
     first: dict[str, Any] = {}
     imagenet, notes = False, []
     for name in names:
@@ -149,7 +150,7 @@ def report(output: Path, names: Sequence[str]) -> list[str]:
         rows.append(row)
     lines = table(rows, right=7)
     lines += ["", "Errors are of the validation images' centre crops after the last epoch; lost is"]
-    lines.append("percentage points, top-1 and top-5, against the whole net.")
+    lines.append("the percentage points that this error is above the whole net's.")
     if not imagenet:
         lines.append("The published losses are of ImageNet; these images are another data set.")
     return [*lines, *(f"published for {note}" for note in notes)]

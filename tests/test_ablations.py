@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fastalex import AlexNet
+from fastalex import AlexNet, ablate
 from fastalex.ablations import ABLATIONS, edit, edited_name, split_name
 from fastalex.checkpoint import load_model, save_weights
 from fastalex.config import parse_arguments
@@ -183,3 +186,63 @@ def test_without_augmentation_every_epoch_has_the_centre_crops() -> None:
     for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
         crop = source.image(index, side)[first : first + 40, first : first + 40]
         assert torch.equal(image, torch.from_numpy(crop).permute(2, 0, 1).float())
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The training commands that ablate gives; each leaves a finished run of a random net."""
+    commands: list[list[str]] = []
+
+    def train(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        options = parse_arguments([a for a in command[3:] if a != "--fails"])
+        if "--fails" in command and "conv4" in options["variant"]:
+            return subprocess.CompletedProcess(command, 1)
+        folder = options["output"]
+        folder.mkdir()
+        metadata: dict[str, Any] = {"classes": list("abcdefghij"), "num_classes": 10}
+        metadata |= {"variant": options["variant"], "dropout": 0.5, "top1": 0.5, "top5": 0.75}
+        if options["variant"] != "paper":
+            metadata |= {"top1": 0.375, "top5": 0.8125}
+        save_weights(folder / "model.safetensors", _net(options["variant"]).state_dict(), metadata)
+        (folder / "run.json").write_text(json.dumps({"status": "finished"}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(ablate.subprocess, "run", train)
+    return commands
+
+
+def test_ablate_sets_what_each_edit_cost_beside_what_was_published(
+    tmp_path: Path, trained: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--set", "conv4", "half", "--output", str(out), "--epochs", "1"]
+    assert ablate.main(arguments) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["whole", f"{COUNTS['paper']:,}", "50.0%", "25.0%"] in rows
+    conv4, half = (f"{COUNTS[f'paper-{n}']:,}" for n in ("without-conv4", "half"))
+    errors = ["62.5%", "18.8%", "+12.5", "-6.2"]
+    assert ["without", "conv4", conv4, *errors, "+2.0", "-"] in rows
+    assert ["half", half, *errors, "+1.7", "+1.2"] in rows
+    assert [c[-2:] for c in trained[1:]] == [["--without", "conv4"], [str(out / "half"), "--half"]]
+    # What is finished is not trained again; what was stopped is.
+    (out / "conv4" / "run.json").write_text(json.dumps({"status": "interrupted"}))
+    assert ablate.main(arguments) == 0
+    assert len(trained) == 4
+    assert trained[3][-2:] == ["--without", "conv4"]
+
+
+def test_ablate_refuses_before_it_trains(
+    tmp_path: Path, trained: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").write_text("")
+    for arguments in (
+        ["--set", "lrn", "--variant", "owt", "--output", str(tmp_path / "out")],
+        ["--set", "lrn", "--output", str(tmp_path)],
+        ["--set", "lrn", "--half", "--output", str(tmp_path / "out")],
+    ):
+        assert ablate.main(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert trained == []
+    assert ablate.main(["--set", "conv4", "--output", str(tmp_path / "new"), "--fails"]) == 1
+    assert "training conv4 ended with code 1" in capsys.readouterr().err
