@@ -76,7 +76,7 @@ def _parser() -> Parser:
         type=at_least_one,
         default=2000,
         metavar="N",
-        help="training images, evenly spaced, among which neighbours are sought (default: "
+        help="training images, drawn at random, among which neighbours are sought (default: "
         "%(default)s)",
     )
     parser.add_argument(
@@ -174,16 +174,18 @@ def find_neighbours(
         ensemble: its first net gives the features.
         source: where the images come from, one of each class.
         gallery: where the neighbours are sought.
-        limit: at most this many of the gallery are looked at, evenly spaced.
+        limit: at most this many of the gallery are looked at, drawn at random.
 
     Source: P§6.1: the smallest Euclidean distance between 4096-dimensional activations.
     """
     queries = spread(source, _QUERIES)
     count = min(limit, len(gallery))
-    candidates = [i * len(gallery) // count for i in range(count)]
+    # At random: evenly spaced ones of a set whose classes take turns leave classes out.
+    order = np.random.default_rng(0).permutation(len(gallery))
+    candidates: list[int] = np.sort(order[:count]).tolist()
     near = ensemble_features(ensemble, source, queries, "Queries")
     far = ensemble_features(ensemble, gallery, candidates, "Features")
-    order = torch.cdist(near, far, compute_mode="donot_use_mm_for_euclid_dist").argsort(
+    ranked = torch.cdist(near, far, compute_mode="donot_use_mm_for_euclid_dist").argsort(
         dim=1, stable=True
     )
     names = ensemble.classes
@@ -196,7 +198,7 @@ def find_neighbours(
                 for i in (candidates[n] for n in row[:_NEAREST].tolist())
             ],
         )
-        for query, row in zip(queries, order, strict=True)
+        for query, row in zip(queries, ranked, strict=True)
     ]
 
 

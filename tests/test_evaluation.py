@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 from fastalex import AlexNet, drawing, evaluate, figures, predict
 from fastalex.checkpoint import load_model, save_weights
-from fastalex.data import FolderImages, decode_size
+from fastalex.data import FolderImages, SyntheticImages, decode_size
 from fastalex.data.decode import read_image
 from fastalex.evaluation import Ensemble, Scores, cut_crops, rank_classes
 from fastalex.published import RESULTS, is_imagenet
@@ -267,6 +268,21 @@ def test_neighbours_are_the_nearest_by_features(folder: Path) -> None:
         expected = [train.image(int(i), 224) for i in order]
         assert all(np.array_equal(a, p) for (p, _), a in zip(row.nearest, expected, strict=True))
     assert len({row.label for row in rows}) == 5
+
+
+def test_a_part_of_the_gallery_holds_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, val = SyntheticImages("train", 600), SyntheticImages("val", 20)
+    seen: dict[str, list[int]] = {}
+
+    def features(_: object, source: object, indices: list[int], what: str) -> torch.Tensor:
+        seen[what] = indices
+        return torch.zeros(len(indices), 1)
+
+    monkeypatch.setattr(figures, "ensemble_features", features)
+    ensemble = SimpleNamespace(classes=train.classes)
+    figures.find_neighbours(ensemble, val, train, 100)
+    assert len(set(seen["Features"])) == 100
+    assert {i % 10 for i in seen["Features"]} == set(range(10))
 
 
 def test_features_are_what_the_last_layer_reads(folder: Path, pixels: np.ndarray) -> None:
