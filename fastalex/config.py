@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastalex import ablations
 from fastalex._version import __version__
 from fastalex.variants import VARIANTS
 
@@ -62,6 +63,7 @@ class Settings:
     seed: int
     log_every: int
     workers: int
+    augmentation: str
 
     @classmethod
     def choose(cls, arguments: Mapping[str, Any], device_type: str) -> Settings:
@@ -91,7 +93,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     Raises:
         SystemExit: with code 2 and one line on stderr, where the command line is wrong.
     """
-    return vars(_parser().parse_args(arguments))
+    options = vars(_parser().parse_args(arguments))
+    return ablations.apply_arguments(options, options["variant"])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,8 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_processes(parser.add_argument_group("where it runs"))
     _add_data(parser.add_argument_group("data"))
     _add_net(parser.add_argument_group("net"))
+    ablations.add_arguments(parser.add_argument_group("ablations"))
     _add_training(parser.add_argument_group("training"))
     _add_output(parser.add_argument_group("output"))
+    parser.set_defaults(augmentation="crop")
     return parser
 
 

@@ -159,6 +159,7 @@ class Trainer:
             rank=self.team.replica,
             replicas=self.team.replicas,
             workers=settings.workers,
+            augmentation=settings.augmentation,
         )
 
     def run(self) -> None:

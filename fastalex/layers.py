@@ -196,19 +196,44 @@ class Linear(nn.Linear):
 
 
 class LinearReLUDropout(CounterDropout, nn.Linear):
-    """Fully connected + bias + ReLU, and dropout with probability ``p`` in training (P§4.2)."""
+    """Fully connected + bias + ReLU, and dropout with probability ``p`` in training (P§4.2).
 
-    def __init__(self, in_features: int, out_features: int, p: float = 0.5) -> None:
-        super().__init__(in_features, out_features)
-        self.p = p
+    Args:
+        in_features, out_features: as ``torch.nn.Linear``.
+        p: probability that a unit is dropped.
+        groups: blocks of inputs, each read by its own block of outputs; the weight then is
+            [out_features, in_features / groups], as a grouped convolution's.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, p: float = 0.5, groups: int = 1
+    ) -> None:
+        super().__init__(in_features // groups, out_features)
+        self.in_features, self.p, self.groups = in_features, p, groups
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        each = self.out_features // self.groups
+        blocks = zip(
+            input.chunk(self.groups, 1),
+            self.weight.chunk(self.groups),
+            self.bias.chunk(self.groups),
+            strict=True,
+        )
+        outputs = [self._block(x, w, b, i * each) for i, (x, w, b) in enumerate(blocks)]
+        return outputs[0] if self.groups == 1 else torch.cat(outputs, dim=1)
+
+    def _block(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, first: int
+    ) -> torch.Tensor:
+        """The outputs from number ``first`` on, whose weights these are."""
+        place = self.place()
+        place["feature_offset"] += first
         return kernels.linear_relu_dropout(
-            input, self.weight, self.bias, p=self.p, training=self.training, **self.place()
+            input, weight, bias, p=self.p, training=self.training, **place
         )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, relu=True, p={self.p}"
+        return f"{super().extra_repr()}, relu=True, p={self.p}, groups={self.groups}"
 
 
 class Dropout(CounterDropout, nn.Module):

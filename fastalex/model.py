@@ -19,7 +19,8 @@ from fastalex.layers import (
     MaxPool2d,
     SpatialResponseNorm,
 )
-from fastalex.variants import Convolution, FullyConnected, Variant, get_variant
+from fastalex.specification import Convolution, FullyConnected, Variant
+from fastalex.variants import get_variant
 
 _GRID = 6  # the last maps are averaged to 6 x 6, which they are at the published image size
 _STREAM = 0x9E3779B97F4A7C15  # keeps the dropout seeds of the layers apart
@@ -36,7 +37,8 @@ class AlexNet(nn.Module):
     Args:
         num_classes: outputs, at least 1.
         dropout: probability that a unit is dropped, in [0, 1).
-        variant: ``"paper"``, ``"source2012"``, ``"caffe"`` or ``"owt"``; see fastalex.variants.
+        variant: ``"paper"``, ``"source2012"``, ``"caffe"`` or ``"owt"``; see fastalex.variants. Or
+            such a name edited, ``"paper-without-lrn"``, or a Variant; see fastalex.ablations.
 
     Shapes:
         images [N, 3, H, W] to logits [N, num_classes]. Any size from ``smallest_image_size()`` on;
@@ -47,7 +49,7 @@ class AlexNet(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int = 1000, dropout: float = 0.5, variant: str = "paper"
+        self, num_classes: int = 1000, dropout: float = 0.5, variant: str | Variant = "paper"
     ) -> None:
         super().__init__()
         if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
@@ -106,10 +108,9 @@ class AlexNet(nn.Module):
         """
         if scheme not in ("published", "he"):
             raise ValueError(f"scheme: expected 'published' or 'he', got {scheme!r}")
-        specs: list[Convolution | FullyConnected] = [
-            *self.variant.convolutions,
-            *self.variant.fully_connected,
-        ]
+        convolutions, connected = self.variant.convolutions, self.variant.fully_connected
+        all_specs: list[Convolution | FullyConnected] = [*convolutions, *connected]
+        specs = [spec for spec in all_specs if not spec.removed]
         layers = [m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         for layer, spec in zip(layers, specs, strict=True):
             _init_layer(layer, spec, scheme, generator)
@@ -134,27 +135,28 @@ def _feature_layers(variant: Variant) -> list[nn.Module]:
     layers: list[nn.Module] = []
     channels = 3
     for spec in variant.convolutions:
-        layers += [
-            Conv2dReLU(
-                channels,
-                spec.channels,
-                spec.kernel_size,
-                spec.stride,
-                spec.padding,
-                spec.groups,
-                spec.ceil_mode,
-                relu=not spec.relu_after_pool,
-            ),
-            nn.Identity(),
-        ]
+        layers += [nn.Identity() if spec.removed else _convolution(spec, channels), nn.Identity()]
         if spec.pool:
             layers.append(_pool_layer(spec, variant.pool_ceil_mode))
-        channels = spec.channels
+        channels = channels if spec.removed else spec.channels
     return layers
 
 
+def _convolution(spec: Convolution, channels: int) -> Conv2dReLU:
+    return Conv2dReLU(
+        channels,
+        spec.channels,
+        spec.kernel_size,
+        spec.stride,
+        spec.padding,
+        spec.groups,
+        spec.ceil_mode,
+        relu=not spec.relu_after_pool,
+    )
+
+
 def _pool_layer(spec: Convolution, ceil_mode: bool) -> nn.Module:
-    pool: dict[str, Any] = {"kernel_size": 3, "stride": 2, "ceil_mode": ceil_mode}
+    pool: dict[str, Any] = {"kernel_size": spec.pool_size, "stride": 2, "ceil_mode": ceil_mode}
     if spec.norm is None:
         return MaxPool2d(**pool)
     norm = (spec.norm.size, spec.norm.alpha, spec.norm.beta, spec.norm.k, spec.norm.groups)
@@ -170,21 +172,26 @@ def _pool_layer(spec: Convolution, ceil_mode: bool) -> nn.Module:
 
 
 def _classifier_layers(variant: Variant, num_classes: int, dropout: float) -> list[nn.Module]:
-    fc6, fc7, _ = (spec.features for spec in variant.fully_connected)
-    assert fc6 is not None
-    assert fc7 is not None
-    maps = variant.convolutions[-1].channels * _GRID * _GRID
-    # Dropout on the input of fc6 and fc7 is a layer of its own before fc6, and fc6's epilogue.
-    on_input, on_fc7 = (dropout, 0.0) if variant.dropout_on_input else (0.0, dropout)
-    return [
-        Dropout(on_input) if variant.dropout_on_input else nn.Identity(),
-        LinearReLUDropout(maps, fc6, dropout),
-        nn.Identity(),
-        nn.Identity(),
-        LinearReLUDropout(fc6, fc7, on_fc7),
-        nn.Identity(),
-        Linear(fc7, num_classes),
+    present = [spec for spec in variant.convolutions if not spec.removed]
+    width = present[-1].channels * _GRID * _GRID
+    hidden = variant.fully_connected[:-1]
+    left = sum(not spec.removed for spec in hidden)
+    layers: list[nn.Module] = [
+        Dropout(dropout) if variant.dropout_on_input and left else nn.Identity()
     ]
+    for spec in hidden:
+        if spec.removed:
+            layers.append(nn.Identity())
+        else:
+            assert spec.features is not None
+            left -= 1
+            # Dropout on the next hidden layer's input is this one's epilogue.
+            p = 0.0 if variant.dropout_on_input and not left else dropout
+            layers.append(LinearReLUDropout(width, spec.features, p, spec.groups))
+            width = spec.features
+        layers += [nn.Identity(), nn.Identity()]
+    # Nothing stands between fc7's ReLU, which is absorbed, and fc8.
+    return [*layers[:-1], Linear(width, num_classes)]
 
 
 def _reaches(size: int, layers: list[Conv2dReLU | MaxPool2d]) -> bool:

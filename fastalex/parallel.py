@@ -216,6 +216,9 @@ def _cut(layer: nn.Conv2d | nn.Linear, tower: int) -> None:
             layer.in_channels //= TOWERS
     elif isinstance(layer, LinearReLUDropout):
         layer.out_features //= TOWERS
+        if layer.groups > 1:
+            layer.groups //= TOWERS
+            layer.in_features //= TOWERS
         layer.feature_offset = tower * layer.out_features
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastalex.layers import SpatialResponseNorm
-from fastalex.variants import Convolution, get_variant
+from fastalex.specification import Convolution
+from fastalex.variants import get_variant
 
 
 class _CeilConv2d(nn.Conv2d):
@@ -46,6 +47,10 @@ class ReferenceAlexNet(nn.Module):
     ) -> None:
         super().__init__()
         spec = get_variant(variant)
+        removed = [layer.removed for layer in spec.convolutions]
+        connected = [layer.removed or layer.groups > 1 for layer in spec.fully_connected]
+        if any(removed + connected):
+            raise ValueError(f"variant: the reference has no {spec.name!r}")
         layers: list[nn.Module] = []
         channels = 3
         for convolution in spec.convolutions:
@@ -85,7 +90,7 @@ def _block(spec: Convolution, channels: int, ceil_mode: bool) -> list[nn.Module]
     if spec.spatial_norm is not None:
         s = spec.spatial_norm
         tail.append(SpatialResponseNorm(s.size, s.alpha, s.beta, s.k))
-    tail.append(nn.MaxPool2d(3, 2, ceil_mode=ceil_mode))
+    tail.append(nn.MaxPool2d(spec.pool_size, 2, ceil_mode=ceil_mode))
     if spec.relu_after_pool:
         tail.append(nn.ReLU())
     return [*layers, nn.Sequential(*tail)]

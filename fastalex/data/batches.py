@@ -50,6 +50,7 @@ class Batches:
         rank: this replica's number.
         replicas: how many share each batch; must divide ``batch_size``.
         workers: threads that load batches ahead; 0 loads each when it is asked for.
+        augmentation: of training, "crop", as above; "none" is the centre crop.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -66,6 +67,7 @@ class Batches:
         rank: int = 0,
         replicas: int = 1,
         workers: int = 0,
+        augmentation: str = "crop",
     ) -> None:
         _check_at_least("batch_size", batch_size, 1)
         _check_at_least("image_size", image_size, 1)
@@ -89,6 +91,7 @@ class Batches:
         self.rank = rank
         self.replicas = replicas
         self.workers = workers
+        self.augmentation = augmentation
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -113,7 +116,7 @@ class Batches:
     def _crops(self, epoch: int) -> npt.NDArray[np.int64]:
         """int64 [len(source), 3]: top, left and whether to mirror, for each sample."""
         spare = decode_size(self.image_size) - self.image_size
-        if not self.train:
+        if not self.train or self.augmentation == "none":
             return np.tile([spare // 2, spare // 2, 0], (len(self.source), 1))
         words = self._words(epoch, _CROPS, _WORDS)
         ranges = np.array([spare + 1, spare + 1, 2], np.uint64)

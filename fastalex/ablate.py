@@ -1,0 +1,160 @@
+"""Train the paper's ablations one after the other: ``python -m fastalex.ablate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastalex.ablations import ABLATIONS, LOSSES, edit
+from fastalex.checkpoint import load_model, replacing
+from fastalex.command_line import Parser, guarded
+from fastalex.evaluate import table
+from fastalex.published import is_imagenet
+from fastalex.variants import VARIANTS
+
+WHOLE, HALF = "whole", "half"
+_DEFAULT = ("lrn", "overlap", HALF, "tower-traffic", "conv3", "conv4", "conv5")  # published ones
+_PLAN = "ablate.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code. 0: all are trained. 1: one failed. 2: nothing could begin. 130: Ctrl-C; the
+        same command goes on with what is not finished.
+    """
+    options, rest = _parser().parse_known_args(arguments)
+    left = "give the same command again to go on"
+    return guarded("ablate", lambda: _run(options, rest), left)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m fastalex.ablate",
+        usage="%(prog)s [--set NAME ...] [--output DIR] [options of fastalex.train]",
+        description="Train the whole net and edited ones, one after the other, and print what each "
+        "edit cost beside what was published. The same command again skips those finished.",
+        epilog="Every other option is passed to fastalex.train.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        choices=(*ABLATIONS, HALF),
+        default=list(_DEFAULT),
+        metavar="NAME",
+        help=f"among {', '.join((*ABLATIONS, HALF))} (default: {' '.join(_DEFAULT)})",
+    )
+    parser.add_argument("--variant", choices=tuple(VARIANTS), default="paper")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/ablate"), metavar="DIR", help="%(default)s"
+    )
+    return parser
+
+
+def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    for option in ("--without", "--half", "--resume"):
+        if option in rest:
+            raise ValueError(f"{option}: name what to take out with --set")
+    names = [WHOLE, *dict.fromkeys(options.set)]
+    for name in options.set:  # refuse what the variant lacks before anything is trained
+        edit(VARIANTS[options.variant], () if name == HALF else (name,), name == HALF)
+    _claim(options.output, ["--variant", options.variant, *rest])
+    for number, name in enumerate(names, 1):
+        folder = options.output / name
+        if _status(folder) == "finished":
+            print(f"{number}/{len(names)} {name}: finished before", flush=True)
+            continue
+        print(f"{number}/{len(names)} {name}", flush=True)
+        if folder.exists():  # a run of ours that was stopped
+            shutil.rmtree(folder)
+        code = _train(name, folder, ["--variant", options.variant, *rest])
+        if code:
+            print(f"ablate: error: training {name} ended with code {code}", file=sys.stderr)
+            return code
+    print()
+    for line in report(options.output, names):
+        print(line)
+    return 0
+
+
+def _claim(output: Path, arguments: list[str]) -> None:
+    """Make ``output`` the folder of runs with these arguments, or find that it is."""
+    plan = output / _PLAN
+    if plan.is_file():
+        known = json.loads(plan.read_text(encoding="utf-8"))
+        if known != arguments:
+            raise ValueError(
+                f"--output {output}: holds ablations of `{' '.join(known)}`, "
+                "name another folder or give the same options"
+            )
+        return
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"--output {output}: not empty, and no ablations; name a new folder")
+    output.mkdir(parents=True, exist_ok=True)
+    with replacing(plan) as temporary:
+        temporary.write_text(json.dumps(arguments) + "\n", encoding="utf-8")
+
+
+def _status(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _train(name: str, folder: Path, arguments: list[str]) -> int:
+    command = [sys.executable, "-m", "fastalex.train", *arguments, "--output", str(folder)]
+    if name == HALF:
+        command.append("--half")
+    elif name != WHOLE:
+        command += ["--without", name]
+    return subprocess.run(command, check=False).returncode
+
+
+def report(output: Path, names: Sequence[str]) -> list[str]:
+    """The table of finished runs: validation errors, what each edit cost, and what was published.
+
+    Args:
+        output: holds a run's folder for each of ``names``, the whole net's first.
+        names: ``"whole"`` and edits.
+    """
+    rows = [["", "", "error", "error", "lost", "lost", "published", "published"]]
+    rows += [["net", "parameters", *["top-1", "top-5"] * 3]]
+    first: dict[str, Any] = {}
+    imagenet, notes = False, []
+    for name in names:
+        model, metadata = load_model(output / name / "model.safetensors")
+        errors = {key: 100 * (1 - metadata[key]) for key in ("top1", "top5")}
+        first = first or errors
+        imagenet = is_imagenet(metadata["classes"])
+        parameters = f"{sum(p.numel() for p in model.parameters()):,}"
+        row = [name if name in (WHOLE, HALF) else f"without {name}", parameters]
+        row += [f"{error:.1f}%" for error in errors.values()]
+        loss = LOSSES.get(name)
+        if name == WHOLE:
+            row += ["", "", "", ""]
+        else:
+            row += [f"{errors[key] - first[key]:+.1f}" for key in errors]
+            published = (None, None) if loss is None else (loss.top1, loss.top5)
+            row += ["-" if value is None else f"{value:+.1f}" for value in published]
+        if loss is not None:
+            notes.append(f"{name}: {loss.source}{', ' if loss.note else ''}{loss.note}")
+        rows.append(row)
+    lines = table(rows, right=7)
+    lines += ["", "Errors are of the validation images' centre crops after the last epoch; lost is"]
+    lines.append("the percentage points that this error is above the whole net's.")
+    if not imagenet:
+        lines.append("The published losses are of ImageNet; these images are another data set.")
+    return [*lines, *(f"published for {note}" for note in notes)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

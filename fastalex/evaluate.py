@@ -1,0 +1,230 @@
+"""Test trained nets: ``python -m fastalex.evaluate --weights W``; ``--help`` lists the options."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastalex.ablations import split_name
+from fastalex.checkpoint import replacing
+from fastalex.command_line import Parser, at_least_one, guarded
+from fastalex.data import ImageSource
+from fastalex.evaluation import CROPS, TOP, Ensemble, Scores, evaluate, open_validation
+from fastalex.published import RESULTS, Published, is_imagenet
+
+_CROPS = {1: "centre crop", 10: "ten crops"}
+_NAMED = 10  # unreadable files named before the rest are only counted
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code. 0: tested. 2: it could not be, one line on stderr says why. 130: Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    return guarded("evaluate", lambda: _run(options))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m fastalex.evaluate",
+        usage="%(prog)s --weights W [W ...] [--data DIR] [options]",
+        description="Test trained weights, several as an ensemble, and print the published errors "
+        "beside their own. Image size, normalisation and classes come from the weights file.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="W",
+        help="weights files (model.safetensors of a run); probabilities of several are averaged",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder with val/CLASS/IMAGE, as for training (default: the built-in set)",
+    )
+    parser.add_argument(
+        "--crops",
+        type=int,
+        choices=CROPS,
+        default=10,
+        help="of each image: 1 is the centre, 10 the paper's four corners, centre and mirror "
+        "images (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--per-class", action="store_true", help="print the errors of each class too"
+    )
+    parser.add_argument(
+        "--confusion",
+        type=Path,
+        metavar="FILE",
+        help="write a CSV table: rows the correct classes, columns the predicted ones",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=at_least_one,
+        default=64,
+        metavar="N",
+        help="images in a pass through the net (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=at_least_one,
+        default=1,
+        metavar="N",
+        help="threads that read images ahead (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.confusion is not None and not options.confusion.absolute().parent.is_dir():
+        raise ValueError(f"--confusion {options.confusion}: its folder does not exist, make it")
+    ensemble = Ensemble.load(options.weights)
+    source = open_validation(options.data, ensemble)
+    report_unreadable(source)
+    scores = evaluate(ensemble, source, options.crops, options.batch_size, options.workers)
+    if options.confusion is not None:
+        write_confusion(options.confusion, scores)
+    where = str(options.data or "built-in set")
+    if options.json:
+        print(json.dumps(_report(ensemble, scores, where, options), indent=2))
+    else:
+        for line in _lines(ensemble, scores, where, options):
+            print(line)
+    return 0
+
+
+def report_unreadable(source: ImageSource) -> None:
+    """Name on stderr the files of a folder that were left out."""
+    unreadable: list[tuple[str, str]] = getattr(source, "unreadable", [])
+    for path, reason in unreadable[:_NAMED]:
+        print(f"{path}: left out: {reason}", file=sys.stderr)
+    if len(unreadable) > _NAMED:
+        print(f"and {len(unreadable) - _NAMED} more images left out", file=sys.stderr)
+
+
+def write_confusion(path: Path, scores: Scores) -> None:
+    """A CSV file: a row for each correct class, a column for each predicted one, atomically."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["correct \\ predicted", *scores.classes])
+        for name, counts in zip(scores.classes, scores.confusion().tolist(), strict=True):
+            writer.writerow([name, *counts])
+
+
+def _report(
+    ensemble: Ensemble, scores: Scores, where: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "weights": [
+            {
+                "path": str(member.path),
+                "sha256": member.metadata["sha256"],
+                "variant": member.model.variant.name,
+                "epoch": member.metadata.get("epoch"),
+            }
+            for member in ensemble.members
+        ],
+        "data": where,
+        "images": len(scores.labels),
+        "classes": len(scores.classes),
+        "image_size": ensemble.image_size,
+        "crops": options.crops,
+        "top1_error": scores.top1,
+        "top5_error": scores.top5,
+        "imagenet": is_imagenet(scores.classes),
+        "published": [vars(result) for result in _published(ensemble)],
+    }
+    if options.per_class:
+        report["per_class"] = {
+            name: {"images": len(s.labels), "top1_error": s.top1, "top5_error": s.top5}
+            for name, s in scores.per_class()
+        }
+    return report
+
+
+def _lines(
+    ensemble: Ensemble, scores: Scores, where: str, options: argparse.Namespace
+) -> list[str]:
+    lines = [f"net: {_describe(member)}" for member in ensemble.members]
+    images = f"{len(scores.labels)} images of {len(scores.classes)} classes"
+    lines.append(f"data: {where}, {images}, {ensemble.image_size} px, {_CROPS[options.crops]}")
+    nets = "one net" if len(ensemble.members) == 1 else f"{len(ensemble.members)} nets, averaged"
+    ours = [
+        "this",
+        nets,
+        _CROPS[options.crops],
+        where,
+        _percent(scores.top1),
+        _percent(scores.top5),
+    ]
+    rows = [["", "nets", "crops", "images", "top-1 error", f"top-{TOP} error"], ours]
+    rows += [_row(result) for result in _published(ensemble)]
+    sources = dict.fromkeys(result.source for result in _published(ensemble))
+    lines += ["", *table(rows, right=2), "", f"published in: {'; '.join(sources)}"]
+    if not is_imagenet(scores.classes):
+        lines.append(
+            "The published errors are of ImageNet's thousand classes. These images are another "
+            "data set, so the numbers can't be compared."
+        )
+    if len(scores.classes) <= TOP:
+        lines.append(f"With {len(scores.classes)} classes the top-{TOP} error is 0 for any net.")
+    if options.per_class:
+        rows = [["class", "images", "top-1 error", f"top-{TOP} error"]]
+        rows += [
+            [name, str(len(s.labels)), _percent(s.top1), _percent(s.top5)]
+            for name, s in scores.per_class()
+        ]
+        lines += ["", *table(rows, right=3)]
+    if options.confusion is not None:
+        lines += ["", f"confusion: {options.confusion}"]
+    return lines
+
+
+def _describe(member: Any) -> str:
+    epoch = member.metadata.get("epoch")
+    after = "" if epoch is None else f", epoch {epoch}"
+    return f"{member.model.variant.name}, {member.path}{after}"
+
+
+def _published(ensemble: Ensemble) -> list[Published]:
+    variants = [split_name(member.metadata["variant"])[0] for member in ensemble.members]
+    return list(dict.fromkeys(result for name in variants for result in RESULTS[name]))
+
+
+def _row(result: Published) -> list[str]:
+    errors = [f"{result.top1}%", f"{result.top5}%"]
+    return ["published", result.nets, _CROPS[result.crops], result.images, *errors]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def table(rows: list[list[str]], right: int) -> list[str]:
+    """Lines of aligned columns, the last ``right`` of them to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = len(widths) - right
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

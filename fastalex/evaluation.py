@@ -1,0 +1,381 @@
+"""What trained nets make of images: probabilities over one crop or ten, alone or as an ensemble.
+
+Everything a net needs to know about its images comes from its weights file: their size, how they
+are normalised, and the names of the classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from fastalex.checkpoint import load_model
+from fastalex.data import (
+    VAL_COUNT,
+    FolderImages,
+    ImageSource,
+    Normalization,
+    SyntheticImages,
+    decode_size,
+    open_sources,
+)
+from fastalex.data.background import map_ahead
+from fastalex.data.base import Pixels
+from fastalex.data.decode import read_image, why
+from fastalex.data.folder import class_folders
+from fastalex.model import AlexNet
+
+CROPS = (1, 10)
+TOP = 5  # the wider of the two errors
+_NAMED = 3  # classes that a message names
+
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One net of an ensemble and the file it came from."""
+
+    path: Path
+    model: AlexNet
+    metadata: dict[str, Any]
+    normalization: Normalization
+
+
+class Ensemble:
+    """Nets of the same classes and image size whose probabilities are averaged; often just one.
+
+    Args:
+        members: at least one, on one device, in evaluation mode.
+
+    Raises:
+        ValueError: where two differ in classes or image size, or one's metadata lack something.
+    """
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = list(members)
+        first = self.members[0]
+        self.classes: list[str] = first.metadata["classes"]
+        self.image_size: int = first.metadata["image_size"]
+        self.seed: int = first.metadata.get("seed", 0)
+        self.device = next(first.model.parameters()).device
+        for other in self.members[1:]:
+            self._check_alike(first, other)
+
+    @classmethod
+    def load(cls, paths: Sequence[Path], device: torch.device | None = None) -> Ensemble:
+        """The nets of weights files; None is the first GPU, or the CPU where there is none.
+
+        Raises:
+            ValueError: for a file that ``load_model`` refuses, and as the class says.
+        """
+        if device is None:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return cls([_load(path, device) for path in paths])
+
+    @torch.no_grad()
+    def probabilities(self, pixels: Pixels, crops: int = 1) -> torch.Tensor:
+        """The mean over nets and crops of the softmax.
+
+        Args:
+            pixels: uint8 [n, D, D, 3] with D = ``decode_size(image_size)``, RGB.
+            crops: 1, the centre; 10, the four corners, the centre, and their mirror images.
+
+        Returns:
+            float64 [n, classes] on the CPU; each row sums to 1.
+
+        Raises:
+            ValueError: where a net's output is not finite, naming its file.
+
+        Source: P§4.1.
+        """
+        total = torch.zeros(len(pixels), len(self.classes), dtype=torch.float64)
+        for member in self.members:
+            images = self._normalized(pixels, member.normalization)
+            for crop in cut_crops(images, self.image_size, crops):
+                softmax = member.model(crop).double().softmax(1)
+                if not bool(softmax.isfinite().all()):
+                    raise ValueError(f"{member.path}: its net's output is not finite")
+                total += softmax.cpu()
+        return total / (len(self.members) * crops)
+
+    @torch.no_grad()
+    def features(self, pixels: Pixels) -> torch.Tensor:
+        """The last hidden layer's activations of the centre crop, by the first net.
+
+        Args:
+            pixels: as for ``probabilities``.
+
+        Returns:
+            float32 [n, 4096] on the CPU: fc7's output after ReLU.
+
+        Source: P§6.1.
+        """
+        member = self.members[0]
+        images = self._normalized(pixels, member.normalization)
+        (crop,) = cut_crops(images, self.image_size, 1)
+        model = member.model
+        maps = model.avgpool(model.features(crop)).flatten(1)
+        hidden: torch.Tensor = model.classifier[:-1](maps)
+        return hidden.float().cpu()
+
+    def _normalized(self, pixels: Pixels, normalization: Normalization) -> torch.Tensor:
+        """float32 [n, 3, D, D] on the nets' device."""
+        images = torch.from_numpy(pixels).to(self.device).to(torch.float32)
+        mean, std = (
+            torch.tensor(values, device=self.device)
+            for values in (normalization.mean, normalization.std)
+        )
+        return images.sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def _check_alike(first: Member, other: Member) -> None:
+        for key, what in (("classes", "classes"), ("image_size", "image size")):
+            a, b = first.metadata[key], other.metadata[key]
+            if a != b:
+                names = (str(first.path), str(other.path))
+                detail = f"{a} and {b}" if key == "image_size" else _difference(a, b, *names)
+                raise ValueError(
+                    f"--weights: {' and '.join(names)} can't be averaged, they differ in {what}: "
+                    + detail
+                )
+
+
+def _load(path: Path, device: torch.device) -> Member:
+    model, metadata = load_model(path)
+    for key in ("classes", "image_size", "normalization"):
+        if key not in metadata:
+            raise ValueError(f"{path}: its metadata lack {key!r}")
+    try:
+        normalization = Normalization.from_dict(metadata["normalization"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Member(path, model.to(device), metadata, normalization)
+
+
+def cut_crops(images: torch.Tensor, size: int, crops: int) -> Iterator[torch.Tensor]:
+    """The centre, or the four corners, the centre, and the mirror image of each.
+
+    Args:
+        images: [n, 3, D, D].
+        size: side of a crop, at most D.
+        crops: 1 or 10.
+
+    Returns:
+        Views or copies [n, 3, size, size], ``crops`` of them.
+
+    Raises:
+        ValueError: for another number of crops.
+
+    Source: P§4.1.
+    """
+    if crops not in CROPS:
+        raise ValueError(f"crops: expected 1 or 10, got {crops!r}")
+    spare = images.shape[2] - size
+    middle = (spare // 2, spare // 2)
+    places = [(0, 0), (0, spare), (spare, 0), (spare, spare), middle] if crops == 10 else [middle]
+    for top, left in places:
+        crop = images[:, :, top : top + size, left : left + size]
+        yield crop
+        if crops == 10:
+            yield crop.flip(3)
+
+
+def rank_classes(probabilities: torch.Tensor, top: int = TOP) -> Labels:
+    """The ``top`` most probable classes of each row, best first; of equal ones the first.
+
+    A fixed rule for ties, so that a net which says the same of every class gets no credit by luck.
+
+    Args:
+        probabilities: [n, classes].
+        top: how many, or all where there are fewer classes.
+
+    Returns:
+        int64 [n, min(top, classes)].
+    """
+    order = probabilities.sort(dim=1, descending=True, stable=True).indices
+    ranked: Labels = order[:, :top].numpy()
+    return ranked
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a net said of labelled images.
+
+    Attributes:
+        classes: names, by label.
+        labels: int64 [n], the correct classes.
+        ranked: int64 [n, 5], the most probable ones, best first; fewer columns for fewer classes.
+    """
+
+    classes: list[str]
+    labels: Labels
+    ranked: Labels
+
+    @property
+    def top1(self) -> float:
+        """Share of images, from 0 to 1, whose most probable class is wrong."""
+        return float((self.ranked[:, 0] != self.labels).mean())
+
+    @property
+    def top5(self) -> float:
+        """Share of images whose class is not among the five; 0 with fewer than five classes."""
+        return float((self.ranked != self.labels[:, None]).all(1).mean())
+
+    def per_class(self) -> list[tuple[str, Scores]]:
+        """The images of each class that has any."""
+        return [
+            (self.classes[label], Scores(self.classes, self.labels[mine], self.ranked[mine]))
+            for label in np.unique(self.labels)
+            for mine in [self.labels == label]
+        ]
+
+    def confusion(self) -> npt.NDArray[np.int64]:
+        """int64 [classes, classes]: images of the row's class that were taken for the column's."""
+        counts = np.zeros((len(self.classes),) * 2, np.int64)
+        np.add.at(counts, (self.labels, self.ranked[:, 0]), 1)
+        return counts
+
+
+def evaluate(
+    ensemble: Ensemble,
+    source: ImageSource,
+    crops: int = 10,
+    batch_size: int = 64,
+    workers: int = 1,
+) -> Scores:
+    """What ``ensemble`` says of every image of ``source``.
+
+    Args:
+        ensemble: the nets.
+        source: labelled images with the ensemble's classes.
+        crops: 1 or 10; see ``Ensemble.probabilities``.
+        batch_size: images read at a time; each crop of them is one pass through a net.
+        workers: threads that read ahead.
+    """
+    ranked = [
+        rank_classes(ensemble.probabilities(pixels, crops))
+        for pixels in read_batches(
+            source, range(len(source)), ensemble.image_size, batch_size, workers, "Evaluating"
+        )
+    ]
+    return Scores(ensemble.classes, np.asarray(source.labels), np.concatenate(ranked))
+
+
+def read_batches(
+    source: ImageSource,
+    indices: Iterable[int],
+    image_size: int,
+    batch_size: int,
+    workers: int,
+    what: str,
+) -> Iterator[Pixels]:
+    """uint8 [n, D, D, 3] of the images of ``source``, in order; a bar counts them on a terminal."""
+    indices, side = list(indices), decode_size(image_size)
+    starts = range(0, len(indices), batch_size)
+
+    def load(start: int) -> Pixels:
+        return np.stack([source.image(i, side) for i in indices[start : start + batch_size]])
+
+    with tqdm(total=len(indices), desc=what, unit="image", disable=None, leave=False) as bar:
+        for pixels in map_ahead(load, starts, workers, 2 * workers):
+            yield pixels
+            bar.update(len(pixels))
+
+
+def read_files(paths: Sequence[Path], size: int, workers: int = 1) -> Iterator[Pixels | str]:
+    """The centre square of each image file, uint8 [size, size, 3], or why it can't be read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
+        yield from map_ahead(lambda path: _try_read(path, size), paths, workers, 2 * workers)
+
+
+def _try_read(path: Path, size: int) -> Pixels | str:
+    try:
+        return "empty file" if path.stat().st_size == 0 else read_image(path, size)
+    except Exception as error:  # broken files make Pillow raise nearly anything
+        return why(error)
+
+
+def open_validation(data: Path | None, ensemble: Ensemble) -> ImageSource:
+    """The validation images that ``ensemble`` can be tested on.
+
+    Of a folder only ``val`` is decoded, for the training images may be many.
+
+    Args:
+        data: a folder with ``val/CLASS/*``, or whatever ``open_sources`` takes; None is the
+            built-in set, drawn with the seed of the first net.
+        ensemble: whose classes and image size count.
+
+    Raises:
+        ValueError: where the classes are not the ensemble's, or nothing can be read.
+    """
+    classes, size = ensemble.classes, ensemble.image_size
+    if data is None:
+        built_in = SyntheticImages("val", VAL_COUNT, ensemble.seed)
+        if built_in.classes != classes:
+            raise ValueError(
+                "the weights have not the classes of the built-in set, name images with --data: "
+                + _difference(built_in.classes, classes, "the built-in set", "the weights")
+            )
+        return built_in
+    if _is_folder(data, "val"):
+        if (data / "train").is_dir():
+            _check_classes(data / "train", class_folders(data / "train"), classes)
+        known = set(classes)
+        found = class_folders(data / "val")
+        _check_classes(data / "val", found, [name for name in found if name in known])
+        return FolderImages(data / "val", classes, decode_size(size))
+    _, other = open_sources(data, 0, size)
+    _check_classes(data, other.classes, classes)
+    return other
+
+
+def open_training(data: Path | None, ensemble: Ensemble) -> ImageSource:
+    """The training images beside those of ``open_validation``; no file is decoded yet.
+
+    Raises:
+        ValueError: as ``open_validation``.
+    """
+    classes, size = ensemble.classes, ensemble.image_size
+    if data is None:
+        return open_sources(None, ensemble.seed, size)[0]
+    if _is_folder(data, "train"):
+        _check_classes(data / "train", class_folders(data / "train"), classes)
+        return FolderImages(data / "train", classes, unreadable=[])
+    source, _ = open_sources(data, 0, size)
+    _check_classes(data, source.classes, classes)
+    return source
+
+
+def _is_folder(data: Path, part: str) -> bool:
+    """Whether ``data`` is a folder of class folders; a packed set holds arrays in its parts."""
+    place = data / part
+    return place.is_dir() and any(entry.is_dir() for entry in place.iterdir())
+
+
+def _check_classes(data: Path, found: list[str], classes: list[str]) -> None:
+    if found != classes:
+        raise ValueError(
+            f"--data: the classes of {data} are not those of the weights: "
+            + _difference(found, classes, str(data), "the weights")
+        )
+
+
+def _difference(a: Sequence[str], b: Sequence[str], a_name: str, b_name: str) -> str:
+    """Which names are in one list alone."""
+    parts = []
+    for mine, other, where in ((a, b, a_name), (b, a, b_name)):
+        names = sorted(set(mine) - set(other))
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            parts.append(f"in {where} alone {', '.join(map(repr, names[:_NAMED]))}{more}")
+    return "; ".join(parts) or "they are in another order"

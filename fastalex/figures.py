@@ -1,0 +1,259 @@
+"""Draw the paper's figures for a trained net: ``python -m fastalex.figures --weights W``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastalex import drawing
+from fastalex.command_line import Parser, at_least_one, guarded
+from fastalex.data import ImageSource, decode_size
+from fastalex.data.base import Pixels
+from fastalex.evaluate import report_unreadable
+from fastalex.evaluation import (
+    TOP,
+    Ensemble,
+    open_training,
+    open_validation,
+    rank_classes,
+    read_batches,
+    read_files,
+)
+
+_PICTURES, _QUERIES, _NEAREST = 8, 5, 6  # as in Figure 4
+_SHOWN = 224  # side in pixels at which images are drawn
+_BATCH = 64
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code. 0: drawn. 2: something was wrong, one line on stderr says what. 130: Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    return guarded("figures", lambda: _run(options), "figures named above are whole")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m fastalex.figures",
+        usage="%(prog)s --weights W [--data DIR] [--output DIR] [options]",
+        description="Draw, as PNG and PDF: conv1's kernels (Figure 3), predictions and nearest "
+        "neighbours (Figure 4), and a run's curves.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--weights", type=Path, required=True, metavar="W", help="weights file")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of images, as for training (default: the built-in set)",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE",
+        help="files to show predictions of; where its folder bears the name of a class, that is "
+        f"the correct one (default: {_PICTURES} validation images)",
+    )
+    parser.add_argument(
+        "--metrics",
+        type=Path,
+        metavar="FILE",
+        help="a run's metrics.jsonl (default: the one beside the weights, if there is one)",
+    )
+    parser.add_argument(
+        "--gallery",
+        type=at_least_one,
+        default=2000,
+        metavar="N",
+        help="training images, drawn at random, among which neighbours are sought (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("figures"), metavar="DIR", help="default: %(default)s"
+    )
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    drawing.new_figure(1, 1)  # before any work: matplotlib may be missing
+    ensemble = Ensemble.load([options.weights])
+    metrics = options.metrics or options.weights.parent / "metrics.jsonl"
+    curves = read_metrics(metrics) if options.metrics or metrics.is_file() else None
+    given = options.images and predict_files(ensemble, options.images)
+    source = open_validation(options.data, ensemble)
+    report_unreadable(source)
+    output: Path = options.output
+    output.mkdir(parents=True, exist_ok=True)
+
+    def save(figure: Any, name: str) -> None:
+        print(", ".join(map(str, drawing.save_figure(figure, output / name))), flush=True)
+
+    save(draw_first_layer(ensemble), "conv1")
+    save(drawing.draw_predictions(given or predict_some(ensemble, source)), "predictions")
+    gallery = open_training(options.data, ensemble)
+    save(
+        drawing.draw_neighbours(find_neighbours(ensemble, source, gallery, options.gallery)),
+        "neighbours",
+    )
+    if curves is not None:
+        save(drawing.draw_curves(curves), "curves")
+    return 0
+
+
+def draw_first_layer(ensemble: Ensemble) -> Any:
+    """Conv1's kernels of the first net, in as many blocks as conv2 has groups."""
+    model = ensemble.members[0].model
+    weight: torch.Tensor = model.get_parameter("features.0.weight")
+    kernels = weight.detach().float().cpu().numpy()
+    return drawing.draw_kernels(kernels, model.variant.convolutions[1].groups)
+
+
+def predict_files(ensemble: Ensemble, paths: Sequence[Path]) -> list[drawing.Prediction]:
+    """What the net says of image files.
+
+    Raises:
+        ValueError: for one that can't be read.
+    """
+    small = list(read_files(paths, decode_size(ensemble.image_size)))
+    for path, pixels in zip(paths, small, strict=True):
+        if isinstance(pixels, str):
+            raise ValueError(f"{path}: {pixels}")
+    large = read_files(paths, _SHOWN)
+    names = [path.absolute().parent.name for path in paths]
+    return _predictions(
+        ensemble,
+        np.stack([pixels for pixels in small if not isinstance(pixels, str)]),
+        [pixels for pixels in large if not isinstance(pixels, str)],
+        [name if name in ensemble.classes else None for name in names],
+    )
+
+
+def predict_some(ensemble: Ensemble, source: ImageSource) -> list[drawing.Prediction]:
+    """What the net says of a few images, of as many classes as possible."""
+    chosen = spread(source, _PICTURES)
+    side = decode_size(ensemble.image_size)
+    return _predictions(
+        ensemble,
+        np.stack([source.image(i, side) for i in chosen]),
+        [source.image(i, _SHOWN) for i in chosen],
+        [ensemble.classes[source.labels[i]] for i in chosen],
+    )
+
+
+def _predictions(
+    ensemble: Ensemble, small: Pixels, large: list[Pixels], labels: Sequence[str | None]
+) -> list[drawing.Prediction]:
+    probabilities = ensemble.probabilities(small, crops=10)
+    return [
+        drawing.Prediction(
+            pixels, label, [(ensemble.classes[i], float(row[i])) for i in ranked.tolist()]
+        )
+        for pixels, label, row, ranked in zip(
+            large, labels, probabilities, rank_classes(probabilities, TOP), strict=True
+        )
+    ]
+
+
+def find_neighbours(
+    ensemble: Ensemble, source: ImageSource, gallery: ImageSource, limit: int
+) -> list[drawing.Neighbours]:
+    """For a few images of ``source``, those of ``gallery`` with the nearest fc7 features.
+
+    Args:
+        ensemble: its first net gives the features.
+        source: where the images come from, one of each class.
+        gallery: where the neighbours are sought.
+        limit: at most this many of the gallery are looked at, drawn at random.
+
+    Source: P§6.1: the smallest Euclidean distance between 4096-dimensional activations.
+    """
+    queries = spread(source, _QUERIES)
+    count = min(limit, len(gallery))
+    # At random: evenly spaced ones of a set whose classes take turns leave classes out.
+    order = np.random.default_rng(0).permutation(len(gallery))
+    candidates: list[int] = np.sort(order[:count]).tolist()
+    near = ensemble_features(ensemble, source, queries, "Queries")
+    far = ensemble_features(ensemble, gallery, candidates, "Features")
+    ranked = torch.cdist(near, far, compute_mode="donot_use_mm_for_euclid_dist").argsort(
+        dim=1, stable=True
+    )
+    names = ensemble.classes
+    return [
+        drawing.Neighbours(
+            source.image(query, _SHOWN),
+            names[source.labels[query]],
+            [
+                (gallery.image(i, _SHOWN), names[gallery.labels[i]])
+                for i in (candidates[n] for n in row[:_NEAREST].tolist())
+            ],
+        )
+        for query, row in zip(queries, ranked, strict=True)
+    ]
+
+
+def ensemble_features(
+    ensemble: Ensemble, source: ImageSource, indices: Sequence[int], what: str
+) -> torch.Tensor:
+    """float32 [len(indices), 4096]: the last hidden layer's activations."""
+    return torch.cat(
+        [
+            ensemble.features(pixels)
+            for pixels in read_batches(source, indices, ensemble.image_size, _BATCH, 1, what)
+        ]
+    )
+
+
+def spread(source: ImageSource, count: int) -> list[int]:
+    """Up to ``count`` images: the first of each of evenly spaced classes, then the second, ..."""
+    labels = np.unique(source.labels)
+    chosen = labels[np.arange(min(count, len(labels))) * len(labels) // min(count, len(labels))]
+    by_class = [np.flatnonzero(source.labels == label) for label in chosen]
+    ranks = range(max(map(len, by_class)))
+    return [int(mine[rank]) for rank in ranks for mine in by_class if rank < len(mine)][:count]
+
+
+def read_metrics(path: Path) -> drawing.Curves:
+    """The curves of a metrics.jsonl; of a step or epoch written twice the later record counts.
+
+    Raises:
+        ValueError: where it can't be read, or holds no record of a step or an epoch.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "epoch": {}}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for record in map(json.loads, lines):
+            if record.get("kind") in found:
+                found[record["kind"]][int(record["step"])] = record
+    except FileNotFoundError as error:
+        raise ValueError(f"--metrics {path}: no such file") from error
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"--metrics {path}: not the metrics of a run ({error})") from error
+    steps = [found["step"][step] for step in sorted(found["step"])]
+    steps = [record for record in steps if record["loss"] is not None]
+    epochs = [found["epoch"][step] for step in sorted(found["epoch"])]
+    if not steps and not epochs:
+        raise ValueError(f"--metrics {path}: no step and no epoch recorded in it")
+    return drawing.Curves(
+        [record["step"] for record in steps],
+        [record["loss"] for record in steps],
+        [record["lr"] for record in steps],
+        [record["step"] for record in epochs],
+        [record["val_loss"] for record in epochs],
+        [1 - record["top1"] for record in epochs],
+        [1 - record["top5"] for record in epochs],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Name what images show: ``python -m fastalex.predict IMAGE... --weights W``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastalex.command_line import REFUSED, Parser, at_least_one, guarded
+from fastalex.data import decode_size
+from fastalex.evaluation import CROPS, TOP, Ensemble, rank_classes, read_files
+
+_BATCH = 32
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code. 0: every image was named. 2: one could not be read, or nothing could be done;
+        a line on stderr for each. 130: Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    return guarded("predict", lambda: _run(options))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m fastalex.predict",
+        usage="%(prog)s IMAGE [IMAGE ...] --weights W [options]",
+        description="Print the most probable classes of image files.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="an image file")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="W",
+        help="weights file (model.safetensors of a run); given again, their nets are averaged",
+    )
+    parser.add_argument(
+        "--top",
+        type=at_least_one,
+        default=TOP,
+        metavar="N",
+        help="classes printed for each image (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--crops",
+        type=int,
+        choices=CROPS,
+        default=10,
+        help="of each image, averaged: 1 is the centre, 10 the paper's (default: %(default)s)",
+    )
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    ensemble = Ensemble.load(options.weights)
+    width = max(map(len, ensemble.classes))
+    code = 0
+    for start in range(0, len(options.images), _BATCH):
+        paths = options.images[start : start + _BATCH]
+        read = list(read_files(paths, decode_size(ensemble.image_size)))
+        good = [pixels for pixels in read if not isinstance(pixels, str)]
+        rows: Iterator[torch.Tensor] = iter(())
+        if good:
+            rows = iter(ensemble.probabilities(np.stack(good), options.crops))
+        for path, pixels in zip(paths, read, strict=True):
+            if isinstance(pixels, str):
+                print(f"predict: error: {path}: {pixels}", file=sys.stderr)
+                code = REFUSED
+                continue
+            row = next(rows)
+            print(path)
+            for label in rank_classes(row[None], options.top)[0]:
+                print(f"  {ensemble.classes[label]:{width}}  {float(row[label]):6.1%}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,327 @@
+"""Evaluation, prediction and figures, against slow oracles and as real commands."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastalex import AlexNet, drawing, evaluate, figures, predict
+from fastalex.checkpoint import load_model, save_weights
+from fastalex.data import FolderImages, SyntheticImages, decode_size
+from fastalex.data.decode import read_image
+from fastalex.evaluation import Ensemble, Scores, cut_crops, rank_classes
+from fastalex.published import RESULTS, is_imagenet
+from tests._commands import run
+
+CLASSES = ["blue", "green", "red", "grey", "pink", "teal", "lime"]
+CLASSES.sort()
+SIZE = 40
+
+
+def _weights(path: Path, seed: int, **changes: object) -> Path:
+    """A small random net, spread enough that its probabilities differ from image to image."""
+    torch.manual_seed(seed)
+    net = AlexNet(len(CLASSES), 0.5, "paper-without-fc6+fc7")
+    net.init_parameters("he", torch.Generator().manual_seed(seed))
+    metadata = {
+        "variant": "paper-without-fc6+fc7",
+        "num_classes": len(CLASSES),
+        "classes": CLASSES,
+        "image_size": SIZE,
+        "normalization": {"mean": [100.0, 110.0, 120.0 + seed], "std": [50.0, 60.0, 70.0]},
+        "dropout": 0.5,
+        **changes,
+    }
+    save_weights(path, net.state_dict(), metadata)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two nets, and images: two of each class to validate on, three to train on."""
+    root = tmp_path_factory.mktemp("evaluation")
+    random = np.random.default_rng(0)
+    for part, count in (("train", 3), ("val", 2)):
+        for name in CLASSES:
+            place = root / "data" / part / name
+            place.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 256, (60, 70, 3), np.uint8)
+                pixels[:, : random.integers(10, 60)] //= 3
+                Image.fromarray(pixels).save(place / f"{i}.png")
+    _weights(root / "a", 0)
+    _weights(root / "b", 1)
+    return root
+
+
+def _slow(path: Path, pixels: np.ndarray, crops: int) -> np.ndarray:
+    """The mean softmax, a crop and an image at a time, in numpy; mirrored by hand."""
+    net, metadata = load_model(path)
+    net.double()
+    scale = metadata["normalization"]
+    spare = pixels.shape[0] - SIZE
+    corners = [(0, 0), (0, spare), (spare, 0), (spare, spare), (spare // 2, spare // 2)]
+    total = np.zeros(len(CLASSES))
+    for top, left in corners if crops == 10 else corners[4:]:
+        crop = pixels[top : top + SIZE, left : left + SIZE].astype(np.float64)
+        for image in [crop, crop[:, ::-1]] if crops == 10 else [crop]:
+            image = (image - scale["mean"]) / scale["std"]
+            with torch.no_grad():
+                logits = net(torch.tensor(image.transpose(2, 0, 1).copy())[None])[0].numpy()
+            e = np.exp(logits - logits.max())
+            total += e / e.sum()
+    return total / crops
+
+
+@pytest.fixture(scope="module")
+def pixels(folder: Path) -> np.ndarray:
+    source = FolderImages(folder / "data" / "val")
+    return np.stack([source.image(i, decode_size(SIZE)) for i in range(4)])
+
+
+@pytest.mark.parametrize("crops", [1, 10])
+def test_probabilities_are_those_of_a_crop_at_a_time(
+    folder: Path, pixels: np.ndarray, crops: int
+) -> None:
+    found = Ensemble.load([folder / "a"]).probabilities(pixels, crops).numpy()
+    expected = np.stack([_slow(folder / "a", image, crops) for image in pixels])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert found.std(0).max() > 1e-3  # the images differ
+
+
+def test_an_ensemble_is_the_mean_of_its_softmaxes(folder: Path, pixels: np.ndarray) -> None:
+    paths = [folder / "a", folder / "b"]
+    each = [Ensemble.load([path]).probabilities(pixels) for path in paths]
+    torch.testing.assert_close(Ensemble.load(paths).probabilities(pixels), sum(each) / 2)
+    assert not torch.allclose(*each)
+
+
+def test_ten_crops_are_four_corners_the_centre_and_their_mirrors() -> None:
+    images = torch.arange(3 * 7 * 7).reshape(1, 3, 7, 7)
+    crops = list(cut_crops(images, 4, 10))
+    places = {tuple(crop[0, 0, 0, [0, -1]].tolist()) for crop in crops}
+    corners = [0, 3, 21, 24, 8]
+    assert places == {(c, c + 3) for c in corners} | {(c + 3, c) for c in corners}
+    with pytest.raises(ValueError, match="crops: expected 1 or 10, got 5"):
+        list(cut_crops(images, 4, 5))
+
+
+def test_of_equal_classes_the_first_counts() -> None:
+    ranked = rank_classes(torch.full((8, 8), 0.125))
+    assert ranked.tolist() == [[0, 1, 2, 3, 4]] * 8
+    scores = Scores(list("abcdefgh"), np.arange(8), ranked)
+    assert (scores.top1, scores.top5) == (7 / 8, 3 / 8)
+    assert scores.confusion().tolist() == [[1] + [0] * 7] * 8
+    assert rank_classes(torch.tensor([[0.1, 0.3, 0.3]])).tolist() == [[1, 2, 0]]
+
+
+def _json(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    data = ["--data", str(folder / "data"), "--json"]
+    assert evaluate.main(["--weights", str(folder / "a"), *data, *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_evaluation_counts_what_prediction_says(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "confusion.csv"
+    report = _json(folder, capsys, "--per-class", "--confusion", str(table), "--batch-size", "3")
+    files = sorted((folder / "data" / "val").glob("*/*.png"))
+    assert predict.main([*map(str, files), "--weights", str(folder / "a")]) == 0
+    blocks = capsys.readouterr().out.split(str(folder))[1:]
+    assert len(blocks) == len(files) == report["images"]
+    guesses = [[line.split()[0] for line in block.splitlines()[1:]] for block in blocks]
+    wrong = [f.parent.name != g[0] for f, g in zip(files, guesses, strict=True)]
+    missed = [f.parent.name not in g for f, g in zip(files, guesses, strict=True)]
+    assert all(len(g) == 5 for g in guesses)
+    assert report["top1_error"] == pytest.approx(sum(wrong) / len(files))
+    assert report["top5_error"] == pytest.approx(sum(missed) / len(files))
+    assert sum(c["images"] for c in report["per_class"].values()) == len(files)
+    header, *rows = csv.reader(table.open())
+    assert header[1:] == [row[0] for row in rows] == CLASSES
+    diagonal = sum(int(row[i + 1]) for i, row in enumerate(rows))
+    assert diagonal == len(files) - sum(wrong)
+    assert [p.name for p in tmp_path.iterdir()] == ["confusion.csv"]
+
+
+def test_the_published_errors_stand_beside_and_are_said_to_be_of_other_images(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--weights", str(folder / "a"), "--data", str(folder / "data"), "--crops", "1"]
+    assert evaluate.main(arguments) == 0
+    out = capsys.readouterr().out
+    for result in RESULTS["paper"]:
+        assert f"{result.top1}%" in out
+    assert "another data set" in out
+    assert is_imagenet([f"n{i:08}" for i in range(1000)])
+    assert not is_imagenet(CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 48}, "differ in image size: 40 and 48"),
+        ({"classes": ["violet", *CLASSES[1:]]}, "differ in classes: .*'blue'.*'violet'"),
+        ({"normalization": {"mean": [1]}}, "normalization"),
+    ],
+)
+def test_nets_that_do_not_match_are_refused_in_one_line(
+    folder: Path, tmp_path: Path, changes: dict, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = _weights(tmp_path / "c", 2, **changes)
+    assert evaluate.main(["--weights", str(folder / "a"), str(other)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+
+
+def test_data_of_other_classes_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("train", "val"):
+        (tmp_path / part / "violet").mkdir(parents=True)
+    for arguments in (["--data", str(tmp_path)], []):
+        assert evaluate.main(["--weights", str(folder / "a"), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "classes" in error
+
+
+def test_a_bad_image_is_named_and_the_others_are_not_lost(folder: Path, tmp_path: Path) -> None:
+    bad, good = tmp_path / "bad.png", folder / "data" / "val" / "red" / "0.png"
+    bad.write_bytes(b"text")
+    command = ["-m", "fastalex.predict", str(bad), str(good), "--weights", str(folder / "a")]
+    process = run([*command, "--top", "2"], tmp_path)
+    assert process.returncode == 2
+    assert process.stderr == f"predict: error: {bad}: not an image\n"
+    assert len(process.stdout.splitlines()) == 3
+
+
+# Figures.
+
+matplotlib = pytest.importorskip("matplotlib")
+METRICS = [
+    {"kind": "step", "step": 1, "loss": 2.0, "lr": 0.1},
+    {"kind": "epoch", "step": 2, "val_loss": 1.0, "top1": 0.5, "top5": 0.9},
+    {"kind": "step", "step": 2, "loss": 1.0, "lr": 0.01},
+]
+
+
+def test_figures_are_pictures_of_the_right_size(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in METRICS))
+    out = tmp_path / "out"
+    arguments = ["--weights", str(folder / "a"), "--data", str(folder / "data")]
+    arguments += ["--metrics", str(metrics), "--output", str(out)]
+    assert figures.main(arguments) == 0
+    names = ["conv1", "curves", "neighbours", "predictions"]
+    kinds = [f"{name}.{kind}" for name in names for kind in ("pdf", "png")]
+    assert sorted(p.name for p in out.iterdir()) == kinds
+    for name in names:
+        assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF-")
+        with Image.open(out / f"{name}.png") as image:
+            assert image.format == "PNG"
+            assert 1500 < image.width < 2200  # a page's width at 300 dots an inch
+    assert capsys.readouterr().out.count("\n") == len(names)
+
+
+def test_the_conv1_figure_holds_exactly_the_kernels(tmp_path: Path) -> None:
+    kernels = np.random.default_rng(0).normal(size=(96, 3, 11, 11)).astype(np.float32)
+    paths = drawing.save_figure(drawing.draw_kernels(kernels, towers=2, scale=4), tmp_path / "k")
+    with Image.open(paths[0]) as image:
+        page = np.asarray(image.convert("RGB"))
+    # Where every row or column of a block begins: found from the picture, not from the code.
+    inside = (page[:, 200:] != 255).any(2)
+    tops = np.flatnonzero(np.diff(inside.any(1).astype(int), prepend=0) == 1)
+    block = (page[tops[0] : tops[0] + 44] != 255).any(2).any(0)
+    lefts = np.flatnonzero(np.diff(block.astype(int), prepend=0) == 1)[-16:]
+    assert (len(tops), len(lefts)) == (6, 16)
+    for i, kernel in enumerate(kernels):
+        top, left = tops[i // 16], lefts[i % 16]
+        tile = page[top : top + 44, left : left + 44].reshape(11, 4, 11, 4, 3)
+        assert (tile == tile[:, :1, :, :1]).all()
+        shown = tile[:, 0, :, 0].astype(float) / 127.5 - 1
+        expected = kernel.transpose(1, 2, 0) / np.abs(kernel).max()
+        assert np.abs(shown - expected).max() <= 0.5 / 127.5 + 1e-6
+
+
+def test_neighbours_are_the_nearest_by_features(folder: Path) -> None:
+    ensemble = Ensemble.load([folder / "a"])
+    val, train = (FolderImages(folder / "data" / part) for part in ("val", "train"))
+    side = decode_size(SIZE)
+    rows = figures.find_neighbours(ensemble, val, train, 1000)
+    images = np.stack([train.image(i, side) for i in range(len(train))])
+    features = ensemble.features(images).double().numpy()
+    for row, query in zip(rows, figures.spread(val, len(rows)), strict=True):
+        mine = ensemble.features(val.image(query, side)[None]).double().numpy()
+        order = np.argsort(((features - mine) ** 2).sum(1))[: len(row.nearest)]
+        expected = [train.image(int(i), 224) for i in order]
+        assert all(np.array_equal(a, p) for (p, _), a in zip(row.nearest, expected, strict=True))
+    assert len({row.label for row in rows}) == 5
+
+
+def test_a_part_of_the_gallery_holds_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, val = SyntheticImages("train", 600), SyntheticImages("val", 20)
+    seen: dict[str, list[int]] = {}
+
+    def features(_: object, source: object, indices: list[int], what: str) -> torch.Tensor:
+        seen[what] = indices
+        return torch.zeros(len(indices), 1)
+
+    monkeypatch.setattr(figures, "ensemble_features", features)
+    ensemble = SimpleNamespace(classes=train.classes)
+    figures.find_neighbours(ensemble, val, train, 100)
+    assert len(set(seen["Features"])) == 100
+    assert {i % 10 for i in seen["Features"]} == set(range(10))
+
+
+def test_features_are_what_the_last_layer_reads(folder: Path, pixels: np.ndarray) -> None:
+    ensemble = Ensemble.load([folder / "a"])
+    last = ensemble.members[0].model.classifier[6]
+    with torch.no_grad():
+        found = last(ensemble.features(pixels)).double().softmax(1)
+    torch.testing.assert_close(found, ensemble.probabilities(pixels, 1))
+
+
+def test_given_images_take_their_label_from_their_folder(folder: Path, tmp_path: Path) -> None:
+    stray = tmp_path / "stray.png"
+    red = folder / "data" / "val" / "red" / "0.png"
+    stray.write_bytes(red.read_bytes())
+    found = figures.predict_files(Ensemble.load([folder / "a"]), [red, stray])
+    assert [p.label for p in found] == ["red", None]
+    assert found[0].guesses == found[1].guesses
+    assert np.array_equal(found[0].pixels, read_image(red, 224))
+
+
+@pytest.mark.parametrize("text", ["{broken", '{"kind": "note"}\n', "[1]\n"])
+def test_metrics_that_are_none_are_refused(
+    folder: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(text)
+    arguments = ["--weights", str(folder / "a"), "--metrics", str(metrics)]
+    assert figures.main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    assert "--metrics" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_one_line_says_what_to_install(folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; from fastalex import figures; "
+        f"sys.exit(figures.main(['--weights', {str(folder / 'a')!r}]))"
+    )
+    process = run(["-c", code], tmp_path)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1
+    assert "fastalex[figures]" in process.stderr
+    assert not list(tmp_path.iterdir())
