@@ -6,13 +6,17 @@ Triton kernels, on a CPU torch's own operators; ``backend`` chooses otherwise.
 
 from fastalex_kernels import reference
 from fastalex_kernels._launch import backend
+from fastalex_kernels.augment import augment
 from fastalex_kernels.conv2d_relu import conv2d_relu
+from fastalex_kernels.conv2d_relu_space_to_depth import conv2d_relu_space_to_depth
 from fastalex_kernels.linear_relu_dropout import dropout, linear_relu_dropout
 from fastalex_kernels.lrn_max_pool2d import lrn_max_pool2d, max_pool2d, pooled_size
 
 __all__ = [
+    "augment",
     "backend",
     "conv2d_relu",
+    "conv2d_relu_space_to_depth",
     "dropout",
     "linear_relu_dropout",
     "lrn_max_pool2d",

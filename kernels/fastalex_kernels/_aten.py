@@ -186,3 +186,38 @@ def dropout(
     kept = _philox.keep_mask(rng, rows, features, p, row_offset, feature_offset)
     # Not a product with the mask: what is dropped is zero even where it is not finite.
     return torch.where(kept, input / (1.0 - p), input.new_zeros(()))
+
+
+def augment(
+    images: torch.Tensor,
+    tops: torch.Tensor,
+    lefts: torch.Tensor,
+    mirrors: torch.Tensor,
+    colors: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    size: int,
+    padding: tuple[tuple[int, int], tuple[int, int]],
+    block: int,
+    lines: tuple[int, int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    (N, H, W, _), (height, width) = images.shape, lines
+    step = torch.arange(size, device=images.device)
+    rows = (tops.clamp(0, H - size)[:, None] + step)[:, :, None]
+    steps = torch.where(mirrors[:, None], size - 1 - step, step)
+    columns = (lefts.clamp(0, W - size)[:, None] + steps)[:, None, :]
+    x = images[torch.arange(N, device=images.device)[:, None, None], rows, columns]
+    x = x.to(torch.promote_types(dtype, torch.float32))
+    if colors is not None:
+        x += colors[:, None, None]
+    if mean is not None:
+        x -= mean if mean.dim() == 1 else mean[rows, columns]
+    if scale is not None:
+        x *= scale
+    (top, _), (left, _) = padding
+    x = F.pad(x.to(dtype), (0, 0, left, width - left - size, top, height - top - size))
+    if block == 1:
+        return x
+    x = x.reshape(N, height // block, block, width // block, block, 3).permute(1, 3, 0, 2, 4, 5)
+    return x.reshape(height // block, width // block, N, block * block * 3)

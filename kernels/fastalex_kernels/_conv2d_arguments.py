@@ -24,7 +24,7 @@ def space_to_depth(
 
     Differentiable torch operations, so the gradients of input and weight pass through them.
     """
-    (N, _, H, W), (GK, C, R, S), (sh, sw) = input.shape, weight.shape, stride
+    (N, _, H, W), (_, C, R, S), (sh, sw) = input.shape, weight.shape, stride
     (top, bottom), (left, right) = padding
     P, Q = (H + top + bottom - R) // sh + 1, (W + left + right - S) // sw + 1
     rows, columns = -(-R // sh), -(-S // sw)
@@ -32,12 +32,17 @@ def space_to_depth(
     bottom, right = max(height * sh - H - top, 0), max(width * sw - W - left, 0)
     x = F.pad(input, (left, right, top, bottom))[..., : height * sh, : width * sw]
     x = x.reshape(N, groups, C, height, sh, width, sw).permute(3, 5, 0, 1, 4, 6, 2)
+    x = as_nchw(x.reshape(height, width, N, groups * sh * sw * C))
+    return x, space_to_depth_weight(weight, stride)
+
+
+def space_to_depth_weight(weight: torch.Tensor, stride: tuple[int, int]) -> torch.Tensor:
+    """[K, sh * sw * C, ceil(R / sh), ceil(S / sw)] of a weight [K, C, R, S], differentiable."""
+    (K, C, R, S), (sh, sw) = weight.shape, stride
+    rows, columns = -(-R // sh), -(-S // sw)
     w = F.pad(weight, (0, columns * sw - S, 0, rows * sh - R))
-    w = w.reshape(GK, C, rows, sh, columns, sw).permute(2, 4, 3, 5, 1, 0)
-    return (
-        as_nchw(x.reshape(height, width, N, groups * sh * sw * C)),
-        w.reshape(rows, columns, sh * sw * C, GK).permute(3, 2, 0, 1),
-    )
+    w = w.reshape(K, C, rows, sh, columns, sw).permute(2, 4, 3, 5, 1, 0)
+    return w.reshape(rows, columns, sh * sw * C, K).permute(3, 2, 0, 1)
 
 
 def spell_out(padding: Any, stride: Any) -> tuple[Padding, tuple[int, int]]:

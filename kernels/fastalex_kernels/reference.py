@@ -6,10 +6,17 @@ matrix. In float64 it is what every kernel is measured against.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from fastalex_kernels._philox import keep_mask
+
+
+def _sides(padding: Any) -> list[tuple[int, int]]:
+    vertical, horizontal = (padding, padding) if isinstance(padding, int) else padding
+    return [(p, p) if isinstance(p, int) else p for p in (vertical, horizontal)]
 
 
 def conv2d_relu(
@@ -22,9 +29,7 @@ def conv2d_relu(
     relu: bool = True,
 ) -> torch.Tensor:
     """relu(conv2d(zero-padded input))."""
-    vertical, horizontal = (padding, padding) if isinstance(padding, int) else padding
-    top, bottom = (vertical, vertical) if isinstance(vertical, int) else vertical
-    left, right = (horizontal, horizontal) if isinstance(horizontal, int) else horizontal
+    (top, bottom), (left, right) = _sides(padding)
     padded = F.pad(input, (left, right, top, bottom))
     output = F.conv2d(padded, weight, bias, stride=stride, groups=groups)
     return F.relu(output) if relu else output
@@ -84,3 +89,58 @@ def linear_relu_dropout(
     rows, features = output.shape
     kept = keep_mask(rng, rows, features, p, row_offset, feature_offset)
     return torch.where(kept, output / (1.0 - p), torch.zeros_like(output))
+
+
+def augment(
+    images: torch.Tensor,
+    tops: torch.Tensor,
+    lefts: torch.Tensor,
+    mirrors: torch.Tensor,
+    colors: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    size: int = 224,
+    padding: int | tuple[int, int] | tuple[tuple[int, int], tuple[int, int]] = 0,
+    space_to_depth: int = 1,
+    kernel_size: int = 11,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """Each image by itself: add, subtract, scale, then crop and flip; in float64, then rounded."""
+    (top, bottom), (left, right) = _sides(padding)
+    crops = torch.zeros(len(images), 3, size, size, dtype=torch.float64, device=images.device)
+    for n, image in enumerate(images.double()):
+        if colors is not None:
+            image = image + colors[n]
+        if mean is not None:
+            image = image - mean
+        if scale is not None:
+            image = image * scale
+        first = min(max(int(tops[n]), 0), image.shape[0] - size)
+        start = min(max(int(lefts[n]), 0), image.shape[1] - size)
+        crop = image[first : first + size, start : start + size]
+        crops[n] = (crop.flip(1) if mirrors[n] else crop).permute(2, 0, 1)
+    output = F.pad(crops, (left, right, top, bottom))
+    if space_to_depth > 1:
+        s = space_to_depth
+        # The blocks that the windows reach, of which there is one every s pixels.
+        height, width = (
+            ((n - kernel_size) // s + -(-kernel_size // s)) * s for n in output.shape[2:]
+        )
+        output = F.pad(output, (0, width - output.shape[3], 0, height - output.shape[2]))
+        blocks = output.unflatten(3, (width // s, s)).unflatten(2, (height // s, s))
+        output = blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+    return output.to(dtype)
+
+
+def conv2d_relu_space_to_depth(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int = 4,
+    relu: bool = True,
+) -> torch.Tensor:
+    """conv2d_relu with a stride, of the image that was rearranged into ``input``."""
+    channels, s = weight.shape[1], stride
+    blocks = input.unflatten(1, (s * s, channels)).transpose(1, 2).flatten(1, 2)
+    image = F.pixel_shuffle(blocks, s)
+    return conv2d_relu(image, weight, bias, stride=stride, relu=relu)

@@ -50,6 +50,19 @@ def _convolution(spec: tuple[Any, ...], batch: int, dtype: torch.dtype) -> None:
     _forward_and_backward(fk.conv2d_relu(x, w, b, stride, padding, groups))
 
 
+def _augmented(outputs: int, batch: int, dtype: torch.dtype) -> None:
+    """The first convolution on what the augmentation writes: the training step's beginning."""
+    images = torch.empty(batch, 256, 256, 3, dtype=torch.uint8)
+    tops, mirrors = torch.empty(batch, dtype=torch.int64), torch.empty(batch, dtype=torch.bool)
+    mean, colors = torch.empty(256, 256, 3), torch.empty(batch, 3)
+    x = fk.augment(
+        images, tops, tops, mirrors, colors, mean,
+        padding=((0, 3), (0, 3)), space_to_depth=4, dtype=dtype,
+    )  # fmt: skip
+    w, b = _leaf(dtype, outputs, 3, 11, 11), _leaf(dtype, outputs)
+    _forward_and_backward(fk.conv2d_relu_space_to_depth(x, w, b))
+
+
 def _pooling(spec: tuple[int, int, int | None], batch: int, dtype: torch.dtype) -> None:
     c, image, groups = spec
     x = _leaf(dtype, batch, c, image, image)
@@ -76,4 +89,6 @@ def layers(batch: int, dtype: torch.dtype, towers: bool = False) -> dict[str, St
     for table, run in tables:
         for name, spec in table.items():
             steps[name] = lambda run=run, spec=spec: run(spec, batch, dtype)
+    maps = (TOWER_CONVOLUTIONS if towers else CONVOLUTIONS)["conv1"][2]
+    steps["augment"] = lambda: _augmented(maps, batch, dtype)
     return steps

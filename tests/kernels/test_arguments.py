@@ -16,12 +16,23 @@ BIAS = torch.zeros(4)
 ROWS = torch.zeros(3, 5)
 MATRIX = torch.zeros(7, 5)
 RNG = torch.tensor([1, 2])
+BYTES = torch.zeros(2, 14, 15, 3, dtype=torch.uint8)
 CALLS: dict[str, dict[str, Any]] = {
     "conv2d_relu": {"input": IMAGE, "weight": WEIGHT, "bias": BIAS},
     "lrn_max_pool2d": {"input": IMAGE},
     "max_pool2d": {"input": IMAGE},
     "linear_relu_dropout": {"input": ROWS, "weight": MATRIX, "bias": torch.zeros(7)},
     "dropout": {"input": ROWS},
+    "augment": {
+        "images": BYTES,
+        "tops": torch.tensor([0, 1]),
+        "lefts": torch.tensor([2, 0]),
+        "mirrors": torch.tensor([True, False]),
+        "colors": torch.zeros(2, 3),
+        "mean": torch.zeros(3),
+        "scale": torch.ones(3),
+        "size": 12,
+    },
 }
 
 # (function, the wrong argument, its value, the error, what the message says came)
@@ -125,6 +136,34 @@ WRONG: list[tuple[str, str, Any, type[Exception], str]] = [
         ]
     ],
     ("dropout", "input", ROWS.long(), TypeError, "torch.int64"),
+    ("augment", "images", None, TypeError, "NoneType"),
+    ("augment", "images", BYTES.float(), TypeError, "torch.float32"),
+    ("augment", "images", BYTES[0], ValueError, "(14, 15, 3)"),
+    ("augment", "images", BYTES.permute(0, 3, 1, 2), ValueError, "(2, 3, 14, 15)"),
+    ("augment", "images", BYTES[:1, :1, :1].expand(1, 2**15, 2**15, 3), ValueError, "(1, 32768"),
+    ("augment", "tops", 3, TypeError, "int"),
+    ("augment", "tops", torch.zeros(2), TypeError, "torch.float32"),
+    ("augment", "tops", RNG[:1], ValueError, "(1,)"),
+    ("augment", "lefts", RNG.to("meta"), ValueError, "meta"),
+    ("augment", "lefts", RNG.short(), TypeError, "torch.int16"),
+    ("augment", "mirrors", RNG, TypeError, "torch.int64"),
+    ("augment", "mirrors", None, TypeError, "NoneType"),
+    ("augment", "colors", torch.zeros(2, 3).double(), TypeError, "torch.float64"),
+    ("augment", "colors", torch.zeros(3), ValueError, "(3,)"),
+    ("augment", "mean", 127.0, TypeError, "float"),
+    ("augment", "mean", torch.zeros(3, dtype=torch.uint8), TypeError, "torch.uint8"),
+    ("augment", "mean", torch.zeros(3, 14, 15), ValueError, "(3, 14, 15)"),
+    ("augment", "scale", torch.ones(1), ValueError, "(1,)"),
+    ("augment", "scale", torch.ones(3).half(), TypeError, "torch.float16"),
+    ("augment", "size", 15, ValueError, "15"),
+    ("augment", "size", 0, ValueError, "0"),
+    ("augment", "size", (12, 12), TypeError, "(12, 12)"),
+    ("augment", "padding", -1, ValueError, "-1"),
+    ("augment", "space_to_depth", 2, ValueError, "2"),
+    ("augment", "space_to_depth", True, TypeError, "True"),
+    ("augment", "kernel_size", 0, ValueError, "0"),
+    ("augment", "kernel_size", 11.0, TypeError, "11.0"),
+    ("augment", "dtype", torch.uint8, TypeError, "torch.uint8"),
     ("dropout", "input", IMAGE, ValueError, "(2, 6, 8, 9)"),
 ]
 
@@ -156,6 +195,11 @@ def test_forms_of_padding(padding: Any) -> None:
     x, w = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 3, 3)
     expected = torch.relu(torch.nn.functional.conv2d(x, w, padding=1))
     torch.testing.assert_close(fk.conv2d_relu(x, w, padding=padding), expected)
+
+
+def test_a_crop_below_the_kernel_that_reads_its_blocks() -> None:
+    with pytest.raises(ValueError, match=r"^size: 12 with padding .* is below the kernel's 16$"):
+        fk.augment(**CALLS["augment"], padding=((2, 2), (2, 1)), space_to_depth=4, kernel_size=16)
 
 
 def test_arguments_are_checked_whatever_the_batch() -> None:

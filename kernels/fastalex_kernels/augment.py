@@ -1,0 +1,407 @@
+"""From images as bytes to what the first convolution reads, in one pass.
+
+    y[n, c, h, w] = (image[n, top + h, left + w', c] + color[n, c] - mean[c]) * scale[c]
+    w' = size - 1 - w where the image is mirrored, else w;  zero where padding lies
+
+A mean image is cropped and mirrored with the image it is taken from (P§2). The pass reads each byte
+of a crop and writes each value once, and is bound by memory as long as it issues few instructions:
+
+* A thread takes an item: 16 pixels, 48 values, as 4 runs of 4 pixels of a line. The 12 bytes of a
+  run are contiguous, mirrored or not, and start anywhere, so 4 aligned words are read and shifted;
+  what neighbouring items share comes from the cache.
+* A mirrored run has its pixels exchanged while they are still bytes, 4 to a register.
+* An item's 12 words are its values in the order in which they are stored, so three tiles of
+  [items, 16] are widened, scaled and stored, 16 bytes at a time and whole sectors of 32.
+
+Layout: images [N, H, W, 3]. With space_to_depth = 4 an item is a block of 4 x 4 pixels, the output
+HWNC [P, Q, N, 48] of _conv2d_arguments.space_to_depth, channel (row * 4 + column) * 3 + color. With
+1 it is 16 pixels of a line, and the output lies channels last, [N, H, W, 3].
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastalex_kernels import _aten
+from fastalex_kernels._conv2d_arguments import Padding, spell_out
+from fastalex_kernels._launch import (
+    DTYPES,
+    aligned,
+    interpreted,
+    launch,
+    target,
+    use_triton,
+)
+from fastalex_kernels._layout import as_nchw
+from fastalex_kernels._lrn_chunks import _join8
+
+BLOCK_SIZES = (1, 4)  # of space-to-depth
+_ITEMS = 128  # of a program, one a thread: 4 warps
+_INTERPRETER_ITEMS = 4096  # where an operation costs the same at any size
+
+
+@triton.jit
+def _load_word(ptr, byte, size, inside, WORDS: tl.constexpr):
+    """Bytes byte .. byte + 3 of an image of ``size`` bytes, and 0 for those beyond it.
+
+    With WORDS, ``byte`` is a multiple of 4.
+    """
+    if WORDS:
+        mask = inside & (byte >= 0) & (byte < size)
+        word_ptr = ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+        word = tl.load(word_ptr + (byte >> 2), mask=mask, other=0)
+    else:
+        word = tl.zeros(byte.shape, tl.uint32)
+        for i in tl.static_range(4):
+            mask = inside & (byte + i >= 0) & (byte + i < size)
+            word |= tl.load(ptr + byte + i, mask=mask, other=0).to(tl.uint32) << (8 * i)
+    return word
+
+
+@triton.jit
+def _load_run(ptr, byte, size, inside, WORDS: tl.constexpr):
+    """The 12 bytes from ``byte`` on, as three words."""
+    first = byte & -4 if WORDS else byte
+    w0 = _load_word(ptr, first, size, inside, WORDS)
+    w1 = _load_word(ptr, first + 4, size, inside, WORDS)
+    w2 = _load_word(ptr, first + 8, size, inside, WORDS)
+    if WORDS:
+        shift = ((byte & 3) * 8).to(tl.uint64)
+        w3 = _load_word(ptr, first + 12, size, inside, WORDS)
+        w0 = (((w1.to(tl.uint64) << 32) | w0) >> shift).to(tl.uint32)
+        w1 = (((w2.to(tl.uint64) << 32) | w1) >> shift).to(tl.uint32)
+        w2 = (((w3.to(tl.uint64) << 32) | w2) >> shift).to(tl.uint32)
+    return w0, w1, w2
+
+
+@triton.jit
+def _exchange_pixels(w0, w1, w2):
+    """The run's pixels in reverse order: its bytes 9 10 11 6 | 7 8 3 4 | 5 0 1 2."""
+    v0 = (w2 >> 8) | ((w1 << 8) & 0xFF000000)
+    v1 = (w1 >> 24) | ((w2 & 255) << 8) | ((w0 >> 24) << 16) | (w1 << 24)
+    v2 = ((w1 >> 8) & 255) | (w0 << 8)
+    return v0, v1, v2
+
+
+@triton.jit
+def _bytes(w0, w1, w2, w3, ITEMS: tl.constexpr):
+    """The bytes of four words of each item as float32 [ITEMS, 16]."""
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [ITEMS, 4, 1])
+    shifts = (tl.arange(0, 4) * 8)[None, None, :]
+    return tl.reshape((words >> shifts) & 255, [ITEMS, 16]).to(tl.float32)
+
+
+@triton.jit
+def _load_mean(mean_ptr, first, step, column, inside, SIZE: tl.constexpr):
+    """A run's 12 values of a mean image, in the order of the output.
+
+    ``first`` is where those of its first pixel are, ``step`` leads to its next pixel.
+    """
+    values = ()
+    for pixel in tl.static_range(4):
+        mask = inside & (column + pixel >= 0) & (column + pixel < SIZE)
+        ptrs = mean_ptr + (first + step * pixel)
+        for channel in tl.static_range(3):
+            mean = tl.load(ptrs + channel, mask=mask, other=0).to(tl.float32)
+            values += (mean,)  # type: ignore[assignment]
+    return values
+
+
+@triton.jit
+def _columns8(v, i: tl.constexpr, ITEMS: tl.constexpr):
+    return _join8(
+        v[i], v[i + 1], v[i + 2], v[i + 3], v[i + 4], v[i + 5], v[i + 6], v[i + 7], ITEMS
+    )  # fmt: skip
+
+
+@triton.jit
+def _columns16(v, i: tl.constexpr, ITEMS: tl.constexpr):
+    """[ITEMS, 16] of 16 columns, v[i] the first."""
+    halves = tl.join(_columns8(v, i, ITEMS), _columns8(v, i + 8, ITEMS))
+    return tl.reshape(tl.permute(halves, 0, 2, 1), [ITEMS, 16])
+
+
+@triton.jit
+def _of_channel(channel, v0, v1, v2):
+    return tl.where(channel == 0, v0, tl.where(channel == 1, v1, v2))
+
+
+@triton.jit
+def _load3(ptr, index, PRESENT: tl.constexpr, DEFAULT: tl.constexpr):
+    """Row ``index`` of a float32 [rows, 3], or the default three times."""
+    if PRESENT:
+        ptr += index * 3
+        v0, v1, v2 = tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2)
+    else:
+        v0, v1, v2 = DEFAULT, DEFAULT, DEFAULT
+    return v0, v1, v2
+
+
+@triton.jit
+def _augment_kernel(
+    images_ptr,  # uint8 [N, H, W, 3]
+    tops_ptr,  # int [N]
+    lefts_ptr,  # int [N]
+    mirrors_ptr,  # uint8 [N]
+    colors_ptr,  # float32 [N, 3], read where HAS_COLORS
+    mean_ptr,  # float32 [3] where HAS_MEAN, uint8 or float32 [H, W, 3] where HAS_MEAN_IMAGE
+    scale_ptr,  # float32 [3], read where HAS_SCALE
+    out_ptr,  # [P, Q, N, 48] where COLUMNS is 4, else [N, P, WIDTH, 3]
+    N,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    SIZE: tl.constexpr,
+    P: tl.constexpr,  # items along the height
+    Q: tl.constexpr,  # items along the width
+    WIDTH: tl.constexpr,  # pixels of an output line
+    PAD_TOP: tl.constexpr,
+    PAD_LEFT: tl.constexpr,
+    COLUMNS: tl.constexpr,  # an item is 16 / COLUMNS lines of this many pixels
+    WORDS: tl.constexpr,  # every aligned word that holds a byte of the images lies inside them
+    HAS_COLORS: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_MEAN_IMAGE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    ITEMS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    n = pid % N
+    item = pid // N * ITEMS + tl.arange(0, ITEMS)
+    live = item < P * Q
+    h = item // Q * (16 // COLUMNS) - PAD_TOP
+    w = item % Q * COLUMNS - PAD_LEFT
+    # A crop that would leave the image is moved inside.
+    top = tl.minimum(tl.maximum(tl.load(tops_ptr + n), 0), H - SIZE).to(tl.int32)
+    left = tl.minimum(tl.maximum(tl.load(lefts_ptr + n), 0), W - SIZE).to(tl.int32)
+    mirrored = tl.load(mirrors_ptr + n) != 0
+    s0, s1, s2 = _load3(scale_ptr, 0, HAS_SCALE, 1.0)
+    c0, c1, c2 = _load3(colors_ptr, n.to(tl.int64), HAS_COLORS, 0.0)
+    m0, m1, m2 = _load3(mean_ptr, 0, HAS_MEAN, 0.0)
+    b0, b1, b2 = (c0 - m0) * s0, (c1 - m1) * s1, (c2 - m2) * s2
+
+    # An image need not start at a multiple of 4 bytes: count from the one before.
+    start = n.to(tl.int64) * (H * W * 3)
+    skip = (start % 4).to(tl.int32) if WORDS else 0
+    image_ptr = images_ptr + (start - skip)
+    words = ()
+    means = ()
+    for run in tl.static_range(4):
+        row = h + 4 * run // COLUMNS
+        column = w + 4 * run % COLUMNS
+        inside = live & (row >= 0) & (row < SIZE) & (column > -4) & (column < SIZE)
+        source = left + tl.where(mirrored, SIZE - 4 - column, column)
+        byte = skip + ((top + row) * W + source) * 3
+        w0, w1, w2 = _load_run(image_ptr, byte, skip + H * W * 3, inside, WORDS)
+        v0, v1, v2 = _exchange_pixels(w0, w1, w2)
+        w0 = tl.where(mirrored, v0, w0)
+        w1 = tl.where(mirrored, v1, w1)
+        w2 = tl.where(mirrored, v2, w2)
+        words += (w0, w1, w2)  # type: ignore[assignment]
+        if HAS_MEAN_IMAGE:
+            source = left + tl.where(mirrored, SIZE - 1 - column, column)
+            step = tl.where(mirrored, -3, 3)
+            first = ((top + row) * W + source) * 3
+            means += _load_mean(mean_ptr, first, step, column, inside, SIZE)
+
+    if COLUMNS == 4:
+        offset = (item.to(tl.int64) * N + n) * 48
+    else:
+        offset = ((n.to(tl.int64) * P + item // Q) * WIDTH + item % Q * 16) * 3
+    for tile in tl.static_range(3):
+        x = _bytes(
+            words[4 * tile], words[4 * tile + 1], words[4 * tile + 2], words[4 * tile + 3], ITEMS
+        )
+        value = tile * 16 + tl.arange(0, 16)
+        channel = (value % 3)[None, :]
+        row = h[:, None] + (value // 3 // COLUMNS)[None, :]
+        column = w[:, None] + (value // 3 % COLUMNS)[None, :]
+        inside = (row >= 0) & (row < SIZE) & (column >= 0) & (column < SIZE)
+        if HAS_MEAN_IMAGE:
+            x -= _columns16(means, 16 * tile, ITEMS)
+        y = x * _of_channel(channel, s0, s1, s2) + _of_channel(channel, b0, b1, b2)
+        y = tl.where(inside, y, 0.0).to(out_ptr.dtype.element_ty)
+        mask = live[:, None]
+        if WIDTH % COLUMNS != 0:
+            mask = mask & (column < WIDTH - PAD_LEFT)
+        tl.store(out_ptr + offset[:, None] + value[None, :], y, mask=mask)
+
+
+def augment_forward(
+    images: torch.Tensor,
+    crops: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    colors: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    size: int,
+    padding: Padding,
+    block: int,
+    lines: tuple[int, int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The output in its own layout; ``lines`` are its pixels as (height, width)."""
+    (N, H, W, _), (height, width) = images.shape, lines
+    if block == 1:
+        P, Q = height, triton.cdiv(width, 16)
+        out = images.new_empty((N, height, width, 3), dtype=dtype)
+    else:
+        P, Q = height // block, width // block
+        out = images.new_empty((P, Q, N, 48), dtype=dtype)
+    items = _INTERPRETER_ITEMS if target(images.device) == "interpreter" else _ITEMS
+    tops, lefts, mirrors = crops
+    launch(
+        _augment_kernel, (triton.cdiv(P * Q, items) * N,), images, tops, lefts, mirrors,
+        images if colors is None else colors, images if mean is None else mean,
+        images if scale is None else scale, out, N, H=H, W=W, SIZE=size, P=P, Q=Q, WIDTH=width,
+        PAD_TOP=padding[0][0], PAD_LEFT=padding[1][0], COLUMNS=4 if block == 4 else 16,
+        WORDS=images.numel() % 4 == 0 and aligned(images), HAS_COLORS=colors is not None,
+        HAS_MEAN=mean is not None and mean.dim() == 1,
+        HAS_MEAN_IMAGE=mean is not None and mean.dim() == 3,
+        HAS_SCALE=scale is not None, ITEMS=items, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@torch.no_grad()
+def augment(
+    images: torch.Tensor,
+    tops: torch.Tensor,
+    lefts: torch.Tensor,
+    mirrors: torch.Tensor,
+    colors: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    size: int = 224,
+    padding: int | tuple[int, int] | Padding = 0,
+    space_to_depth: int = 1,
+    kernel_size: int = 11,
+    dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """Crop, mirror, colour and normalise a batch of images, ready for the first convolution.
+
+        (image[top + h, left + w, c] + color[c] - mean[c]) * scale[c], mirrored where asked
+
+    Every tensor is on the images' device and no value is read by the host, so that a CUDA graph can
+    hold the call. A crop that would leave its image is moved inside, on every backend.
+
+    With ``space_to_depth=4`` blocks of 4 x 4 pixels become channels, (row * 4 + column) * 3 + c of
+    48, in HWNC memory. ``conv2d_relu_space_to_depth(augment(..., padding=padding,
+    space_to_depth=4), weight)`` is ``conv2d_relu(augment(...), weight, stride=4,
+    padding=padding)``, and reads the result as it lies.
+
+    Args:
+        images: uint8 [N, H, W, 3]; copied first where not contiguous.
+        tops, lefts: int32 or int64 [N], the crop's first line and column in pixels.
+        mirrors: bool or uint8 [N], whether the crop is mirrored left to right.
+        colors: float32 [N, 3], added to every pixel, on the scale of 0 to 255; None adds nothing.
+        mean: float32 [3], or an image, uint8 or float32 [H, W, 3], cropped and mirrored with each
+            image; on the scale of 0 to 255. None subtracts nothing.
+        scale: float32 [3], one over the standard deviation; None is 1.
+        size: side of the crop in pixels, at most H and W.
+        padding: zeros around the crop: an int, (height, width), or ((top, bottom), (left, right)).
+        space_to_depth: 1 or 4, the side of a block.
+        kernel_size: side of the kernel that will read the blocks. Blocks behind the last that its
+            windows reach are left out, as the convolution with a stride leaves lines out. Unused
+            where ``space_to_depth`` is 1.
+        dtype: float32, bfloat16, float16, or float64, which runs on ATen.
+
+    Returns:
+        [N, 3, size + top + bottom, size + left + right], channels last in memory; or, as blocks,
+        [N, 48, P, Q], 57 x 57 for the published sizes. Computed in float32, rounded once. It has
+        no gradient.
+
+    Raises:
+        TypeError: for a wrong type or dtype.
+        ValueError: for a wrong shape, device, or a value out of range.
+
+    Source: P§2 and P§4.1; the padding of each variant is in fastalex.variants.
+    """
+    sides, _ = spell_out(padding, 1)
+    _check_images(images, size)
+    _check_options(space_to_depth, kernel_size, dtype)
+    count = (images.shape[0],)
+    _check("tops", tops, images, (torch.int32, torch.int64), count)
+    _check("lefts", lefts, images, (torch.int32, torch.int64), count)
+    _check("mirrors", mirrors, images, (torch.bool, torch.uint8), count)
+    if colors is not None:
+        _check("colors", colors, images, (torch.float32,), (*count, 3))
+    if mean is not None:
+        _check("mean", mean, images, (torch.float32, torch.uint8), (3,), tuple(images.shape[1:]))
+        if mean.dim() == 1 and mean.dtype == torch.uint8:
+            raise TypeError("mean: expected float32 for a mean of shape (3,), got torch.uint8")
+    if scale is not None:
+        _check("scale", scale, images, (torch.float32,), (3,))
+    lines = _lines(size, sides, space_to_depth, kernel_size)
+    if dtype == torch.float64 or not use_triton(images):
+        crops = (tops, lefts, mirrors.bool())
+        out = _aten.augment(
+            images, *crops, colors, mean, scale, size, sides, space_to_depth, lines, dtype
+        )
+    else:
+        colors, mean, scale = (None if v is None else v.contiguous() for v in (colors, mean, scale))
+        crops = (tops.contiguous(), lefts.contiguous(), mirrors.contiguous().view(torch.uint8))
+        # The interpreter cannot round to bfloat16.
+        stored = torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype
+        out = augment_forward(
+            images.contiguous(), crops, colors, mean, scale, size, sides, space_to_depth, lines,
+            stored,
+        ).to(dtype)  # fmt: skip
+    return out.permute(0, 3, 1, 2) if space_to_depth == 1 else as_nchw(out)
+
+
+def _lines(size: int, padding: Padding, block: int, kernel_size: int) -> tuple[int, int]:
+    """Height and width of the padded crop in pixels, in whole blocks that a window reaches."""
+    if block == 1:
+        return size + sum(padding[0]), size + sum(padding[1])
+    if size + min(map(sum, padding)) < kernel_size:
+        raise ValueError(f"size: {size} with padding {padding} is below the kernel's {kernel_size}")
+    height, width = (size + sum(p) + -kernel_size % block for p in padding)
+    return height // block * block, width // block * block
+
+
+def _check_images(images: object, size: object) -> None:
+    if not isinstance(images, torch.Tensor):
+        raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images: expected uint8, got {images.dtype}")
+    if images.dim() != 4 or images.shape[3] != 3:
+        raise ValueError(f"images: expected [N, H, W, 3], got shape {tuple(images.shape)}")
+    if images[:1].numel() > 2**30:
+        raise ValueError(f"images: expected at most 1 GiB each, got shape {tuple(images.shape)}")
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise TypeError(f"size: expected an int, got {size!r}")
+    height, width = images.shape[1:3]
+    if not 1 <= size <= min(height, width):
+        raise ValueError(f"size: expected 1 to the images' {height} x {width}, got {size}")
+
+
+def _check_options(space_to_depth: object, kernel_size: object, dtype: object) -> None:
+    for name, value in (("space_to_depth", space_to_depth), ("kernel_size", kernel_size)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if space_to_depth not in BLOCK_SIZES:
+        raise ValueError(f"space_to_depth: expected 1 or 4, got {space_to_depth}")
+    if dtype not in (*DTYPES, torch.float64):
+        raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype!r}")
+
+
+def _check(
+    name: str,
+    x: object,
+    images: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    *shapes: tuple[int, ...],
+) -> None:
+    """Raise unless ``x`` is a tensor on the images' device, of one of the dtypes and shapes."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {x.dtype}")
+    if x.device != images.device:
+        raise ValueError(f"{name}: expected device {images.device} as the images', got {x.device}")
+    if tuple(x.shape) not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
