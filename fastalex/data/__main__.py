@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastalex.data: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"fastalex.data: {stop or 'interrupted, nothing was written'}", file=sys.stderr)
+        print(f"fastalex.data: {str(stop) or 'interrupted, nothing was written'}", file=sys.stderr)
         return 130
 
 
