@@ -1,4 +1,4 @@
-"""Make data to train on: ``python -m fastalex.data photos DIR``; ``--help`` lists the options."""
+"""Make data to train on: ``python -m fastalex.data pack SRC DST``; ``--help`` lists the options."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from fastalex.data.listing import VAL_SPLIT
+from fastalex.data.pack import LEFT_OUT, ODD, SIZE, pack
+from fastalex.data.packed import verify
 from fastalex.data.photos import TRAIN_CROPS, VAL_CROPS, write_photos
+from fastalex.data.processes import cores
+
+_NAMED = 10  # files named before the rest are only counted
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,14 +32,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"fastalex.data: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("fastalex.data: interrupted, nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"fastalex.data: {str(stop) or 'interrupted, nothing was written'}", file=sys.stderr)
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m fastalex.data", description="Make data to train on.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    _add_pack(commands)
+    _add_verify(commands)
+    _add_photos(commands)
+    return parser
+
+
+def _add_pack(commands: Any) -> None:
+    command = commands.add_parser(
+        "pack",
+        help="decode a folder of images once, to train from",
+        description="Decode every image of SRC once and write DST, a set that "
+        "`python -m fastalex.train --data DST` reads without decoding anything. The shorter side "
+        "becomes 256 pixels, and the middle of the longer one is kept. However it ends, the same "
+        "command goes on where it was.",
+    )
+    command.add_argument(
+        "source", metavar="SRC", type=Path, help="folder with train/CLASS and val/CLASS, or CLASS"
+    )
+    command.add_argument("folder", metavar="DST", type=Path, help="a new or empty folder")
+    command.add_argument(
+        "--size",
+        type=int,
+        default=SIZE,
+        metavar="PIXELS",
+        help="side of the packed images (default: %(default)s)",
+    )
+    command.add_argument(
+        "--val-split",
+        type=float,
+        metavar="SHARE",
+        help="where SRC has no val folder: share of the images of each class, evenly spaced, that "
+        f"are kept for validation (default: {VAL_SPLIT})",
+    )
+    command.add_argument(
+        "--workers", type=int, metavar="N", help="processes (default: one for each core)"
+    )
+    command.set_defaults(run=_pack)
+
+
+def _add_verify(commands: Any) -> None:
+    command = commands.add_parser(
+        "verify",
+        help="compare a packed set with its checksums",
+        description="Read all of a packed set and name every image that does not match its "
+        "checksum. The exit code is 0 for a good set, 1 for a damaged one.",
+    )
+    command.add_argument("folder", metavar="DST", type=Path, help="a packed set")
+    command.set_defaults(run=_verify)
+
+
+def _add_photos(commands: Any) -> None:
     photos = commands.add_parser(
         "photos",
         help="write crops of the public-domain photographs that scikit-image ships",
@@ -58,7 +115,42 @@ def _parser() -> argparse.ArgumentParser:
         help=f"validation crops of each photograph (default: {VAL_CROPS})",
     )
     photos.set_defaults(run=_photos)
-    return parser
+
+
+def _pack(options: argparse.Namespace) -> int:
+    folder: Path = options.folder
+    packed = pack(options.source, folder, options.size, options.workers, options.val_split)
+    _list(packed.odd, "packed", folder / ODD)
+    _list(packed.left_out, "left out", folder / LEFT_OUT)
+    kinds = {"train": "training", "val": "validation"}
+    counts = " and ".join(f"{count:,} {kinds[part]}" for part, count in packed.counts.items())
+    where = shlex.quote(str(folder))
+    there = "are in" if packed.decoded else "were already in"
+    print(f"{counts} images {there} {where}, {len(packed.left_out):,} files left out")
+    if packed.decoded:
+        rate = packed.decoded / packed.seconds
+        print(f"{packed.decoded:,} files in {packed.seconds:.1f} s, {rate:,.0f} images/s")
+    print(f"next: python -m fastalex.train --data {where}")
+    return 0
+
+
+def _list(files: list[tuple[str, str]], what: str, table: Path) -> None:
+    for file, remark in files[:_NAMED]:
+        print(f"{file}: {what}: {remark}", file=sys.stderr)
+    if len(files) > _NAMED:
+        print(f"{len(files) - _NAMED:,} more {what}, see {table}", file=sys.stderr)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    total, damaged = verify(options.folder, cores())
+    for line in damaged[:_NAMED]:
+        print(line, file=sys.stderr)
+    where = shlex.quote(str(options.folder))
+    if damaged:
+        print(f"{where}: {len(damaged):,} of {total:,} images are damaged, pack the set again")
+        return 1
+    print(f"{where}: all {total:,} images match their checksums")
+    return 0
 
 
 def _photos(options: argparse.Namespace) -> int:

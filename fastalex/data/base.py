@@ -33,7 +33,10 @@ class ImageSource(Protocol):
         ...
 
     def image(self, index: int, size: int) -> Pixels:
-        """uint8 [size, size, 3], RGB: the shorter side resized to ``size``, then the centre."""
+        """uint8 [size, size, 3], RGB: the shorter side resized to ``size``, then the centre.
+
+        What is returned may be the source's own memory: it must not be written to.
+        """
         ...
 
 

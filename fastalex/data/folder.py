@@ -12,11 +12,9 @@ from tqdm import tqdm
 
 from fastalex.data.background import map_ahead
 from fastalex.data.base import CACHE_BYTES, DataError, ImageCache, Pixels
-from fastalex.data.decode import read_image, why
+from fastalex.data.decode import FORMATS, read_image, try_read, why
 
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-)  # compared in lower case
+SUFFIXES = frozenset(FORMATS)  # compared in lower case
 _CHECK_SIZE = 64  # side at which a file is decoded only to see whether it can be
 
 
@@ -56,7 +54,7 @@ class FolderImages:
         found = class_folders(root, classes)
         self.classes = found if classes is None else list(classes)
         self._root = root
-        files = [(path, name) for name in found for path in _image_files(root / name)]
+        files = [(path, name) for name in found for path in image_files(root / name)]
         self._cache = ImageCache(len(files), cache_bytes)
         if unreadable is None:
             self.unreadable = self._check(files, size, quiet)
@@ -83,7 +81,7 @@ class FolderImages:
         """
         image = self._cache.get(index, size)
         if image is None:
-            result = _try_read(self._paths[index], size)
+            result = try_read(read_image, self._paths[index], size)
             if isinstance(result, str):
                 raise DataError(f"{self.name(index)}: can't be read any more: {result}")
             image = result
@@ -97,7 +95,9 @@ class FolderImages:
         paths = [path for path, _ in files]
         workers = min(16, os.cpu_count() or 1)
         side = _CHECK_SIZE if size is None else size
-        results = map_ahead(lambda path: _try_read(path, side), paths, workers, 4 * workers)
+        results = map_ahead(
+            lambda path: try_read(read_image, path, side), paths, workers, 4 * workers
+        )
         bar = tqdm(results, f"Reading {self._root}", len(paths), disable=quiet or None, delay=0.5)
         bad: list[tuple[str, str]] = []
         with warnings.catch_warnings():
@@ -147,7 +147,8 @@ def class_folders(root: Path, known: list[str] | None = None) -> list[str]:
     return names
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
+    """The files of ``folder`` that are named like images, by name; hidden ones are ignored."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.is_file()]
     return [
@@ -155,13 +156,3 @@ def _image_files(folder: Path) -> list[Path]:
         for name in sorted(names)
         if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
     ]
-
-
-def _try_read(path: Path, size: int) -> Pixels | str:
-    """The image, or why it can't be read."""
-    try:
-        if path.stat().st_size == 0:
-            return "empty file"
-        return read_image(path, size)
-    except Exception as error:  # broken files make Pillow raise nearly anything
-        return why(error)

@@ -9,6 +9,7 @@ from pathlib import Path
 from fastalex.data.base import CACHE_BYTES, DataError, ImageSource
 from fastalex.data.batches import decode_size
 from fastalex.data.folder import FolderImages, class_folders
+from fastalex.data.packed import PackedImages, is_packed
 from fastalex.data.synthetic import TRAIN_COUNT, VAL_COUNT, SyntheticImages
 
 _NAMED = 10  # unreadable files named before the rest are only counted
@@ -22,12 +23,13 @@ def open_sources(
     unreadable: Sequence[tuple[str, str]] | None = None,
     quiet: bool = False,
 ) -> tuple[ImageSource, ImageSource]:
-    """The training and the validation images: a folder's, or the built-in set without one.
+    """The training and the validation images: a folder's, a packed set's, or the built-in set.
 
     Files that can't be read, and classes with nothing to validate on, are named on stderr.
 
     Args:
-        data: a folder with ``train/CLASS/*`` and ``val/CLASS/*``; None is the built-in set.
+        data: a folder with ``train/CLASS/*`` and ``val/CLASS/*``, or one that ``python -m
+            fastalex.data pack`` made; None is the built-in set.
         seed: of the built-in set.
         image_size: the net's, if known; then each file is decoded once instead of twice.
         unreadable: ``[*train.unreadable, *val.unreadable]`` of an earlier opening of the same
@@ -40,8 +42,23 @@ def open_sources(
     """
     if data is None:
         return SyntheticImages("train", TRAIN_COUNT, seed), SyntheticImages("val", VAL_COUNT, seed)
-    _check_layout(data)
     size = None if image_size is None else decode_size(image_size)
+    train: PackedImages | FolderImages
+    val: PackedImages | FolderImages
+    if is_packed(data):
+        train, val = PackedImages(data, "train"), PackedImages(data, "val")
+    else:
+        train, val = _open_folder(data, size, unreadable, quiet)
+    if not quiet:
+        for line in _notes(train, val, size):
+            print(line, file=sys.stderr)
+    return train, val
+
+
+def _open_folder(
+    data: Path, size: int | None, unreadable: Sequence[tuple[str, str]] | None, quiet: bool
+) -> tuple[FolderImages, FolderImages]:
+    _check_layout(data)
     train, val = (
         FolderImages(data / part, classes, size, _within(data / part, unreadable), quiet, limit)
         for part, classes, limit in (
@@ -49,9 +66,6 @@ def open_sources(
             ("val", class_folders(data / "train"), CACHE_BYTES // 4),
         )
     )
-    if not quiet:
-        for line in _notes(train, val):
-            print(line, file=sys.stderr)
     return train, val
 
 
@@ -75,14 +89,18 @@ def _within(
     return [(path, reason) for path, reason in unreadable if folder in Path(path).parents]
 
 
-def _notes(train: FolderImages, val: FolderImages) -> list[str]:
-    """What a user should know about the folder: files left out and classes not validated."""
+def _notes(
+    train: PackedImages | FolderImages, val: PackedImages | FolderImages, size: int | None
+) -> list[str]:
+    """What a user should know of the data: files left out, another size, classes not validated."""
     bad = [*train.unreadable, *val.unreadable]
     lines = [f"{path}: left out: {reason}" for path, reason in bad[:_NAMED]]
     if bad:
         total = len(bad) + len(train) + len(val)
         rest = f", {len(bad) - _NAMED} more than named above" if len(bad) > _NAMED else ""
         lines.append(f"{len(bad)} of {total} images can't be read and are left out{rest}")
+    if isinstance(train, PackedImages) and size not in (None, train.size):
+        lines.append(f"Images packed at {train.size} pixels are resized to {size} as they are read")
     missing = sorted(set(train.classes) - {val.classes[label] for label in set(val.labels)})
     if missing:
         lines.append(f"No validation images of {', '.join(missing[:_NAMED])}: {len(missing)} of ")

@@ -1,0 +1,241 @@
+"""One shard of a packed set, made by one process that may be killed at any moment.
+
+Images are decoded in order and appended to a file of pixels; after each, a line goes to the journal
+beside it. What the journal names is packed: another process reads it, checks the pixels against
+their checksums and goes on behind them. A shard is done when its sums are there, written last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastalex.checkpoint import replacing
+from fastalex.data.base import Pixels
+from fastalex.data.decode import read_whole, try_read
+from fastalex.data.packed import HEADER, WORK, shard_header, shard_path
+
+MAX_SIZE = 1024  # up to here the sums of a row of pixels are exact in float32
+_GREY = 128  # taken off every pixel before it is summed: the products are smaller
+
+
+class Record(NamedTuple):
+    """A line of the journal.
+
+    Attributes:
+        file: path below the source folder.
+        checksum: CRC-32 of the pixels; None where the file was left out.
+        remark: why it was left out, or what is odd about it.
+    """
+
+    file: str
+    checksum: int | None
+    remark: str | None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What goes into one shard.
+
+    Attributes:
+        source: the folder that the paths in ``files`` are below.
+        root: the packed set.
+        part: "train" or "val".
+        number: of the shard in its part.
+        files: every image file of the shard, readable or not.
+        size: side in pixels of the packed images.
+    """
+
+    source: Path
+    root: Path
+    part: str
+    number: int
+    files: list[str]
+    size: int
+
+    @property
+    def path(self) -> Path:
+        return shard_path(self.root, self.part, self.number)
+
+    def work(self, suffix: str) -> Path:
+        return self.root / WORK / f"{self.part}-{self.number:05d}.{suffix}"
+
+    def is_done(self) -> bool:
+        return self.work("sums.npz").exists() and self.path.exists()
+
+    def records(self) -> list[Record]:
+        """What the journal of a shard that is done says."""
+        return _whole_lines(self.work("journal").read_bytes())[0]
+
+    def sums(self) -> Sums:
+        with np.load(self.work("sums.npz")) as saved:
+            return Sums(int(saved["images"]), saved["pixels"], saved["products"])
+
+
+@dataclass
+class Sums:
+    """Exact sums over images, of pixels less 128: the same in whatever order they are added.
+
+    Attributes:
+        images: how many.
+        pixels: [3, size, size], the sum of each pixel.
+        products: float64 [3, 3], the sum over all pixels of the products of two channels.
+    """
+
+    images: int
+    pixels: npt.NDArray[np.float64]
+    products: npt.NDArray[np.float64]
+
+    @classmethod
+    def zero(cls, size: int) -> Sums:
+        return cls(0, np.zeros((3, size, size)), np.zeros((3, 3)))
+
+    def merge(self, other: Sums) -> None:
+        self.images += other.images
+        self.pixels += other.pixels
+        self.products += other.products
+
+    def mean_image(self) -> npt.NDArray[np.float64]:
+        """[size, size, 3], 0 to 255."""
+        return np.moveaxis(self.pixels / self.images + _GREY, 0, -1)
+
+    def moments(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Mean [3] and covariance [3, 3] of the channels of all pixels."""
+        count = self.images * self.pixels[0].size
+        mean = self.pixels.sum((1, 2)) / count
+        return mean + _GREY, self.products / count - np.outer(mean, mean)
+
+
+class _Adder:
+    """Adds images to sums, a channel at a time in float32 that stays exact.
+
+    Products of two values from -128 to 127 are below 2^14, and a row has at most 2^10 of them. A
+    shard has far fewer than the 2^17 images that the sum of a pixel could take.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._images = 0
+        self._planes = np.empty((3, size, size), np.float32)
+        self._pixels = np.zeros_like(self._planes)
+        self._products = np.zeros((3, 3))
+
+    def add(self, image: Pixels) -> None:
+        planes = self._planes
+        np.copyto(planes, np.moveaxis(image, -1, 0))
+        planes -= np.float32(_GREY)
+        self._images += 1
+        self._pixels += planes
+        for i in range(3):
+            for j in range(i, 3):
+                rows = np.einsum("yx,yx->y", planes[i], planes[j])
+                self._products[i, j] += rows.sum(dtype=np.float64)
+
+    def save(self, path: Path) -> None:
+        upper = np.triu(self._products)
+        products = upper + np.triu(upper, 1).T
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, images=self._images, pixels=self._pixels, products=products)
+
+
+def pack_shard(shard: Shard, advance: Callable[[int, int], bool]) -> None:
+    """Make one shard, or go on with one that was begun.
+
+    Args:
+        shard: what goes into it.
+        advance: called with the numbers of files that were decoded now and found done before;
+            where it returns False, the work stops here and can be gone on with.
+
+    Raises:
+        OSError: where something can't be written.
+    """
+    with _opened(shard.work("journal")) as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)  # a process of a packing just killed may be here still
+        if shard.is_done():
+            advance(0, len(shard.files))
+            return
+        if shard.path.exists() and not shard.work("pixels").exists():  # killed before the sums
+            os.replace(shard.path, shard.work("pixels"))
+        sums = _Adder(shard.size)
+        with _opened(shard.work("pixels")) as pixels:
+            records = _resume(shard, pixels, journal, sums)
+            if not advance(0, len(records)):
+                return
+            for file in shard.files[len(records) :]:
+                records.append(_pack_file(shard, file, pixels, sums))
+                journal.write(json.dumps(records[-1]).encode() + b"\n")
+                journal.flush()
+                if not advance(1, 0):
+                    return
+            count = sum(record.checksum is not None for record in records)
+            pixels.seek(0)
+            pixels.write(shard_header(count, shard.size))
+            for written in (pixels, journal):
+                written.flush()
+                os.fsync(written.fileno())
+        os.replace(shard.work("pixels"), shard.path)
+        sums.save(shard.work("sums.npz"))
+
+
+def _pack_file(shard: Shard, file: str, pixels: BinaryIO, sums: _Adder) -> Record:
+    result = try_read(read_whole, shard.source / file, shard.size)
+    if isinstance(result, str):
+        return Record(file, None, result)
+    image, remark = result
+    pixels.write(image.data)
+    pixels.flush()
+    sums.add(image)
+    return Record(file, zlib.crc32(image.data), remark)
+
+
+def _resume(shard: Shard, pixels: BinaryIO, journal: BinaryIO, sums: _Adder) -> list[Record]:
+    """The records whose pixels are there and right; both files are cut behind them."""
+    records, ends = _whole_lines(journal.read())
+    image = np.empty((shard.size, shard.size, 3), np.uint8)
+    pixels.seek(HEADER)
+    kept = images = 0
+    for record in records:
+        if record.checksum is not None:
+            # A machine that lost power may have kept the line and not the pixels.
+            whole = pixels.readinto(image.data) == image.nbytes  # type: ignore[attr-defined]
+            if not whole or zlib.crc32(image.data) != record.checksum:
+                break
+            sums.add(image)
+            images += 1
+        kept += 1
+    for file, end in ((journal, ends[kept]), (pixels, HEADER + images * image.nbytes)):
+        file.seek(end)
+        file.truncate()
+    return records[:kept]
+
+
+def _whole_lines(text: bytes) -> tuple[list[Record], list[int]]:
+    """The records up to the first that is cut off, and where each begins, and the last ends."""
+    records: list[Record] = []
+    ends = [0]
+    for line in text.splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n"):
+                break
+            records.append(Record(*json.loads(line)))
+        except (ValueError, TypeError):
+            break
+        ends.append(ends[-1] + len(line))
+    return records, ends
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file to read and write, made if it is not there."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    with open(descriptor, "r+b") as file:
+        yield file

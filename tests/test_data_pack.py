@@ -1,0 +1,454 @@
+"""Packing a folder: every good image once, every bad one named, whatever interrupts it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastalex.data import DataError, PackedImages, open_sources
+from fastalex.data.__main__ import main
+from fastalex.data.pack import pack
+from fastalex.data.processes import PackingStopped
+from fastalex.data.shard import Shard, pack_shard
+from tests import _commands
+from tests._packing import ODD, UNREADABLE, oracle, write_folder
+from tests._pictures import save, smooth
+
+GOOD, BAD_SETS = 176, 3  # with 8 kinds of bad files: 200
+FILES = GOOD + 8 * BAD_SETS
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    paths = (path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+
+
+def run(*arguments: object) -> int:
+    """The exit code of ``python -m fastalex.data ARGUMENTS``, in this process."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+def small(root: Path, names: str = "ab", count: int = 2) -> Path:
+    """A folder without train and val."""
+    for name in names:
+        for i in range(count):
+            save(root / name / f"{i}.png", smooth(20 + i, 24))
+    return root
+
+
+class Set(NamedTuple):
+    source: Path
+    root: Path
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Set:
+    """200 files, 24 of them bad, packed by the command line in one go."""
+    folder = tmp_path_factory.mktemp("pack")
+    source = write_folder(folder / "source", GOOD, BAD_SETS)
+    arguments = ["-m", "fastalex.data", "pack", "source", "whole set", "--workers", "2"]
+    process = _commands.run(arguments, folder)
+    assert process.returncode == 0, process.stderr
+    return Set(source, folder / "whole set", process.stdout, process.stderr)
+
+
+@pytest.fixture
+def copy(made: Set, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made.root, tmp_path / "copy"))
+
+
+# What is in a set
+
+
+def test_every_readable_image_is_packed_as_an_independent_decoder_has_it(made: Set) -> None:
+    seen = set()
+    for part in ("train", "val"):
+        images = PackedImages(made.root, part)
+        assert images.classes == ["cat", "dog"]
+        for i in range(len(images)):
+            path = Path(images.name(i))
+            assert path.parent == made.source / part / images.classes[images.labels[i]]
+            found = images.image(i, 256)
+            # Ours is turned upright after resizing, the oracle before: rounding only.
+            turned = Image.open(path).getexif().get(0x0112, 1) > 1
+            expected = oracle(path, 256).astype(int)
+            np.testing.assert_allclose(found.astype(int), expected, atol=1 if turned else 0)
+            seen.add(path)
+    readable = {p for p in made.source.rglob("*.*") if not p.name.endswith(UNREADABLE)}
+    assert len(readable) == FILES - len(UNREADABLE) * BAD_SETS
+    assert seen == readable
+
+
+def test_every_bad_file_is_named_with_what_is_wrong(made: Set) -> None:
+    tables = {}
+    for name in ("left_out.tsv", "odd.tsv"):
+        lines = (made.root / name).read_text().splitlines()
+        tables[name] = dict(line.split("\t") for line in lines)
+    left_out, odd = tables["left_out.tsv"], tables["odd.tsv"]
+    bad = {p.relative_to(made.source).as_posix() for p in made.source.rglob("bad*")}
+    assert len(bad) == 8 * BAD_SETS
+    unreadable = {file for file in bad if file.endswith(UNREADABLE)}
+    assert set(left_out) == unreadable
+    for file, reason in left_out.items():
+        kind = file.rpartition("-")[2]
+        words = {
+            "empty.jpg": "empty file",
+            "text.jpg": "not an image",
+            "truncated.jpg": "truncated",
+        }
+        assert words[kind] in reason
+    for file in bad - unreadable:
+        assert odd[file] == ODD[file.rpartition("-")[2]]
+    for file in unreadable:
+        assert file in made.err
+
+
+def test_a_png_named_jpeg_is_packed_and_mentioned(made: Set) -> None:
+    odd = (made.root / "odd.tsv").read_text().splitlines()
+    named = [line.split("\t")[0] for line in odd if "\tPNG under the name of a JPEG" in line]
+    assert named
+    assert all(Image.open(made.source / file).format == "PNG" for file in named)
+
+
+def test_the_statistics_are_those_of_the_training_pixels(made: Set) -> None:
+    images = PackedImages(made.root, "train")
+    pixels = np.stack([images.image(i, 256) for i in range(len(images))])
+    channels = pixels.reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(images.channel_mean, channels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(images.covariance, np.cov(channels.T, ddof=0), rtol=1e-9)
+    expected = pixels.mean(0, dtype=np.float64).astype(np.float32)
+    np.testing.assert_array_equal(images.mean_image, expected)
+    assert images.mean_image.dtype == np.float32
+
+
+def test_any_reader_of_npy_files_can_read_a_shard(made: Set) -> None:
+    counts = [len(np.load(path)) for path in sorted((made.root / "train").glob("0*.npy"))]
+    assert len(counts) > 2
+    assert sum(counts) == len(np.load(made.root / "train" / "labels.npy"))
+
+
+def test_it_says_how_much_how_fast_and_what_next(made: Set) -> None:
+    counts = {part: len(PackedImages(made.root, part)) for part in ("train", "val")}
+    first, second, last = made.out.splitlines()
+    assert first == (
+        f"{counts['train']} training and {counts['val']} validation images are in 'whole set', "
+        f"{len(UNREADABLE) * BAD_SETS} files left out"
+    )
+    assert second.startswith(f"{FILES} files in ")
+    assert second.endswith(" images/s")
+    assert last == "next: python -m fastalex.train --data 'whole set'"
+
+
+def test_packing_again_finds_the_set_there(
+    made: Set, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(made.root)
+    monkeypatch.setattr("fastalex.data.pack.pack_shards", lambda *_: pytest.fail("packed again"))
+    assert run("pack", made.source, made.root) == 0
+    assert "images were already in" in capsys.readouterr().out
+    assert contents(made.root) == before
+
+
+# Interrupted
+
+
+def journal_lines(root: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in root.glob("packing/*.journal"))
+
+
+def test_killed_twice_and_resumed_it_equals_an_unkilled_packing(made: Set, tmp_path: Path) -> None:
+    root = tmp_path / "killed"
+    arguments = ["-m", "fastalex.data", "pack", str(made.source), str(root), "--workers", "2"]
+    done = 0
+    for share in (0.3, 0.6):
+        process = _commands.start(arguments, tmp_path)
+        try:
+            _commands.wait_until(lambda: journal_lines(root) >= share * FILES, f"{share} packed")  # noqa: B023
+        finally:
+            process.kill()
+            process.communicate()  # returns when every process that held its pipes has ended
+        assert done < journal_lines(root) < FILES
+        done = journal_lines(root)
+        with pytest.raises(DataError, match="packing is not finished"):
+            open_sources(root, 0)
+    result = _commands.run(arguments, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"\n{FILES - done} files in " in result.stdout  # nothing was decoded a second time
+    assert contents(root) == contents(made.root)
+
+
+def test_ctrl_c_says_what_is_kept(made: Set, tmp_path: Path) -> None:
+    root = tmp_path / "stopped"
+    arguments = ["-m", "fastalex.data", "pack", str(made.source), str(root), "--workers", "2"]
+    process = _commands.start(arguments, tmp_path)
+    try:
+        _commands.wait_until(lambda: journal_lines(root) > 20, "20 images")
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        out, err = process.communicate(timeout=60)
+    finally:
+        _commands.end(process)
+    assert process.returncode == 130
+    assert out == ""
+    expected = f"fastalex.data: interrupted; {journal_lines(root)} of {FILES} files are done, "
+    assert err == f"{expected}the same command goes on from there\n"
+
+
+def a_shard(made: Set, root: Path) -> Shard:
+    (root / "packing").mkdir(parents=True)
+    (root / "train").mkdir()
+    files = json.loads((made.root / "train" / "names.json").read_text())[:9]
+    files.insert(4, "train/cat/bad000-text.jpg")
+    return Shard(made.source, root, "train", 0, files, 32)
+
+
+def stop_after(count: int) -> Callable[[int, int], bool]:
+    done = 0
+
+    def advance(decoded: int, kept: int) -> bool:
+        nonlocal done
+        done += decoded
+        return done < count
+
+    return advance
+
+
+def lose_pixels(shard: Shard) -> None:
+    path = shard.work("pixels")
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose_all_pixels(shard: Shard) -> None:
+    shard.work("pixels").unlink()
+
+
+def zero_pixels(shard: Shard) -> None:
+    data = bytearray(shard.work("pixels").read_bytes())
+    data[-5000:] = bytes(5000)
+    shard.work("pixels").write_bytes(data)
+
+
+def cut_line(shard: Shard) -> None:
+    shard.work("journal").write_bytes(shard.work("journal").read_bytes()[:-3])
+
+
+def extra_pixels(shard: Shard) -> None:
+    """Killed between an image and its line."""
+    with open(shard.work("pixels"), "ab") as file:
+        file.write(b"x" * 32 * 32 * 3)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda _: None, lose_pixels, lose_all_pixels, zero_pixels, cut_line, extra_pixels]
+)
+@pytest.mark.parametrize("count", [1, 5, 10])
+def test_a_shard_interrupted_anywhere_ends_the_same(
+    made: Set, tmp_path: Path, damage: Callable[[Shard], object], count: int
+) -> None:
+    whole, broken = (a_shard(made, tmp_path / name) for name in ("whole", "broken"))
+    pack_shard(whole, lambda *_: True)
+    pack_shard(broken, stop_after(count))
+    assert not broken.is_done()
+    damage(broken)
+    pack_shard(broken, lambda *_: True)
+    assert broken.is_done()
+    assert contents(broken.root) == contents(whole.root)
+
+
+def test_a_shard_killed_before_its_sums_ends_the_same(made: Set, tmp_path: Path) -> None:
+    whole, broken = (a_shard(made, tmp_path / name) for name in ("whole", "broken"))
+    for shard in (whole, broken):
+        pack_shard(shard, lambda *_: True)
+    broken.work("sums.npz").unlink()
+    decoded = []
+    pack_shard(broken, lambda now, before: decoded.append(now) is None)
+    assert sum(decoded) == 0
+    assert contents(broken.root) == contents(whole.root)
+
+
+# Refused
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = small(tmp_path / "source")
+    free(monkeypatch, 400_000)
+    assert run("pack", source, tmp_path / "set") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "and 0.4 MB are free; free " in error
+    assert not (tmp_path / "set").exists()
+
+
+def test_free_space_counts_what_is_packed_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four images of 256 pixels and what is there while they are packed need more than 2 MB."""
+    source, root = small(tmp_path / "source"), tmp_path / "set"
+    (root / "packing").mkdir(parents=True)
+    monkeypatch.setattr("fastalex.data.pack.pack_shards", stopped)
+    free(monkeypatch, 1 << 20)
+    with pytest.raises(DataError, match="are free"):
+        pack(source, root)
+    (root / "packing" / "train-00000.pixels").write_bytes(bytes(2 << 20))
+    with pytest.raises(PackingStopped):
+        pack(source, root)
+
+
+def free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Have every disk say that ``count`` bytes are free."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=count))
+
+
+def other_images(source: Path, root: Path) -> None:
+    save(source / "a" / "more.png", smooth(20, 20))
+
+
+def other_size(source: Path, root: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(("change", "size"), [(other_images, 16), (other_size, 24)])
+def test_a_set_of_other_images_is_left_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    finished: bool,
+    change: Callable[[Path, Path], None],
+    size: int,
+) -> None:
+    source, root = small(tmp_path / "source"), tmp_path / "set"
+    with monkeypatch.context() as patch:
+        if not finished:
+            patch.setattr("fastalex.data.pack.pack_shards", stopped)
+        assert run("pack", source, root, "--size", 16, "--val-split", 0.5) == (
+            0 if finished else 130
+        )
+    before = contents(root)
+    change(source, root)
+    capsys.readouterr()
+    assert run("pack", source, root, "--size", size, "--val-split", 0.5) == 2
+    expected = f"{root}: holds a packed set of other images, or of another size; name a new folder"
+    assert capsys.readouterr().err == f"fastalex.data: {expected}\n"
+    assert contents(root) == before
+
+
+def stopped(*_: object) -> int:
+    raise PackingStopped("stopped")
+
+
+def in_use(source: Path, root: Path) -> None:
+    root.mkdir()
+    (root / "mine.txt").write_text("keep")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "message"),
+    [
+        (lambda source, root: shutil.rmtree(source), [], "{source}: no such folder; images go in"),
+        (lambda source, root: (source / "c").mkdir(), [], "{source}/c: no image in it; put some"),
+        (
+            lambda source, root: [shutil.rmtree(source / name) for name in "ab"],
+            [],
+            "{source}: no class in it; put images in a sub-folder for each class",
+        ),
+        (
+            lambda source, root: (source / "a").rename(source / "val"),
+            [],
+            "{source}: a val folder and no train folder beside it",
+        ),
+        (in_use, [], "{root}: exists and is not an empty folder; name another one"),
+        (lambda source, root: root.write_text("x"), [], "{root}: not a folder; name a new one"),
+        (lambda *_: None, ["--size", "0"], "--size: expected 1 to 1024, got 0"),
+        (lambda *_: None, ["--size", "x"], "argument --size: invalid int value: 'x'"),
+        (lambda *_: None, ["--workers", "0"], "--workers: expected at least 1, got 0"),
+        (lambda *_: None, ["--val-split", "1"], "--val-split: expected at least 0 and below 1"),
+        (lambda *_: None, ["--speed"], "unrecognized arguments: --speed"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_in_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    prepare: Callable[[Path, Path], object],
+    options: list[str],
+    message: str,
+) -> None:
+    source, root = small(tmp_path / "source"), tmp_path / "set"
+    prepare(source, root)
+    before = contents(tmp_path)
+    assert run("pack", source, root, *options) == 2
+    error = capsys.readouterr().err
+    assert message.format(source=source, root=root) in error
+    assert error.count("\n") == 1
+    assert contents(tmp_path) == before
+
+
+def test_a_set_inside_its_source_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = small(tmp_path / "source")
+    assert run("pack", source, source / "set") == 2
+    assert "lies in the folder that is packed" in capsys.readouterr().err
+    assert sorted(path.name for path in source.iterdir()) == ["a", "b"]
+
+
+def test_two_packings_do_not_write_one_set(tmp_path: Path) -> None:
+    source, root = small(tmp_path / "source"), tmp_path / "set"
+    (root / "packing").mkdir(parents=True)
+    with open(root / "packing" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another process is packing into it"):
+            pack(source, root, 16)
+
+
+def test_a_part_of_which_nothing_can_be_read_makes_no_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = small(tmp_path / "source")
+    for path in source.rglob("*.png"):
+        path.write_text("broken")
+    assert run("pack", source, tmp_path / "set", "--size", 16) == 2
+    assert "no train image of it can be read" in capsys.readouterr().err
+    with pytest.raises(DataError, match="packing is not finished"):
+        PackedImages(tmp_path / "set", "train")
+
+
+# Without a folder of validation images
+
+
+@pytest.mark.parametrize(("split", "kept"), [(None, 2), (0.25, 5), (0.0, 0)])
+def test_a_share_of_each_class_becomes_the_validation_images(
+    tmp_path: Path, split: float | None, kept: int
+) -> None:
+    source = small(tmp_path / "source", count=20)
+    packed = pack(source, tmp_path / "set", 8, 2, split, quiet=True)
+    assert packed.counts.get("val", 0) == 2 * kept
+    names = {}
+    for part in packed.counts:
+        images = PackedImages(tmp_path / "set", part)
+        names[part] = [images.name(i) for i in range(len(images))]
+        assert [Path(name).parent.name for name in names[part]] == [
+            images.classes[label] for label in images.labels
+        ]
+    both = [name for some in names.values() for name in some]
+    assert sorted(both) == sorted(str(path) for path in source.rglob("*.png"))
+    if kept == 0:
+        with pytest.raises(DataError, match="no val images in this packed set"):
+            open_sources(tmp_path / "set", 0)
