@@ -76,9 +76,8 @@ class Schedule:
         self._best, self._waited, self._drops = (state[k] for k in ("best", "waited", "drops"))
 
 
-def describe(settings: Settings) -> str:
-    """The schedule in a few words, in epochs."""
-    epochs = settings.epochs
+def describe(settings: Settings, epochs: float) -> str:
+    """The schedule of a run of ``epochs`` epochs in a few words."""
 
     def at(share: float) -> str:
         return f"{share * epochs:.3g}"

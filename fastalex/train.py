@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -172,6 +173,8 @@ def _describe(plan: Plan, parameters: int, train: ImageSource, val: ImageSource)
     else:
         split = "whole in one process"
     steps = -(-len(train) // settings.batch_size)
+    most_steps = settings.max_steps or math.inf
+    epochs = min(settings.epochs, most_steps / steps)
     most = "" if settings.max_steps is None else f", at most {settings.max_steps} steps"
     recipe = "" if settings.recipe is None else f" (recipe {settings.recipe})"
     lines = [
@@ -183,7 +186,7 @@ def _describe(plan: Plan, parameters: int, train: ImageSource, val: ImageSource)
         f"augmentation {settings.augmentation}, normalization {settings.normalization}",
         f"training: {settings.epochs} epochs of {steps} steps{most}, "
         f"{settings.batch_size} images a step, {settings.precision}{recipe}",
-        f"optimizer: SGD, {describe(settings)}, momentum {settings.momentum} "
+        f"optimizer: SGD, {describe(settings, epochs)}, momentum {settings.momentum} "
         f"({MOMENTUM_RULES[settings.momentum_rule]}), weight decay {settings.weight_decay}",
         f"output: {plan.folder}",
     ]
