@@ -129,6 +129,10 @@ def build_optimizer(
         optimizer = torch.optim.SGD(
             groups, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
         )
+    # From zero, not from the first gradient: torch's fused step makes the buffers without filling
+    # them, and where the first step overflows in float16 it leaves them like that.
+    for parameter in model.parameters():
+        optimizer.state[parameter][VELOCITY] = torch.zeros_like(parameter)
     set_learning_rate(optimizer, lr)
     return optimizer
 
@@ -141,21 +145,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def velocities(model: AlexNet, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The velocity of each parameter by name; zeros before the first step."""
-    result = {}
-    for name, parameter in model.named_parameters():
-        velocity = (
-            optimizer.state[parameter].get(VELOCITY) if parameter in optimizer.state else None
-        )
-        result[name] = torch.zeros_like(parameter) if velocity is None else velocity
-    return result
+    """The velocity of each parameter by name, as ``set_velocities`` takes them."""
+    return {name: optimizer.state[p][VELOCITY] for name, p in model.named_parameters()}
 
 
 def set_velocities(
     model: AlexNet, optimizer: torch.optim.Optimizer, values: dict[str, torch.Tensor]
 ) -> None:
     """Go on with ``values``, from ``velocities``, in the memory layout of the parameters."""
-    for name, parameter in model.named_parameters():
-        velocity = torch.empty_like(parameter.detach())
+    for name, velocity in velocities(model, optimizer).items():
         velocity.copy_(values[name])
-        optimizer.state[parameter][VELOCITY] = velocity

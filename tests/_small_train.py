@@ -1,9 +1,9 @@
-"""``python -m fastalex.train`` for tests that start it often: thinner layers, fewer built-in images.
+"""``python -m fastalex.train`` for tests that start it often: thinner layers, fewer images.
 
     python tests/_small_train.py OPTIONS
 
-The loop and the kinds of layers are the real ones. Processes that this one starts import it too, and
-so have the same net and images.
+The loop and the kinds of layers are the real ones. Processes that this one starts import it too,
+and so have the same net and images.
 """
 
 from __future__ import annotations
