@@ -37,16 +37,35 @@ def save_weights(
     Raises:
         OSError: where the file can't be written.
     """
-    tensors = {name: t.detach().cpu().contiguous() for name, t in state_dict.items()}
+    write_tensors(path, state_dict, FORMAT, metadata)
+
+
+def write_tensors(
+    path: Path | str,
+    tensors: Mapping[str, torch.Tensor],
+    form: str,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write a safetensors file atomically, with a checksum of its tensors and of ``metadata``.
+
+    Args:
+        path: of the file; its folder exists.
+        tensors: on any device.
+        form: what kind of file it is, for ``read_tensors`` to tell.
+        metadata: whatever JSON can hold.
+
+    Raises:
+        OSError: where the file can't be written.
+    """
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    sums = {"sha256": weights_hash(whole), "metadata_sha256": _metadata_hash(metadata)}
     header = {
         "format": "pt",  # what other readers of safetensors look for
-        "fastalex": json.dumps(
-            {"format": FORMAT, "sha256": weights_hash(tensors), **metadata}, sort_keys=True
-        ),
+        "fastalex": json.dumps({"format": form, **sums, **metadata}, sort_keys=True),
     }
     with replacing(Path(path)) as temporary:
         try:
-            save_file(tensors, temporary, header)
+            save_file(whole, temporary, header)
         except SafetensorError as error:
             raise OSError(f"{path}: {error}") from error
 
@@ -59,6 +78,12 @@ def weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _metadata_hash(metadata: Mapping[str, Any]) -> str:
+    """SHA-256 of what is not a checksum, as JSON gives it back."""
+    rest = {k: v for k, v in metadata.items() if k not in ("format", "sha256", "metadata_sha256")}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -85,8 +110,17 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     Raises:
         ValueError: where the file is missing, damaged, or not fastalex's.
     """
+    return read_header(path, FORMAT)
+
+
+def read_header(path: Path | str, form: str) -> dict[str, Any]:
+    """The metadata that ``write_tensors`` wrote; the tensors are not looked at.
+
+    Raises:
+        ValueError: where the file is missing, damaged, or of another form.
+    """
     with _opened(path) as file:
-        return _metadata(path, file)
+        return _metadata(path, file, form)
 
 
 def load_weights(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -95,10 +129,26 @@ def load_weights(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
     Raises:
         ValueError: where the file is missing, damaged, or not fastalex's.
     """
+    return read_tensors(path, FORMAT)
+
+
+def read_tensors(
+    path: Path | str, form: str, check: bool = True
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors, on the CPU, and the metadata that ``write_tensors`` wrote.
+
+    Args:
+        path: of the file.
+        form: what kind of file it has to be.
+        check: whether to compare the tensors with their checksum.
+
+    Raises:
+        ValueError: where the file is missing, damaged, or of another form.
+    """
     with _opened(path) as file:
-        metadata = _metadata(path, file)
+        metadata = _metadata(path, file, form)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if metadata.get("sha256") != weights_hash(tensors):
+    if check and metadata.get("sha256") != weights_hash(tensors):
         raise ValueError(f"{path}: damaged, its weights do not match the checksum beside them")
     return tensors, metadata
 
@@ -133,13 +183,15 @@ def _opened(path: Path | str) -> Iterator[Any]:
         raise ValueError(f"{path}: damaged, or not a safetensors file ({error})") from error
 
 
-def _metadata(path: Path | str, file: Any) -> dict[str, Any]:
+def _metadata(path: Path | str, file: Any, form: str) -> dict[str, Any]:
     header = file.metadata() or {}
     try:
         metadata = json.loads(header["fastalex"])
-        known = metadata["format"] == FORMAT
+        known = metadata["format"] == form
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: safetensors, but not weights that fastalex wrote") from error
     if not known:
-        raise ValueError(f"{path}: expected format {FORMAT!r}, got {metadata['format']!r}")
+        raise ValueError(f"{path}: expected format {form!r}, got {metadata['format']!r}")
+    if metadata.get("metadata_sha256", "") not in ("", _metadata_hash(metadata)):
+        raise ValueError(f"{path}: damaged, its metadata do not match the checksum beside them")
     return dict(metadata)

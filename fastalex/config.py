@@ -1,27 +1,43 @@
-"""The settings of a training run, and the command line that gives them.
-
-Where an option is not given and its default depends on data and device, ``DEFAULTS`` has it.
-"""
+"""The settings of a training run: what the command line, its recipe and the defaults come to."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import math
-import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from fastalex import ablations
-from fastalex._version import __version__
-from fastalex.variants import VARIANTS
+from fastalex.recipes import NO_RECIPE, RECIPES
+from fastalex.variants import get_variant
 
-INITIALISATIONS = {
-    "he": "weights of variance 2 / fan-in, biases 0",
-    "published": "as the authors of the variant drew theirs",
+PRECISIONS = {
+    "float32": "IEEE single precision, or TF32 where torch's setting allows it",
+    "bf16": "bfloat16 products, weights in float32",
+    "fp16": "float16 products with dynamic loss scaling, weights in float32",
+}
+
+# Options that a resumed run may be given anew: they change no weight.
+RESUMABLE = ("data", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
+
+# What an option takes that is not given, where neither recipe nor data have a say.
+_PLAIN = {
+    "precision": "float32",
+    "seed": 0,
+    "log_every": 10,
+    "keep_checkpoints": 2,
+    "tensorboard": False,
+}
+_PUBLISHED_SIZE = 224  # stands for the size that the variant was published with
+
+# The schedules that a setting belongs to.
+_PART_OF = {
+    "lr_gamma": ("drops", "step", "plateau"),
+    "lr_drop": ("drops",),
+    "lr_step": ("step",),
+    "lr_power": ("poly",),
+    "lr_patience": ("plateau",),
+    "lr_max_drops": ("plateau",),
 }
 
 
@@ -46,8 +62,9 @@ DEFAULTS: dict[tuple[bool, str], Defaults] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run does, every default filled in."""
+    """What a run does, every default filled in; ``fastalex.recipes.Recipe`` explains most."""
 
+    recipe: str | None
     data: Path | None
     variant: str
     init: str
@@ -57,239 +74,86 @@ class Settings:
     epochs: int
     max_steps: int | None
     lr: float
-    lr_drop: float
     momentum: float
+    momentum_rule: str
     weight_decay: float
+    bias_lr: float | None  # None: the variant's
+    bias_decay: float | None  # None: the variant's
+    bias_schedule: bool
+    schedule: str
+    warmup: float
+    lr_gamma: float
+    lr_drop: tuple[float, ...]
+    lr_step: float
+    lr_power: float
+    lr_patience: int
+    lr_max_drops: int | None
+    augmentation: str
+    normalization: str
+    precision: str
     seed: int
     log_every: int
     workers: int
-    augmentation: str
+    checkpoint_every: int | None  # steps; None: at the end of each epoch only
+    keep_checkpoints: int
+    tensorboard: bool
 
     @classmethod
     def choose(cls, arguments: Mapping[str, Any], device_type: str) -> Settings:
-        """The settings that ``arguments``, from ``parse_arguments``, come to on a device."""
-        defaults = DEFAULTS[arguments["data"] is not None, device_type]
-        names = [field.name for field in dataclasses.fields(cls)]
-        values = {name: arguments[name] for name in names}
-        for name, value in dataclasses.asdict(defaults).items():
-            if values[name] is None:
-                values[name] = value
+        """The settings that ``arguments``, from ``parse_arguments``, come to on a device.
+
+        What was given wins over the recipe, and the recipe over data and device.
+
+        Raises:
+            ValueError: for an option that the schedule has no use for.
+        """
+        recipe = NO_RECIPE if arguments["recipe"] is None else RECIPES[arguments["recipe"]]
+        given = {n: arguments[n] for n in _names() if arguments[n] is not None}
+        defaults = dataclasses.asdict(DEFAULTS[arguments["data"] is not None, device_type])
+        chosen = {n: v for n, v in vars(recipe).items() if v is not None}
+        values = {**dict.fromkeys(_names()), **defaults, **_PLAIN, **chosen, **given}
+        published = values["image_size"] == _PUBLISHED_SIZE and "image_size" not in given
+        if arguments["recipe"] is not None and published:
+            values["image_size"] = get_variant(values["variant"]).image_size
+        for name, schedules in _PART_OF.items():
+            if name in given and values["schedule"] not in schedules:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"{option} has no part in the schedule {values['schedule']}: leave it out, or "
+                    f"add --schedule {' or '.join(schedules)}"
+                )
         return cls(**values)
 
+    def resumed(self, arguments: Mapping[str, Any]) -> Settings:
+        """These settings with what ``arguments`` may change of them.
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of the whole usage, and from one of torchrun's processes only."""
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train: error: {message} (--help lists the options)", file=sys.stderr)
-        raise SystemExit(2)
+        Raises:
+            ValueError: where more than that was given.
+        """
+        given = {n: arguments[n] for n in _names() if arguments[n] is not None}
+        options = ["--" + n.replace("_", "-") for n in sorted(given) if n not in RESUMABLE]
+        if options:
+            raise ValueError(f"--resume keeps the run's settings: leave out {', '.join(options)}")
+        return dataclasses.replace(self, **given)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it; ``from_dict`` undoes it."""
+        data = None if self.data is None else str(self.data)
+        return {**vars(self), "data": data, "lr_drop": list(self.lr_drop)}
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """The options of a command line by name; None reads the process's.
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
+        """The inverse of ``to_dict``.
 
-    An option that was not given and has no default of its own is None.
-
-    Raises:
-        SystemExit: with code 2 and one line on stderr, where the command line is wrong.
-    """
-    options = vars(_parser().parse_args(arguments))
-    return ablations.apply_arguments(options, options["variant"])
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m fastalex.train",
-        usage="%(prog)s [--gpus {1,2}] [--data DIR] [options]",
-        description="Train the AlexNet of 2012 on one GPU or, its two towers apart, on two; "
-        "without a GPU, on as many CPU processes.",
-        epilog="Without --data it trains on a built-in set of ten drawn classes and needs no "
-        "download. `python -m fastalex.data photos DIR` makes a folder of real photographs.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"fastalex {__version__}")
-    _add_processes(parser.add_argument_group("where it runs"))
-    _add_data(parser.add_argument_group("data"))
-    _add_net(parser.add_argument_group("net"))
-    ablations.add_arguments(parser.add_argument_group("ablations"))
-    _add_training(parser.add_argument_group("training"))
-    _add_output(parser.add_argument_group("output"))
-    parser.set_defaults(augmentation="crop")
-    return parser
+        Raises:
+            ValueError: where a setting is missing or unknown.
+        """
+        odd = sorted(set(values) ^ set(_names()))
+        if odd:
+            raise ValueError(f"written by another version of fastalex: setting {odd[0]!r}")
+        data = None if values["data"] is None else Path(values["data"])
+        return cls(**{**values, "data": data, "lr_drop": tuple(values["lr_drop"])})
 
 
-def _add_processes(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--gpus",
-        type=int,
-        choices=(1, 2),
-        help="processes, one per GPU, or CPU processes where there is no GPU (default: 1; under "
-        "torchrun, as many as it started)",
-    )
-    group.add_argument(
-        "--threads",
-        type=_integer(1),
-        metavar="N",
-        help="CPU threads of each process (default: the cores shared out)",
-    )
-    group.add_argument(
-        "--workers",
-        type=_integer(0),
-        metavar="N",
-        help=f"threads that load batches ahead ({_default('workers')})",
-    )
-
-
-def _add_data(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="folder with train/CLASS/IMAGE and val/CLASS/IMAGE (default: the built-in set)",
-    )
-    group.add_argument(
-        "--image-size",
-        type=_integer(1),
-        metavar="PIXELS",
-        help=f"side of the images the net gets ({_default('image_size')})",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=_integer(1),
-        metavar="N",
-        help=f"images in a step, over all processes ({_default('batch_size')})",
-    )
-
-
-def _add_net(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--variant",
-        choices=tuple(VARIANTS),
-        default="paper",
-        help="paper: as the paper prints it; source2012: the authors' program; caffe: its widely "
-        "copied single-GPU form; owt: one tower, no LRN, as in torchvision (default: %(default)s)",
-    )
-    group.add_argument(
-        "--init",
-        choices=tuple(INITIALISATIONS),
-        default="he",
-        help="; ".join(f"{k}: {v}" for k, v in INITIALISATIONS.items()) + " (default: %(default)s)",
-    )
-    group.add_argument(
-        "--dropout",
-        type=_number(0, below=1),
-        default=0.5,
-        metavar="P",
-        help="probability that a unit of fc6 or fc7 is dropped (default: %(default)s)",
-    )
-
-
-def _add_training(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--epochs",
-        type=_integer(1),
-        metavar="N",
-        help=f"passes over the training images ({_default('epochs')})",
-    )
-    group.add_argument(
-        "--max-steps", type=_integer(1), metavar="N", help="stop after this many steps"
-    )
-    group.add_argument(
-        "--lr",
-        type=_number(0, above=True),
-        default=0.01,
-        metavar="RATE",
-        help="learning rate (default: %(default)s)",
-    )
-    group.add_argument(
-        "--lr-drop",
-        type=_number(0, most=1),
-        default=0.7,
-        metavar="SHARE",
-        help="share of the steps after which the learning rate is divided by ten; 1 never does "
-        "(default: %(default)s)",
-    )
-    group.add_argument(
-        "--momentum",
-        type=_number(0, below=1),
-        default=0.9,
-        metavar="M",
-        help="of stochastic gradient descent (default: %(default)s)",
-    )
-    group.add_argument(
-        "--weight-decay",
-        type=_number(0),
-        default=5e-4,
-        metavar="D",
-        help="pull of the weights to zero (default: %(default)s)",
-    )
-    group.add_argument(
-        "--seed",
-        type=_integer(0, 2**63 - 1),
-        default=0,
-        metavar="N",
-        help="decides weights, order, crops and dropout, the same for one process and for two "
-        "(default: %(default)s)",
-    )
-
-
-def _add_output(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="new or empty folder for the run (default: the next free runs/VARIANT-SEED-NNN)",
-    )
-    group.add_argument(
-        "--log-every",
-        type=_integer(1),
-        default=10,
-        metavar="STEPS",
-        help="steps between two records in metrics.jsonl (default: %(default)s)",
-    )
-
-
-def _default(name: str) -> str:
-    """What ``--help`` says about a default that depends on data and device."""
-    texts = []
-    for folder, where in ((False, "for the built-in set"), (True, "with --data")):
-        gpu, cpu = (getattr(DEFAULTS[folder, device], name) for device in ("cuda", "cpu"))
-        texts.append(f"{gpu} {where}" if gpu == cpu else f"{where} {gpu} on a GPU, {cpu} on a CPU")
-    return f"default: {'; '.join(texts)}"
-
-
-def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or value < least or (most is not None and value > most):
-            limit = f"of at least {least}" if most is None else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"expected a whole number {limit}, got {text!r}")
-        return value
-
-    return convert
-
-
-def _number(
-    least: float, below: float = math.inf, most: float = math.inf, above: bool = False
-) -> Callable[[str], float]:
-    """A finite number in a range; ``above`` leaves ``least`` itself out."""
-    limits = f"above {least}" if above else f"of at least {least}"
-    if most < math.inf:
-        limits += f" and at most {most}"
-    elif below < math.inf:
-        limits += f" and below {below}"
-
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        low = least < value if above else least <= value
-        if not (low and value < below and value <= most):
-            raise argparse.ArgumentTypeError(f"expected a number {limits}, got {text!r}")
-        return value
-
-    return convert
+def _names() -> list[str]:
+    return [field.name for field in dataclasses.fields(Settings)]

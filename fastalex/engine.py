@@ -4,87 +4,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from fastalex import resume
 from fastalex._version import __version__
 from fastalex.checkpoint import save_weights
 from fastalex.config import Settings
-from fastalex.data import Batch, Batches, DataError, ImageSource, Normalization, open_sources
-from fastalex.launch import TrainingError, World
+from fastalex.curves import Curves
+from fastalex.data import Batch, Batches, DataError, ImageSource, open_sources
+from fastalex.launch import TrainingError
+from fastalex.meter import Meter
 from fastalex.model import AlexNet
 from fastalex.nvtx_ranges import annotate_layers, nvtx_range
-from fastalex.optim import build_optimizer, learning_rate, set_learning_rate
+from fastalex.optim import build_optimizer, set_learning_rate, set_velocities, velocities
+from fastalex.plan import Plan
+from fastalex.precision import LossScaler, autocast
 from fastalex.progress import Progress, StuckLoss
-from fastalex.run_folder import MetricsLog, RunFolder
+from fastalex.run_folder import MetricsLog, RunFolder, versions
+from fastalex.schedule import Schedule
 from fastalex.team import Team
+from fastalex.validation import TOP, Accuracy, evaluate, fetch
 
-TOP = 5  # the wider of the two accuracies
 _NAMED = 3  # samples of a bad batch that the message names
 
 STUCK = (
     "warning: the loss stays at ln({classes}) = {level:.3f}, as if every class were as likely as "
     "any other; try {advice}"
 )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything a process needs to know, decided once before processes start.
-
-    Attributes:
-        settings: with every default filled in.
-        world: the processes and how they share the work.
-        folder: the run's, which exists.
-        classes: names of the classes, by label.
-        normalization: measured on the training images.
-        unreadable: files of ``settings.data`` that every process leaves out, with reasons.
-        sources: the images to train on and to validate, where they are already open.
-    """
-
-    settings: Settings
-    world: World
-    folder: Path
-    classes: list[str]
-    normalization: Normalization
-    unreadable: list[tuple[str, str]]
-    sources: tuple[ImageSource, ImageSource] | None = None
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Of a net on a set of images: mean loss, and shares of images from 0 to 1."""
-
-    loss: float
-    top1: float
-    top5: float
-
-
-@torch.no_grad()
-def evaluate(model: AlexNet, batches: Batches, team: Team) -> Accuracy:
-    """Loss, top-1 and top-5 over all of ``batches``; every process takes part.
-
-    With fewer than five classes top-5 counts a label among all of them, and is 1.
-    """
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=team.device)
-    for batch in _fetch(batches.epoch(0)):
-        if len(batch.labels) == 0:  # a short last batch may leave a replica without images
-            continue
-        labels = batch.labels.to(team.device)
-        logits = model(batch.images.to(team.device)).float()
-        ranked = logits.topk(min(TOP, logits.shape[1])).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        counts = (loss, ranked[:, 0].sum(), ranked.sum(), logits.new_tensor(len(labels)))
-        sums += torch.stack([value.double() for value in counts])
-    loss_sum, top1, top5, images = team.total(sums).tolist()
-    model.train()
-    return Accuracy(loss_sum / images, top1 / images, top5 / images)
 
 
 def train(plan: Plan) -> None:
@@ -111,7 +60,12 @@ def train(plan: Plan) -> None:
 
 
 class Trainer:
-    """One run of a plan; ``run`` goes through its epochs."""
+    """One run of a plan; ``run`` goes through its epochs, from the first or where it was stopped.
+
+    Attributes:
+        step: steps done.
+        epoch: the epoch that is being trained, from 1.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -123,29 +77,104 @@ class Trainer:
         self.source = train_source
         self.train_batches = self._batches(train_source, train=True)
         self.val_batches = self._batches(val_source, train=False)
-        self.model = team.share(
-            build_model(settings, len(plan.classes)).to(team.device),
-            rows=self.train_batches.batch_size // team.replicas,
-        )
-        annotate_layers(self.model)
-        self.optimizer = build_optimizer(
-            self.model, settings.lr, settings.momentum, settings.weight_decay
-        )
-        self.folder = RunFolder(plan.folder)
-        self.metrics = MetricsLog(self.folder.metrics) if team.leads else None
         self.steps = settings.epochs * len(self.train_batches)
         self.epochs = settings.epochs
         if settings.max_steps is not None:
             self.steps = min(self.steps, settings.max_steps)
             self.epochs = -(-self.steps // len(self.train_batches))
-        self.progress = Progress(self.steps, self.epochs, visible=team.leads)
-        self.step = 0
-        self.meter = Meter(settings.log_every)
-        self.stuck: StuckLoss | None = StuckLoss(len(plan.classes))
+        self.schedule = Schedule(settings, self.steps)
+        self.scaler = LossScaler(team, enabled=settings.precision == "fp16")
+        self.folder = RunFolder(plan.folder)
+        self._build(plan.start)
+        self._restore({} if plan.start is None else plan.start.state)
+        self.progress = Progress(self.steps, self.epochs, visible=team.leads, done=self.step)
         # Losses not yet read from the device. Reading waits for it: on a GPU that is done once
         # per record, on a CPU it costs nothing.
         self.unread: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.read_every = settings.log_every if team.device.type == "cuda" else 1
+        self.norm: torch.Tensor | None = None  # of the gradient, as of the last record
+        self.metrics: MetricsLog | None = None
+        self.curves: Curves | None = None
+        if team.leads:
+            self._open_logs()
+
+    def _build(self, start: resume.Start | None) -> None:
+        """The net and its optimizer, anew or as the checkpoint has them."""
+        settings, team = self.settings, self.team
+        model = build_model(settings, len(self.plan.classes))
+        speeds = None
+        if start is not None and start.path is not None:
+            weights, speeds = start.tensors()
+            model.load_state_dict(weights)
+        self.model = team.share(
+            model.to(team.device), rows=self.train_batches.batch_size // team.replicas
+        )
+        annotate_layers(self.model)
+        self.optimizer = build_optimizer(
+            self.model,
+            settings.lr,
+            settings.momentum,
+            settings.weight_decay,
+            settings.momentum_rule,
+            settings.bias_lr,
+            settings.bias_decay,
+            settings.bias_schedule,
+        )
+        if speeds is not None:
+            set_velocities(self.model, self.optimizer, team.parts(self.model, speeds))
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, as ``_state`` returned it; from the beginning where it is empty."""
+        self.step: int = state.get("step", 0)
+        self.epoch: int = state.get("epoch", 1)
+        self.batch: int = state.get("batch", 0)  # batches done in this epoch
+        self.losses: list[float] = state.get("losses", [])  # of this epoch's steps
+        self.epoch_seconds: float = state.get("epoch_seconds", 0.0)  # spent on it by an earlier run
+        self.best: dict[str, float] | None = state.get("best")
+        window = self.settings.log_every
+        self.meter = Meter(window, self.team.stopwatch, state.get("window", []))
+        stuck = state.get("stuck", [])  # None once the user was warned
+        classes = len(self.plan.classes)
+        self.stuck = None if stuck is None else StuckLoss(classes, losses=stuck)
+        if state:
+            self.schedule.restore(state["schedule"])
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors; JSON, which keeps every bit of a float."""
+        plan = self.plan
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "losses": self.losses,
+            "epoch_seconds": self.epoch_seconds,
+            "best": self.best,
+            "window": self.meter.losses,
+            "stuck": None if self.stuck is None else self.stuck.losses,
+            "schedule": self.schedule.state(),
+            "scaler": self.scaler.state_dict(),
+            "metrics_bytes": 0 if self.metrics is None else self.metrics.length,
+            "steps": self.steps,
+            "settings": self.settings.to_dict(),
+            "world": vars(plan.world),
+            "versions": versions(),
+            "classes": plan.classes,
+            "images": [len(self.source), len(self.val_batches.source)],
+            "normalization": plan.normalization.to_dict(),
+            "unreadable": [path for path, _ in plan.unreadable],
+        }
+
+    def _open_logs(self) -> None:
+        start = self.plan.start
+        length = None if start is None else start.state.get("metrics_bytes", 0)
+        self.metrics = MetricsLog(self.folder.metrics, length)
+        if self.metrics.missing:
+            self.progress.warn(
+                f"warning: {self.folder.metrics}: records before the checkpoint are missing"
+            )
+        if self.settings.tensorboard:
+            self.curves = Curves(self.folder.tensorboard, self.step)
 
     def _batches(self, source: ImageSource, train: bool) -> Batches:
         settings = self.settings
@@ -163,83 +192,106 @@ class Trainer:
         )
 
     def run(self) -> None:
-        for epoch in range(1, self.epochs + 1):
-            started = time.monotonic()
-            loss = self._train_epoch(epoch)
+        for epoch in range(self.epoch, self.epochs + 1):
+            self.epoch = epoch
+            started = time.monotonic() - self.epoch_seconds
+            self._train_epoch(started)
             self.progress.validating(epoch)
-            accuracy = evaluate(self.model, self.val_batches, self.team)
+            with autocast(self.settings.precision, self.team.device):
+                accuracy = evaluate(self.model, self.val_batches, self.team)
             if not math.isfinite(accuracy.loss):
                 raise TrainingError(
                     f"the validation loss is {accuracy.loss} after step {self.step} "
                     f"(epoch {epoch}); try a lower --lr than {self.settings.lr}"
                 )
-            self._save(epoch, accuracy)
-            self._report_epoch(epoch, loss, accuracy, time.monotonic() - started)
+            if self.schedule.validated(1 - accuracy.top1):
+                self.progress.say("the validation error stopped falling, the learning rate drops")
+            self._save(accuracy)
+            loss = math.fsum(self.losses) / len(self.losses)
+            self._report_epoch(loss, accuracy, time.monotonic() - started)
+            self.epoch, self.batch, self.losses, self.epoch_seconds = epoch + 1, 0, [], 0.0
+            self._checkpoint()
 
     def close(self) -> None:
         self.progress.close()
-        if self.metrics is not None:
-            self.metrics.close()
+        for log in (self.metrics, self.curves):
+            if log is not None:
+                log.close()
 
-    def _train_epoch(self, epoch: int) -> float:
-        """One pass over the training images; returns their mean loss."""
-        losses: list[float] = []
+    def _train_epoch(self, started: float) -> None:
+        """The rest of a pass over the training images, which began at ``started``."""
         self.meter.start()
-        for batch in _fetch(self.train_batches.epoch(epoch - 1)):
+        every = self.settings.checkpoint_every
+        batches = self.train_batches.epoch(self.epoch - 1, self.batch)
+        for batch in fetch(batches, self.meter.waiting):
             self._train_step(batch)
+            self.batch += 1
             last = self.step == self.steps
             if self.step % self.read_every == 0 or last:
-                losses += self._read_losses(epoch)
-            if self.step % self.settings.log_every == 0 or last:
-                self._report_steps(epoch)
-            self.progress.advance(self.step, epoch, self.meter.loss, self.meter.rate)
+                self._read_losses()
+            if self._reports(last):
+                self._report_steps()
+            self.progress.advance(self.step, self.epoch, self.meter.loss, self.meter.rate)
             if last:
                 break
-        losses += self._read_losses(epoch)
-        return math.fsum(losses) / len(losses)
+            # At the end of an epoch the checkpoint comes after the validation.
+            between = self.batch < len(self.train_batches)
+            if between and every is not None and self.step % every == 0:
+                self._read_losses()
+                self.epoch_seconds = time.monotonic() - started
+                with self.meter.paused():
+                    self._checkpoint()
+        self._read_losses()
+
+    def _reports(self, last: bool) -> bool:
+        return last or self.step % self.settings.log_every == 0
 
     def _train_step(self, batch: Batch) -> None:
         self.step += 1
         device = self.team.device
         images, labels = batch.images.to(device), batch.labels.to(device)
-        settings = self.settings
-        lr = learning_rate(settings.lr, self.step, self.steps, settings.lr_drop)
-        set_learning_rate(self.optimizer, lr)
-        self.model.seed_dropout(settings.seed, self.step)
-        loss = F.cross_entropy(self.model(images), labels)
+        set_learning_rate(self.optimizer, self.schedule.rate(self.step))
+        self.model.seed_dropout(self.settings.seed, self.step)
+        with autocast(self.settings.precision, device):
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad()
         with nvtx_range("backward"):
-            loss.backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.team.reduce_gradients(self.model)
+        self.scaler.unscale_(self.optimizer)
+        if self._reports(self.step == self.steps):
+            self.norm = self.team.gradient_norm(self.model)
         with nvtx_range("optimizer"):
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.unread.append((loss.detach(), batch.indices))
 
-    def _read_losses(self, epoch: int) -> list[float]:
-        """The losses of the steps since the last reading, over all replicas.
+    def _read_losses(self) -> None:
+        """Take in the losses of the steps since the last reading, over all replicas.
 
         Raises:
             TrainingError: where one is not finite, naming its step and samples.
         """
         if not self.unread:
-            return []
+            return
         values = torch.stack([loss for loss, _ in self.unread]) / self.team.replicas
         losses: list[float] = self.team.total(values).tolist()
         first = self.step - len(losses) + 1
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
                 indices = self.team.gather(self.unread[i][1].tolist())
-                raise TrainingError(self._not_finite(loss, first + i, epoch, indices))
+                raise TrainingError(self._not_finite(loss, first + i, indices))
             self.meter.add(loss, self.settings.batch_size)
             self._watch(loss)
         self.unread.clear()
-        return losses
+        self.losses += losses
 
-    def _not_finite(self, loss: float, step: int, epoch: int, indices: list[int]) -> str:
+    def _not_finite(self, loss: float, step: int, indices: list[int]) -> str:
         names = ", ".join(self.source.name(i) for i in indices[:_NAMED])
         more = len(indices) - _NAMED
         return (
-            f"the loss is {loss} at step {step} (epoch {epoch}), on {names}"
+            f"the loss is {loss} at step {step} (epoch {self.epoch}), on {names}"
             + (f" and {more} more samples" if more > 0 else "")
             + f"; try a lower --lr than {self.settings.lr}"
         )
@@ -255,41 +307,73 @@ class Trainer:
         self.progress.warn(f"{text} (step {self.step})")
         self.stuck = None
 
-    def _report_steps(self, epoch: int) -> None:
+    def _report_steps(self) -> None:
+        norm = math.nan if self.norm is None else self.norm.item()
         record = {
             "kind": "step",
             "step": self.step,
-            "epoch": epoch,
+            "epoch": self.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             **self.meter.record(),
+            # A step that float16 could not hold is left out, and its gradient has no norm.
+            "grad_norm": norm if math.isfinite(norm) else None,
         }
-        if self.metrics is not None:
-            self.metrics.append(record)
+        if self.scaler.is_enabled():
+            record["loss_scale"] = self.scaler.get_scale()
+        self._log(record)
 
-    def _report_epoch(self, epoch: int, loss: float, accuracy: Accuracy, seconds: float) -> None:
+    def _report_epoch(self, loss: float, accuracy: Accuracy, seconds: float) -> None:
         self.progress.say(
-            f"epoch {epoch}/{self.epochs}: loss {loss:.4f}, validation loss {accuracy.loss:.4f}, "
-            f"top-1 {accuracy.top1:.1%}, top-{TOP} {accuracy.top5:.1%}, {seconds:.0f} s"
+            f"epoch {self.epoch}/{self.epochs}: loss {loss:.4f}, validation loss "
+            f"{accuracy.loss:.4f}, top-1 {accuracy.top1:.1%}, top-{TOP} {accuracy.top5:.1%}, "
+            f"{seconds:.0f} s"
         )
         record = {
             "kind": "epoch",
             "step": self.step,
-            "epoch": epoch,
+            "epoch": self.epoch,
             "loss": loss,
             "val_loss": accuracy.loss,
             "top1": accuracy.top1,
             "top5": accuracy.top5,
             "seconds": seconds,
         }
-        if self.metrics is not None:
-            self.metrics.append(record, sync=True)
+        self._log(record, sync=True)
 
-    def _save(self, epoch: int, accuracy: Accuracy) -> None:
+    def _log(self, record: dict[str, Any], sync: bool = False) -> None:
+        if self.metrics is not None:
+            self.metrics.append(record, sync)
+        if self.curves is not None:
+            self.curves.add(record)
+
+    def _checkpoint(self) -> None:
+        """Write what the next step depends on; every process takes part."""
+        keep = self.settings.keep_checkpoints
+        if keep == 0:
+            return
+        weights = self.team.weights(self.model)
+        speeds = self.team.whole(self.model, velocities(self.model, self.optimizer))
+        if self.metrics is not None:
+            self.metrics.sync()  # a checkpoint counts on the records before it
+            resume.save(self.folder, weights, speeds, self._state(), keep)
+
+    def _save(self, accuracy: Accuracy) -> None:
+        """Write the weights, which may be the best so far; every process takes part."""
+        best = self.best is None or accuracy.top1 > self.best["top1"]
+        if best:
+            self.best = {"epoch": self.epoch, "top1": accuracy.top1}
         weights = self.team.weights(self.model)
         if not self.team.leads:
             return
+        save_weights(self.folder.weights, weights, self._metadata(accuracy))
+        if best:
+            self.folder.keep_best()
+        if self.curves is not None:
+            self.curves.add_kernels(next(iter(weights.values())), self.step)
+
+    def _metadata(self, accuracy: Accuracy) -> dict[str, Any]:
         settings = self.settings
-        metadata = {
+        return {
             "version": __version__,
             "variant": settings.variant,
             "num_classes": len(self.plan.classes),
@@ -299,48 +383,11 @@ class Trainer:
             "dropout": settings.dropout,
             "init": settings.init,
             "seed": settings.seed,
-            "epoch": epoch,
+            "epoch": self.epoch,
             "step": self.step,
             "top1": accuracy.top1,
             "top5": accuracy.top5,
         }
-        save_weights(self.folder.weights, weights, metadata)
-
-
-class Meter:
-    """Mean loss of the last ``window`` steps, and images/s since the last record."""
-
-    def __init__(self, window: int) -> None:
-        self._losses: deque[float] = deque(maxlen=window)
-        self._images = 0
-        self._since = time.monotonic()
-        self._last_rate: float | None = None
-
-    def start(self) -> None:
-        """Forget the time since the last record, which was not training's."""
-        self._images, self._since = 0, time.monotonic()
-
-    def add(self, loss: float, images: int) -> None:
-        self._losses.append(loss)
-        self._images += images
-
-    @property
-    def loss(self) -> float | None:
-        return math.fsum(self._losses) / len(self._losses) if self._losses else None
-
-    @property
-    def rate(self) -> float | None:
-        """As of the last record, which is steadier than since then."""
-        return self._last_rate or self._rate()
-
-    def record(self) -> dict[str, float | None]:
-        """Loss and images/s for a record; the time of the next one begins."""
-        self._last_rate = self._rate()
-        self.start()
-        return {"loss": self.loss, "images_per_s": self._last_rate}
-
-    def _rate(self) -> float | None:
-        return self._images / (time.monotonic() - self._since) if self._images else None
 
 
 def build_model(settings: Settings, classes: int) -> AlexNet:
@@ -349,13 +396,3 @@ def build_model(settings: Settings, classes: int) -> AlexNet:
     generator = torch.Generator().manual_seed(settings.seed)
     model.init_parameters(settings.init, generator)
     return model
-
-
-def _fetch(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, with the wait for each shown on a profiler's time line."""
-    while True:
-        with nvtx_range("data"):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch

@@ -1,71 +1,157 @@
-"""The optimizer of a run: stochastic gradient descent with each variant's rules for biases."""
+"""The optimizers of a run: stochastic gradient descent by the papers' rule and by torch's."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 
 from fastalex.model import AlexNet
+from fastalex.recipes import MOMENTUM_RULES
+
+VELOCITY = "momentum_buffer"  # where both rules keep it, as torch does
+
+
+class PaperSGD(torch.optim.Optimizer):
+    """SGD with the learning rate inside the velocity, as the paper and Caffe have it.
+
+        v <- momentum v - weight_decay lr w - lr g
+        w <- w + v
+
+    ``torch.optim.SGD`` applies the rate to the velocity instead. With a constant rate the two are
+    one; after a drop this one goes on with steps of the old size for a while, torch's does not.
+
+    Args:
+        params: parameters, or groups of them with options of their own.
+        lr: learning rate, >= 0.
+        momentum: in [0, 1).
+        weight_decay: >= 0.
+
+    Source: P§5; S:src/weights.cu.
+    """
+
+    def __init__(
+        self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; ``closure`` recomputes the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if weights:
+                self._update(weights, group)
+        return loss
+
+    def _update(self, weights: list[torch.Tensor], group: dict[str, Any]) -> None:
+        for w in weights:
+            if VELOCITY not in self.state[w]:
+                self.state[w][VELOCITY] = torch.zeros_like(w)
+        velocities = [self.state[w][VELOCITY] for w in weights]
+        lr, decay = group["lr"], group["weight_decay"]
+        torch._foreach_mul_(velocities, group["momentum"])
+        if decay:
+            torch._foreach_add_(velocities, weights, alpha=-decay * lr)
+        torch._foreach_add_(velocities, [w.grad for w in weights if w.grad is not None], alpha=-lr)
+        torch._foreach_add_(weights, velocities)
 
 
 def build_optimizer(
-    model: AlexNet, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4
-) -> torch.optim.SGD:
-    """SGD over ``model``'s parameters: v <- momentum v + (g + weight_decay w); w <- w - lr v.
-
-    Weights and biases are two groups. The authors' program and Caffe train biases at twice the
-    rate and without decay, and so do the variants ``source2012`` and ``caffe``.
+    model: AlexNet,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    rule: str = "torch",
+    bias_lr: float | None = None,
+    bias_decay: float | None = None,
+    bias_schedule: bool = True,
+) -> torch.optim.Optimizer:
+    """SGD with momentum over ``model``'s parameters, weights and biases as two groups.
 
     Args:
         model: whole, or one tower of it; its parameters must not be replaced afterwards.
         lr: learning rate of the weights, >= 0.
         momentum: in [0, 1).
         weight_decay: of the weights, >= 0.
+        rule: ``"torch"``, v <- m v + g + wd w, w <- w - lr v; ``"paper"``, see ``PaperSGD``.
+        bias_lr: rate of the biases as a multiple of ``lr``; None is the variant's.
+        bias_decay: decay of the biases as a multiple of ``weight_decay``; None is the variant's.
+        bias_schedule: whether ``set_learning_rate`` steers the biases too.
 
     Returns:
         The optimizer, for ``set_learning_rate`` to steer; its first group holds the weights.
 
     Raises:
-        ValueError: for a negative ``lr`` or ``weight_decay``, or a ``momentum`` out of its range.
+        ValueError: for a negative ``lr`` or ``weight_decay``, a ``momentum`` out of its range, or
+            another rule.
 
     Source: P§5; S:layers/layer-params-145.cfg; BVLC models/bvlc_alexnet/train_val.prototxt.
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
+    if rule not in MOMENTUM_RULES:
+        raise ValueError(f"rule: expected one of {', '.join(MOMENTUM_RULES)}, got {rule!r}")
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if value < 0:
+            raise ValueError(f"{name}: expected at least 0, got {value}")
     variant = model.variant
+    if bias_lr is None:
+        bias_lr = variant.bias_lr_multiplier
+    if bias_decay is None:
+        bias_decay = 1.0 if variant.bias_weight_decay else 0.0
     named = list(model.named_parameters())
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in named if not name.endswith("bias")], "lr_multiplier": 1.0},
         {
             "params": [p for name, p in named if name.endswith("bias")],
-            "lr_multiplier": variant.bias_lr_multiplier,
-            "weight_decay": weight_decay if variant.bias_weight_decay else 0.0,
+            "lr_multiplier": bias_lr,
+            "weight_decay": bias_decay * weight_decay,
+            "fixed_lr": None if bias_schedule else bias_lr * lr,
         },
     ]
-    # Fused: one pass over weights, gradients and velocities instead of five.
-    optimizer = torch.optim.SGD(
-        groups, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
-    )
+    optimizer: torch.optim.Optimizer
+    if rule == "paper":
+        optimizer = PaperSGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    else:
+        # Fused: one pass over weights, gradients and velocities instead of five.
+        optimizer = torch.optim.SGD(
+            groups, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
+        )
+    # From zero, not from the first gradient: torch's fused step makes the buffers without filling
+    # them, and where the first step overflows in float16 it leaves them like that.
+    for parameter in model.parameters():
+        optimizer.state[parameter][VELOCITY] = torch.zeros_like(parameter)
     set_learning_rate(optimizer, lr)
     return optimizer
 
 
-def learning_rate(lr: float, step: int, steps: int, drop: float) -> float:
-    """The rate of a step of a run: ``lr``, and a tenth of it for the last steps.
-
-    Args:
-        lr: at the start.
-        step: from 1 to ``steps``.
-        steps: of the whole run.
-        drop: share of the steps that keep ``lr``; 1 is all.
-
-    Source: P§5 divides by 10 where the validation error stops falling.
-    """
-    return lr if step <= drop * steps else lr / 10
-
-
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Train with ``lr`` from the next step on; biases with their multiple of it."""
+    """Train with ``lr`` from the next step on; biases with their multiple of it, or their own."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_multiplier"]
+        fixed = group.get("fixed_lr")
+        group["lr"] = lr * group["lr_multiplier"] if fixed is None else fixed
+
+
+def velocities(model: AlexNet, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The velocity of each parameter by name, as ``set_velocities`` takes them."""
+    return {name: optimizer.state[p][VELOCITY] for name, p in model.named_parameters()}
+
+
+def set_velocities(
+    model: AlexNet, optimizer: torch.optim.Optimizer, values: dict[str, torch.Tensor]
+) -> None:
+    """Go on with ``values``, from ``velocities``, in the memory layout of the parameters."""
+    for name, velocity in velocities(model, optimizer).items():
+        velocity.copy_(values[name])

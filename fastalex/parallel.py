@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastalex.layers import Conv2dReLU, CounterDropout, LinearReLUDropout, LRNMaxPool2d
+from fastalex.meter import Stopwatch
 from fastalex.model import AlexNet
 from fastalex.nvtx_ranges import nvtx_range
 
@@ -46,6 +47,9 @@ class TowerExchange:
         mesh: with an axis ``"tower"`` of size 2.
         staged: whether tensors go through host memory, for machines whose GPUs claim peer access
             and do not have it.
+
+    Attributes:
+        stopwatch: counts the time of the swaps.
     """
 
     def __init__(self, mesh: DeviceMesh, staged: bool = False) -> None:
@@ -53,9 +57,14 @@ class TowerExchange:
         self.group: Any = _host_group(mesh) if staged else mesh.get_group("tower")
         self.peer: int = dist.get_global_rank(mesh.get_group("tower"), 1 - self.rank)
         self.staged = staged
+        self.stopwatch = Stopwatch()
 
     def swap(self, x: torch.Tensor) -> torch.Tensor:
         """Send the contiguous ``x`` to the other tower, return what it sent."""
+        with self.stopwatch.running(x.device):
+            return self._swap(x)
+
+    def _swap(self, x: torch.Tensor) -> torch.Tensor:
         sent = x.cpu() if self.staged else x
         received = torch.empty_like(sent)
         if x.numel():
@@ -259,6 +268,25 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh, share: float | None = N
     totals = torch.split(flat, [g.numel() for g in gradients])
     for gradient, total in zip(gradients, totals, strict=True):
         gradient.copy_(total.view(gradient.shape))
+
+
+def gradient_norm(model: AlexNet, mesh: DeviceMesh) -> torch.Tensor:
+    """The Euclidean norm of the whole net's gradient, a scalar; every process takes part.
+
+    Args:
+        model: after backward and ``reduce_gradients``.
+        mesh: from ``init_mesh``.
+    """
+    whole = _whole_names(model)
+    parts: list[torch.Tensor] = []
+    shared: list[torch.Tensor] = []
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            (shared if name in whole else parts).append(parameter.grad)
+    total = torch.nn.utils.get_total_norm(parts).square()
+    if mesh["tower"].size() > 1:
+        dist.all_reduce(total, group=mesh.get_group("tower"))
+    return (total + torch.nn.utils.get_total_norm(shared).square()).sqrt()
 
 
 def full_tensors(

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
@@ -22,9 +23,10 @@ class Progress:
         steps: of the whole run.
         epochs: of the whole run.
         visible: False for all processes but one.
+        done: steps that were done before, by a run that this one resumes.
     """
 
-    def __init__(self, steps: int, epochs: int, visible: bool) -> None:
+    def __init__(self, steps: int, epochs: int, visible: bool, done: int = 0) -> None:
         self._epochs = epochs
         self._steps = steps
         self._visible = visible
@@ -35,12 +37,13 @@ class Progress:
         self._bar = tqdm(
             desc=f"epoch 1/{epochs}",
             total=steps,
+            initial=done,
             bar_format=_BAR,
             smoothing=0.1,
             dynamic_ncols=True,
             disable=not terminal,
         )
-        self._step = 0
+        self._step = self._first = done
 
     def advance(self, step: int, epoch: int, loss: float | None, rate: float | None) -> None:
         """Show that ``step`` is done; None where loss or images/s are not known yet."""
@@ -53,7 +56,7 @@ class Progress:
         now = time.monotonic()
         if self._visible and self._bar.disable and now - self._spoke > _LINE_SECONDS:
             self._spoke = now
-            left = (now - self._started) / step * (self._steps - step)
+            left = (now - self._started) / (step - self._first) * (self._steps - step)
             print(
                 f"epoch {epoch}/{self._epochs}, step {step}/{self._steps}{numbers}, "
                 f"{tqdm.format_interval(left)} left",
@@ -90,11 +93,17 @@ class StuckLoss:
     Args:
         classes: of the data; with one class nothing is ever stuck.
         window: steps looked at.
+        losses: of an earlier part of the run.
     """
 
-    def __init__(self, classes: int, window: int = 100) -> None:
+    def __init__(self, classes: int, window: int = 100, losses: Sequence[float] = ()) -> None:
         self.level = math.log(classes)
-        self._losses: deque[float] = deque(maxlen=window)
+        self._losses: deque[float] = deque(losses, maxlen=window)
+
+    @property
+    def losses(self) -> list[float]:
+        """Of the last steps, for another one to go on with."""
+        return list(self._losses)
 
     def add(self, loss: float) -> bool:
         """Take the loss of one more step; whether the run is stuck now."""

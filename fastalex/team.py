@@ -9,17 +9,23 @@ import torch.distributed as dist
 
 from fastalex import parallel
 from fastalex.launch import TrainingError, World, is_lost_peer
+from fastalex.meter import Stopwatch
 from fastalex.model import AlexNet
 
 
 class Team:
-    """This process's place among the others; alone, every operation is local."""
+    """This process's place among the others; alone, every operation is local.
+
+    Attributes:
+        stopwatch: counts the time of exchange between processes.
+    """
 
     def __init__(self, world: World) -> None:
         self.device = torch.device("cpu")
         if world.device_type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.replicas = world.replicas
+        self.stopwatch = Stopwatch()
         self._mesh = None
         if world.processes > 1:
             self._mesh = parallel.init_mesh(world.device_type, world.replicas, world.towers)
@@ -42,13 +48,27 @@ class Team:
                 if is_lost_peer(error):
                     raise
                 raise TrainingError(str(error)) from error
+            exchange.stopwatch = self.stopwatch
         parallel.parallelize(model, self._mesh, exchange)
         parallel.set_row_offset(model, self.replica * rows)
         return model
 
     def reduce_gradients(self, model: AlexNet) -> None:
+        if self._mesh is not None and self.replicas > 1:
+            with self.stopwatch.running(self.device):
+                parallel.reduce_gradients(model, self._mesh)
+
+    def gradient_norm(self, model: AlexNet) -> torch.Tensor:
+        """The norm of the whole net's gradient; every process takes part."""
+        if self._mesh is None:
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            return torch.nn.utils.get_total_norm(grads)
+        return parallel.gradient_norm(model, self._mesh)
+
+    def largest(self, values: torch.Tensor) -> None:
+        """Make ``values`` the largest of all processes."""
         if self._mesh is not None:
-            parallel.reduce_gradients(model, self._mesh)
+            dist.all_reduce(values, dist.ReduceOp.MAX)
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of ``values`` over the replicas."""
@@ -69,3 +89,15 @@ class Team:
         if self._mesh is None:
             return dict(model.state_dict())
         return parallel.full_state_dict(model, self._mesh)
+
+    def whole(self, model: AlexNet, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Whole tensors of parts named like the parameters; every process takes part."""
+        if self._mesh is None:
+            return parts
+        return parallel.full_tensors(model, self._mesh, parts)
+
+    def parts(self, model: AlexNet, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """This process's parts of whole tensors: undoes ``whole``."""
+        if self._mesh is None:
+            return whole
+        return parallel.local_tensors(model, self._mesh, whole)

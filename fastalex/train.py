@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -10,12 +11,18 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastalex import engine, launch
-from fastalex.config import INITIALISATIONS, Settings, parse_arguments
-from fastalex.data import ImageSource, Normalization, decode_size, open_sources
+from fastalex import engine, launch, resume
+from fastalex.config import Settings
+from fastalex.curves import check_tensorboard
+from fastalex.data import DataError, ImageSource, Normalization, decode_size, open_sources
 from fastalex.launch import Interrupted, TrainingError, WorkerFailed, World
 from fastalex.model import AlexNet
-from fastalex.run_folder import RunFolder, check_output
+from fastalex.options import parse_arguments
+from fastalex.plan import Plan
+from fastalex.recipes import INITIALISATIONS, MOMENTUM_RULES, NO_RECIPE, RECIPES
+from fastalex.resume import Start
+from fastalex.run_folder import RunFolder, check_idle, check_output
+from fastalex.schedule import describe
 
 _FAILED, _REFUSED = 1, 2
 
@@ -29,10 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse_arguments(arguments)
     try:
-        world = launch.find_world(options["gpus"], options["variant"], options["threads"])
+        start = _find_start(options)
+        if start is not None and start.finished:
+            return _finished(start)
+        world = _find_world(options, start)
         if launch.under_torchrun():
-            return _run_under_torchrun(options, world)
-        plan = prepare(options, world)
+            return _run_under_torchrun(options, world, start)
+        plan = prepare(options, world, start)
     except (ValueError, OSError) as error:
         return _fail(str(error), _REFUSED)
     except KeyboardInterrupt:
@@ -40,20 +50,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(plan)
 
 
-def prepare(options: Mapping[str, Any], world: World) -> engine.Plan:
+def _find_start(options: Mapping[str, Any]) -> Start | None:
+    """Where the run of --resume goes on; says which of its checkpoints are damaged."""
+    if options["resume"] is None:
+        return None
+    start, damaged = resume.find(options["resume"])
+    for line in damaged:
+        _say_and(f"warning: {line}; the checkpoint before it is used", 0)
+    return start
+
+
+def _finished(start: Start) -> int:
+    """Say that there is nothing to go on with; the last process may have died before it could."""
+    folder = RunFolder(start.folder)
+    if launch.rank() == 0:
+        print(f"{start.folder} is finished: all of its {start.step} steps are done")
+        folder.end("finished")
+        _say_where(folder)
+    return 0
+
+
+def _find_world(options: Mapping[str, Any], start: Start | None) -> World:
+    gpus, threads, variant = (options[name] for name in ("gpus", "threads", "variant"))
+    if start is None:
+        recipe = RECIPES.get(options["recipe"], NO_RECIPE)
+        return launch.find_world(gpus, variant or recipe.variant, threads)
+    if gpus is None and not launch.under_torchrun():
+        gpus = start.world.processes
+    # Sums are taken in another order by another number of threads.
+    same = gpus in (None, start.world.processes)
+    threads = threads or (start.world.threads if same else None)
+    return launch.find_world(gpus, start.settings.variant, threads)
+
+
+def prepare(options: Mapping[str, Any], world: World, start: Start | None = None) -> Plan:
     """Check everything a user can get wrong, then make the run's folder and say what was chosen.
 
     Raises:
         ValueError: for what is wrong; nothing was written.
     """
-    settings = Settings.choose(options, world.device_type)
-    if options["output"] is not None:
-        check_output(options["output"])
-    if settings.batch_size % world.replicas:
-        raise ValueError(
-            f"--batch-size {settings.batch_size}: {world.replicas} processes share each batch, "
-            f"name a multiple of {world.replicas}"
-        )
+    settings = _choose(options, world, start)
     sources = train, val = open_sources(settings.data, settings.seed, settings.image_size)
     model = AlexNet(len(train.classes), variant=settings.variant)
     smallest = model.smallest_image_size()
@@ -62,28 +98,69 @@ def prepare(options: Mapping[str, Any], world: World) -> engine.Plan:
             f"--image-size {settings.image_size}: variant {settings.variant} needs at least "
             f"{smallest}"
         )
-    normalization = Normalization.measure(train, decode_size(settings.image_size))
-    folder = RunFolder.create(options["output"], settings.variant, settings.seed)
-    plan = engine.Plan(
+    if start is None or start.path is None:
+        measured = Normalization.measure(train, decode_size(settings.image_size))
+        scale = measured.scaled(settings.normalization)
+    else:
+        _check_same_images(start, train, val)
+        scale = Normalization.from_dict(start.state["normalization"])
+    if start is None:
+        folder = RunFolder.create(options["output"], settings.variant, settings.seed)
+        folder.begin(options, settings.to_dict(), vars(world))
+    else:
+        folder = RunFolder(start.folder)
+        folder.resume(options, vars(world), start.step)
+    plan = Plan(
         settings,
         world,
         folder.path,
         list(train.classes),
-        normalization,
+        scale,
         unreadable=[bad for source in sources for bad in getattr(source, "unreadable", [])],
         # Another process opens its own: what is kept in memory would be sent along.
         sources=sources if world.processes == 1 else None,
+        start=start,
     )
-    folder.begin(options, {**vars(settings), **vars(world)})
     parameters = sum(p.numel() for p in model.parameters())
     for line in _describe(plan, parameters, train, val):
         print(line, flush=True)
     return plan
 
 
-def _describe(
-    plan: engine.Plan, parameters: int, train: ImageSource, val: ImageSource
-) -> list[str]:
+def _choose(options: Mapping[str, Any], world: World, start: Start | None) -> Settings:
+    """The settings of the run, checked against each other and against the world."""
+    if start is None:
+        settings = Settings.choose(options, world.device_type)
+        if options["output"] is not None:
+            check_output(options["output"])
+    else:
+        if options["output"] is not None:
+            raise ValueError("--resume writes to the run's own folder: leave out --output")
+        settings = start.settings.resumed(options)
+        check_idle(RunFolder(start.folder))
+    if settings.tensorboard:
+        check_tensorboard()
+    if settings.batch_size % world.replicas:
+        raise ValueError(
+            f"--batch-size {settings.batch_size}: {world.replicas} processes share each batch, "
+            f"name a multiple of {world.replicas}"
+        )
+    return settings
+
+
+def _check_same_images(start: Start, train: ImageSource, val: ImageSource) -> None:
+    """Raise unless the images are those that the run began with, as far as counting tells."""
+    before, now = start.state["images"], [len(train), len(val)]
+    if list(train.classes) != start.state["classes"]:
+        raise DataError(f"--resume {start.folder}: the images have other classes than they had")
+    if before != now:
+        raise DataError(
+            f"--resume {start.folder}: {now[0]} training and {now[1]} validation images, "
+            f"and there were {before[0]} and {before[1]}"
+        )
+
+
+def _describe(plan: Plan, parameters: int, train: ImageSource, val: ImageSource) -> list[str]:
     settings, world = plan.settings, plan.world
     if world.towers == 2:
         split = "two towers, one per process"
@@ -96,23 +173,39 @@ def _describe(
     else:
         split = "whole in one process"
     steps = -(-len(train) // settings.batch_size)
-    drop = f" (a tenth after {settings.lr_drop:.0%} of the steps)" if settings.lr_drop < 1 else ""
+    most_steps = settings.max_steps or math.inf
+    epochs = min(settings.epochs, most_steps / steps)
     most = "" if settings.max_steps is None else f", at most {settings.max_steps} steps"
-    return [
+    recipe = "" if settings.recipe is None else f" (recipe {settings.recipe})"
+    lines = [
         world.describe(),
         f"net: {settings.variant}, {parameters:,} parameters, dropout {settings.dropout}, {split}",
         f"initialisation: {settings.init} ({INITIALISATIONS[settings.init]}), seed {settings.seed}",
         f"data: {settings.data or 'built-in set'}, {len(plan.classes)} classes, {len(train)} "
-        f"training and {len(val)} validation images, {settings.image_size} px, unit variance",
+        f"training and {len(val)} validation images, {settings.image_size} px, "
+        f"augmentation {settings.augmentation}, normalization {settings.normalization}",
         f"training: {settings.epochs} epochs of {steps} steps{most}, "
-        f"{settings.batch_size} images a step",
-        f"optimizer: SGD, lr {settings.lr}{drop}, momentum {settings.momentum}, "
-        f"weight decay {settings.weight_decay}",
+        f"{settings.batch_size} images a step, {settings.precision}{recipe}",
+        f"optimizer: SGD, {describe(settings, epochs)}, momentum {settings.momentum} "
+        f"({MOMENTUM_RULES[settings.momentum_rule]}), weight decay {settings.weight_decay}",
         f"output: {plan.folder}",
     ]
+    return lines if plan.start is None else lines + _describe_start(plan.start, world)
 
 
-def _run(plan: engine.Plan) -> int:
+def _describe_start(start: Start, world: World) -> list[str]:
+    if start.path is None:
+        return ["resumed: there is no checkpoint yet, from the first step again"]
+    lines = [f"resumed: after step {start.step}, from {start.path}"]
+    changed = start.differences(world)
+    if changed:
+        lines.append(
+            f"note: {', '.join(changed)}; equal to a run never stopped to rounding, not bit for bit"
+        )
+    return lines
+
+
+def _run(plan: Plan) -> int:
     """Train in as many processes as planned, and note and say how it ended."""
     folder = RunFolder(plan.folder)
     status = "failed"
@@ -123,12 +216,15 @@ def _run(plan: engine.Plan) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C
         status = "interrupted"
         _clear_bar(plan.world)
-        return _say_and(f"interrupted by {stop}; {folder.kept()}", 128 + stop.signum)
+        return _say_and(
+            f"interrupted by {stop}; {folder.kept()}{_way_on(folder)}", 128 + stop.signum
+        )
     except (TrainingError, WorkerFailed) as error:
         _clear_bar(plan.world)
         if isinstance(error, WorkerFailed) and error.traceback:
             print(error.traceback, file=sys.stderr)
-        return _fail(f"{_stopped(error, plan.world)}; {folder.kept()}", _FAILED)
+        way_on = _way_on(folder) if isinstance(error, WorkerFailed) else ""
+        return _fail(f"{_stopped(error, plan.world)}; {folder.kept()}{way_on}", _FAILED)
     finally:
         folder.end(status)
     _say_where(folder)
@@ -142,12 +238,18 @@ def _stopped(error: Exception, world: World) -> str:
     return str(error)
 
 
-def _run_under_torchrun(options: Mapping[str, Any], world: World) -> int:
+def _way_on(folder: RunFolder) -> str:
+    """How to go on with a run that was stopped from outside."""
+    step = resume.last_step(folder)
+    return "" if step is None else f"; --resume {folder.path} goes on after step {step}"
+
+
+def _run_under_torchrun(options: Mapping[str, Any], world: World, start: Start | None) -> int:
     """Be one process of the world that torchrun started."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launch.die_with_parent(os.getppid())
     try:
-        return launch.in_process(world, _member, options, world)
+        return launch.in_process(world, _member, options, world, start)
     except TrainingError as error:
         # Each process for itself: the others may have stopped without a word of their own.
         line = f"train: error: rank {launch.rank()}: {error}"
@@ -157,11 +259,11 @@ def _run_under_torchrun(options: Mapping[str, Any], world: World) -> int:
         return 130
 
 
-def _member(options: Mapping[str, Any], world: World) -> int:
-    decided: list[engine.Plan | None] = [None]
+def _member(options: Mapping[str, Any], world: World, start: Start | None) -> int:
+    decided: list[Plan | None] = [None]
     if launch.rank() == 0:
         try:
-            decided = [prepare(options, world)]
+            decided = [prepare(options, world, start)]
         except (ValueError, OSError) as error:
             _fail(str(error), _REFUSED)
     if world.processes > 1:

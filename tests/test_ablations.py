@@ -14,8 +14,8 @@ from torch import nn
 from fastalex import AlexNet, ablate
 from fastalex.ablations import ABLATIONS, edit, edited_name, split_name
 from fastalex.checkpoint import load_model, save_weights
-from fastalex.config import parse_arguments
 from fastalex.data import Batches, Normalization, SyntheticImages, decode_size
+from fastalex.options import parse_arguments
 from fastalex.reference import ReferenceAlexNet
 from fastalex.variants import VARIANTS, get_variant
 
@@ -166,7 +166,9 @@ def test_weights_of_an_edited_net_come_back(tmp_path: Path) -> None:
 
 
 def test_the_command_line_turns_parts_into_settings() -> None:
-    assert parse_arguments([])["variant"] == "paper"
+    assert parse_arguments([])["variant"] is None, "left to the recipe"
+    edited = parse_arguments(["--recipe", "caffe", "--without", "lrn"])
+    assert edited["variant"] == "caffe-without-lrn"
     options = parse_arguments(["--without", "lrn", "dropout", "augmentation", "--half"])
     assert options["variant"] == "paper-half-without-lrn"
     assert (options["dropout"], options["augmentation"]) == (0.0, "none")

@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from fastalex import AlexNet, engine
-from fastalex.config import Settings, parse_arguments
+from fastalex.config import Settings
 from fastalex.data import Batches, Normalization
 from fastalex.launch import TrainingError, World
-from fastalex.optim import build_optimizer, learning_rate, set_learning_rate
+from fastalex.options import parse_arguments
+from fastalex.plan import Plan
 from fastalex.progress import StuckLoss
 from fastalex.run_folder import RunFolder, check_output
 from fastalex.team import Team
+from fastalex.validation import Accuracy, evaluate
 
 ALONE = World("cpu", processes=1, towers=1, threads=1)
 
@@ -57,8 +59,8 @@ def _settings(*arguments: str) -> Settings:
     return Settings.choose(parse_arguments(arguments), "cpu")
 
 
-def _plan(folder: Path, source: FewImages, *arguments: str) -> engine.Plan:
-    return engine.Plan(
+def _plan(folder: Path, source: FewImages, *arguments: str) -> Plan:
+    return Plan(
         _settings("--image-size", "64", "--variant", "owt", *arguments),
         ALONE,
         folder,
@@ -89,7 +91,7 @@ def test_accuracies_are_those_of_a_count_by_hand(classes: int) -> None:
     # 23 images in batches of 5: the last one is short.
     batches = Batches(source, 5, 8, Normalization((0.0,) * 3, (1.0,) * 3), 0, train=False)
     model = Lookup(logits)
-    accuracy = engine.evaluate(model, batches, Team(ALONE))  # type: ignore[arg-type]
+    accuracy = evaluate(model, batches, Team(ALONE))  # type: ignore[arg-type]
 
     ranks = [sorted(range(classes), key=lambda c: -row[c]) for row in logits.tolist()]
     top1 = sum(rank[0] == label for rank, label in zip(ranks, labels, strict=True)) / 23
@@ -110,47 +112,6 @@ def test_net_and_seed_name_one_set_of_weights() -> None:
     pairs = list(zip(first.parameters(), again.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(first.classifier[6].weight, other.classifier[6].weight)
-
-
-@pytest.mark.parametrize(("variant", "bias_rate", "decays"), [("paper", 1, 1), ("caffe", 2, 0)])
-def test_steps_are_those_of_the_rule_by_hand(variant: str, bias_rate: int, decays: int) -> None:
-    """Two steps across a drop of the rate: v <- .9 v + g + decay w, w <- w - lr v."""
-    model = AlexNet(2, variant=variant)
-    names = ["classifier.6.weight", "classifier.6.bias"]
-    parameters = dict(model.named_parameters())
-    for name in names:
-        parameters[name].data.normal_(generator=torch.Generator().manual_seed(0))
-    expected = {name: parameters[name].detach().double().clone() for name in names}
-    velocity = {name: torch.zeros_like(expected[name]) for name in names}
-    optimizer = build_optimizer(model, lr=0.5, momentum=0.9, weight_decay=0.01)
-    for lr in (0.5, 0.05):
-        set_learning_rate(optimizer, lr)
-        for name in names:
-            grad = torch.full_like(parameters[name], 0.25)
-            parameters[name].grad = grad
-            is_bias = name.endswith("bias")
-            decay = 0.01 * (decays if is_bias else 1)
-            velocity[name] = 0.9 * velocity[name] + grad + decay * expected[name]
-            expected[name] = expected[name] - lr * (bias_rate if is_bias else 1) * velocity[name]
-        optimizer.step()
-    for name in names:
-        # A few float32 roundings of numbers near 1.
-        torch.testing.assert_close(
-            parameters[name].double(), expected[name], rtol=1e-6, atol=1e-6, check_dtype=False
-        )
-
-
-def test_every_parameter_is_trained_once() -> None:
-    model = AlexNet(2, variant="source2012")
-    groups = build_optimizer(model, lr=0.1).param_groups
-    trained = [p for group in groups for p in group["params"]]
-    assert {id(p) for p in trained} == {id(p) for p in model.parameters()}
-    assert len(trained) == len(list(model.parameters()))
-
-
-def test_the_rate_drops_once_and_never_without_a_drop() -> None:
-    assert [learning_rate(1.0, step, 10, 0.7) for step in range(1, 11)] == [1.0] * 7 + [0.1] * 3
-    assert {learning_rate(1.0, step, 10, 1.0) for step in range(1, 11)} == {1.0}
 
 
 def _stuck_at(losses: list[float], classes: int = 10) -> int | None:
@@ -217,7 +178,7 @@ def test_a_validation_loss_that_is_not_finite_keeps_the_last_good_weights(
     source = FewImages([0, 1, 0, 1], classes=2)
     plan = _plan(tmp_path, source, "--batch-size", "4", "--epochs", "3")
     trainer = engine.Trainer(plan)
-    results = iter([engine.Accuracy(1.0, 0.5, 1.0), engine.Accuracy(math.inf, 0.5, 1.0)])
+    results = iter([Accuracy(1.0, 0.5, 1.0), Accuracy(math.inf, 0.5, 1.0)])
     monkeypatch.setattr(engine, "evaluate", lambda *_: next(results))
     with pytest.raises(TrainingError, match=r"validation loss is inf after step 2 \(epoch 2\)"):
         trainer.run()
@@ -240,7 +201,7 @@ def test_a_stuck_run_is_warned_once(
         trainer.unread.append((torch.tensor(math.log(2)), batch.indices))
 
     monkeypatch.setattr(trainer, "_train_step", step)
-    monkeypatch.setattr(engine, "evaluate", lambda *_: engine.Accuracy(math.log(2), 0.5, 1.0))
+    monkeypatch.setattr(engine, "evaluate", lambda *_: Accuracy(math.log(2), 0.5, 1.0))
     trainer.run()
     trainer.close()
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]

@@ -16,6 +16,13 @@ Pixels = npt.NDArray[np.uint8]
 CACHE_BYTES = 1 << 30  # decoded images that one source may keep in memory
 
 
+NORMALIZATIONS = {
+    "unit": "zero mean and unit variance of each channel, measured on the training images",
+    "mean": "the measured mean of each channel is subtracted, pixels stay 0 to 255",
+    "imagenet": "torchvision's constants",
+}
+
+
 class DataError(ValueError):
     """The data given can't be trained on; the message is one line that says what to do."""
 
@@ -89,6 +96,16 @@ class Normalization:
         std[std < 0.5] = 1.0  # half a grey level: nothing but rounding
         return cls(_triple(mean), _triple(std))
 
+    def scaled(self, kind: str) -> Normalization:
+        """Another normalisation of the images that this one was measured on.
+
+        Args:
+            kind: one of ``NORMALIZATIONS``.
+        """
+        if kind == "imagenet":
+            return IMAGENET
+        return Normalization(self.mean, (1.0, 1.0, 1.0)) if kind == "mean" else self
+
     def to_dict(self) -> dict[str, list[float]]:
         return {"mean": list(self.mean), "std": list(self.std)}
 
@@ -106,6 +123,12 @@ class Normalization:
         if not (all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)):
             raise ValueError(f"normalization: expected finite mean, positive std, got {values!r}")
         return cls(mean, std)
+
+
+# Of the pixels of ImageNet, on the scale 0 to 255. Source: torchvision's models.
+IMAGENET = Normalization(
+    mean=(0.485 * 255, 0.456 * 255, 0.406 * 255), std=(0.229 * 255, 0.224 * 255, 0.225 * 255)
+)
 
 
 def _triple(values: Any) -> tuple[float, float, float]:

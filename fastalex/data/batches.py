@@ -1,7 +1,7 @@
-"""Batches of a source: their order, crops and mirrors are functions of (seed, epoch, index) alone.
+"""Batches of a source: their order, crops and colours are functions of (seed, epoch, index) alone.
 
-An epoch draws one Philox stream for the order and one for the crops, and sample i reads the words
-that belong to i. So neither the number of processes or threads nor the batch at which a run goes
+An epoch draws a Philox stream each for order, crops and colours, and sample i reads the words that
+belong to i. So neither the number of processes or threads nor the batch at which a run goes
 on changes what is seen.
 """
 
@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastalex.data.augment import AUGMENTATIONS, COLOR_SCALE, augment, color_noise
 from fastalex.data.background import map_ahead
 from fastalex.data.base import Batch, DataError, ImageSource, Normalization, Pixels
 
-_ORDER, _CROPS = 0, 1  # the streams of an epoch
-_WORDS = 3  # random 64-bit words for a sample: top, left, mirror
+_ORDER, _CROPS, _COLORS = 0, 1, 2  # the streams of an epoch
+_CROP_WORDS = 3  # random 64-bit words for a sample: top, left, mirror
+_COLOR_WORDS = 4
 
 
 def decode_size(image_size: int) -> int:
@@ -29,9 +31,9 @@ class Batches:
     """The batches of each epoch over a source, or one replica's share of them.
 
     Training: images decoded at ``decode_size(image_size)``, a random crop, mirrored half the time,
-    in a new random order each epoch. Every batch is full: where the samples of the epoch run out,
-    the last batch is filled with the first of the same order. So each sample is seen at least once
-    an epoch, and a few twice, alike.
+    with colour noise where ``augmentation`` says so, in a new random order each epoch. Every batch
+    is full: where the samples of the epoch run out, the last batch is filled with the first of the
+    same order. So each sample is seen at least once an epoch, and a few twice, alike.
 
     Validation: the centre crop of the same decoded image, in the source's order; the last batch
     may be short.
@@ -50,7 +52,7 @@ class Batches:
         rank: this replica's number.
         replicas: how many share each batch; must divide ``batch_size``.
         workers: threads that load batches ahead; 0 loads each when it is asked for.
-        augmentation: of training, "crop", as above; "none" is the centre crop.
+        augmentation: of training, one of ``fastalex.data.augment.AUGMENTATIONS``.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -80,6 +82,9 @@ class Batches:
             )
         if not 0 <= rank < replicas:
             raise ValueError(f"rank: expected 0 to {replicas - 1}, got {rank}")
+        if augmentation not in AUGMENTATIONS:
+            known = ", ".join(AUGMENTATIONS)
+            raise ValueError(f"augmentation: expected one of {known}, got {augmentation!r}")
         if len(source) == 0:
             raise DataError("source: expected at least one image, got none")
         self.source = source
@@ -91,7 +96,7 @@ class Batches:
         self.rank = rank
         self.replicas = replicas
         self.workers = workers
-        self.augmentation = augmentation
+        self.augmentation = augmentation if train else "none"
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -102,10 +107,15 @@ class Batches:
         _check_at_least("epoch", epoch, 0)
         if not 0 <= start <= len(self):
             raise ValueError(f"start: expected 0 to {len(self)}, got {start}")
-        order, crops = self._order(epoch), self._crops(epoch)
+        order, crops, colors = self._order(epoch), self._crops(epoch), self._colors(epoch)
         shares = (self._share(order, batch) for batch in range(start, len(self)))
         # Two batches a thread: one being loaded and one ready.
-        return map_ahead(lambda i: self._load(i, crops), shares, self.workers, 2 * self.workers)
+        return map_ahead(
+            lambda indices: self._load(indices, crops, colors),
+            shares,
+            self.workers,
+            2 * self.workers,
+        )
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         """int64 [len(source)]: the samples in the order in which the epoch visits them."""
@@ -116,11 +126,17 @@ class Batches:
     def _crops(self, epoch: int) -> npt.NDArray[np.int64]:
         """int64 [len(source), 3]: top, left and whether to mirror, for each sample."""
         spare = decode_size(self.image_size) - self.image_size
-        if not self.train or self.augmentation == "none":
+        if self.augmentation == "none":
             return np.tile([spare // 2, spare // 2, 0], (len(self.source), 1))
-        words = self._words(epoch, _CROPS, _WORDS)
+        words = self._words(epoch, _CROPS, _CROP_WORDS)
         ranges = np.array([spare + 1, spare + 1, 2], np.uint64)
         return (words % ranges).astype(np.int64)
+
+    def _colors(self, epoch: int) -> npt.NDArray[np.float32] | None:
+        """float32 [len(source), 3]: what is added to the pixels of each sample, or None."""
+        if self.augmentation != "full":
+            return None
+        return color_noise(self._words(epoch, _COLORS, _COLOR_WORDS))
 
     def _words(self, epoch: int, stream: int, words: int) -> npt.NDArray[np.uint64]:
         # Raw words, because numpy may change what its distributions make of them.
@@ -135,20 +151,29 @@ class Batches:
         first, last = (r * len(positions) // self.replicas for r in (self.rank, self.rank + 1))
         return order[positions[first:last] % len(order)]
 
-    def _load(self, indices: npt.NDArray[np.int64], crops: npt.NDArray[np.int64]) -> Batch:
-        side, decoded = self.image_size, decode_size(self.image_size)
+    def _load(
+        self,
+        indices: npt.NDArray[np.int64],
+        crops: npt.NDArray[np.int64],
+        colors: npt.NDArray[np.float32] | None,
+    ) -> Batch:
+        side = decode_size(self.image_size)
         pixels: Pixels = np.empty((len(indices), side, side, 3), np.uint8)
         for out, index in zip(pixels, indices, strict=True):
-            top, left, mirror = crops[index]
-            crop = self.source.image(int(index), decoded)[top : top + side, left : left + side]
-            out[:] = crop[:, ::-1] if mirror else crop
-        images = torch.from_numpy(pixels).to(torch.float32)
-        images.sub_(torch.tensor(self.mean_std.mean)).div_(torch.tensor(self.mean_std.std))
-        return Batch(
-            images.permute(0, 3, 1, 2),
-            torch.from_numpy(self.source.labels[indices]),
-            torch.from_numpy(indices),
+            out[:] = self.source.image(int(index), side)
+        tops, lefts, mirrors = torch.from_numpy(crops[indices]).unbind(1)
+        images = augment(
+            torch.from_numpy(pixels),
+            tops,
+            lefts,
+            mirrors.bool(),
+            None if colors is None else torch.from_numpy(colors[indices]),
+            torch.tensor(self.mean_std.mean),
+            torch.tensor(self.mean_std.std) * (1.0 if colors is None else COLOR_SCALE),
+            self.image_size,
         )
+        labels = torch.from_numpy(self.source.labels[indices])
+        return Batch(images, labels, torch.from_numpy(indices))
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:

@@ -1,0 +1,362 @@
+"""The command line of a training run; ``fastalex.config`` makes settings of it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastalex import ablations
+from fastalex._version import __version__
+from fastalex.config import DEFAULTS, PRECISIONS
+from fastalex.data.augment import AUGMENTATIONS
+from fastalex.data.base import NORMALIZATIONS
+from fastalex.recipes import (
+    INITIALISATIONS,
+    MOMENTUM_RULES,
+    NO_RECIPE,
+    RECIPES,
+    SCHEDULES,
+)
+from fastalex.variants import VARIANTS
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the whole usage, and from one of torchrun's processes only."""
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train: error: {message} (--help lists the options)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """The options of a command line by name; None reads the process's.
+
+    An option that was not given is None.
+
+    Raises:
+        SystemExit: with code 2 and one line on stderr, where the command line is wrong.
+    """
+    options = vars(_parser().parse_args(arguments))
+    recipe = RECIPES.get(options["recipe"], NO_RECIPE)
+    return ablations.apply_arguments(options, options["variant"] or recipe.variant)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m fastalex.train",
+        usage="%(prog)s [--gpus {1,2}] [--data DIR] [--recipe NAME | --resume RUN] [options]",
+        description="Train the AlexNet of 2012 on one GPU or, its two towers apart, on two; "
+        "without a GPU, on as many CPU processes.",
+        epilog="Without --data it trains on a built-in set of ten drawn classes and needs no "
+        "download. `python -m fastalex.data photos DIR` makes a folder of real photographs. "
+        "A recipe changes the defaults below; docs/training.md has the table.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fastalex {__version__}")
+    _add_processes(parser.add_argument_group("where it runs"))
+    _add_data(parser.add_argument_group("data"))
+    _add_net(parser.add_argument_group("net"))
+    ablations.add_arguments(parser.add_argument_group("ablations"))
+    _add_training(parser.add_argument_group("training"))
+    _add_schedule(parser.add_argument_group("learning rate"))
+    _add_output(parser.add_argument_group("output"))
+    return parser
+
+
+def _add_processes(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--gpus",
+        type=int,
+        choices=(1, 2),
+        help="processes, one per GPU, or CPU processes where there is no GPU (default: 1; under "
+        "torchrun, as many as it started; with --resume, as many as before)",
+    )
+    group.add_argument(
+        "--threads",
+        type=_integer(1),
+        metavar="N",
+        help="CPU threads of each process (default: the cores shared out)",
+    )
+    group.add_argument(
+        "--workers",
+        type=_integer(0),
+        metavar="N",
+        help=f"threads that load batches ahead ({_by_data('workers')})",
+    )
+    group.add_argument("--precision", choices=tuple(PRECISIONS), help=_choices(PRECISIONS))
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder with train/CLASS/IMAGE and val/CLASS/IMAGE (default: the built-in set)",
+    )
+    group.add_argument(
+        "--image-size",
+        type=_integer(1),
+        metavar="PIXELS",
+        help=f"side of the images the net gets ({_by_data('image_size')})",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=_integer(1),
+        metavar="N",
+        help=f"images in a step, over all processes ({_by_data('batch_size')})",
+    )
+    group.add_argument(
+        "--augmentation",
+        choices=tuple(AUGMENTATIONS),
+        help=_choices(AUGMENTATIONS, NO_RECIPE.augmentation),
+    )
+    group.add_argument(
+        "--normalization",
+        choices=tuple(NORMALIZATIONS),
+        help=_choices(NORMALIZATIONS, NO_RECIPE.normalization),
+    )
+
+
+def _add_net(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--variant",
+        choices=tuple(VARIANTS),
+        help="paper: as the paper prints it; source2012: the authors' program; caffe: its widely "
+        "copied single-GPU form; owt: one tower, no LRN, as in torchvision (default: "
+        f"{NO_RECIPE.variant})",
+    )
+    group.add_argument(
+        "--init",
+        choices=tuple(INITIALISATIONS),
+        help=_choices(INITIALISATIONS, NO_RECIPE.init),
+    )
+    group.add_argument(
+        "--dropout",
+        type=_number(0, below=1),
+        metavar="P",
+        help=f"probability that a unit of fc6 or fc7 is dropped (default: {NO_RECIPE.dropout})",
+    )
+
+
+def _add_training(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        help="train as was published: sets variant, initialisation, optimizer, schedule, "
+        "augmentation, batch size and epochs, each of which can still be given",
+    )
+    group.add_argument(
+        "--epochs",
+        type=_integer(1),
+        metavar="N",
+        help=f"passes over the training images ({_by_data('epochs')})",
+    )
+    group.add_argument(
+        "--max-steps", type=_integer(1), metavar="N", help="stop after this many steps"
+    )
+    group.add_argument(
+        "--momentum",
+        type=_number(0, below=1),
+        metavar="M",
+        help=f"of stochastic gradient descent (default: {NO_RECIPE.momentum})",
+    )
+    group.add_argument(
+        "--momentum-rule",
+        choices=tuple(MOMENTUM_RULES),
+        help=_choices(MOMENTUM_RULES, NO_RECIPE.momentum_rule),
+    )
+    group.add_argument(
+        "--weight-decay",
+        type=_number(0),
+        metavar="D",
+        help=f"pull of the weights to zero (default: {NO_RECIPE.weight_decay})",
+    )
+    group.add_argument(
+        "--bias-lr",
+        type=_number(0),
+        metavar="FACTOR",
+        help="learning rate of the biases, times --lr (default: the variant's)",
+    )
+    group.add_argument(
+        "--bias-decay",
+        type=_number(0),
+        metavar="FACTOR",
+        help="decay of the biases, times --weight-decay (default: the variant's)",
+    )
+    group.add_argument(
+        "--bias-schedule",
+        action=argparse.BooleanOptionalAction,
+        help="whether the rate of the biases follows the schedule (default: yes)",
+    )
+    group.add_argument(
+        "--seed",
+        type=_integer(0, 2**63 - 1),
+        metavar="N",
+        help="decides weights, order, crops, colours and dropout, the same for one process and "
+        "for two (default: 0)",
+    )
+
+
+def _add_schedule(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--lr",
+        type=_number(0, above=True),
+        metavar="RATE",
+        help=f"learning rate (default: {NO_RECIPE.lr})",
+    )
+    group.add_argument(
+        "--schedule", choices=tuple(SCHEDULES), help=_choices(SCHEDULES, NO_RECIPE.schedule)
+    )
+    group.add_argument(
+        "--lr-drop",
+        type=_shares,
+        metavar="SHARES",
+        help="shares of the steps after which the learning rate drops, as in 0.7 or "
+        "25/90,51/90,79/90; 1 never does (default: 0.7)",
+    )
+    group.add_argument(
+        "--lr-step",
+        type=_share,
+        metavar="SHARE",
+        help="share of the steps between two drops, as in 30/90 (default: 1/3)",
+    )
+    group.add_argument(
+        "--lr-gamma",
+        type=_number(0, below=1, above=True),
+        metavar="FACTOR",
+        help=f"what a drop multiplies the learning rate by (default: {NO_RECIPE.lr_gamma})",
+    )
+    group.add_argument(
+        "--lr-power",
+        type=_number(0, above=True),
+        metavar="P",
+        help=f"exponent of poly (default: {NO_RECIPE.lr_power})",
+    )
+    group.add_argument(
+        "--lr-patience",
+        type=_integer(1),
+        metavar="EPOCHS",
+        help="epochs without a better validation error before a plateau's drop (default: "
+        f"{NO_RECIPE.lr_patience})",
+    )
+    group.add_argument(
+        "--lr-max-drops",
+        type=_integer(0),
+        metavar="N",
+        help="most drops that plateaus cause (default: no limit)",
+    )
+    group.add_argument(
+        "--warmup",
+        type=_number(0, below=1),
+        metavar="SHARE",
+        help="share of the steps in which the rate rises evenly from 0 (default: 0)",
+    )
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="new or empty folder for the run (default: the next free runs/VARIANT-SEED-NNN)",
+    )
+    group.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with the run in this folder, with its settings, from its last checkpoint",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=_integer(1),
+        metavar="STEPS",
+        help="steps between two checkpoints, besides those at the end of each epoch",
+    )
+    group.add_argument(
+        "--keep-checkpoints",
+        type=_integer(0),
+        metavar="N",
+        help="newest checkpoints that stay; 0 writes none (default: 2)",
+    )
+    group.add_argument(
+        "--log-every",
+        type=_integer(1),
+        metavar="STEPS",
+        help="steps between two records in metrics.jsonl (default: 10)",
+    )
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        default=None,
+        help="write curves and conv1's kernels for TensorBoard too",
+    )
+
+
+def _choices(texts: dict[str, str], default: str | None = None) -> str:
+    lines = "; ".join(f"{name}: {text}" for name, text in texts.items())
+    return f"{lines} (default: {default or next(iter(texts))})"
+
+
+def _by_data(name: str) -> str:
+    """What ``--help`` says about a default that depends on data and device."""
+    texts = []
+    for folder, where in ((False, "for the built-in set"), (True, "with --data")):
+        gpu, cpu = (getattr(DEFAULTS[folder, device], name) for device in ("cuda", "cpu"))
+        texts.append(f"{gpu} {where}" if gpu == cpu else f"{where} {gpu} on a GPU, {cpu} on a CPU")
+    return f"default: {'; '.join(texts)}"
+
+
+def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least or (most is not None and value > most):
+            limit = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"expected a whole number {limit}, got {text!r}")
+        return value
+
+    return convert
+
+
+def _number(least: float, below: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """A finite number in a range; ``above`` leaves ``least`` itself out."""
+    limits = f"above {least}" if above else f"of at least {least}"
+    if below < math.inf:
+        limits += f" and below {below}"
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        low = least < value if above else least <= value
+        if not (low and value < below):
+            raise argparse.ArgumentTypeError(f"expected a number {limits}, got {text!r}")
+        return value
+
+    return convert
+
+
+def _share(text: str) -> float:
+    """A share of the run, above 0 and at most 1, as a number or a fraction."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a share of the run above 0 and at most 1, as 0.7 or 25/90, got {text!r}"
+        )
+    return value
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(_share(part) for part in text.split(","))

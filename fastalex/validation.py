@@ -1,0 +1,61 @@
+"""How good a net is on a set of images, measured by all processes together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fastalex.data import Batch, Batches
+from fastalex.model import AlexNet
+from fastalex.nvtx_ranges import nvtx_range
+from fastalex.team import Team
+
+TOP = 5  # the wider of the two accuracies
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Of a net on a set of images: mean loss, and shares of images from 0 to 1."""
+
+    loss: float
+    top1: float
+    top5: float
+
+
+@torch.no_grad()
+def evaluate(model: AlexNet, batches: Batches, team: Team) -> Accuracy:
+    """Loss, top-1 and top-5 over all of ``batches``; every process takes part.
+
+    With fewer than five classes top-5 counts a label among all of them, and is 1.
+    """
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=team.device)
+    for batch in fetch(batches.epoch(0)):
+        if len(batch.labels) == 0:  # a short last batch may leave a replica without images
+            continue
+        labels = batch.labels.to(team.device)
+        logits = model(batch.images.to(team.device)).float()
+        ranked = logits.topk(min(TOP, logits.shape[1])).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        counts = (loss, ranked[:, 0].sum(), ranked.sum(), logits.new_tensor(len(labels)))
+        sums += torch.stack([value.double() for value in counts])
+    loss_sum, top1, top5, images = team.total(sums).tolist()
+    model.train()
+    return Accuracy(loss_sum / images, top1 / images, top5 / images)
+
+
+def fetch(
+    batches: Iterator[Batch],
+    waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Iterator[Batch]:
+    """The same batches, the wait for each inside ``waiting()`` and on a profiler's time line."""
+    while True:
+        with nvtx_range("data"), waiting():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch

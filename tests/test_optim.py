@@ -1,0 +1,197 @@
+"""Optimizers and schedules against the rules written out in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastalex import AlexNet
+from fastalex.config import Settings
+from fastalex.optim import build_optimizer, set_learning_rate, set_velocities, velocities
+from fastalex.options import parse_arguments
+from fastalex.precision import LossScaler
+from fastalex.schedule import Schedule
+
+NAMES = ["classifier.6.weight", "classifier.6.bias"]
+RATES = [0.5, 0.5, 0.05, 0.05]  # a drop in the middle
+
+
+@pytest.fixture(scope="module")
+def nets() -> dict[str, AlexNet]:
+    return {name: AlexNet(2, variant=name) for name in ("paper", "source2012", "caffe")}
+
+
+def _by_hand(
+    rule: str, w: Any, gradients: list[Any], rates: list[float], momentum: float, decay: float
+) -> Any:
+    v = np.zeros_like(w)
+    for lr, g in zip(rates, gradients, strict=True):
+        if rule == "paper":
+            v = momentum * v - decay * lr * w - lr * g
+            w = w + v
+        else:
+            v = momentum * v + g + decay * w
+            w = w - lr * v
+    return w
+
+
+@pytest.mark.parametrize("rule", ["paper", "torch"])
+@pytest.mark.parametrize(
+    ("variant", "bias_rate", "bias_decay"), [("paper", 1, 1), ("caffe", 2, 0), ("source2012", 2, 0)]
+)
+def test_steps_across_a_drop_are_those_by_hand(
+    nets: dict[str, AlexNet], rule: str, variant: str, bias_rate: float, bias_decay: float
+) -> None:
+    random = np.random.default_rng(0)
+    model = nets[variant]
+    model.zero_grad()
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(parameters[name].shape) for name in NAMES}
+    begin = {name: random.normal(size=shapes[name]) for name in NAMES}
+    gradients = {name: [random.normal(size=shapes[name]) for _ in RATES] for name in NAMES}
+    for name in NAMES:
+        parameters[name].data.copy_(torch.from_numpy(begin[name]))
+    optimizer = build_optimizer(model, 0.5, 0.9, 0.01, rule)
+    for step, lr in enumerate(RATES):
+        set_learning_rate(optimizer, lr)
+        for name in NAMES:
+            parameters[name].grad = torch.from_numpy(gradients[name][step]).float()
+        optimizer.step()
+    for name, rate, decay in zip(NAMES, (1.0, bias_rate), (1.0, bias_decay), strict=True):
+        rates = [rate * lr for lr in RATES]
+        expected = _by_hand(rule, begin[name], gradients[name], rates, 0.9, 0.01 * decay)
+        other = {"paper": "torch", "torch": "paper"}[rule]
+        wrong = _by_hand(other, begin[name], gradients[name], rates, 0.9, 0.01 * decay)
+        # A few float32 roundings of numbers near 1.
+        np.testing.assert_allclose(parameters[name].detach().numpy(), expected, 1e-5, 1e-5)
+        assert np.abs(expected - wrong).max() > 1e-2
+
+
+def test_biases_keep_their_rate_where_they_have_their_own(nets: dict[str, AlexNet]) -> None:
+    optimizer = build_optimizer(nets["source2012"], 0.01, bias_lr=2.0, bias_schedule=False)
+    set_learning_rate(optimizer, 1e-5)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-5, 0.02]
+
+
+def test_every_parameter_is_trained_once(nets: dict[str, AlexNet]) -> None:
+    model = nets["source2012"]
+    trained = [p for group in build_optimizer(model, 0.1).param_groups for p in group["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in model.parameters()}
+    assert len(trained) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"momentum": 1.0}, {"rule": "nesterov"}, {"lr": -1.0}, {"weight_decay": -1.0}]
+)
+def test_what_makes_no_sense_is_refused(
+    nets: dict[str, AlexNet], arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=rf"^{next(iter(arguments))}: "):
+        build_optimizer(nets["paper"], **{"lr": 0.1, **arguments})
+
+
+class Peer:
+    """A team of two, of which the other process found an overflow in some steps."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, overflows: list[bool]) -> None:
+        self.overflows = overflows
+
+    def largest(self, values: torch.Tensor) -> None:
+        values.fill_(max(float(values), float(self.overflows.pop(0))))
+
+
+@pytest.mark.parametrize("rule", ["paper", "torch"])
+def test_a_step_that_overflows_anywhere_is_left_out_everywhere(
+    nets: dict[str, AlexNet], rule: str
+) -> None:
+    model = nets["paper"]
+    optimizer = build_optimizer(model, 0.5, rule=rule)
+    scaler = LossScaler(Peer([True, False]), enabled=True)  # type: ignore[arg-type]
+    weight = model.classifier[6].weight
+    before, scale = weight.detach().clone(), scaler.get_scale()
+    for moved in (False, True):
+        optimizer.zero_grad()
+        scaler.scale(weight.sum()).backward()  # type: ignore[no-untyped-call]
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(weight, before) is not moved
+        assert bool(torch.isfinite(weight).all())
+    assert scaler.get_scale() == scale / 2
+    # The first step came second, and is the first all the same: v = g + wd w.
+    expected = before - 0.5 * (1 + 5e-4 * before)
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_velocities_come_back(nets: dict[str, AlexNet]) -> None:
+    model = nets["paper"]
+    optimizer = build_optimizer(model, 0.1)
+    values = {n: torch.full_like(p, i) for i, (n, p) in enumerate(model.named_parameters())}
+    set_velocities(model, optimizer, values)
+    assert all(torch.equal(v, values[n]) for n, v in velocities(model, optimizer).items())
+
+
+def _schedule(*arguments: str, steps: int) -> Schedule:
+    return Schedule(Settings.choose(parse_arguments(arguments), "cpu"), steps)
+
+
+def _rates(schedule: Schedule) -> list[float]:
+    return [schedule.rate(step) for step in range(1, schedule.steps + 1)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], [1.0] * 7 + [0.1] * 3),
+        (["--lr-drop", "1"], [1.0] * 10),
+        (["--lr-drop", "3/10,0.5"], [1.0] * 3 + [0.1] * 2 + [0.01] * 5),
+        (["--schedule", "step", "--lr-step", "2/5"], [1.0] * 4 + [0.1] * 4 + [0.01] * 2),
+        (["--schedule", "constant"], [1.0] * 10),
+        (["--schedule", "poly", "--lr-power", "2"], [(1 - i / 10) ** 2 for i in range(10)]),
+        (["--schedule", "cosine"], [math.cos(math.pi * i / 20) ** 2 for i in range(10)]),
+        (
+            ["--schedule", "constant", "--warmup", "0.4"],
+            [0.25, 0.5, 0.75, *[1.0] * 7],
+        ),
+    ],
+)
+def test_rates_of_a_run_of_ten_steps(arguments: list[str], expected: list[float]) -> None:
+    assert _rates(_schedule("--lr", "1", *arguments, steps=10)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 7, 10_010])
+def test_the_published_epochs_of_net_145(steps_per_epoch: int) -> None:
+    schedule = _schedule("--recipe", "source2012", steps=90 * steps_per_epoch)
+    for drops, epoch in enumerate((25, 51, 79)):
+        last = epoch * steps_per_epoch
+        assert schedule.rate(last) == pytest.approx(0.01 * 0.1**drops)
+        assert schedule.rate(last + 1) == pytest.approx(0.01 * 0.1 ** (drops + 1))
+
+
+def test_caffe_and_torchvision_drop_where_their_programs_do() -> None:
+    caffe = _schedule("--recipe", "caffe", steps=450_000)
+    for iteration in (0, 99_999, 100_000, 199_999, 200_000, 400_000, 449_999):
+        expected = 0.01 * 0.1 ** (iteration // 100_000)
+        assert caffe.rate(iteration + 1) == pytest.approx(expected)
+    torchvision = _schedule("--recipe", "torchvision", steps=90 * 5005)
+    for epoch in range(90):
+        assert torchvision.rate(epoch * 5005 + 1) == pytest.approx(0.01 * 0.1 ** (epoch // 30))
+
+
+def test_a_plateau_drops_the_rate_at_most_so_often() -> None:
+    arguments = ["--recipe", "paper", "--lr-patience", "2", "--lr-max-drops", "2"]
+    schedule = _schedule(*arguments, steps=100)
+    errors = [0.9, 0.8, 0.8, 0.85, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]
+    drops = [schedule.validated(error) for error in errors]
+    assert [i for i, dropped in enumerate(drops) if dropped] == [3, 6]
+    assert schedule.rate(50) == pytest.approx(1e-4)
+    again = _schedule(*arguments, steps=100)
+    again.restore(schedule.state())
+    assert again.state() == schedule.state()
+    assert again.rate(50) == schedule.rate(50)

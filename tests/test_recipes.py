@@ -1,0 +1,111 @@
+"""Recipes: what they set, what wins over them, and that nothing changes without one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from fastalex.config import Settings
+from fastalex.options import parse_arguments
+from fastalex.recipes import NO_RECIPE, RECIPES, Recipe
+
+
+def _settings(*arguments: str, device: str = "cpu") -> Settings:
+    return Settings.choose(parse_arguments(arguments), device)
+
+
+def test_without_a_recipe_the_defaults_are_the_old_ones() -> None:
+    settings = _settings()
+    assert (settings.variant, settings.init, settings.momentum_rule) == ("paper", "he", "torch")
+    assert (settings.lr, settings.momentum, settings.weight_decay) == (0.01, 0.9, 5e-4)
+    assert (settings.schedule, settings.lr_drop, settings.lr_gamma) == ("drops", (0.7,), 0.1)
+    assert (settings.batch_size, settings.epochs, settings.image_size) == (64, 6, 64)
+    assert (settings.augmentation, settings.normalization) == ("crop", "unit")
+    assert (settings.bias_lr, settings.precision) == (None, "float32")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_sets_all_it_says(name: str) -> None:
+    settings = _settings("--recipe", name)
+    assert {f: getattr(settings, f) for f in vars(RECIPES[name])} == vars(RECIPES[name])
+
+
+OTHER = {
+    "variant": ("owt", "owt"),
+    "init": ("he", "he"),
+    "dropout": ("0.25", 0.25),
+    "batch_size": ("12", 12),
+    "epochs": ("3", 3),
+    "lr": ("0.3", 0.3),
+    "momentum": ("0.5", 0.5),
+    "momentum_rule": ("torch", "torch"),
+    "weight_decay": ("0.1", 0.1),
+    "bias_lr": ("3", 3.0),
+    "bias_decay": ("0.5", 0.5),
+    "schedule": ("cosine", "cosine"),
+    "warmup": ("0.1", 0.1),
+    "lr_gamma": ("0.5", 0.5),
+    "lr_patience": ("7", 7),
+    "lr_max_drops": ("9", 9),
+    "augmentation": ("none", "none"),
+    "normalization": ("unit", "unit"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_any_setting_can_be_given_beside_a_recipe(name: str) -> None:
+    text, value = OTHER[name]
+    plain = _settings("--recipe", "paper")
+    settings = _settings("--recipe", "paper", "--" + name.replace("_", "-"), text)
+    assert getattr(plain, name) != value
+    assert settings == dataclasses.replace(plain, **{name: value})
+
+
+def test_every_setting_of_a_recipe_has_an_option() -> None:
+    rest = {"bias_schedule", "lr_drop", "lr_step", "lr_power"}
+    assert {f.name for f in dataclasses.fields(Recipe)} == set(OTHER) | rest
+    arguments = ["--recipe", "source2012", "--bias-schedule", "--lr-drop", "1/4,0.5"]
+    settings = _settings(*arguments)
+    assert settings.bias_schedule
+    assert settings.lr_drop == (0.25, 0.5)
+    assert _settings("--schedule", "step", "--lr-step", "1/5").lr_step == 0.2
+    assert _settings("--schedule", "poly", "--lr-power", "2").lr_power == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--recipe", "torchvision", "--lr-drop", "0.5"], "add --schedule drops"),
+        (["--schedule", "cosine", "--lr-gamma", "0.5"], "--lr-gamma has no part"),
+        (["--lr-patience", "3"], "--schedule plateau"),
+    ],
+)
+def test_an_option_without_effect_is_refused(arguments: list[str], names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        _settings(*arguments)
+
+
+def test_the_published_image_size_is_the_variant_s() -> None:
+    assert _settings("--recipe", "caffe", "--data", "x", device="cuda").image_size == 227
+    assert _settings("--recipe", "paper", "--data", "x", device="cuda").image_size == 224
+    assert _settings("--variant", "caffe", "--data", "x", device="cuda").image_size == 224
+    given = ["--recipe", "caffe", "--data", "x", "--image-size", "224"]
+    assert _settings(*given, device="cuda").image_size == 224
+
+
+@pytest.mark.parametrize("arguments", [[], ["--recipe", "source2012", "--data", "some/where"]])
+def test_settings_survive_json(arguments: list[str]) -> None:
+    settings = _settings(*arguments)
+    assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+def test_settings_of_another_version_are_refused() -> None:
+    values = {**_settings().to_dict(), "nesterov": True}
+    with pytest.raises(ValueError, match="another version of fastalex: setting 'nesterov'"):
+        Settings.from_dict(values)
+
+
+def test_the_defaults_are_no_published_recipe() -> None:
+    assert NO_RECIPE not in RECIPES.values()

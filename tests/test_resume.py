@@ -1,0 +1,350 @@
+"""A run that was stopped goes on as if it never had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastalex import engine, launch, resume, train
+from fastalex.checkpoint import load_weights
+from fastalex.data import sources
+from fastalex.run_folder import MetricsLog, RunFolder
+from fastalex.variants import VARIANTS
+from tests import _small_train
+from tests._commands import ROOT, end, run, start, wait_until
+
+SCRIPT = str(ROOT / "tests" / "_small_train.py")
+STEPS, EPOCH = 15, 5  # 40 images in batches of 8, three times
+OPTIONS = ["--image-size", "64", "--batch-size", "8", "--epochs", "3", "--lr", "0.002"]
+OPTIONS += ["--log-every", "1", "--threads", "1", "--checkpoint-every", "2"]
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [
+        {k: v for k, v in record.items() if "seconds" not in k and k != "images_per_s"}
+        for record in records
+    ]
+
+
+def _steps(folder: Path) -> list[int]:
+    return [record["step"] for record in _records(folder) if record["kind"] == "step"]
+
+
+def _digest(folder: Path, name: str = "model.safetensors") -> str:
+    return str(load_weights(folder / name)[1]["sha256"])
+
+
+def _checkpoints(folder: Path) -> list[int]:
+    paths = sorted((folder / "checkpoints").glob("*.safetensors"))
+    return [int(path.stem.removeprefix("step-")) for path in paths]
+
+
+# In real processes, killed by SIGKILL
+
+
+class Killed:
+    """A whole run, and the same one killed in the middle of its second epoch."""
+
+    def __init__(self, folder: Path, gpus: int) -> None:
+        self.whole, self.killed = folder / "whole", folder / "killed"
+        options = [SCRIPT, *OPTIONS, "--gpus", str(gpus)]
+        done = run([*options, "--output", str(self.whole)], folder)
+        assert done.returncode == 0, done.stderr
+        # Anywhere between two checkpoints, another place each time.
+        step = random.SystemRandom().randrange(EPOCH + 1, 2 * EPOCH)
+        process = start([*options, "--output", str(self.killed)], folder)
+        try:
+            metrics = self.killed / "metrics.jsonl"
+            wait_until(lambda: metrics.exists() and len(_steps(self.killed)) >= step, "trained")
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            end(process)
+        assert len(_steps(self.killed)) < STEPS
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    return Killed(tmp_path_factory.mktemp("one"), gpus=1)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    return Killed(tmp_path_factory.mktemp("two"), gpus=2)
+
+
+@pytest.mark.parametrize("processes", ["one", "two"])
+def test_a_killed_run_goes_on_bit_for_bit(
+    request: pytest.FixtureRequest, tmp_path: Path, processes: str
+) -> None:
+    runs: Killed = request.getfixturevalue(processes)
+    folder = tmp_path / "run"
+    shutil.copytree(runs.killed, folder)
+    newest = _checkpoints(folder)[-1]
+    again = run([SCRIPT, "--resume", str(folder)], tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr == ""
+    assert f"resumed: after step {newest}, from " in again.stdout
+    assert "note:" not in again.stdout
+    assert _digest(folder) == _digest(runs.whole)
+    assert _digest(folder, "best.safetensors") == _digest(runs.whole, "best.safetensors")
+    assert _records(folder) == _records(runs.whole)
+    assert _steps(folder) == list(range(1, STEPS + 1))
+    report = json.loads((folder / "run.json").read_text())
+    assert report["status"] == "finished"
+    assert [entry["step"] for entry in report["resumed"]] == [newest]
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_two_processes_leave_off_where_one_goes_on(two: Killed, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(two.killed, folder)
+    again = run([SCRIPT, "--resume", str(folder), "--gpus", "1"], tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "1 processes instead of 2" in again.stdout
+    assert "to rounding, not bit for bit" in again.stdout
+    for ours, theirs in zip(_records(folder), _records(two.whole), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)  # a handful of steps
+    weights = load_weights(two.whole / "model.safetensors")[0]
+    for name, weight in load_weights(folder / "model.safetensors")[0].items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-4)
+
+
+# In this process, stopped by an exception
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to run in, with the small net and few images."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name, variant in VARIANTS.items():
+        monkeypatch.setitem(VARIANTS, name, _small_train.thin(variant))
+    monkeypatch.setattr(sources, "TRAIN_COUNT", _small_train.TRAIN_COUNT)
+    monkeypatch.setattr(sources, "VAL_COUNT", _small_train.VAL_COUNT)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _stop_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt the next run before it takes ``step``; None is at the end of it all."""
+    real = engine.Trainer._train_step
+
+    def train_step(self: engine.Trainer, batch: Any) -> None:
+        if self.step + 1 == step:
+            raise launch.Interrupted(signal.SIGINT)
+        real(self, batch)
+
+    monkeypatch.setattr(engine.Trainer, "_train_step", train_step)
+
+
+def _train(*arguments: str) -> int:
+    return train.main([*OPTIONS, *arguments])
+
+
+@pytest.fixture
+def stopped(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """The folder of a run that was stopped in step 8, after the checkpoints of steps 5 and 6."""
+    with monkeypatch.context() as patch:
+        _stop_before(8, patch)
+        assert _train("--output", "run") == 130
+    assert "--resume run goes on after step 6" in capsys.readouterr().err
+    assert _checkpoints(here / "run") == [5, 6]
+    return "run"
+
+
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [
+        ("bf16", []),
+        ("fp16", ["--batch-size", "2", "--epochs", "1", "--max-steps", "5", "--variant", "owt"]),
+        ("float32", ["--recipe", "paper", "--epochs", "3", "--lr-patience", "1"]),
+        ("float32", ["--schedule", "cosine", "--warmup", "0.3", "--augmentation", "full"]),
+    ],
+)
+@pytest.mark.parametrize("step", [4])
+def test_every_part_of_the_state_is_kept(
+    here: Path, monkeypatch: pytest.MonkeyPatch, precision: str, options: list[str], step: int
+) -> None:
+    options = [*options, "--precision", precision]
+    assert _train(*options, "--output", "whole") == 0
+    with monkeypatch.context() as patch:
+        _stop_before(step, patch)
+        assert _train(*options, "--output", "run") == 130
+    assert train.main(["--resume", "run"]) == 0
+    assert _digest(here / "run") == _digest(here / "whole")
+    assert _records(here / "run") == _records(here / "whole")
+    losses = [record["loss"] for record in _records(here / "run")]
+    assert len(set(losses)) > 3  # it does train
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    stopped: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = here / "run" / "checkpoints" / "step-00000006.safetensors"
+    data = newest.read_bytes()
+    newest.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert train.main(["--resume", stopped]) == 0
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1
+    assert "step-00000006.safetensors: damaged" in said.err
+    assert "resumed: after step 5" in said.out
+    assert _steps(here / "run") == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("place", [b'"batch\\\\": 1', b'"step\\\\": 6'])
+def test_a_changed_number_in_the_state_is_noticed(
+    stopped: str, here: Path, capsys: pytest.CaptureFixture[str], place: bytes
+) -> None:
+    newest = here / "run" / "checkpoints" / "step-00000006.safetensors"
+    data = newest.read_bytes()
+    assert data.count(place.replace(b"\\\\", b"\\")) == 1
+    found = place.replace(b"\\\\", b"\\")
+    newest.write_bytes(data.replace(found, found[:-1] + b"3"))
+    start, damaged = resume.find(Path(stopped))
+    assert start.step == 5
+    assert "damaged, its metadata" in damaged[0]
+
+
+def test_without_a_whole_checkpoint_nothing_is_touched(
+    stopped: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (here / "run" / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:1000])
+    before = _contents(here)
+    assert train.main(["--resume", stopped]) == 2
+    said = capsys.readouterr().err
+    assert "no whole checkpoint is left" in said
+    assert len(said.splitlines()) == 1
+    assert _contents(here) == before
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_before_the_first_checkpoint_it_begins_again(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _train("--output", "whole") == 0
+    with monkeypatch.context() as patch:
+        _stop_before(2, patch)
+        assert _train("--output", "run") == 130
+    assert train.main(["--resume", "run"]) == 0
+    assert "from the first step again" in capsys.readouterr().out
+    assert _digest(here / "run") == _digest(here / "whole")
+    assert _records(here / "run") == _records(here / "whole")
+
+
+def test_a_finished_run_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train("--output", "run", "--max-steps", "1") == 0
+    before = _digest(here / "run")
+    capsys.readouterr()
+    assert train.main(["--resume", "run"]) == 0
+    assert "run is finished: all of its 1 steps are done" in capsys.readouterr().out
+    assert _digest(here / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--resume", "nowhere"], "nowhere: no run in it"),
+        (["--resume", "run", "--lr", "1"], "leave out --lr"),
+        (["--resume", "run", "--seed", "3", "--recipe", "paper"], "leave out --recipe, --seed"),
+        (["--resume", "run", "--output", "x"], "leave out --output"),
+        (["--resume", "run", "--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_a_resumed_run_cannot_take_is_refused(
+    stopped: str,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    names: str,
+) -> None:
+    before = _contents(here)
+    assert train.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert names in said
+    assert _contents(here) == before
+
+
+def test_other_images_are_refused(
+    stopped: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "TRAIN_COUNT", 30)
+    before = _contents(here)
+    assert train.main(["--resume", stopped]) == 2
+    assert "30 training and 12 validation images, and there were 40 and 12" in (
+        capsys.readouterr().err
+    )
+    assert _contents(here) == before
+
+
+def test_settings_that_change_no_weight_may_be_given_anew(stopped: str, here: Path) -> None:
+    arguments = ["--resume", stopped, "--keep-checkpoints", "1", "--workers", "0"]
+    assert train.main(arguments) == 0
+    assert _checkpoints(here / "run") == [STEPS]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="locks of other systems differ")
+def test_two_runs_in_one_folder_are_refused(
+    stopped: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastalex.run_folder._LOCK_SECONDS", 0.1)
+    log = MetricsLog(here / "run" / "metrics.jsonl")
+    assert train.main(["--resume", stopped]) == 2
+    assert "another process trains in this folder" in capsys.readouterr().err
+    log.close()
+
+
+def test_no_checkpoints_where_none_are_wanted(here: Path) -> None:
+    assert _train("--output", "run", "--keep-checkpoints", "0", "--max-steps", "1") == 0
+    assert not (here / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_the_best_weights_outlast_worse_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no hard links here")
+
+    if not linked:
+        monkeypatch.setattr("fastalex.run_folder.os.link", refuse)
+    folder = RunFolder(tmp_path)
+    for epoch, best in ((1, True), (2, False), (3, True), (4, False)):
+        engine.save_weights(folder.weights, {"w": torch.tensor([epoch])}, {"epoch": epoch})
+        if best:
+            folder.keep_best()
+        assert load_weights(folder.weights)[0]["w"].item() == epoch
+    assert load_weights(folder.best)[0]["w"].item() == 3
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_records_behind_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.append({"step": 1})
+    length = log.length
+    log.append({"step": 2})
+    log.close()
+    log = MetricsLog(path, length)
+    log.append({"step": 2, "again": True})
+    log.close()
+    assert path.read_text().splitlines() == ['{"step": 1}', '{"step": 2, "again": true}']
+    log = MetricsLog(path, 1000)
+    assert log.missing == 1000 - path.stat().st_size
+    log.close()
