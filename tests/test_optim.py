@@ -11,8 +11,8 @@ import torch
 
 from fastalex import AlexNet
 from fastalex.config import Settings
-from fastalex.options import parse_arguments
 from fastalex.optim import build_optimizer, set_learning_rate, set_velocities, velocities
+from fastalex.options import parse_arguments
 from fastalex.precision import LossScaler
 from fastalex.schedule import Schedule
 
