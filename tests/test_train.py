@@ -23,6 +23,8 @@ from tests._commands import alive, end, run, start, wait_until, workers
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
+FILES = ["best.safetensors", "checkpoints", "metrics.jsonl", "model.safetensors", "run.json"]
+
 # A rate at which six steps do not yet magnify the last bit of a loss.
 SHORT = ["--image-size", "64", "--batch-size", "8", "--log-every", "1", "--lr", "0.001"]
 
@@ -137,7 +139,7 @@ def test_what_was_chosen_and_what_came_of_it_is_said(one: Run, two: Run, images:
 
 def test_the_folder_of_a_run_tells_what_it_was(one: Run, images: Path) -> None:
     names = sorted(path.name for path in one.folder.iterdir())
-    assert names == ["metrics.jsonl", "model.safetensors", "run.json"]
+    assert names == FILES
     report = json.loads((one.folder / "run.json").read_text())
     assert report["status"] == "finished"
     assert report["arguments"]["data"] == str(images)
@@ -164,12 +166,17 @@ def _start(folder: Path, images: Path, *arguments: str) -> subprocess.Popen[str]
     return start(["-m", "fastalex.train", *common, *arguments], folder)
 
 
+def _wait_for_checkpoint(folder: Path) -> None:
+    found = (folder / "checkpoints").glob
+    wait_until(lambda: list(found("step-*.safetensors")), "an epoch is done")
+
+
 @pytest.fixture
 def two_training(images: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """Two processes in the middle of a run, after its first epoch."""
     process = _start(tmp_path, images, "--gpus", "2")
     try:
-        wait_until((tmp_path / "run" / "model.safetensors").exists, "an epoch is done")
+        _wait_for_checkpoint(tmp_path / "run")
         yield process, workers(process.pid)
     finally:
         end(process)
@@ -219,7 +226,7 @@ def test_ctrl_c_ends_two_processes_and_says_what_is_kept(
 def test_ctrl_c_ends_one_process_and_says_what_is_kept(images: Path, tmp_path: Path) -> None:
     process = _start(tmp_path, images, "--gpus", "1")
     try:
-        wait_until((tmp_path / "run" / "model.safetensors").exists, "an epoch is done")
+        _wait_for_checkpoint(tmp_path / "run")
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
     finally:
@@ -231,11 +238,8 @@ def _assert_interrupted(process: subprocess.Popen[str], stderr: str, folder: Pat
     assert process.returncode == 130
     assert len(stderr.splitlines()) == 1
     assert "interrupted by SIGINT; run keeps model.safetensors of epoch" in stderr
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "metrics.jsonl",
-        "model.safetensors",
-        "run.json",
-    ]
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert re.search(r"; --resume run goes on after step \d+$", stderr.strip())
     epoch = load_weights(folder / "model.safetensors")[1]["epoch"]
     assert f"of epoch {epoch} " in stderr
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
