@@ -48,8 +48,12 @@ class WorkerFailed(Exception):
         self.traceback = traceback
 
 
-class Interrupted(Exception):
-    """A signal asked the run to end, Ctrl-C for one."""
+class Interrupted(BaseException):
+    """A signal asked the run to end, Ctrl-C for one.
+
+    Like KeyboardInterrupt no Exception: it can come anywhere, and ``Thread.start``, for one, undoes
+    the start of a thread that runs already when an Exception comes out of it.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
