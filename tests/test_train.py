@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,24 @@ def test_ctrl_c_while_processes_start_is_quiet_too(images: Path, tmp_path: Path)
         "train: interrupted by SIGINT; run keeps metrics.jsonl, no weights yet"
     ]
     assert not any(map(alive, pids))
+
+
+def test_an_interrupt_in_the_start_of_a_thread_leaves_the_thread_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start, failures = threading._start_new_thread, []
+
+    def start_and_interrupt(*arguments: Any) -> None:
+        start(*arguments)
+        raise launch.Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr(threading, "_start_new_thread", start_and_interrupt)
+    monkeypatch.setattr(sys, "unraisablehook", failures.append)
+    ran = threading.Event()
+    with pytest.raises(launch.Interrupted):
+        threading.Thread(target=ran.set).start()
+    assert ran.wait(10)
+    assert not failures
 
 
 @pytest.mark.parametrize("gpus", ["1", "2"])
