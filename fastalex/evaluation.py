@@ -29,7 +29,7 @@ from fastalex.data import (
 )
 from fastalex.data.background import map_ahead
 from fastalex.data.base import Pixels
-from fastalex.data.decode import read_image, why
+from fastalex.data.decode import read_image, try_read
 from fastalex.data.folder import class_folders
 from fastalex.model import AlexNet
 
@@ -295,14 +295,8 @@ def read_files(paths: Sequence[Path], size: int, workers: int = 1) -> Iterator[P
     """The centre square of each image file, uint8 [size, size, 3], or why it can't be read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
-        yield from map_ahead(lambda path: _try_read(path, size), paths, workers, 2 * workers)
-
-
-def _try_read(path: Path, size: int) -> Pixels | str:
-    try:
-        return "empty file" if path.stat().st_size == 0 else read_image(path, size)
-    except Exception as error:  # broken files make Pillow raise nearly anything
-        return why(error)
+        read = lambda path: try_read(read_image, path, size)  # noqa: E731
+        yield from map_ahead(read, paths, workers, 2 * workers)
 
 
 def open_validation(data: Path | None, ensemble: Ensemble) -> ImageSource:

@@ -212,6 +212,8 @@ class LinearReLUDropout(CounterDropout, nn.Linear):
         self.in_features, self.p, self.groups = in_features, p, groups
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.groups == 1:  # chunk's backward would copy the gradients, of one chunk too
+            return self._block(input, self.weight, self.bias, 0)
         each = self.out_features // self.groups
         blocks = zip(
             input.chunk(self.groups, 1),
@@ -220,7 +222,7 @@ class LinearReLUDropout(CounterDropout, nn.Linear):
             strict=True,
         )
         outputs = [self._block(x, w, b, i * each) for i, (x, w, b) in enumerate(blocks)]
-        return outputs[0] if self.groups == 1 else torch.cat(outputs, dim=1)
+        return torch.cat(outputs, dim=1)
 
     def _block(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, first: int

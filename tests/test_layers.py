@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastalex.layers import (
     AdaptiveAvgPool2d,
@@ -216,3 +219,26 @@ def test_a_printed_net_says_what_its_layers_do() -> None:
     assert "size=5, alpha=0.0001, beta=0.75, k=2.0, groups=2, relu=True, kernel_size=3" in text
     assert "SpatialResponseNorm(size=5, alpha=0.001, beta=0.75, k=1.0)" in text
     assert "in_features=9216, out_features=4096, bias=True, relu=True, p=0.5" in text
+
+
+class _Operators(TorchDispatchMode):
+    """Counts the operators that run inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.counts[function._overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("groups", "copies"), [(1, False), (2, True)])
+def test_one_group_copies_no_gradient(groups: int, copies: bool) -> None:
+    layer = LinearReLUDropout(8, 4, p=0.0, groups=groups)
+    output = layer(torch.ones(3, 8, requires_grad=True))
+    with _Operators() as operators:
+        output.sum().backward()
+    assert (operators.counts["cat"] > 0) == copies

@@ -15,7 +15,8 @@ import torch
 
 from fastalex.data.augment import AUGMENTATIONS, COLOR_SCALE, augment, color_noise
 from fastalex.data.background import map_ahead
-from fastalex.data.base import Batch, DataError, ImageSource, Normalization, Pixels
+from fastalex.data.base import Batch, DataError, ImageSource, Normalization
+from fastalex.data.pixels import load_pixels
 
 _ORDER, _CROPS, _COLORS = 0, 1, 2  # the streams of an epoch
 _CROP_WORDS = 3  # random 64-bit words for a sample: top, left, mirror
@@ -158,12 +159,10 @@ class Batches:
         colors: npt.NDArray[np.float32] | None,
     ) -> Batch:
         side = decode_size(self.image_size)
-        pixels: Pixels = np.empty((len(indices), side, side, 3), np.uint8)
-        for out, index in zip(pixels, indices, strict=True):
-            out[:] = self.source.image(int(index), side)
+        pixels = load_pixels(self.source, indices, side)
         tops, lefts, mirrors = torch.from_numpy(crops[indices]).unbind(1)
         images = augment(
-            torch.from_numpy(pixels),
+            pixels,
             tops,
             lefts,
             mirrors.bool(),
