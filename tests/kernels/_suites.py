@@ -53,7 +53,12 @@ def sanitized_suites() -> list[Suite]:
     """What ttsem runs of test_gpu: real tiles, bfloat16, TF32, races and uninitialised reads."""
     parts = {
         "bfloat16": ["test_bfloat16"],
-        "others": ["test_tf32", "test_same_bits_again", "test_dropout_as_on_a_cpu"],
+        "others": [
+            "test_tf32",
+            "test_same_bits_again",
+            "test_dropout_as_on_a_cpu",
+            "test_augment_to_blocks",
+        ],
     }
     runner = ("ttsem.sanitize", "pytest")
     return [

@@ -15,6 +15,7 @@ import torch
 
 import fastalex_kernels as fk
 
+from . import _augment as augments
 from . import _cases as cases
 from ._oracle import (
     TF32_TOLERANCE,
@@ -78,6 +79,17 @@ def test_bfloat16(case: Case) -> None:
 @pytest.mark.parametrize("case", ALEXNET, ids=str)
 def test_alexnet(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", augments.CASES, ids=str)
+def test_augment(case: augments.Case, dtype: torch.dtype) -> None:
+    augments.check(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("case", augments.CASES[:4], ids=str)
+def test_augment_to_blocks(case: augments.Case) -> None:
+    augments.check(case, torch.bfloat16, "cuda")
 
 
 @contextmanager
