@@ -76,6 +76,17 @@ def read_whole(path: Path, size: int) -> tuple[Pixels, str | None]:
         return _square(image, size), _remark(image, path.suffix.lower(), size, deep)
 
 
+def read_upright(path: Path) -> Pixels:
+    """All of an image file, as uint8 [h, w, 3] RGB, converted and turned as by ``read_image``.
+
+    Raises:
+        Exception: as ``read_image``.
+    """
+    with Image.open(path) as image:
+        orientation = _orientation(image)
+        return np.array(_turned(_to_rgb(image), orientation))
+
+
 def try_read(read: Callable[[Path, int], T], path: Path, size: int) -> T | str:
     """``read(path, size)``, or why the file can't be read."""
     try:
@@ -106,9 +117,12 @@ def _square(image: Image.Image, size: int) -> Pixels:
     left, top = ((side - short) / 2 for side in rgb.size)
     box = (left, top, left + short, top + short)
     square = rgb.resize((size, size), Image.Resampling.BILINEAR, box)
-    if orientation in _UPRIGHT:
-        square = square.transpose(_UPRIGHT[orientation])
-    return np.array(square)
+    return np.array(_turned(square, orientation))
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _UPRIGHT.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def _remark(image: ImageFile.ImageFile, suffix: str, size: int, deep: bool) -> str | None:

@@ -70,6 +70,10 @@ class SyntheticImages:
             self._cache.put(index, image)
         return image
 
+    def whole(self, index: int, size: int) -> Pixels:
+        """As ``image``: the scene has no size of its own."""
+        return self.image(index, size)
+
 
 class _Random:
     """Numbers for one picture, from raw Philox words: the same with every numpy."""
