@@ -377,7 +377,7 @@ def linear_relu_dropout(
         _check(input, weight, bias)
     else:
         (input,) = autocast(input)
-        update.check(weight, bias)
+        update.check(input, weight, bias)
         _check(input, *update.operands())
     _check_dropout(input, weight.shape[0], p, rng, row_offset, feature_offset)
     if not training or p == 0:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from fastalex_kernels._launch import interpreted, launch
+from fastalex_kernels._launch import check_like, interpreted, launch
 
 RULES = ("paper", "torch")
 
@@ -123,13 +123,14 @@ class Updates(NamedTuple):
     weight: MomentumUpdate
     bias: MomentumUpdate | None = None
 
-    def check(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Raise a ValueError unless these are the updates of ``weight`` and ``bias``."""
-        given = (weight, bias)
-        expected = (self.weight.parameter, None if self.bias is None else self.bias.parameter)
-        for name, parameter, own in zip(("weight", "bias"), given, expected, strict=True):
-            if parameter is not own:
+    def check(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Raise unless these are the updates of ``weight`` and ``bias``, for such an input."""
+        for name, parameter, update in zip(("weight", "bias"), (weight, bias), self, strict=True):
+            if parameter is not (None if update is None else update.parameter):
                 raise ValueError(f"update: expected the update of this {name}, got another's")
+            if update is not None:
+                read = update.parameter if update.operand is None else update.operand
+                check_like(f"update of {name}", read, input)
 
     def operands(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the products read in place of weight and bias."""
@@ -233,9 +234,7 @@ def _sum_update_kernel(
     tl.store(square_ptr + tl.program_id(0), tl.sum(g * g))
 
 
-def sum_update(
-    part: torch.Tensor, update: MomentumUpdate, stride: int = 1, mapped: bool = False
-) -> None:
+def sum_update(part: torch.Tensor, update: MomentumUpdate, stride: int = 1) -> None:
     """Add ``part`` over its first axis, in order, and update the parameter by the sum.
 
     Args:
@@ -243,9 +242,9 @@ def sum_update(
             [R', S', stride * stride * C, K] of a parameter [K, C, R, S].
         update: of the parameter.
         stride: of space-to-depth.
-        mapped: whether the parameter lies otherwise than a part.
     """
     w, operand = update.parameter, update.operand
+    mapped = w.dim() == 4 and not (stride == 1 and w.permute(2, 3, 1, 0).is_contiguous())
     numel = part[0].numel()
     block = 65536 if interpreted() else 512
     programs = triton.cdiv(numel, block)
