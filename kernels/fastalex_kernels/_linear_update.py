@@ -21,9 +21,9 @@ from fastalex_kernels.momentum import MomentumUpdate, momentum_step, narrowed_ap
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
 _TILES = {
-    ("sm_80", 16): (128, 64, 64, 8, 2),
-    ("sm_90", 16): (128, 64, 64, 8, 2),
-    ("sm_100", 16): (128, 64, 64, 8, 2),
+    ("sm_80", 16): (64, 64, 128, 4, 2),
+    ("sm_90", 16): (64, 64, 128, 4, 2),
+    ("sm_100", 16): (64, 64, 128, 4, 2),
     ("gfx942", 16): (64, 64, 64, 8, 2),
     ("other", 16): (64, 64, 64, 8, 2),
     ("other", 32): (32, 64, 32, 8, 2),
