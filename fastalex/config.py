@@ -93,6 +93,8 @@ class Settings:
     color_noise: str
     normalization: str
     precision: str
+    fused_update: bool
+    cuda_graph: bool
     seed: int
     log_every: int
     workers: int
@@ -124,6 +126,7 @@ class Settings:
                     f"{option} has no part in the schedule {values['schedule']}: leave it out, or "
                     f"add --schedule {' or '.join(schedules)}"
                 )
+        values.update(_execution(given, values["precision"], device_type))
         return cls(**values)
 
     def resumed(self, arguments: Mapping[str, Any]) -> Settings:
@@ -155,6 +158,26 @@ class Settings:
             raise ValueError(f"written by another version of fastalex: setting {odd[0]!r}")
         data = None if values["data"] is None else Path(values["data"])
         return cls(**{**values, "data": data, "lr_drop": tuple(values["lr_drop"])})
+
+
+def _execution(given: Mapping[str, Any], precision: str, device_type: str) -> dict[str, bool]:
+    """How a step is executed; on a GPU as few kernels as can be, in one launch.
+
+    Raises:
+        ValueError: for what the device or the precision does not allow.
+    """
+    gpu, scaled = device_type == "cuda", precision == "fp16"
+    if given.get("fused_update") and scaled:
+        raise ValueError(
+            "--fused-update can't look at a gradient before it is applied, as float16 needs: "
+            "leave it out, or use --precision bf16"
+        )
+    if given.get("cuda_graph") and not gpu:
+        raise ValueError("--cuda-graph needs a GPU: leave it out")
+    return {
+        "fused_update": given.get("fused_update", gpu and not scaled),
+        "cuda_graph": given.get("cuda_graph", gpu),
+    }
 
 
 def _names() -> list[str]:

@@ -15,13 +15,14 @@ from fastalex.checkpoint import save_weights
 from fastalex.config import Settings
 from fastalex.curves import Curves
 from fastalex.data import Batch, Batches, DataError, ImageSource, color_noise, open_sources
+from fastalex.fused_update import fuse_updates, lay_out
 from fastalex.launch import TrainingError
 from fastalex.meter import Meter
 from fastalex.model import AlexNet
 from fastalex.nvtx_ranges import annotate_layers, nvtx_range
 from fastalex.optim import build_optimizer, set_learning_rate, set_velocities, velocities
 from fastalex.plan import Plan
-from fastalex.precision import LossScaler, autocast
+from fastalex.precision import LossScaler, autocast, product_dtype
 from fastalex.progress import Progress, StuckLoss
 from fastalex.run_folder import MetricsLog, RunFolder, versions
 from fastalex.schedule import Schedule
@@ -110,6 +111,10 @@ class Trainer:
             model.to(team.device), rows=self.train_batches.batch_size // team.replicas
         )
         annotate_layers(self.model)
+        # Where replicas share a batch, a gradient is not whole when it is made.
+        fused = settings.fused_update and team.replicas == 1
+        if fused:
+            lay_out(self.model)
         self.optimizer = build_optimizer(
             self.model,
             settings.lr,
@@ -120,6 +125,8 @@ class Trainer:
             settings.bias_decay,
             settings.bias_schedule,
         )
+        if fused:
+            fuse_updates(self.model, self.optimizer, product_dtype(settings.precision))
         if speeds is not None:
             set_velocities(self.model, self.optimizer, team.parts(self.model, speeds))
 

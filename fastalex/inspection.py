@@ -18,6 +18,7 @@ from fastalex.recorded_step import Event, Layer, Step, tensor_of
 
 _WAITING = 8  # instructions of a loop that only waits, at most
 _WIDE_SHARE = 0.01  # of a launch's bytes: below it, how wide an access is doesn't matter
+_UPDATED = ("w_ptr", "v_ptr", "operand_ptr")  # of a kernel that applies a gradient
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Row:
         waves: of the tensor cores' time, over the share of taps that are not skipped.
         instructions: of all threads, for each element of the layer's input.
         read, written: bytes.
+        updated: of them, those of weights and velocities where a launch applies a gradient.
         flops: done, padding included.
         launches: kernels it comes to.
         floor, floor_size, floor_flops: of the pass, seconds, bytes and operations.
@@ -76,6 +78,7 @@ class Row:
     instructions: float | None = None
     read: int = 0
     written: int = 0
+    updated: int = 0
     flops: float = 0.0
     launches: int = 1
     floor: float | None = None
@@ -241,6 +244,8 @@ def _add_traffic(row: Row, event: Event, arguments: dict[str, Any], text: ttir.C
                 row.written += size
             else:
                 row.read += size
+            if "rate_ptr" in arguments and name in _UPDATED:
+                row.updated += size
 
 
 def _add_widths(row: Row, accesses: list[machine_code.Access], text: ttir.Code) -> None:

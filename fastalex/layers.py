@@ -14,9 +14,25 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastalex_kernels as kernels
+from fastalex_kernels.momentum import Updates
 
 
-class Conv2dReLU(nn.Conv2d):
+class Updated:
+    """What the layers with parameters share: who applies their gradients.
+
+    ``update`` is None for a layer whose gradients an optimizer reads. Otherwise each backward pass
+    in training applies them where they are made, and leaves none; see fastalex.fused_update.
+    """
+
+    update: Updates | None = None
+    training: bool
+
+    def update_now(self) -> Updates | None:
+        """The update that belongs to a pass that begins now: none unless the layer trains."""
+        return self.update if self.training else None
+
+
+class Conv2dReLU(Updated, nn.Conv2d):
     """Convolution + bias + ReLU.
 
     Args:
@@ -64,6 +80,7 @@ class Conv2dReLU(nn.Conv2d):
             padding=((pad, bottom), (pad, right)),
             groups=self.groups,
             relu=self.relu,
+            update=self.update_now(),
         )
 
     def extra_repr(self) -> str:
@@ -188,14 +205,16 @@ class CounterDropout:
         }
 
 
-class Linear(nn.Linear):
+class Linear(Updated, nn.Linear):
     """Fully connected + bias."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return kernels.linear_relu_dropout(input, self.weight, self.bias, p=0.0, relu=False)
+        return kernels.linear_relu_dropout(
+            input, self.weight, self.bias, p=0.0, relu=False, update=self.update_now()
+        )
 
 
-class LinearReLUDropout(CounterDropout, nn.Linear):
+class LinearReLUDropout(CounterDropout, Updated, nn.Linear):
     """Fully connected + bias + ReLU, and dropout with probability ``p`` in training (P§4.2).
 
     Args:
@@ -213,7 +232,7 @@ class LinearReLUDropout(CounterDropout, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.groups == 1:  # chunk's backward would copy the gradients, of one chunk too
-            return self._block(input, self.weight, self.bias, 0)
+            return self._block(input, self.weight, self.bias, 0, self.update_now())
         each = self.out_features // self.groups
         blocks = zip(
             input.chunk(self.groups, 1),
@@ -225,13 +244,18 @@ class LinearReLUDropout(CounterDropout, nn.Linear):
         return torch.cat(outputs, dim=1)
 
     def _block(
-        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, first: int
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        first: int,
+        update: Updates | None = None,
     ) -> torch.Tensor:
         """The outputs from number ``first`` on, whose weights these are."""
         place = self.place()
         place["feature_offset"] += first
         return kernels.linear_relu_dropout(
-            input, weight, bias, p=self.p, training=self.training, **place
+            input, weight, bias, p=self.p, training=self.training, **place, update=update
         )
 
     def extra_repr(self) -> str:

@@ -11,6 +11,7 @@ from fastalex.model import AlexNet
 from fastalex.recipes import MOMENTUM_RULES
 
 VELOCITY = "momentum_buffer"  # where both rules keep it, as torch does
+RATE = "rate"  # of a group, on its device: learning rate, momentum, weight decay
 
 
 class PaperSGD(torch.optim.Optimizer):
@@ -141,7 +142,21 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Train with ``lr`` from the next step on; biases with their multiple of it, or their own."""
     for group in optimizer.param_groups:
         fixed = group.get("fixed_lr")
-        group["lr"] = lr * group["lr_multiplier"] if fixed is None else fixed
+        rate = lr * group["lr_multiplier"] if fixed is None else fixed
+        changed, group["lr"] = rate != group["lr"], rate
+        if changed and RATE in group:
+            _write_rate(group)
+
+
+def set_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Keep each group's rate in device memory too, where kernels read it; from now on."""
+    for group in optimizer.param_groups:
+        group[RATE] = torch.empty(3, device=group["params"][0].device)
+        _write_rate(group)
+
+
+def _write_rate(group: dict[str, Any]) -> None:
+    group[RATE].copy_(torch.tensor([group["lr"], group["momentum"], group["weight_decay"]]))
 
 
 def velocities(model: AlexNet, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

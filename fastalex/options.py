@@ -90,6 +90,18 @@ def _add_processes(group: argparse._ArgumentGroup) -> None:
         help=f"threads that load batches ahead ({_by_data('workers')})",
     )
     group.add_argument("--precision", choices=tuple(PRECISIONS), help=_choices(PRECISIONS))
+    group.add_argument(
+        "--fused-update",
+        action=argparse.BooleanOptionalAction,
+        help="update each weight in the backward kernel that makes its gradient; not with float16 "
+        "or replicas, whose gradients are looked at first (default: on a GPU)",
+    )
+    group.add_argument(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        help="launch forward and backward of a step as one captured graph; one GPU per net "
+        "(default: on a GPU)",
+    )
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:

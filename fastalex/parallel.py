@@ -23,6 +23,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fastalex.fused_update import gradient_norms
 from fastalex.layers import Conv2dReLU, CounterDropout, LinearReLUDropout, LRNMaxPool2d
 from fastalex.meter import Stopwatch
 from fastalex.model import AlexNet
@@ -277,12 +278,9 @@ def gradient_norm(model: AlexNet, mesh: DeviceMesh) -> torch.Tensor:
         model: after backward and ``reduce_gradients``.
         mesh: from ``init_mesh``.
     """
-    whole = _whole_names(model)
-    parts: list[torch.Tensor] = []
-    shared: list[torch.Tensor] = []
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            (shared if name in whole else parts).append(parameter.grad)
+    whole, norms = _whole_names(model), gradient_norms(model)
+    parts = [g for name, g in norms.items() if name not in whole]
+    shared = [g for name, g in norms.items() if name in whole]
     total = torch.nn.utils.get_total_norm(parts).square()
     if mesh["tower"].size() > 1:
         dist.all_reduce(total, group=mesh.get_group("tower"))

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex import offline, parallel
+from fastalex.fused_update import fuse_updates, lay_out
 from fastalex.layers import Dropout, LRNMaxPool2d, MaxPool2d, SpatialResponseNorm
 from fastalex.model import AlexNet
 from fastalex.optim import build_optimizer
@@ -285,8 +286,10 @@ def record_step(
                 with torch.no_grad(), recorder:  # inference mode hides copies
                     model(images)
             else:
+                lay_out(model)
                 optimizer = build_optimizer(model, lr=0.01)
-                for _ in range(2):  # the first step is another one: it makes the momenta
+                fuse_updates(model, optimizer, kind)
+                for _ in range(2):  # the first step also copies the weights for the products
                     recorded.events.clear()
                     recorded.exchanged.clear()
                     with recorder:

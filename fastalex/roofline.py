@@ -165,7 +165,7 @@ def _summary(step: Step, rows: list[Row], gpu: GPU, options: argparse.Namespace)
     floor += update_floor
     sizes = set(step.parameters)
     # What is moved to turn gradients into new weights: the update, and casts of whole parameters.
-    moved = 0
+    moved = sum(row.updated for row in rows)
     for event in step.events:
         if event.launch is None and (event.layer == "optimizer" or set(event.sizes) & sizes):
             moved += event.read + event.written
@@ -209,7 +209,8 @@ _LEGEND = (
     "issue it over the tensor cores' time for its products. useful: operations on real data over",
     "those done. waves: of the tensor cores' time until the last program ends, as simulated, over",
     "the share of taps that are not skipped. instr: instructions of all threads for an element of",
-    "the layer's input. MB: every tensor once. floor: the least for the pass, all taps counted.",
+    "the layer's input. MB: every tensor once. floor: the least for the pass, all taps counted; a",
+    "weight that is updated in the pass is in MB, and its floor is in the update's.",
     "bound: this launch's bytes and operations at the rates assumed.",
 )
 
@@ -243,7 +244,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         number(shown.waves, ".2f"),
         number(shown.instructions, ".1f") if not shown.flops else "-",
         f"{megabytes:.2f}",
-        over(shown.read + shown.written, shown.floor_size),
+        over(shown.read + shown.written - shown.updated, shown.floor_size),
         f"{shown.flops / 1e9:.2f}" if shown.flops else "-",
         over(shown.flops, shown.floor_flops),
         number(shown.floor and shown.floor * 1e6, ".1f"),

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from fastalex import parallel
+from fastalex.fused_update import gradient_norms
 from fastalex.launch import TrainingError, World, is_lost_peer
 from fastalex.meter import Stopwatch
 from fastalex.model import AlexNet
@@ -61,8 +62,7 @@ class Team:
     def gradient_norm(self, model: AlexNet) -> torch.Tensor:
         """The norm of the whole net's gradient; every process takes part."""
         if self._mesh is None:
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
-            return torch.nn.utils.get_total_norm(grads)
+            return torch.nn.utils.get_total_norm(list(gradient_norms(model).values()))
         return parallel.gradient_norm(model, self._mesh)
 
     def largest(self, values: torch.Tensor) -> None:

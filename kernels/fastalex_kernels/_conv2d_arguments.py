@@ -15,25 +15,24 @@ Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, righ
 
 def space_to_depth(
     input: torch.Tensor,
-    weight: torch.Tensor,
+    kernel_size: tuple[int, int],
     stride: tuple[int, int],
     padding: Padding,
     groups: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same convolution at stride 1 and padding 0, over blocks of ``stride`` pixels.
+) -> torch.Tensor:
+    """The same convolution's input at stride 1 and padding 0, over blocks of ``stride`` pixels.
 
-    Differentiable torch operations, so the gradients of input and weight pass through them.
+    Differentiable torch operations, so the gradient passes through them. The weight's part is
+    ``space_to_depth_weight``.
     """
-    (N, _, H, W), (_, C, R, S), (sh, sw) = input.shape, weight.shape, stride
+    (N, channels, H, W), (R, S), (sh, sw) = input.shape, kernel_size, stride
     (top, bottom), (left, right) = padding
     P, Q = (H + top + bottom - R) // sh + 1, (W + left + right - S) // sw + 1
-    rows, columns = -(-R // sh), -(-S // sw)
-    height, width = P + rows - 1, Q + columns - 1
+    height, width = P + -(-R // sh) - 1, Q + -(-S // sw) - 1
     bottom, right = max(height * sh - H - top, 0), max(width * sw - W - left, 0)
     x = F.pad(input, (left, right, top, bottom))[..., : height * sh, : width * sw]
-    x = x.reshape(N, groups, C, height, sh, width, sw).permute(3, 5, 0, 1, 4, 6, 2)
-    x = as_nchw(x.reshape(height, width, N, groups * sh * sw * C))
-    return x, space_to_depth_weight(weight, stride)
+    x = x.reshape(N, groups, channels // groups, height, sh, width, sw).permute(3, 5, 0, 1, 4, 6, 2)
+    return as_nchw(x.reshape(height, width, N, channels * sh * sw))
 
 
 def space_to_depth_weight(weight: torch.Tensor, stride: tuple[int, int]) -> torch.Tensor:
@@ -74,9 +73,12 @@ def check(
     bias: torch.Tensor | None,
     padding: Padding,
     groups: int,
+    updated: bool = False,
 ) -> None:
+    """Raise unless the arguments fit; ``updated`` parameters may be wider than the input."""
     check_floating("input", input)
-    check_like("weight", weight, input)
+    if not updated:
+        check_like("weight", weight, input)
     if input.dim() != 4:
         raise ValueError(f"input: expected [N, C, H, W], got shape {tuple(input.shape)}")
     if weight.dim() != 4 or min(weight.shape) < 1:
@@ -93,7 +95,7 @@ def check(
             f"(weight {tuple(weight.shape)}, groups {groups}), got {input.shape[1]}"
         )
     if bias is not None:
-        check_like("bias", bias, input)
+        check_like("bias", bias, weight)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     for name, size, kernel, sides in zip(

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from fastalex_kernels import _philox
 from fastalex_kernels._launch import interpreted, launch
+from fastalex_kernels.momentum import MomentumUpdate, sum_update
 
 _PROGRAMS = 512  # at most this many row chunks, so that the second stage stays short
 
@@ -103,6 +104,7 @@ def epilogue_backward(
     *,
     need_dz: bool = True,
     bias: torch.Tensor | None = None,
+    update: MomentumUpdate | None = None,
     p: float = 0.0,
     rng: torch.Tensor | None = None,
     row_offset: int = 0,
@@ -115,6 +117,7 @@ def epilogue_backward(
         y: the output itself if a ReLU made it, else None.
         need_dz: whether the gradient at the linear part is wanted.
         bias: the bias whose gradient is wanted, else None.
+        update: of the bias, applied here; no gradient is returned then.
         p, rng, row_offset, feature_offset: the dropout that made ``y``; p = 0 is none.
 
     Returns:
@@ -154,5 +157,9 @@ def epilogue_backward(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
     )
-    db = None if bias is None else sum_partials(part, torch.empty_like(bias))
+    db = None
+    if bias is not None and update is not None:
+        sum_update(part, update)
+    elif bias is not None:
+        db = sum_partials(part, torch.empty_like(bias))
     return (dz if need_dz else None), db

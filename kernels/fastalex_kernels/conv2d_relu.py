@@ -31,7 +31,13 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex_kernels import _aten
-from fastalex_kernels._conv2d_arguments import Padding, check, space_to_depth, spell_out
+from fastalex_kernels._conv2d_arguments import (
+    Padding,
+    check,
+    space_to_depth,
+    space_to_depth_weight,
+    spell_out,
+)
 from fastalex_kernels._epilogue import epilogue_backward, sum_partials
 from fastalex_kernels._launch import (
     aligned,
@@ -47,6 +53,7 @@ from fastalex_kernels._launch import (
     use_triton,
 )
 from fastalex_kernels._layout import as_hwnc, empty_nchw, lie_as_hwnc
+from fastalex_kernels.momentum import Updates, sum_update
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width, cut to the layer.
 # What bounds the stages is shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on
@@ -555,7 +562,7 @@ def _forward_descriptors(
 def conv2d_relu_backward_weight(
     x: torch.Tensor, dz: torch.Tensor, kernel_size: tuple[int, int], padding: Padding, groups: int
 ) -> torch.Tensor:
-    """dw, packed [R, S, C, G*K], of x [H, W, N, G*C] and dz [P, Q, N, G*K]."""
+    """dw in float32 parts [parts, R, S, C, G*K], of x [H, W, N, G*C] and dz [P, Q, N, G*K]."""
     (H, W, N, GC), (P, Q, _, GK), (R, S) = x.shape, dz.shape, kernel_size
     C, K = GC // groups, GK // groups
     block_m, block_n, block_k, warps, stages = tile_entry(_WEIGHT_TILES, x)
@@ -582,7 +589,14 @@ def conv2d_relu_backward_weight(
         BLOCK_N=block_n, BLOCK_K=block_k, num_stages=stages,
         num_warps=_warps(warps, block_m, block_n, 8 * x.element_size()),
     )  # fmt: skip
-    return sum_partials(part, x.new_empty(part.shape[1:]))
+    return part
+
+
+def pack_weight(weight: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    """[R', S', stride * stride * C, G*K] of [G*K, C, R, S], as the kernels read it."""
+    if stride > 1:
+        weight = space_to_depth_weight(weight, (stride, stride))
+    return weight.permute(2, 3, 1, 0).contiguous()
 
 
 class Conv2dReLUFunction(torch.autograd.Function):
@@ -597,14 +611,22 @@ class Conv2dReLUFunction(torch.autograd.Function):
         padding: Padding,
         groups: int,
         relu: bool,
+        update: Updates | None = None,
+        stride: int = 1,  # of the parameter that ``update`` is of; ``input`` is without it
     ) -> torch.Tensor:
         input = lie_as_hwnc(input)
         x = as_hwnc(input)
-        w = weight.permute(2, 3, 1, 0).contiguous()
+        if update is None or update.weight.operand is None:
+            w = pack_weight(weight, 1 if update is None else stride)
+        else:
+            (w,) = interpretable(update.weight.current())
+        if update is not None and update.bias is not None:
+            (bias,) = interpretable(update.bias.current())
         bias = None if bias is None else bias.contiguous()
         output = conv2d_relu_forward(x, w, bias, padding, groups, relu)
         ctx.save_for_backward(input, w, bias, output if relu else None)
         ctx.padding, ctx.groups = padding, groups
+        ctx.update, ctx.stride = update, stride
         return output
 
     @staticmethod
@@ -619,17 +641,21 @@ class Conv2dReLUFunction(torch.autograd.Function):
             None if output is None else as_hwnc(output).view(-1, dy.shape[-1]),
             need_dz=need_x or need_w,
             bias=bias if need_b else None,
+            update=None if ctx.update is None else ctx.update.bias,
         )
         if dz is None:
-            return None, None, db, None, None, None
+            return None, None, db, *[None] * 5
         dz, padding, groups = dz.view(dy.shape), ctx.padding, ctx.groups
         dx = dw = None
         if need_x:
             dx = conv2d_relu_backward_input(dz, w, input.shape[2:], padding, groups)
         if need_w:
-            dw = conv2d_relu_backward_weight(x, dz, w.shape[:2], padding, groups)
-            dw = dw.permute(3, 2, 0, 1)
-        return dx, dw, db, None, None, None
+            part = conv2d_relu_backward_weight(x, dz, w.shape[:2], padding, groups)
+            if ctx.update is not None:  # after dx, which reads the old weight
+                sum_update(part, ctx.update.weight, ctx.stride)
+            else:
+                dw = sum_partials(part, x.new_empty(w.shape)).permute(3, 2, 0, 1)
+        return dx, dw, db, *[None] * 5
 
 
 def conv2d_relu(
@@ -640,6 +666,7 @@ def conv2d_relu(
     padding: int | tuple[int, int] | Padding = 0,
     groups: int = 1,
     relu: bool = True,
+    update: Updates | None = None,
 ) -> torch.Tensor:
     """Convolution + bias + ReLU in one pass, differentiable in input, weight and bias.
 
@@ -654,6 +681,8 @@ def conv2d_relu(
         padding: zeros around the image: an int, (height, width), or ((top, bottom), (left, right)).
         groups: input and output channels are split into this many independent groups.
         relu: whether negative outputs become zero.
+        update: of ``weight`` and ``bias``, float32 of any input's dtype: backward updates them
+            where their gradients are made, and hands out none.
 
     Returns:
         [N, K, P, Q] with P = (H + top + bottom - R) // stride + 1, and Q likewise. Sums are
@@ -664,14 +693,28 @@ def conv2d_relu(
         ValueError: for a wrong shape, device, or a value out of range.
     """
     sides, strides = spell_out(padding, stride)
-    input, weight, bias = autocast(input, weight, bias)
-    check(input, weight, bias, sides, groups)
+    if update is None:
+        input, weight, bias = autocast(input, weight, bias)
+    else:
+        (input,) = autocast(input)
+        update.check(input, weight, bias)
+        if strides[0] != strides[1]:
+            raise ValueError(f"update: expected the same stride both ways, got {strides}")
+    check(input, weight, bias, sides, groups, updated=update is not None)
     if not use_triton(input):
+        if update is not None:
+            weight, bias = update.applied(input.dtype)
         return _aten.conv2d_relu(input, weight, bias, strides, sides, groups, relu)
     dtype = input.dtype
-    input, weight, bias = interpretable(input, weight, bias)
+    (input,) = interpretable(input)
     if strides != (1, 1):
-        input, weight = space_to_depth(input, weight, strides, sides, groups)
+        input = space_to_depth(input, (weight.shape[2], weight.shape[3]), strides, sides, groups)
         sides = ((0, 0), (0, 0))
-    output: torch.Tensor = Conv2dReLUFunction.apply(input, weight, bias, sides, groups, relu)
+    if update is None:
+        weight, bias = interpretable(weight, bias)
+        if strides != (1, 1):
+            weight = space_to_depth_weight(weight, strides)
+    output: torch.Tensor = Conv2dReLUFunction.apply(
+        input, weight, bias, sides, groups, relu, update, strides[0]
+    )
     return output.to(dtype)

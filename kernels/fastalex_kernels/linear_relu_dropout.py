@@ -16,31 +16,29 @@ float32 partial sums, and a second small kernel adds them in order and runs the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex_kernels import _aten, _philox
 from fastalex_kernels._epilogue import epilogue_backward
 from fastalex_kernels._launch import (
-    aligned,
     autocast,
     check_floating,
     check_like,
     cut,
-    dot_precision,
-    has_tma,
     interpretable,
     interpreted,
     launch,
     tile_entry,
     use_triton,
 )
+from fastalex_kernels._linear_update import linear_backward_weight_update
+from fastalex_kernels._product import operands, product
+from fastalex_kernels.momentum import Updates
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
 _TILES = {
@@ -82,76 +80,6 @@ def _finish(
         row = (offs_m + row_offset)[:, None]
         feature = (offs_n + feature_offset)[None, :]
         acc = tl.where(_philox.keep(rng_ptr, row, feature, p), acc * scale, 0.0)
-    return acc
-
-
-@triton.jit
-def _load_block(ptrs, mask_row, mask_column, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr):
-    """A block with zeros where a mask is False; an even axis needs none."""
-    if EVEN_ROWS and EVEN_COLUMNS:
-        block = tl.load(ptrs)
-    elif EVEN_COLUMNS:
-        block = tl.load(ptrs, mask=mask_row[:, None], other=0.0)
-    elif EVEN_ROWS:
-        block = tl.load(ptrs, mask=mask_column[None, :], other=0.0)
-    else:
-        block = tl.load(ptrs, mask=mask_row[:, None] & mask_column[None, :], other=0.0)
-    return block
-
-
-@triton.jit
-def product(
-    a_ptr,
-    w_ptr,
-    M,
-    N,
-    K,
-    stride_a,
-    stride_w,
-    offs_m,
-    offs_n,
-    first,
-    last,
-    TMA: tl.constexpr,
-    A_COLUMNS: tl.constexpr,
-    W_COLUMNS: tl.constexpr,
-    EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """float32 a[offs_m, first:last] @ w[first:last, offs_n]; arguments as of the kernel below."""
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_m = offs_m < M
-    mask_n = offs_n < N
-    if TMA:
-        m = tl.program_id(1) * BLOCK_M
-        n = tl.program_id(0) * BLOCK_N
-    else:
-        wide_k = offs_k.to(tl.int64)
-        if A_COLUMNS:
-            a_ptrs = a_ptr + offs_m[:, None] + wide_k[None, :] * stride_a
-        else:
-            a_ptrs = a_ptr + offs_m.to(tl.int64)[:, None] * stride_a + offs_k[None, :]
-        if W_COLUMNS:
-            w_ptrs = w_ptr + offs_k[:, None] + offs_n.to(tl.int64)[None, :] * stride_w
-        else:
-            w_ptrs = w_ptr + wide_k[:, None] * stride_w + offs_n[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(first, last, BLOCK_K):
-        if TMA:  # what lies outside is read as zero
-            a = a_ptr.load([k, m]).T if A_COLUMNS else a_ptr.load([m, k])
-            w = w_ptr.load([n, k]).T if W_COLUMNS else w_ptr.load([k, n])
-        else:
-            a_block = a_ptrs + (tl.cast(k, tl.int64) * stride_a if A_COLUMNS else k)
-            w_block = w_ptrs + (k if W_COLUMNS else tl.cast(k, tl.int64) * stride_w)
-            mask_k = offs_k < last - k
-            a = _load_block(a_block, mask_m, mask_k, EVEN_M, EVEN_K)
-            w = _load_block(w_block, mask_k, mask_n, EVEN_K, EVEN_N)
-        acc = tl.dot(a, w, acc, input_precision=PRECISION)
     return acc
 
 
@@ -259,51 +187,6 @@ def _tile(x: torch.Tensor, m: int, n: int, k: int) -> dict[str, int]:
     }
 
 
-def _unit_stride(x: torch.Tensor) -> tuple[torch.Tensor, int, bool]:
-    """x with neighbours along one axis, the other axis's stride, and whether columns lie so."""
-    if x.stride(1) != 1 and x.stride(0) != 1:
-        x = x.contiguous()
-    columns = x.stride(1) != 1
-    return x, x.stride(1 if columns else 0), columns
-
-
-@dataclass(frozen=True)
-class Operands:
-    """The two operands of a product as ``product`` takes them."""
-
-    args: tuple[Any, ...]  # a, w, M, N, K and the two strides
-    flags: dict[str, Any]
-
-
-def operands(a: torch.Tensor, w: torch.Tensor, tile: dict[str, int], split: int = 1) -> Operands:
-    """a [M, K] and w [K, N], each of any strides; by descriptors where the target has them."""
-    (M, K), N = a.shape, w.shape[1]
-    (a, stride_a, a_columns), (w, stride_w, w_columns) = _unit_stride(a), _unit_stride(w)
-    m, n, k = (tile[f"BLOCK_{axis}"] for axis in "MNK")
-    tma = has_tma(a.device) and all(
-        x.element_size() == 2 and x.numel() > 0 and aligned(x) and stride % 8 == 0
-        for x, stride in ((a, stride_a), (w, stride_w))
-    )
-    flags = {
-        "TMA": tma,
-        "A_COLUMNS": a_columns,
-        "W_COLUMNS": w_columns,
-        "EVEN_M": M % m == 0,
-        "EVEN_N": N % n == 0,
-        "EVEN_K": K % (k * split) == 0,
-        "PRECISION": dot_precision(a.dtype),
-        **tile,
-    }
-    blocks: tuple[Any, Any] = (a, w)
-    if tma:
-        a_block, w_block = [k, m] if a_columns else [m, k], [n, k] if w_columns else [k, n]
-        blocks = (
-            TensorDescriptor.from_tensor(a.t() if a_columns else a, a_block),
-            TensorDescriptor.from_tensor(w.t() if w_columns else w, w_block),
-        )
-    return Operands((*blocks, M, N, K, stride_a, stride_w), flags)
-
-
 def matmul(
     a: torch.Tensor,
     w: torch.Tensor,
@@ -357,7 +240,10 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
         rng: torch.Tensor | None,
         row_offset: int,
         feature_offset: int,
+        update: Updates | None = None,
     ) -> torch.Tensor:
+        if update is not None:
+            weight, bias = interpretable(*update.operands())
         bias = None if bias is None else bias.contiguous()
         rng = None if rng is None else rng.contiguous()
         output = matmul(input, weight.t(), bias, relu, p, rng, row_offset, feature_offset)
@@ -365,6 +251,7 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
         kept_rng = None if relu or rng is None else rng.clone()
         ctx.save_for_backward(input, weight, bias, output if relu else None, kept_rng)
         ctx.dropout = {"p": p, "row_offset": row_offset, "feature_offset": feature_offset}
+        ctx.update = update
         return output
 
     @staticmethod
@@ -377,14 +264,18 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
             output,
             need_dz=need_x or need_w,
             bias=bias if need_b else None,
+            update=None if ctx.update is None else ctx.update.bias,
             rng=rng,
             **ctx.dropout,
         )
         dx = dw = None
         if dz is not None:
             dx = matmul(dz, weight) if need_x else None
-            dw = matmul(dz.t(), input) if need_w else None
-        return dx, dw, db, None, None, None, None, None
+            if ctx.update is not None and need_w:  # after dx, which reads the old weight
+                linear_backward_weight_update(dz, input, ctx.update.weight)
+            elif need_w:
+                dw = matmul(dz.t(), input)
+        return dx, dw, db, None, None, None, None, None, None
 
 
 def _check(
@@ -452,6 +343,7 @@ def linear_relu_dropout(
     rng: torch.Tensor | None = None,
     row_offset: int = 0,
     feature_offset: int = 0,
+    update: Updates | None = None,
 ) -> torch.Tensor:
     """dropout(relu(input @ weight.T + bias)), differentiable in input, weight and bias.
 
@@ -469,6 +361,8 @@ def linear_relu_dropout(
             generator.
         row_offset: this batch's first row in the whole batch.
         feature_offset: this layer's first feature in the whole layer.
+        update: of ``weight`` and ``bias``, float32 of any input's dtype: backward updates them
+            where their gradients are made, and hands out none.
 
     Returns:
         [N, out_features]. Sums are float32 and rounded once; float64 runs on ATen.
@@ -478,8 +372,13 @@ def linear_relu_dropout(
 
     Source: P§4.2; the scaling in training is the same function as halving at test.
     """
-    input, weight, bias = autocast(input, weight, bias)
-    _check(input, weight, bias)
+    if update is None:
+        input, weight, bias = autocast(input, weight, bias)
+        _check(input, weight, bias)
+    else:
+        (input,) = autocast(input)
+        update.check(input, weight, bias)
+        _check(input, *update.operands())
     _check_dropout(input, weight.shape[0], p, rng, row_offset, feature_offset)
     if not training or p == 0:
         p, rng = 0.0, None
@@ -487,10 +386,14 @@ def linear_relu_dropout(
         rng = draw_rng(input.device)
     arguments = (p, relu, rng, row_offset, feature_offset)
     if not use_triton(input):
+        if update is not None:
+            weight, bias = update.applied(input.dtype)
         return _aten.linear_relu_dropout(input, weight, bias, *arguments)
     dtype = input.dtype
-    input, weight, bias = interpretable(input, weight, bias)
-    output: torch.Tensor = LinearReLUDropoutFunction.apply(input, weight, bias, *arguments)
+    (input,) = interpretable(input)
+    if update is None:
+        weight, bias = interpretable(weight, bias)
+    output: torch.Tensor = LinearReLUDropoutFunction.apply(input, weight, bias, *arguments, update)
     return output.to(dtype)
 
 

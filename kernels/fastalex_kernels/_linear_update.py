@@ -1,0 +1,111 @@
+"""The weight gradient of a fully connected layer, applied where it is made.
+
+    g [N, K] = dz^T [N, M] x [M, K]        w, v <- momentum(w, v, g)
+
+A tile of g never leaves the registers: the program that made it reads the same tile of the weight
+and its velocity, and writes both and the copy that the products read. A batch of 128 is two steps
+of the product, so the kernel is bound by these 18 bytes a parameter.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from fastalex_kernels._launch import cut, launch, tile_entry
+from fastalex_kernels._product import operands, product
+from fastalex_kernels.momentum import MomentumUpdate, momentum_step, narrowed_apart
+
+# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
+_TILES = {
+    ("sm_80", 16): (64, 64, 128, 4, 2),
+    ("sm_90", 16): (64, 64, 128, 4, 2),
+    ("sm_100", 16): (64, 64, 128, 4, 2),
+    ("gfx942", 16): (64, 64, 64, 8, 2),
+    ("other", 16): (64, 64, 64, 8, 2),
+    ("other", 32): (32, 64, 32, 8, 2),
+    ("interpreter", 16): (1024, 1024, 1024, 4, 1),
+    ("interpreter", 32): (1024, 1024, 1024, 4, 1),
+}
+
+
+@triton.jit
+def _linear_bwd_weight_update_kernel(
+    a_ptr,  # dz transposed, [M, K]; M here are outputs, K images, N inputs
+    x_ptr,  # [K, N]
+    w_ptr,  # float32 [M, N]
+    v_ptr,  # float32 [M, N]
+    operand_ptr,  # [M, N], written where HAS_OPERAND
+    square_ptr,  # float32 [programs]
+    rate_ptr,  # float32 [3]
+    M,
+    N,
+    K,
+    stride_a,
+    stride_x,
+    PAPER: tl.constexpr,
+    HAS_OPERAND: tl.constexpr,
+    TMA: tl.constexpr,
+    A_COLUMNS: tl.constexpr,
+    W_COLUMNS: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    M = M // ALIGN * ALIGN
+    N = N // ALIGN * ALIGN
+    stride_a = stride_a // ALIGN * ALIGN
+    stride_x = stride_x // ALIGN * ALIGN
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    g = product(
+        a_ptr, x_ptr, M, N, K, stride_a, stride_x, offs_m, offs_n, 0, K, TMA, A_COLUMNS, W_COLUMNS,
+        EVEN_M, EVEN_N, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    w = tl.load(w_ptr + offs, mask=mask, other=0.0)
+    v = tl.load(v_ptr + offs, mask=mask, other=0.0)
+    # What lies outside was read as zero, so it adds nothing to the norm.
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(square_ptr + program, tl.sum(tl.sum(g * g, axis=1)))
+    w, v = momentum_step(w, v, g, rate_ptr, PAPER)
+    tl.store(w_ptr + offs, w, mask=mask)
+    tl.store(v_ptr + offs, v, mask=mask)
+    if HAS_OPERAND:
+        tl.store(operand_ptr + offs, w.to(operand_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_backward_weight_update(
+    dz: torch.Tensor, x: torch.Tensor, update: MomentumUpdate
+) -> None:
+    """Update the weight [N, K] by its gradient, dz [M, N] transposed times x [M, K]."""
+    w, operand = update.parameter, update.operand
+    (N, K), M = w.shape, x.shape[0]
+    block_m, block_n, block_k, warps, stages = tile_entry(_TILES, x)
+    tile = {
+        "BLOCK_M": cut(block_m, N),
+        "BLOCK_N": cut(block_n, K),
+        "BLOCK_K": cut(block_k, M),
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+    grid = (triton.cdiv(K, tile["BLOCK_N"]), triton.cdiv(N, tile["BLOCK_M"]))
+    given = operands(dz.t(), x, tile)
+    kernel_operand = operand is not None and not narrowed_apart(operand)
+    sizes = given.args[2:]
+    launch(
+        _linear_bwd_weight_update_kernel, grid, *given.args[:2], w.detach(), update.velocity,
+        operand if kernel_operand else x, update.squares_of(grid[0] * grid[1]), update.rate,
+        *sizes, PAPER=update.rule == "paper", HAS_OPERAND=kernel_operand,
+        ALIGN=math.gcd(8, sizes[0], sizes[1], sizes[3], sizes[4]), **given.flags,
+    )  # fmt: skip
+    update.changed()

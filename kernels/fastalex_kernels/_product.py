@@ -1,0 +1,132 @@
+"""A product of two matrices of any strides, as the kernels of the fully connected layer take it.
+
+``product`` is the loop inside a kernel, ``operands`` what its caller hands over: descriptors for
+the tensor memory accelerator where the target has one, pointers elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastalex_kernels._launch import aligned, dot_precision, has_tma
+
+
+@triton.jit
+def _load_block(ptrs, mask_row, mask_column, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr):
+    """A block with zeros where a mask is False; an even axis needs none."""
+    if EVEN_ROWS and EVEN_COLUMNS:
+        block = tl.load(ptrs)
+    elif EVEN_COLUMNS:
+        block = tl.load(ptrs, mask=mask_row[:, None], other=0.0)
+    elif EVEN_ROWS:
+        block = tl.load(ptrs, mask=mask_column[None, :], other=0.0)
+    else:
+        block = tl.load(ptrs, mask=mask_row[:, None] & mask_column[None, :], other=0.0)
+    return block
+
+
+@triton.jit
+def product(
+    a_ptr,
+    w_ptr,
+    M,
+    N,
+    K,
+    stride_a,
+    stride_w,
+    offs_m,
+    offs_n,
+    first,
+    last,
+    TMA: tl.constexpr,
+    A_COLUMNS: tl.constexpr,
+    W_COLUMNS: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """float32 a[offs_m, first:last] @ w[first:last, offs_n]; arguments as of the kernel below."""
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+    if TMA:
+        m = tl.program_id(1) * BLOCK_M
+        n = tl.program_id(0) * BLOCK_N
+    else:
+        wide_k = offs_k.to(tl.int64)
+        if A_COLUMNS:
+            a_ptrs = a_ptr + offs_m[:, None] + wide_k[None, :] * stride_a
+        else:
+            a_ptrs = a_ptr + offs_m.to(tl.int64)[:, None] * stride_a + offs_k[None, :]
+        if W_COLUMNS:
+            w_ptrs = w_ptr + offs_k[:, None] + offs_n.to(tl.int64)[None, :] * stride_w
+        else:
+            w_ptrs = w_ptr + wide_k[:, None] * stride_w + offs_n[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(first, last, BLOCK_K):
+        if TMA:  # what lies outside is read as zero
+            a = a_ptr.load([k, m]).T if A_COLUMNS else a_ptr.load([m, k])
+            w = w_ptr.load([n, k]).T if W_COLUMNS else w_ptr.load([k, n])
+        else:
+            a_block = a_ptrs + (tl.cast(k, tl.int64) * stride_a if A_COLUMNS else k)
+            w_block = w_ptrs + (k if W_COLUMNS else tl.cast(k, tl.int64) * stride_w)
+            mask_k = offs_k < last - k
+            a = _load_block(a_block, mask_m, mask_k, EVEN_M, EVEN_K)
+            w = _load_block(w_block, mask_k, mask_n, EVEN_K, EVEN_N)
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+    return acc
+
+
+def _unit_stride(x: torch.Tensor) -> tuple[torch.Tensor, int, bool]:
+    """x with neighbours along one axis, the other axis's stride, and whether columns lie so."""
+    if x.stride(1) != 1 and x.stride(0) != 1:
+        x = x.contiguous()
+    columns = x.stride(1) != 1
+    return x, x.stride(1 if columns else 0), columns
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The two operands of a product as ``product`` takes them."""
+
+    args: tuple[Any, ...]  # a, w, M, N, K and the two strides
+    flags: dict[str, Any]
+
+
+def operands(a: torch.Tensor, w: torch.Tensor, tile: dict[str, int], split: int = 1) -> Operands:
+    """a [M, K] and w [K, N], each of any strides; by descriptors where the target has them."""
+    (M, K), N = a.shape, w.shape[1]
+    (a, stride_a, a_columns), (w, stride_w, w_columns) = _unit_stride(a), _unit_stride(w)
+    m, n, k = (tile[f"BLOCK_{axis}"] for axis in "MNK")
+    tma = has_tma(a.device) and all(
+        x.element_size() == 2 and x.numel() > 0 and aligned(x) and stride % 8 == 0
+        for x, stride in ((a, stride_a), (w, stride_w))
+    )
+    flags = {
+        "TMA": tma,
+        "A_COLUMNS": a_columns,
+        "W_COLUMNS": w_columns,
+        "EVEN_M": M % m == 0,
+        "EVEN_N": N % n == 0,
+        "EVEN_K": K % (k * split) == 0,
+        "PRECISION": dot_precision(a.dtype),
+        **tile,
+    }
+    blocks: tuple[Any, Any] = (a, w)
+    if tma:
+        a_block, w_block = [k, m] if a_columns else [m, k], [n, k] if w_columns else [k, n]
+        blocks = (
+            TensorDescriptor.from_tensor(a.t() if a_columns else a, a_block),
+            TensorDescriptor.from_tensor(w.t() if w_columns else w, w_block),
+        )
+    return Operands((*blocks, M, N, K, stride_a, stride_w), flags)
