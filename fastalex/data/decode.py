@@ -84,7 +84,7 @@ def read_upright(path: Path) -> Pixels:
     """
     with Image.open(path) as image:
         orientation = _orientation(image)
-        return np.array(_turned(_to_rgb(image), orientation))
+        return np.asarray(_turned(_to_rgb(image), orientation))
 
 
 def try_read(read: Callable[[Path, int], T], path: Path, size: int) -> T | str:
@@ -117,7 +117,7 @@ def _square(image: Image.Image, size: int) -> Pixels:
     left, top = ((side - short) / 2 for side in rgb.size)
     box = (left, top, left + short, top + short)
     square = rgb.resize((size, size), Image.Resampling.BILINEAR, box)
-    return np.array(_turned(square, orientation))
+    return np.asarray(_turned(square, orientation))
 
 
 def _turned(image: Image.Image, orientation: int) -> Image.Image:
@@ -168,4 +168,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    image.load()  # some formats know their size or mode only then
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies it
