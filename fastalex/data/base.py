@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -38,11 +39,10 @@ class ImageSource(Protocol):
         """
         ...
 
-    def whole(self, index: int, size: int) -> Pixels:
-        """uint8 [h, w, 3], RGB: all there is of the image, for parts of it to be cut out.
+    def whole(self, index: int, size: int) -> Image.Image:
+        """All there is of the image, RGB, for parts of it to be cut out.
 
-        ``size`` is the side for an image that has no size of its own. As with ``image``, it must
-        not be written to.
+        ``size`` is the side for an image that has no size of its own.
         """
         ...
 

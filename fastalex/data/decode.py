@@ -76,15 +76,15 @@ def read_whole(path: Path, size: int) -> tuple[Pixels, str | None]:
         return _square(image, size), _remark(image, path.suffix.lower(), size, deep)
 
 
-def read_upright(path: Path) -> Pixels:
-    """All of an image file, as uint8 [h, w, 3] RGB, converted and turned as by ``read_image``.
+def read_upright(path: Path) -> Image.Image:
+    """All of an image file, RGB, converted and turned as by ``read_image``.
 
     Raises:
         Exception: as ``read_image``.
     """
     with Image.open(path) as image:
         orientation = _orientation(image)
-        return np.asarray(_turned(_to_rgb(image), orientation))
+        return _turned(_to_rgb(image), orientation)
 
 
 def try_read(read: Callable[[Path, int], T], path: Path, size: int) -> T | str:

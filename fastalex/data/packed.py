@@ -88,9 +88,9 @@ class PackedImages:
             return packed
         return np.array(Image.fromarray(packed).resize((size, size), Image.Resampling.BILINEAR))
 
-    def whole(self, index: int, size: int) -> Pixels:
-        """uint8 [S, S, 3], RGB, read-only: the image at the packed size, whatever ``size``."""
-        return self._packed(index)
+    def whole(self, index: int, size: int) -> Image.Image:
+        """RGB, at the packed size, whatever ``size``."""
+        return Image.fromarray(self._packed(index))
 
     @functools.cached_property
     def mean_image(self) -> npt.NDArray[np.float32]:

@@ -57,7 +57,6 @@ def resized_crop(
         size: side in pixels of what is returned.
     """
     whole = source.whole(index, side)
-    left, top, right, bottom = draw_box(words, whole.shape[1], whole.shape[0])
     # Cut first: resizing a box of a larger image would mix in what is around it.
-    part = Image.fromarray(np.ascontiguousarray(whole[top:bottom, left:right]))
+    part = whole.crop(draw_box(words, *whole.size))
     return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))
