@@ -17,7 +17,15 @@ from fastalex import AlexNet, drawing, evaluate, figures, predict
 from fastalex.checkpoint import load_model, save_weights
 from fastalex.data import FolderImages, SyntheticImages, decode_size
 from fastalex.data.decode import read_image
-from fastalex.evaluation import Ensemble, Scores, crop_places, rank_classes
+from fastalex.data.pack import pack
+from fastalex.evaluation import (
+    Ensemble,
+    Scores,
+    crop_places,
+    open_training,
+    open_validation,
+    rank_classes,
+)
 from fastalex.published import RESULTS, is_imagenet
 from tests._commands import run
 
@@ -151,6 +159,31 @@ def test_evaluation_counts_what_prediction_says(
     diagonal = sum(int(row[i + 1]) for i, row in enumerate(rows))
     assert diagonal == len(files) - sum(wrong)
     assert [p.name for p in tmp_path.iterdir()] == ["confusion.csv"]
+
+
+def test_a_packed_set_is_evaluated_as_its_folder_is(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from_folder = _json(folder, capsys)
+    pack(folder / "data", tmp_path / "data", decode_size(SIZE), 1, quiet=True)
+    arguments = ["--weights", str(folder / "a"), "--data", str(tmp_path / "data"), "--json"]
+    assert evaluate.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    from_set = json.loads(out)
+    assert from_set.pop("data") != from_folder.pop("data")
+    assert from_set == from_folder
+
+
+def test_what_is_to_be_said_of_a_packed_set_is_said_once(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack(folder / "data", tmp_path / "set", 50, 1, quiet=True)
+    ensemble = Ensemble.load([folder / "a"])
+    counts = [len(f(tmp_path / "set", ensemble)) for f in (open_validation, open_training)]
+    assert counts == [2 * len(CLASSES), 3 * len(CLASSES)]
+    expected = f"Images packed at 50 pixels are resized to {decode_size(SIZE)} as they are read\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_the_published_errors_stand_beside_and_are_said_to_be_of_other_images(
