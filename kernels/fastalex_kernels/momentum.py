@@ -217,12 +217,13 @@ def _sum_update_kernel(
     mask = inside
     if MAP:
         COLUMNS: tl.constexpr = (S + D - 1) // D
-        c = offs // K % C
-        tap = offs // (K * C)  # ((r' * COLUMNS + s') * D + i) * D + j
+        index = offs.to(tl.int32)  # a convolution's weight is far below 2^31
+        c = index // K % C
+        tap = index // (K * C)  # ((r' * COLUMNS + s') * D + i) * D + j
         r = tap // (D * D * COLUMNS) * D + tap // D % D
         s = tap // (D * D) % COLUMNS * D + tap % D
         mask = inside & (r < R) & (s < S)  # the rest of the last block of taps stays zero
-        at = offs % K * W_K + c * W_C + r * W_R + s * W_S
+        at = index % K * W_K + c * W_C + r * W_R + s * W_S
     g = tl.where(mask, g, 0.0)
     w = tl.load(w_ptr + at, mask=mask, other=0.0)
     v = tl.load(v_ptr + at, mask=mask, other=0.0)
