@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastalex_kernels as fk
 
@@ -71,6 +74,35 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
 
 
 OPERATORS = {"max_pool2d": "lrn_max_pool2d", "without_relu": "linear_relu_dropout"}
+
+
+class _BesideFakes(TorchDispatchMode):
+    """Calls the fake version of every operator of ours too, and compares what comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if func.namespace == "fastalex":
+            self.seen.append(func.name())
+            with FakeTensorMode() as mode:
+                fakes = func(*tree_map_only(torch.Tensor, mode.from_tensor, args), **(kwargs or {}))
+            for a, b in zip(tree_leaves(results), tree_leaves(fakes), strict=True):
+                described = [(x.shape, x.stride(), x.dtype, x.device) for x in (a, b)]
+                assert described[0] == described[1], func.name()
+        return results
+
+
+@pytest.mark.parametrize("name", list(_arguments()))
+def test_a_fake_lies_as_what_it_stands_for(name: str) -> None:
+    operator, arguments = OPERATORS.get(name, name), _arguments()[name]
+    leaves = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
+    with _BesideFakes() as mode:
+        output = tree_leaves(getattr(torch.ops.fastalex, operator)(*arguments))[0]
+        torch.autograd.grad(output.sum(), leaves)
+    assert mode.seen == [f"fastalex::{operator}", f"fastalex::{operator}_backward"]
 
 
 @pytest.mark.parametrize("name", list(_arguments()))
