@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from fastalex import AlexNet, drawing, evaluate, figures, predict
-from fastalex.checkpoint import load_model, save_weights
-from fastalex.data import FolderImages, SyntheticImages, decode_size
+from fastalex.checkpoint import load_mean_image, load_model, save_weights
+from fastalex.data import FolderImages, MeanImage, Normalization, SyntheticImages, decode_size
 from fastalex.data.decode import read_image
 from fastalex.data.pack import pack
 from fastalex.evaluation import (
@@ -34,7 +34,7 @@ CLASSES.sort()
 SIZE = 40
 
 
-def _weights(path: Path, seed: int, **changes: object) -> Path:
+def _weights(path: Path, seed: int, image: MeanImage | None = None, **changes: object) -> Path:
     """A small random net, spread enough that its probabilities differ from image to image."""
     torch.manual_seed(seed)
     net = AlexNet(len(CLASSES), 0.5, "paper-without-fc6+fc7")
@@ -48,7 +48,9 @@ def _weights(path: Path, seed: int, **changes: object) -> Path:
         "dropout": 0.5,
         **changes,
     }
-    save_weights(path, net.state_dict(), metadata)
+    if image is not None:
+        metadata["normalization"] = Normalization((0, 0, 0), (50, 60, 70), image).to_dict()
+    save_weights(path, net.state_dict(), metadata, image)
     return path
 
 
@@ -75,13 +77,19 @@ def _slow(path: Path, pixels: np.ndarray, crops: int) -> np.ndarray:
     net, metadata = load_model(path)
     net.double()
     scale = metadata["normalization"]
+    image = load_mean_image(path)
+    mean = np.broadcast_to(scale["mean"] if image is None else image, pixels.shape)
     spare = pixels.shape[0] - SIZE
+    middle = slice(spare // 2, spare // 2 + SIZE)
     corners = [(0, 0), (0, spare), (spare, 0), (spare, spare), (spare // 2, spare // 2)]
     total = np.zeros(len(CLASSES))
     for top, left in corners if crops == 10 else corners[4:]:
-        crop = pixels[top : top + SIZE, left : left + SIZE].astype(np.float64)
-        for image in [crop, crop[:, ::-1]] if crops == 10 else [crop]:
-            image = (image - scale["mean"]) / scale["std"]
+        place = (slice(top, top + SIZE), slice(left, left + SIZE))
+        for turn in (1, -1) if crops == 10 else (1,):
+            crop, less = pixels[place][:, ::turn].astype(np.float64), mean[place][:, ::turn]
+            if scale.get("mean_image", {}).get("centred"):
+                less = mean[middle, middle]
+            image = (crop - less) / scale["std"]
             with torch.no_grad():
                 logits = net(torch.tensor(image.transpose(2, 0, 1).copy())[None])[0].numpy()
             e = np.exp(logits - logits.max())
@@ -96,11 +104,17 @@ def pixels(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("crops", [1, 10])
+@pytest.mark.parametrize("mean", ["channels", "image", "centre"])
 def test_probabilities_are_those_of_a_crop_at_a_time(
-    folder: Path, pixels: np.ndarray, crops: int
+    folder: Path, tmp_path: Path, pixels: np.ndarray, mean: str, crops: int
 ) -> None:
-    found = Ensemble.load([folder / "a"]).probabilities(pixels, crops).numpy()
-    expected = np.stack([_slow(folder / "a", image, crops) for image in pixels])
+    path = folder / "a"
+    if mean != "channels":
+        drawn = np.random.default_rng(1).uniform(0, 255, pixels.shape[1:]).astype(np.float32)
+        image = MeanImage.of(drawn, len(drawn), mean == "centre")
+        path = _weights(tmp_path / "w", 0, image)
+    found = Ensemble.load([path]).probabilities(pixels, crops).numpy()
+    expected = np.stack([_slow(path, image, crops) for image in pixels])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert found.std(0).max() > 1e-3  # the images differ
 
