@@ -14,7 +14,7 @@ from fastalex._version import __version__
 from fastalex.checkpoint import save_weights
 from fastalex.config import Settings
 from fastalex.curves import Curves
-from fastalex.data import Batch, Batches, DataError, ImageSource, open_sources
+from fastalex.data import Batch, Batches, DataError, ImageSource, color_noise, open_sources
 from fastalex.fused_update import fuse_updates, lay_out
 from fastalex.launch import TrainingError
 from fastalex.meter import Meter
@@ -196,6 +196,8 @@ class Trainer:
             replicas=self.team.replicas,
             workers=settings.workers,
             augmentation=settings.augmentation,
+            device=self.team.device,
+            noise=color_noise(source, settings.color_noise),
         )
 
     def run(self) -> None:
@@ -230,7 +232,7 @@ class Trainer:
         self.meter.start()
         every = self.settings.checkpoint_every
         batches = self.train_batches.epoch(self.epoch - 1, self.batch)
-        for batch in fetch(batches, self.meter.waiting):
+        for batch in fetch(batches, self.team.device, self.meter.waiting):
             self._train_step(batch)
             self.batch += 1
             last = self.step == self.steps
@@ -256,12 +258,11 @@ class Trainer:
     def _train_step(self, batch: Batch) -> None:
         self.step += 1
         device = self.team.device
-        images, labels = batch.images.to(device), batch.labels.to(device)
         set_learning_rate(self.optimizer, self.schedule.rate(self.step))
         self.model.seed_dropout(self.settings.seed, self.step)
         with autocast(self.settings.precision, device):
-            logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), labels)
+            logits = self.model(self.train_batches.augment(*batch.pixels))
+        loss = F.cross_entropy(logits.float(), batch.labels)
         self.optimizer.zero_grad()
         with nvtx_range("backward"):
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -372,7 +373,8 @@ class Trainer:
         weights = self.team.weights(self.model)
         if not self.team.leads:
             return
-        save_weights(self.folder.weights, weights, self._metadata(accuracy))
+        image = self.plan.normalization.mean_image
+        save_weights(self.folder.weights, weights, self._metadata(accuracy), image)
         if best:
             self.folder.keep_best()
         if self.curves is not None:

@@ -17,7 +17,7 @@ from fastalex import AlexNet, drawing, evaluate, figures, predict
 from fastalex.checkpoint import load_model, save_weights
 from fastalex.data import FolderImages, SyntheticImages, decode_size
 from fastalex.data.decode import read_image
-from fastalex.evaluation import Ensemble, Scores, cut_crops, rank_classes
+from fastalex.evaluation import Ensemble, Scores, crop_places, rank_classes
 from fastalex.published import RESULTS, is_imagenet
 from tests._commands import run
 
@@ -105,13 +105,14 @@ def test_an_ensemble_is_the_mean_of_its_softmaxes(folder: Path, pixels: np.ndarr
 
 
 def test_ten_crops_are_four_corners_the_centre_and_their_mirrors() -> None:
-    images = torch.arange(3 * 7 * 7).reshape(1, 3, 7, 7)
-    crops = list(cut_crops(images, 4, 10))
-    places = {tuple(crop[0, 0, 0, [0, -1]].tolist()) for crop in crops}
-    corners = [0, 3, 21, 24, 8]
-    assert places == {(c, c + 3) for c in corners} | {(c + 3, c) for c in corners}
+    corners = [(0, 0), (0, 3), (3, 0), (3, 3), (1, 1)]
+    expected = {(*corner, mirrored) for corner in corners for mirrored in (False, True)}
+    places = crop_places(3, 10)
+    assert len(places) == 10
+    assert set(places) == expected
+    assert crop_places(3, 1) == [(1, 1, False)]
     with pytest.raises(ValueError, match="crops: expected 1 or 10, got 5"):
-        list(cut_crops(images, 4, 5))
+        crop_places(3, 5)
 
 
 def test_of_equal_classes_the_first_counts() -> None:

@@ -221,13 +221,17 @@ def augment(
     steps = torch.where(mirrors[:, None], size - 1 - step, step)
     columns = (lefts.clamp(0, W - size)[:, None] + steps)[:, None, :]
     x = images[torch.arange(N, device=images.device)[:, None, None], rows, columns]
-    x = x.to(torch.promote_types(dtype, torch.float32))
-    if colors is not None:
-        x += colors[:, None, None]
-    if mean is not None:
-        x -= mean if mean.dim() == 1 else mean[rows, columns]
-    if scale is not None:
-        x *= scale
+    wide = torch.promote_types(dtype, torch.float32)
+    x = x.to(wide).view(N, size, size * 3)
+    if mean is not None and mean.dim() == 3:
+        x -= mean[rows, columns].view_as(x)
+        mean = None
+    # Repeated along a line: an inner loop over three channels would take several times as long.
+    factor = torch.ones(3, dtype=wide, device=x.device) if scale is None else scale.to(wide)
+    shift = torch.zeros(1, 3, dtype=wide, device=x.device) if colors is None else colors.to(wide)
+    shift = (shift if mean is None else shift - mean) * factor
+    torch.addcmul(shift.repeat(1, size)[:, None], x, factor.repeat(size), out=x)
+    x = x.view(N, size, size, 3)
     (top, _), (left, _) = padding
     x = F.pad(x.to(dtype), (0, 0, left, width - left - size, top, height - top - size))
     if block == 1:
