@@ -285,13 +285,13 @@ class LRNMaxPool2dFunction(torch.autograd.Function):
         window: Window,
         size: tuple[int, int],
     ) -> torch.Tensor:
-        ctx.mask = wanted(input)
+        mask = wanted(input)
         input = lie_as_hwnc(input)
         output, argmax = lrn_max_pool2d_forward(
             as_hwnc(input), norm, groups, window, size, save=ctx.needs_input_grad[0]
         )
         ctx.save_for_backward(None if norm is None else input, argmax)
-        ctx.arguments = (norm, groups, window, input.shape[2:])
+        ctx.arguments = (norm, groups, window, input.shape[2:], mask)
         return output
 
     @staticmethod
@@ -299,7 +299,7 @@ class LRNMaxPool2dFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, argmax = ctx.saved_tensors
         x = None if input is None else as_hwnc(input)
-        dx = lrn_max_pool2d_backward(x, as_hwnc(grad), argmax, *ctx.arguments, mask=ctx.mask)
+        dx = lrn_max_pool2d_backward(x, as_hwnc(grad), argmax, *ctx.arguments)
         return dx, None, None, None, None
 
 
