@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.jit import JITFunction
 
 BACKENDS = ("auto", "triton", "aten")
+TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels store
 
 _backend: ContextVar[str] = ContextVar("fastalex_backend", default="auto")

@@ -40,6 +40,7 @@ from fastalex_kernels._conv2d_arguments import (
 )
 from fastalex_kernels._epilogue import epilogue_backward, sum_partials
 from fastalex_kernels._launch import (
+    TRITON,
     aligned,
     autocast,
     cut,
@@ -170,10 +171,15 @@ def _conv2d_relu_fwd_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < rows
     mask_n = offs_n < K
-    # The row of x under tap (0, 0), and where it stands in the image (h, w).
-    h = offs_m // (Q * N) - PAD_H
-    w = offs_m // N - (h + PAD_H) * Q - PAD_W
-    row = ((h * W + w) * N + offs_m % N).to(tl.int64)
+    # The row of x under tap (0, 0).
+    if ONE_PIXEL:  # counted from the first, and so in 32 bits: half the registers
+        x_row = ((p_first - PAD_H) * W + q_first - PAD_W) * N + first % N
+        x_ptr += x_row.to(tl.int64) * (G * C)
+        row = tl.arange(0, BLOCK_M)
+    else:  # and where it stands in the image (h, w)
+        h = offs_m // (Q * N) - PAD_H
+        w = offs_m // N - (h + PAD_H) * Q - PAD_W
+        row = ((h * W + w) * N + offs_m % N).to(tl.int64)
     x_ptrs = x_ptr + row[:, None] * (G * C) + (g * C + offs_k)[None, :]
     w_offs = g * W_GROUP + offs_k[:, None] * W_C + offs_n[None, :] * W_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -225,7 +231,9 @@ def _conv2d_relu_fwd_kernel(
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
         r, s, c = _next_tap(r, s, c, s_lo, s_hi, BLOCK_K + TAIL_K, C)
 
-    out = y_ptr + offs_m.to(tl.int64)[:, None] * (G * K) + g * K
+    # Counted from the first row, and so in 32 bits.
+    y_ptr += first.to(tl.int64) * (G * K) + g * K
+    out = y_ptr + tl.arange(0, BLOCK_M)[:, None] * (G * K)
     acc = _finish(acc, b_ptr, g * K + offs_n, mask_n, HAS_BIAS, RELU)
     mask = mask_m[:, None] & mask_n[None, :]
     tl.store(out + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
@@ -439,10 +447,10 @@ def _split(block: int, size: int) -> tuple[int, int]:
     return cut(block, size), 0
 
 
-def _forward_tile(x: torch.Tensor, rows: int, C: int, K: int) -> dict[str, int]:
-    """Blocks for ``rows`` rows, C channels in and K out of a group."""
+def _forward_tile(x: torch.Tensor, N: int, pixels: int, C: int, K: int) -> dict[str, int]:
+    """Blocks for ``pixels`` outputs of N images, C channels in and K out of a group."""
     block_m, block_n, block_k, warps, stages = tile_entry(_FORWARD_TILES, x)
-    block_m = cut(block_m, rows)
+    block_m = cut(block_m, pixels * N)
     tile = {"BLOCK_M": block_m, "num_stages": stages}
     if target(x.device) == "interpreter":
         return tile | {
@@ -457,6 +465,8 @@ def _forward_tile(x: torch.Tensor, rows: int, C: int, K: int) -> dict[str, int]:
     n, tail_n = _split(block_n, K)
     if n < block_n // 2 or (tail_n and tail_k):
         n, tail_n = cut(block_n, K), 0
+    if tail_n and N % block_m and target(x.device) == "sm_80" and TRITON < (3, 9):
+        k = min(k, 32)  # 64 with masked rows spill there
     warps = _warps(warps, block_m, n + tail_n, 8 * x.element_size())
     return tile | {
         "BLOCK_N": n,
@@ -506,7 +516,7 @@ def _convolve(
     C = GC // groups
     output = empty_nchw(x, (N, groups * K, P, Q))
     y = as_hwnc(output)
-    tile = _forward_tile(x, P * Q * N, C, K)
+    tile = _forward_tile(x, N, P * Q, C, K)
     one_pixel = N % tile["BLOCK_M"] == 0
     m_blocks = triton.cdiv(P * Q * N, tile["BLOCK_M"])
     n_blocks = triton.cdiv(K, tile["BLOCK_N"] + tile["TAIL_N"])

@@ -42,7 +42,7 @@ from fastalex_kernels.momentum import Updates
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
 _TILES = {
-    ("sm_80", 16): (128, 64, 64, 4, 4),
+    ("sm_80", 16): (128, 64, 64, 4, 3),
     ("sm_90", 16): (128, 64, 64, 4, 4),
     ("sm_100", 16): (128, 64, 64, 4, 4),
     ("gfx942", 16): (128, 64, 64, 4, 2),
@@ -77,9 +77,8 @@ def _finish(
     if RELU:
         acc = tl.where(acc < 0, 0.0, acc)  # not tl.maximum, which would hide a NaN
     if DROPOUT:
-        row = (offs_m + row_offset)[:, None]
-        feature = (offs_n + feature_offset)[None, :]
-        acc = tl.where(_philox.keep(rng_ptr, row, feature, p), acc * scale, 0.0)
+        feature = tl.program_id(0) * acc.shape[1] + feature_offset
+        acc = _philox.drop(acc * scale, rng_ptr, offs_m + row_offset, feature, p)
     return acc
 
 
