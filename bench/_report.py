@@ -18,6 +18,7 @@ import fastalex
 
 from ._timing import Rates, Times, Work
 
+UNITS = ("GFLOP/s", "GB/s", "images/s")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -41,7 +42,7 @@ class Report:
         unit, rate = work.rate(ours)
         row |= {"device": device_name(), "ours ms": ours * 1e3, "theirs ms": theirs * 1e3}
         row |= {"ratio": theirs / ours, unit: rate}
-        if self.rates is not None:
+        if self.rates is not None and not work.images:
             row["share of floor"] = self.rates.floor(work) / ours
         benchmark.extra_info.update(row)
         rounds = {"ours": times.ours, "theirs": times.theirs}
@@ -51,13 +52,13 @@ class Report:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Our time beside the other's, a line for each comparison."""
-    titles = f"{'layer':<12}{'direction':<10}{'against':<10}{'ours ms':>10}{'theirs ms':>11}"
+    titles = f"{'layer':<12}{'direction':<10}{'against':<12}{'ours ms':>10}{'theirs ms':>11}"
     lines = [f"{titles}{'ratio':>7}  ours at"]
     for row in rows:
-        rate = next(f"{row[unit]:,.1f} {unit}" for unit in ("GFLOP/s", "GB/s") if unit in row)
+        rate = next(f"{row[unit]:,.1f} {unit}" for unit in UNITS if unit in row)
         share = f", {row['share of floor']:.0%} of the floor" if "share of floor" in row else ""
         lines.append(
-            f"{row['layer']:<12}{row['direction']:<10}{row['against']:<10}"
+            f"{row['layer']:<12}{row['direction']:<10}{row['against']:<12}"
             f"{row['ours ms']:>10.3f}{row['theirs ms']:>11.3f}{row['ratio']:>7.2f}  {rate}{share}"
         )
     return lines

@@ -59,11 +59,16 @@ class Times:
 
 
 def take_turns(
-    benchmark: Any, ours: Callable[[], object], theirs: Callable[[], object], rounds: int
+    benchmark: Any,
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    rounds: int,
+    clock: Callable[[], float] = clock,
 ) -> Times | None:
     """Time ``theirs``, ``ours``, ``theirs``, ... so that a busy spell of the machine hits both.
 
-    pytest-benchmark times ``ours``; its setup, which it does not time, times ``theirs``.
+    pytest-benchmark times ``ours`` by its timer; its setup, which it does not time, times
+    ``theirs`` by ``clock``, which is to be the same.
 
     Returns:
         The times, or None under --benchmark-disable.
@@ -88,13 +93,16 @@ def take_turns(
 
 @dataclass(frozen=True)
 class Work:
-    """What a call has to compute, and to move at the least: every tensor once."""
+    """What a call has to compute, and to move at the least: every tensor once; or its images."""
 
-    flops: int
-    bytes: int
+    flops: int = 0
+    bytes: int = 0
+    images: int = 0
 
     def rate(self, seconds: float) -> tuple[str, float]:
-        """Unit and value: GFLOP/s of products, GB/s of what has none."""
+        """Unit and value: GFLOP/s of products, GB/s of what has none; images/s of what has some."""
+        if self.images:
+            return "images/s", self.images / seconds
         if self.flops:
             return "GFLOP/s", self.flops / seconds / 1e9
         return "GB/s", self.bytes / seconds / 1e9

@@ -23,6 +23,7 @@ RESUMABLE = ("data", "workers", "log_every", "checkpoint_every", "keep_checkpoin
 # What an option takes that is not given, where neither recipe nor data have a say.
 _PLAIN = {
     "precision": "float32",
+    "color_noise": "published",
     "seed": 0,
     "log_every": 10,
     "keep_checkpoints": 2,
@@ -89,6 +90,7 @@ class Settings:
     lr_patience: int
     lr_max_drops: int | None
     augmentation: str
+    color_noise: str
     normalization: str
     precision: str
     fused_update: bool

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 from fastalex import ablations
 from fastalex._version import __version__
 from fastalex.config import DEFAULTS, PRECISIONS
-from fastalex.data.augment import AUGMENTATIONS
-from fastalex.data.base import NORMALIZATIONS
+from fastalex.data.augment import AUGMENTATIONS, COLOR_NOISES
+from fastalex.data.normalization import NORMALIZATIONS
 from fastalex.recipes import (
     INITIALISATIONS,
     MOMENTUM_RULES,
@@ -127,6 +127,11 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "--augmentation",
         choices=tuple(AUGMENTATIONS),
         help=_choices(AUGMENTATIONS, NO_RECIPE.augmentation),
+    )
+    group.add_argument(
+        "--color-noise",
+        choices=tuple(COLOR_NOISES),
+        help=f"where --augmentation full has its numbers from: {_choices(COLOR_NOISES)}",
     )
     group.add_argument(
         "--normalization",

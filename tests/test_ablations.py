@@ -185,7 +185,8 @@ def test_without_augmentation_every_epoch_has_the_centre_crops() -> None:
     assert batch.indices.tolist() != list(range(12))
     side = decode_size(40)
     first = (side - 40) // 2
-    for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
+    images = batches.augment(*batch.pixels)
+    for image, index in zip(images, batch.indices.tolist(), strict=True):
         crop = source.image(index, side)[first : first + 40, first : first + 40]
         assert torch.equal(image, torch.from_numpy(crop).permute(2, 0, 1).float())
 

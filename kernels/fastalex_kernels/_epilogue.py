@@ -20,7 +20,7 @@ import triton.language as tl
 
 from fastalex_kernels import _philox
 from fastalex_kernels._launch import interpreted, launch
-from fastalex_kernels.momentum import MomentumUpdate, sum_update
+from fastalex_kernels.momentum import MomentumUpdate, blocks, sum_parts, sum_update
 
 _PROGRAMS = 512  # at most this many row chunks, so that the second stage stays short
 
@@ -79,22 +79,19 @@ def _sum_partials_kernel(
     out_ptr,  # [numel]
     parts,
     numel,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < numel
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(parts):
-        total += tl.load(part_ptr + offs, mask=mask, other=0.0)
-        part_ptr += numel
-    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+    total = sum_parts(part_ptr, parts, numel, offs, PARTS, BLOCK)
+    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=offs < numel)
 
 
 def sum_partials(part: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Add ``part`` [parts, ...] over its first axis, in order, into ``out``, and return it."""
-    block = 65536 if interpreted() else 1024
-    grid = (triton.cdiv(out.numel(), block),)
-    launch(_sum_partials_kernel, grid, part, out, part.shape[0], out.numel(), BLOCK=block)
+    tile = blocks(part.shape[0], out.numel())
+    grid = (triton.cdiv(out.numel(), tile["BLOCK"]),)
+    launch(_sum_partials_kernel, grid, part, out, part.shape[0], out.numel(), **tile)
     return out
 
 

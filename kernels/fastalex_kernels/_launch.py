@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,7 +20,15 @@ BACKENDS = ("auto", "triton", "aten")
 TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels store
 
-_backend: ContextVar[str] = ContextVar("fastalex_backend", default="auto")
+
+class _Choice(threading.local):
+    """The backend chosen in this thread; torch.compile guards on it, as on no context variable."""
+
+    def __init__(self) -> None:
+        self.name = "auto"
+
+
+_backend = _Choice()
 
 # While set, a launch is handed to this function instead of a GPU, and ``target`` answers with the
 # name beside it. Offline compilation and the roofline report read every launch of a step this way.
@@ -51,11 +59,11 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    token = _backend.set(name)
+    previous, _backend.name = _backend.name, name
     try:
         yield
     finally:
-        _backend.reset(token)
+        _backend.name = previous
 
 
 @contextlib.contextmanager
@@ -71,7 +79,7 @@ def record_launches(target_name: str, recorder: Recorder) -> Iterator[None]:
 
 def use_triton(x: torch.Tensor) -> bool:
     """Whether an operation on ``x`` runs as Triton kernels here; float64 never does."""
-    name = _backend.get()
+    name = _backend.name
     if name == "aten" or x.dtype == torch.float64:
         return False
     here = x.is_cuda or _recorder is not None or interpreted()
@@ -141,6 +149,12 @@ def aligned(x: torch.Tensor) -> bool:
     if isinstance(x, FakeTensor):  # it has no address, and starts where its storage does
         return x.storage_offset() * x.element_size() % 16 == 0
     return x.data_ptr() % 16 == 0
+
+
+def outside_graphs(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    """Call ``function`` between two compiled graphs: one has no place for what backward updates."""
+    result: torch.Tensor = torch.compiler.disable(function)(*arguments)
+    return result
 
 
 def check_floating(name: str, x: object) -> None:

@@ -20,6 +20,11 @@ Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _mul_hi_lo(a: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if torch.compiler.is_compiling():
+        # The C++ that Inductor writes may not overflow: its compiler takes that to never happen.
+        low = (a & 0xFFFF) * m
+        high = (a >> 16) * m + (low >> 16)
+        return high >> 16, (high & 0xFFFF) << 16 | (low & 0xFFFF)
     # int64 products wrap modulo 2^64, which leaves every bit of the unsigned product right.
     product = a * m
     return (product >> 32) & _MASK32, product & _MASK32

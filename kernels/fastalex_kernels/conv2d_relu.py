@@ -49,6 +49,7 @@ from fastalex_kernels._launch import (
     interpretable,
     interpreted,
     launch,
+    outside_graphs,
     target,
     tile_entry,
     use_triton,
@@ -702,6 +703,9 @@ def conv2d_relu(
         TypeError: for a wrong type or dtype.
         ValueError: for a wrong shape, device, or a value out of range.
     """
+    if update is not None and torch.compiler.is_compiling():
+        layer = (input, weight, bias, stride, padding, groups, relu, update)
+        return outside_graphs(conv2d_relu, *layer)
     sides, strides = spell_out(padding, stride)
     if update is None:
         input, weight, bias = autocast(input, weight, bias)
@@ -724,7 +728,12 @@ def conv2d_relu(
         weight, bias = interpretable(weight, bias)
         if strides != (1, 1):
             weight = space_to_depth_weight(weight, strides)
-    output: torch.Tensor = Conv2dReLUFunction.apply(
-        input, weight, bias, sides, groups, relu, update, strides[0]
-    )
+    output: torch.Tensor
+    if torch.compiler.is_compiling():
+        input, pads = lie_as_hwnc(input), [*sides[0], *sides[1]]
+        output = torch.ops.fastalex.conv2d_relu(input, weight, bias, pads, groups, relu)
+    else:
+        output = Conv2dReLUFunction.apply(
+            input, weight, bias, sides, groups, relu, update, strides[0]
+        )
     return output.to(dtype)

@@ -33,6 +33,7 @@ from fastalex_kernels._launch import (
     interpretable,
     interpreted,
     launch,
+    outside_graphs,
     tile_entry,
     use_triton,
 )
@@ -371,6 +372,9 @@ def linear_relu_dropout(
 
     Source: P§4.2; the scaling in training is the same function as halving at test.
     """
+    if update is not None and torch.compiler.is_compiling():
+        layer = (input, weight, bias, p, relu, training, rng, row_offset, feature_offset, update)
+        return outside_graphs(linear_relu_dropout, *layer)
     if update is None:
         input, weight, bias = autocast(input, weight, bias)
         _check(input, weight, bias)
@@ -392,7 +396,11 @@ def linear_relu_dropout(
     (input,) = interpretable(input)
     if update is None:
         weight, bias = interpretable(weight, bias)
-    output: torch.Tensor = LinearReLUDropoutFunction.apply(input, weight, bias, *arguments, update)
+    output: torch.Tensor
+    if torch.compiler.is_compiling():
+        output = torch.ops.fastalex.linear_relu_dropout(input, weight, bias, *arguments)
+    else:
+        output = LinearReLUDropoutFunction.apply(input, weight, bias, *arguments, update)
     return output.to(dtype)
 
 

@@ -17,6 +17,7 @@ import fastalex_kernels as fk
 
 from . import _augment as augments
 from . import _cases as cases
+from . import _updates as updates
 from ._oracle import (
     TF32_TOLERANCE,
     Case,
@@ -90,6 +91,13 @@ def test_augment(case: augments.Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", augments.CASES[:4], ids=str)
 def test_augment_to_blocks(case: augments.Case) -> None:
     augments.check(case, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("case", updates.CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_update_in_backward(case: Case, dtype: torch.dtype) -> None:
+    for rule in updates.RULES:
+        updates.check(case, dtype, rule, "cuda")
 
 
 @contextmanager

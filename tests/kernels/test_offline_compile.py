@@ -27,7 +27,7 @@ TENSOR_CORES = {
     "gfx942": r"v_mfma_f32_\w+16",
 }
 # Kernels that hold products: convolutions and fully connected layers.
-DOTS = re.compile(r"_conv2d_(relu_fwd|bwd_weight)|_linear_relu_dropout_fwd")
+DOTS = re.compile(r"_conv2d_(relu_fwd|bwd_weight)|_linear_(relu_dropout_fwd|bwd_weight)")
 
 Made = list[tuple[offline.Launch, offline.MachineCode]]
 
