@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels._launch import aligned, launch, target
+from fastalex_kernels._launch import MOST_COUNTED, aligned, launch, target
 
 CHUNK = 8  # channels
 _STRIP = 3  # pooled columns of a forward program
@@ -70,6 +70,7 @@ def fits(x: torch.Tensor, norm: Norm, groups: int, window: Window) -> bool:
         and aligned(x)
         and channels % CHUNK == 0
         and channels // CHUNK <= _CHUNKS["backward"]
+        and x.shape[2] * x.shape[3] <= MOST_COUNTED  # values of a pixel are counted in 32 bits
         # The interpreter takes fewer steps through the general kernel, and AMD's compiler needs
         # over a minute for the straight line of code here.
         and target(x.device).startswith("sm_")
@@ -442,7 +443,7 @@ def forward(
         _lrn_max_pool2d_chunks_fwd_kernel, (blocks, strips, parts), x, y, argmax, N, H, W, P, Q,
         share, C=C, GROUP=C // groups // CHUNK, SIGNED=norm.signed, SAVE=save,
         EVEN=N * C // CHUNK % T == 0,
-        **_scaled_constants(norm), T=T, num_warps=T // 32,
+        **_scaled_constants(norm), T=T, num_warps=T // 32, counted=N * C,
     )  # fmt: skip
 
 
@@ -464,5 +465,5 @@ def backward(
         _lrn_max_pool2d_chunks_bwd_kernel, (blocks, triton.cdiv(W, 2), parts), x, dy, argmax, dx,
         N, H, W, P, Q, share, C=C, GROUP=group, USED=used,
         EVEN=N * C // CHUNK % T == 0 and used == T, **_scaled_constants(norm), T=T,
-        num_warps=T // 32,
+        num_warps=T // 32, counted=N * C,
     )  # fmt: skip

@@ -523,6 +523,7 @@ def _convolve(
     n_blocks = triton.cdiv(K, tile["BLOCK_N"] + tile["TAIL_N"])
     grid = (m_blocks * n_blocks, groups)
     sizes = (N, H, W, P, Q)
+    counted = max(_farthest_row(sizes, (R, S), pad), w.numel())
     constants = {
         "G": groups, "C": C, "K": K, "R": R, "S": S, "PAD_H": pad[0], "PAD_W": pad[1],
         "REVERSE": reverse, "HAS_BIAS": bias is not None, "RELU": relu, **tile,
@@ -530,15 +531,27 @@ def _convolve(
     b = x if bias is None else bias
     if one_pixel and _tma_fits(groups, x, w) and C % (tile["BLOCK_K"] + tile["TAIL_K"]) == 0:
         descriptors = _forward_descriptors(x, w, tile, reverse)
-        launch(_conv2d_relu_fwd_tma_kernel, grid, *descriptors, b, y, *sizes, **constants)
+        launch(
+            _conv2d_relu_fwd_tma_kernel, grid, *descriptors, b, y, *sizes, **constants,
+            counted=counted,
+        )  # fmt: skip
         return output
     strides = (1, columns) if reverse else (columns, 1)
     launch(
         _conv2d_relu_fwd_kernel, grid, x, w, b, y, *sizes, **constants,
         W_TAP=rows * columns, W_GROUP=columns // groups, W_C=strides[0], W_K=strides[1],
-        ONE_PIXEL=one_pixel, PRECISION=dot_precision(x.dtype),
+        ONE_PIXEL=one_pixel, PRECISION=dot_precision(x.dtype), counted=counted,
     )  # fmt: skip
     return output
+
+
+def _farthest_row(
+    sizes: tuple[int, ...], kernel_size: tuple[int, int], pad: tuple[int, int]
+) -> int:
+    """How far from 0 the forward kernel counts rows, in the padding too."""
+    (N, _, W, P, Q), (R, S), (top, left) = sizes, kernel_size, pad
+    h, w = max(abs(top), P + R - 2 - top), max(abs(left), Q + S - 2 - left)
+    return max(P * Q, h * W + w + 1, abs(top) * Q) * N
 
 
 def _tma_fits(groups: int, *operands: torch.Tensor) -> bool:
@@ -599,6 +612,7 @@ def conv2d_relu_backward_weight(
         EVEN_ROWS=even_rows, TMA=tma, PRECISION=dot_precision(x.dtype), BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_K=block_k, num_stages=stages,
         num_warps=_warps(warps, block_m, block_n, 8 * x.element_size()),
+        counted=max(H * W * N, P * Q * N, part[..., 0].numel()),
     )  # fmt: skip
     return part
 

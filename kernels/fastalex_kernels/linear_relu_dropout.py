@@ -214,14 +214,14 @@ def matmul(
     launch(
         _linear_relu_dropout_fwd_kernel, (*blocks, split), *given.args[:2], b, r, out,
         *given.args[2:], *scalars, SPLIT=split, ALIGN=math.gcd(8, *given.args[2:]),
-        **given.flags, **epilogue,
+        **given.flags, **epilogue, counted=max(split * M, N, K),
     )  # fmt: skip
     if split > 1:
         block_m, block_n = 8, 128
         grid = (triton.cdiv(N, block_n), triton.cdiv(M, block_m))
         launch(
             _finish_partials_kernel, grid, out, b, r, y, split, M, N, *scalars,
-            **epilogue, BLOCK_M=block_m, BLOCK_N=block_n,
+            **epilogue, BLOCK_M=block_m, BLOCK_N=block_n, counted=max(M, N),
         )  # fmt: skip
     return y
 

@@ -280,5 +280,6 @@ def sum_update(part: torch.Tensor, update: MomentumUpdate, stride: int = 1) -> N
         operand if kernel_operand else part, update.squares_of(programs), update.rate,
         part.shape[0], numel, PAPER=update.rule == "paper", HAS_OPERAND=kernel_operand,
         MAP=mapped, D=stride, **{**unused, **shape, **strides}, **tile,
+        counted=max(part.shape[0], numel if mapped else 0),
     )  # fmt: skip
     update.changed()
