@@ -443,7 +443,8 @@ def forward(
         _lrn_max_pool2d_chunks_fwd_kernel, (blocks, strips, parts), x, y, argmax, N, H, W, P, Q,
         share, C=C, GROUP=C // groups // CHUNK, SIGNED=norm.signed, SAVE=save,
         EVEN=N * C // CHUNK % T == 0,
-        **_scaled_constants(norm), T=T, num_warps=T // 32, counted=N * C,
+        **_scaled_constants(norm), T=T, num_warps=T // 32,
+        counted=max(N * C, H * W),
     )  # fmt: skip
 
 
@@ -465,5 +466,5 @@ def backward(
         _lrn_max_pool2d_chunks_bwd_kernel, (blocks, triton.cdiv(W, 2), parts), x, dy, argmax, dx,
         N, H, W, P, Q, share, C=C, GROUP=group, USED=used,
         EVEN=N * C // CHUNK % T == 0 and used == T, **_scaled_constants(norm), T=T,
-        num_warps=T // 32, counted=N * C,
+        num_warps=T // 32, counted=max(N * C, H * W),
     )  # fmt: skip
