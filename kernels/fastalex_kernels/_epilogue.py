@@ -91,7 +91,10 @@ def sum_partials(part: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Add ``part`` [parts, ...] over its first axis, in order, into ``out``, and return it."""
     tile = blocks(part.shape[0], out.numel())
     grid = (triton.cdiv(out.numel(), tile["BLOCK"]),)
-    launch(_sum_partials_kernel, grid, part, out, part.shape[0], out.numel(), **tile)
+    launch(
+        _sum_partials_kernel, grid, part, out, part.shape[0], out.numel(), **tile,
+        counted=part.shape[0],
+    )  # fmt: skip
     return out
 
 
@@ -159,6 +162,7 @@ def epilogue_backward(
         WRITE_DB=bias is not None,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
+        counted=max(rows, features),
     )
     db = None
     if bias is not None and update is not None:

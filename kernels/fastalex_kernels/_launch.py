@@ -17,6 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.jit import JITFunction
 
 BACKENDS = ("auto", "triton", "aten")
+TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
+MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # along the axes of a grid
+MOST_COUNTED = 2**31 - 2**24  # what a block or a program's share counts beyond the end fits, too
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels store
 
 
@@ -130,10 +133,24 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and tf32 else "ieee"
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    """Run ``kernel[grid]`` on the device of its first tensor; an empty grid is no launch."""
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, counted: int, **kwargs: Any) -> None:
+    """Run ``kernel[grid]`` on the device of its first tensor; an empty grid is no launch.
+
+    Args:
+        kernel, grid, args, kwargs: as Triton takes them.
+        counted: the largest number that the kernel counts to in 32 bits: of rows, mostly.
+
+    Raises:
+        ValueError: for more than the kernel can count, or more programs than a GPU starts.
+    """
     if 0 in grid:
         return
+    if counted > MOST_COUNTED or any(map(int.__gt__, grid, MOST_PROGRAMS)):
+        raise ValueError(
+            f"input: too large for one launch of {kernel.fn.__name__.strip('_')}, which would count"
+            f" to {counted} and start {' x '.join(map(str, grid))} programs; the most are "
+            f"{MOST_COUNTED} and {' x '.join(map(str, MOST_PROGRAMS))}, split the batch"
+        )
     if _recorder is not None:
         _recorder[1](kernel, grid, args, kwargs)
         return

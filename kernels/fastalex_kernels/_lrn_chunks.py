@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels._launch import aligned, launch, target
+from fastalex_kernels._launch import MOST_COUNTED, aligned, launch, target
 
 CHUNK = 8  # channels
 _STRIP = 3  # pooled columns of a forward program
@@ -70,6 +70,7 @@ def fits(x: torch.Tensor, norm: Norm, groups: int, window: Window) -> bool:
         and aligned(x)
         and channels % CHUNK == 0
         and channels // CHUNK <= _CHUNKS["backward"]
+        and x.shape[2] * x.shape[3] <= MOST_COUNTED  # values of a pixel are counted in 32 bits
         # The interpreter takes fewer steps through the general kernel, and AMD's compiler needs
         # over a minute for the straight line of code here.
         and target(x.device).startswith("sm_")
@@ -498,6 +499,7 @@ def forward(
         share, C=C, GROUP=C // groups // CHUNK, SIGNED=norm.signed, SAVE=save,
         EVEN=N * C // CHUNK % T == 0,
         **_scaled_constants(norm), T=T, num_warps=T // 32,
+        counted=max(N * C, H * W),
     )  # fmt: skip
 
 
@@ -526,6 +528,6 @@ def backward(
         _lrn_max_pool2d_chunks_bwd_kernel, (blocks, columns, parts), x, dy, argmax, dx,
         sums if mask else dx, N, H, W, P, Q, share, C=C, GROUP=group, USED=used, MASK=mask,
         EVEN=N * C // CHUNK % T == 0 and used == T, **_scaled_constants(norm), T=T,
-        num_warps=T // 32,
+        num_warps=T // 32, counted=max(N * C, H * W),
     )  # fmt: skip
     return sums if mask else None

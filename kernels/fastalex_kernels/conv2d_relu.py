@@ -41,6 +41,7 @@ from fastalex_kernels._conv2d_arguments import (
 from fastalex_kernels._epilogue import epilogue_backward, sum_partials
 from fastalex_kernels._handover import offers, taken
 from fastalex_kernels._launch import (
+    TRITON,
     aligned,
     autocast,
     cut,
@@ -172,10 +173,15 @@ def _conv2d_relu_fwd_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < rows
     mask_n = offs_n < K
-    # The row of x under tap (0, 0), and where it stands in the image (h, w).
-    h = offs_m // (Q * N) - PAD_H
-    w = offs_m // N - (h + PAD_H) * Q - PAD_W
-    row = ((h * W + w) * N + offs_m % N).to(tl.int64)
+    # The row of x under tap (0, 0).
+    if ONE_PIXEL:  # counted from the first, and so in 32 bits: half the registers
+        x_row = ((p_first - PAD_H) * W + q_first - PAD_W) * N + first % N
+        x_ptr += x_row.to(tl.int64) * (G * C)
+        row = tl.arange(0, BLOCK_M)
+    else:  # and where it stands in the image (h, w)
+        h = offs_m // (Q * N) - PAD_H
+        w = offs_m // N - (h + PAD_H) * Q - PAD_W
+        row = ((h * W + w) * N + offs_m % N).to(tl.int64)
     x_ptrs = x_ptr + row[:, None] * (G * C) + (g * C + offs_k)[None, :]
     w_offs = g * W_GROUP + offs_k[:, None] * W_C + offs_n[None, :] * W_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -227,7 +233,9 @@ def _conv2d_relu_fwd_kernel(
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
         r, s, c = _next_tap(r, s, c, s_lo, s_hi, BLOCK_K + TAIL_K, C)
 
-    out = y_ptr + offs_m.to(tl.int64)[:, None] * (G * K) + g * K
+    # Counted from the first row, and so in 32 bits.
+    y_ptr += first.to(tl.int64) * (G * K) + g * K
+    out = y_ptr + tl.arange(0, BLOCK_M)[:, None] * (G * K)
     acc = _finish(acc, b_ptr, g * K + offs_n, mask_n, HAS_BIAS, RELU)
     mask = mask_m[:, None] & mask_n[None, :]
     tl.store(out + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
@@ -441,10 +449,10 @@ def _split(block: int, size: int) -> tuple[int, int]:
     return cut(block, size), 0
 
 
-def _forward_tile(x: torch.Tensor, rows: int, C: int, K: int) -> dict[str, int]:
-    """Blocks for ``rows`` rows, C channels in and K out of a group."""
+def _forward_tile(x: torch.Tensor, N: int, pixels: int, C: int, K: int) -> dict[str, int]:
+    """Blocks for ``pixels`` outputs of N images, C channels in and K out of a group."""
     block_m, block_n, block_k, warps, stages = tile_entry(_FORWARD_TILES, x)
-    block_m = cut(block_m, rows)
+    block_m = cut(block_m, pixels * N)
     tile = {"BLOCK_M": block_m, "num_stages": stages}
     if target(x.device) == "interpreter":
         return tile | {
@@ -459,6 +467,8 @@ def _forward_tile(x: torch.Tensor, rows: int, C: int, K: int) -> dict[str, int]:
     n, tail_n = _split(block_n, K)
     if n < block_n // 2 or (tail_n and tail_k):
         n, tail_n = cut(block_n, K), 0
+    if tail_n and N % block_m and target(x.device) == "sm_80" and TRITON < (3, 9):
+        k = min(k, 32)  # 64 with masked rows spill there
     warps = _warps(warps, block_m, n + tail_n, 8 * x.element_size())
     return tile | {
         "BLOCK_N": n,
@@ -508,12 +518,13 @@ def _convolve(
     C = GC // groups
     output = empty_nchw(x, (N, groups * K, P, Q))
     y = as_hwnc(output)
-    tile = _forward_tile(x, P * Q * N, C, K)
+    tile = _forward_tile(x, N, P * Q, C, K)
     one_pixel = N % tile["BLOCK_M"] == 0
     m_blocks = triton.cdiv(P * Q * N, tile["BLOCK_M"])
     n_blocks = triton.cdiv(K, tile["BLOCK_N"] + tile["TAIL_N"])
     grid = (m_blocks * n_blocks, groups)
     sizes = (N, H, W, P, Q)
+    counted = max(_farthest_row(sizes, (R, S), pad), w.numel())
     constants = {
         "G": groups, "C": C, "K": K, "R": R, "S": S, "PAD_H": pad[0], "PAD_W": pad[1],
         "REVERSE": reverse, "HAS_BIAS": bias is not None, "RELU": relu, **tile,
@@ -521,15 +532,27 @@ def _convolve(
     b = x if bias is None else bias
     if one_pixel and _tma_fits(groups, x, w) and C % (tile["BLOCK_K"] + tile["TAIL_K"]) == 0:
         descriptors = _forward_descriptors(x, w, tile, reverse)
-        launch(_conv2d_relu_fwd_tma_kernel, grid, *descriptors, b, y, *sizes, **constants)
+        launch(
+            _conv2d_relu_fwd_tma_kernel, grid, *descriptors, b, y, *sizes, **constants,
+            counted=counted,
+        )  # fmt: skip
         return output
     strides = (1, columns) if reverse else (columns, 1)
     launch(
         _conv2d_relu_fwd_kernel, grid, x, w, b, y, *sizes, **constants,
         W_TAP=rows * columns, W_GROUP=columns // groups, W_C=strides[0], W_K=strides[1],
-        ONE_PIXEL=one_pixel, PRECISION=dot_precision(x.dtype),
+        ONE_PIXEL=one_pixel, PRECISION=dot_precision(x.dtype), counted=counted,
     )  # fmt: skip
     return output
+
+
+def _farthest_row(
+    sizes: tuple[int, ...], kernel_size: tuple[int, int], pad: tuple[int, int]
+) -> int:
+    """How far from 0 the forward kernel counts rows, in the padding too."""
+    (N, _, W, P, Q), (R, S), (top, left) = sizes, kernel_size, pad
+    h, w = max(abs(top), P + R - 2 - top), max(abs(left), Q + S - 2 - left)
+    return max(P * Q, h * W + w + 1, abs(top) * Q) * N
 
 
 def _tma_fits(groups: int, *operands: torch.Tensor) -> bool:
@@ -590,6 +613,7 @@ def conv2d_relu_backward_weight(
         EVEN_ROWS=even_rows, TMA=tma, PRECISION=dot_precision(x.dtype), BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_K=block_k, num_stages=stages,
         num_warps=_warps(warps, block_m, block_n, 8 * x.element_size()),
+        counted=max(H * W * N, P * Q * N, part[..., 0].numel()),
     )  # fmt: skip
     return part
 

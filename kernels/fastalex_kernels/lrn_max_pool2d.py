@@ -240,6 +240,7 @@ def lrn_max_pool2d_forward(
     launch(
         _lrn_max_pool2d_fwd_kernel, grid, x, y, argmax, N, H, W, Q,
         G=groups, C=GC // groups, SAVE=save, **_constants(norm, window, GC // groups), **blocks,
+        counted=H * W * N,
     )  # fmt: skip
     return output, argmax
 
@@ -269,6 +270,7 @@ def lrn_max_pool2d_backward(
     launch(
         _lrn_max_pool2d_bwd_kernel, grid, dy if x is None else x, dy, argmax, dx, N, W, P, Q,
         G=groups, C=GC // groups, **_constants(norm, window, GC // groups), **blocks,
+        counted=H * W * N,
     )  # fmt: skip
     return result
 

@@ -32,7 +32,7 @@ class MomentumUpdate:
     """A parameter that the backward pass updates, and what it needs for that.
 
     Args:
-        parameter: float32, dense, changed in place.
+        parameter: float32, changed in place; contiguous, or a convolution's weight in any order.
         velocity: float32, of the parameter's shape and strides, changed in place.
         rate: float32 [3] on the parameter's device: learning rate, momentum, weight decay.
         rule: one of ``RULES``.
@@ -45,7 +45,8 @@ class MomentumUpdate:
             before the first.
 
     Raises:
-        ValueError: for another rule, or a velocity that does not lie as the parameter does.
+        ValueError: for another rule, a velocity that does not lie as the parameter does, another
+            device, or memory that the kernels would take for contiguous.
     """
 
     parameter: torch.Tensor
@@ -70,6 +71,18 @@ class MomentumUpdate:
             )
         if self.rate.shape != (3,) or self.rate.dtype != torch.float32:
             raise ValueError(f"rate: expected float32 [3], got {self.rate.dtype} {self.rate.shape}")
+        for name, x in (("velocity", v), ("rate", self.rate), ("operand", self.operand)):
+            if x is not None and x.device != w.device:
+                raise ValueError(f"{name}: expected device {w.device}, got {x.device}")
+        # A convolution's weight may lie in any order, the kernels take its strides.
+        dense = [("rate", self.rate), ("operand", self.operand)]
+        dense += [("parameter", w)] if w.dim() < 4 else []
+        for name, x in dense:
+            if x is not None and not x.is_contiguous():
+                raise ValueError(
+                    f"{name}: expected contiguous memory, got shape {tuple(x.shape)} with strides "
+                    f"{x.stride()}"
+                )
 
     def current(self) -> torch.Tensor:
         """What the products read, copied anew where the parameter was changed from outside."""
@@ -280,5 +293,6 @@ def sum_update(part: torch.Tensor, update: MomentumUpdate, stride: int = 1) -> N
         operand if kernel_operand else part, update.squares_of(programs), update.rate,
         part.shape[0], numel, PAPER=update.rule == "paper", HAS_OPERAND=kernel_operand,
         MAP=mapped, D=stride, **{**unused, **shape, **strides}, **tile,
+        counted=max(part.shape[0], numel if mapped else 0),
     )  # fmt: skip
     update.changed()

@@ -127,8 +127,9 @@ def test_same_bits_again(case: Case) -> None:
         assert torch.equal(two[name], expected), name
 
 
-def test_dropout_as_on_a_cpu() -> None:
-    x, w = torch.rand(70, 33) + 1, torch.rand(90, 33) + 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_as_on_a_cpu(dtype: torch.dtype) -> None:
+    x, w = (torch.rand(130, 33) + 1).to(dtype), (torch.rand(90, 33) + 1).to(dtype)
     rng = torch.tensor([-5, 3 << 40])
     dropped = fk.linear_relu_dropout(x, w, p=0.4, rng=rng) == 0
     on_gpu = fk.linear_relu_dropout(x.cuda(), w.cuda(), p=0.4, rng=rng.cuda()) == 0

@@ -37,6 +37,27 @@ def test_arguments_are_checked() -> None:
         MomentumUpdate(w, v, torch.zeros(2))
 
 
+def test_memory_that_a_kernel_would_misread_is_refused() -> None:
+    w, b, rate = torch.zeros(3, 4).t(), torch.zeros(8)[::2], torch.zeros(3)
+    for parameter in (w, b):
+        with pytest.raises(ValueError, match=r"^parameter: expected contiguous memory, got shape"):
+            MomentumUpdate(
+                parameter, torch.empty_strided(parameter.shape, parameter.stride()), rate
+            )
+    kernel = torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    MomentumUpdate(kernel, torch.zeros_like(kernel), rate)
+    b = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"^rate: expected contiguous memory"):
+        MomentumUpdate(b, b.clone(), torch.zeros(6)[::2])
+    with pytest.raises(ValueError, match=r"^operand: expected contiguous memory"):
+        MomentumUpdate(b, b.clone(), rate, operand=torch.zeros(8).half()[::2])
+    for name in ("velocity", "rate", "operand"):
+        arguments = {"velocity": b.clone(), "rate": rate, "operand": b.half()}
+        arguments[name] = arguments[name].to("meta")
+        with pytest.raises(ValueError, match=rf"^{name}: expected device cpu, got meta$"):
+            MomentumUpdate(b, **arguments)
+
+
 def test_an_update_belongs_to_its_parameters() -> None:
     x, w, b = torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(4)
     right = Updates(_update(like=w), _update(like=b))
