@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import fastalex_kernels as fk
+from fastalex_kernels.reference import TF32_TOLERANCE
 
 from . import _augment as augments
 from . import _cases as cases
 from ._oracle import (
-    TF32_TOLERANCE,
     Case,
     check,
     conv,
