@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-import fastalex_kernels as kernels
 from fastalex.cost import Floor
 from fastalex.layer_pairs import (
     LayerPair,
     check,
-    gradient_like,
-    laid_out,
     layer_names,
+    make_call,
     make_nets,
     make_pairs,
     pair_floors,
@@ -73,8 +71,8 @@ def test_layer(
     against: str,
 ) -> None:
     pair, errors = checked
-    ours = _call(pair, _backend(device), direction)
-    theirs = _call(pair, against, direction)
+    ours = make_call(pair, _backend(device), direction)
+    theirs = make_call(pair, against, direction)
     times = take_turns(benchmark, ours, theirs, sizes(0, ROUNDS[device])[1])
     report.add(
         benchmark,
@@ -92,23 +90,3 @@ def test_layer(
 
 def _backend(device: str) -> str:
     return "triton" if device == "cuda" else "aten"
-
-
-def _call(pair: LayerPair, name: str, direction: str) -> Callable[[], object]:
-    """One pass of a layer: of ours under a backend of that name, or of stock torch's."""
-    if name in ("stock", "compiled"):
-        x = pair.input
-        module = torch.compile(pair.stock) if name == "compiled" else pair.stock
-        forward = lambda: module(x)  # noqa: E731
-    else:
-        module, x = pair.ours, laid_out(pair.input, name)
-
-        def forward() -> torch.Tensor:
-            with kernels.backend(name):
-                return module(x)
-
-    if direction == "forward":
-        return forward
-    output = forward()
-    dy, tensors = gradient_like(output), pair.tensors(x, module)
-    return lambda: torch.autograd.grad(output, tensors, dy, retain_graph=True)

@@ -170,6 +170,31 @@ def gradient_like(output: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(output).copy_(torch.randn(output.shape, generator=generator))
 
 
+def make_call(pair: LayerPair, how: str, direction: str) -> Callable[[], object]:
+    """One pass of a layer, to be timed.
+
+    Args:
+        how: ``"stock"``, torch's layers; ``"compiled"``, those under torch.compile; or a backend,
+            under which our layer runs.
+        direction: ``"forward"``, or ``"backward"``, which can be called many times.
+    """
+    module, x = pair.ours, pair.input
+    if how in ("stock", "compiled"):
+        module = torch.compile(pair.stock) if how == "compiled" else pair.stock  # type: ignore[assignment]
+    else:
+        x = laid_out(x, how)
+
+    def forward() -> torch.Tensor:
+        with kernels.backend(how if module is pair.ours else "auto"):
+            return module(x)  # type: ignore[no-any-return]
+
+    if direction == "forward":
+        return forward
+    output = forward()
+    dy, tensors = gradient_like(output), pair.tensors(x, module)
+    return lambda: torch.autograd.grad(output, tensors, dy, retain_graph=True)
+
+
 def check(pair: LayerPair, backend: str) -> dict[str, float]:
     """Compare our layer with float64, forward and every gradient, and stock torch's forward.
 
