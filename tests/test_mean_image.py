@@ -219,7 +219,11 @@ def test_measured_colour_noise_is_of_the_packed_sets_covariance(folder: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--color-noise", "measured"], "--color-noise measured: the covariance is that of a pack"),
+        (
+            ["--color-noise", "measured", "--augmentation", "full"],
+            "--color-noise measured: the covariance is that of a packed set",
+        ),
+        (["--color-noise", "measured"], "--color-noise has no part in the augmentation crop"),
         (
             ["--augmentation", "resized", "--normalization", "mean-image"],
             "--augmentation resized: parts of any size have no mean image",
