@@ -202,3 +202,6 @@ def test_a_layer_updated_in_backward_runs_between_graphs() -> None:
         assert weight.grad is None
         results.append([weight.detach(), x.grad])
     _assert_equal(*results)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(net, backend="aot_eager", fullgraph=True)(x)
