@@ -5,8 +5,7 @@ and launched. So a compiled graph holds one operator for each pass of a layer in
 same code as the ``autograd.Function``, at run time, and its fake version says what comes out, to
 the stride. Everything around it, casts and rearrangements, is compiled.
 
-Without torch.compile these are not used: an operator costs more to call, and its output would be a
-view to autograd.
+Without torch.compile these are not used: an operator costs more to call.
 
 A list of results holds those that were asked for; numbers of one kind are passed as a list where a
 function takes a tuple of them, as an operator's schema knows no other.
