@@ -29,6 +29,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _aten, _lrn_chunks
+from fastalex_kernels._handover import hand_over, wanted
 from fastalex_kernels._launch import check_floating, interpretable, interpreted, launch, use_triton
 from fastalex_kernels._layout import as_hwnc, empty_nchw, lie_as_hwnc
 from fastalex_kernels._lrn_chunks import Norm, Window
@@ -251,14 +252,18 @@ def lrn_max_pool2d_backward(
     groups: int,
     window: Window,
     size: tuple[int, int],
+    mask: bool = False,
 ) -> torch.Tensor:
-    """dx [N, G*C, H, W] of dy and argmax [P, Q, N, G*C]; x is the forward's input, for LRN."""
+    """dx [N, G*C, H, W] of dy and argmax [P, Q, N, G*C]; x is the forward's input, for LRN.
+
+    ``mask`` says that x comes from a ReLU whose mask may be applied here, see _handover.
+    """
     (P, Q, N, GC), (H, W) = dy.shape, size
     result = empty_nchw(dy, (N, GC, H, W))
     dx = as_hwnc(result)
     if norm is not None and x is not None and _lrn_chunks.fits(x, norm, groups, window):
-        _lrn_chunks.backward(x, dy, argmax, dx, norm, groups)
-        return result
+        sums = _lrn_chunks.backward(x, dy, argmax, dx, norm, groups, mask)
+        return result if sums is None else hand_over(result, sums)
     blocks = _blocks(W * N, GC // groups)
     grid = (triton.cdiv(W * N, blocks["BLOCK_M"]), H, groups)
     launch(
@@ -280,6 +285,7 @@ class LRNMaxPool2dFunction(torch.autograd.Function):
         window: Window,
         size: tuple[int, int],
     ) -> torch.Tensor:
+        ctx.mask = wanted(input)
         input = lie_as_hwnc(input)
         output, argmax = lrn_max_pool2d_forward(
             as_hwnc(input), norm, groups, window, size, save=ctx.needs_input_grad[0]
@@ -293,7 +299,7 @@ class LRNMaxPool2dFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, argmax = ctx.saved_tensors
         x = None if input is None else as_hwnc(input)
-        dx = lrn_max_pool2d_backward(x, as_hwnc(grad), argmax, *ctx.arguments)
+        dx = lrn_max_pool2d_backward(x, as_hwnc(grad), argmax, *ctx.arguments, mask=ctx.mask)
         return dx, None, None, None, None
 
 
