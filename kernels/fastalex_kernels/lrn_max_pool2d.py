@@ -438,7 +438,8 @@ def _apply(
     if torch.compiler.is_compiling():
         wide, save = lie_as_hwnc(wide), wide.requires_grad and torch.is_grad_enabled()
         fields = [] if norm is None else list(map(float, norm))
-        output, _ = torch.ops.fastalex.lrn_max_pool2d(wide, fields, groups, window, pooled, save)
+        pooling = [kernel_size, stride]
+        output, _ = torch.ops.fastalex.lrn_max_pool2d(wide, fields, groups, pooling, pooled, save)
     else:
         output = LRNMaxPool2dFunction.apply(wide, norm, groups, window, pooled)
     return output.to(input.dtype)
