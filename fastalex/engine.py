@@ -16,6 +16,7 @@ from fastalex.config import Settings
 from fastalex.curves import Curves
 from fastalex.data import Batch, Batches, DataError, ImageSource, color_noise, open_sources
 from fastalex.fused_update import fuse_updates, lay_out
+from fastalex.graph import Compute, Graphed
 from fastalex.launch import TrainingError
 from fastalex.meter import Meter
 from fastalex.model import AlexNet
@@ -129,6 +130,10 @@ class Trainer:
             fuse_updates(self.model, self.optimizer, product_dtype(settings.precision))
         if speeds is not None:
             set_velocities(self.model, self.optimizer, team.parts(self.model, speeds))
+        self.compute: Compute = self._compute
+        # The exchange between towers waits for the other process, which no graph can hold.
+        if settings.cuda_graph and team.device.type == "cuda" and team.towers == 1:
+            self.compute = Graphed(self._compute, team.device)
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, as ``_state`` returned it; from the beginning where it is empty."""
@@ -257,15 +262,9 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> None:
         self.step += 1
-        device = self.team.device
         set_learning_rate(self.optimizer, self.schedule.rate(self.step))
         self.model.seed_dropout(self.settings.seed, self.step)
-        with autocast(self.settings.precision, device):
-            logits = self.model(self.train_batches.augment(*batch.pixels))
-        loss = F.cross_entropy(logits.float(), batch.labels)
-        self.optimizer.zero_grad()
-        with nvtx_range("backward"):
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        loss = self.compute(batch.labels, *batch.pixels)
         self.team.reduce_gradients(self.model)
         self.scaler.unscale_(self.optimizer)
         if self._reports(self.step == self.steps):
@@ -273,7 +272,17 @@ class Trainer:
         with nvtx_range("optimizer"):
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.unread.append((loss.detach(), batch.indices))
+        self.unread.append((loss, batch.indices))
+
+    def _compute(self, labels: torch.Tensor, *pixels: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch, and its gradients: the part of a step that a graph can hold."""
+        with autocast(self.settings.precision, self.team.device):
+            logits = self.model(self.train_batches.augment(*pixels))
+        loss = F.cross_entropy(logits.float(), labels)
+        self.optimizer.zero_grad()
+        with nvtx_range("backward"):
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def _read_losses(self) -> None:
         """Take in the losses of the steps since the last reading, over all replicas.

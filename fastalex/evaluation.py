@@ -350,7 +350,7 @@ def open_training(data: Path | None, ensemble: Ensemble) -> ImageSource:
     if _is_folder(data, "train"):
         _check_classes(data / "train", class_folders(data / "train"), classes)
         return FolderImages(data / "train", classes, unreadable=[])
-    source, _ = open_sources(data, 0, size)
+    source, _ = open_sources(data, 0, size, quiet=True)  # `open_validation` said what there is
     _check_classes(data, source.classes, classes)
     return source
 

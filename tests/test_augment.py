@@ -10,6 +10,7 @@ from PIL import Image
 import fastalex_kernels as kernels
 from fastalex.data import Batches, MeanImage, Normalization, SyntheticImages
 from fastalex.data.augment import COLOR_SCALE, PUBLISHED_NOISE, Augment, ColorNoise
+from fastalex.validation import fetch
 
 RANDOM = np.random.default_rng(3)
 CPU = torch.device("cpu")
@@ -159,3 +160,26 @@ def test_without_augmentation_epochs_differ_in_order_only() -> None:
 def test_an_unknown_augmentation_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^augmentation: expected one of none, crop, full"):
         _batches("mixup")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("augmentation", ["full", "resized"])
+def test_a_gpu_makes_what_the_cpu_makes(augmentation: str) -> None:
+    """Copied beside other work, from memory that is used again for the next batches."""
+    gpu = torch.device("cuda")
+    unit = Normalization((100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
+    source = SyntheticImages("train", 12)
+    arguments = (source, 4, 28, unit, 0, True)
+    expected = _images(Batches(*arguments, augmentation=augmentation), 1)
+    batches = Batches(*arguments, augmentation=augmentation, device=gpu, workers=2)
+    busy = torch.randn(2048, 2048, device=gpu)
+    for _ in range(3):
+        for batch in fetch(batches.epoch(1), gpu):
+            for _ in range(10):
+                busy = (busy @ busy).clamp_(-1, 1)  # the next batch is copied while this runs
+            assert batch.images.is_cuda
+            assert batch.indices.device.type == "cpu"
+            for image, i in zip(
+                batches.augment(*batch.pixels), batch.indices.tolist(), strict=True
+            ):
+                torch.testing.assert_close(image.cpu(), expected[i], rtol=1e-5, atol=1e-5)

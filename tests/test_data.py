@@ -73,6 +73,14 @@ def test_training_crops_lie_within_the_decoded_image_and_take_every_place() -> N
     assert max(places.values()) <= 60
 
 
+def test_a_sample_reads_its_crop_from_its_place_in_the_epochs_stream() -> None:
+    """The same images as ever for a seed: three words each of stream 1, top, left and mirror."""
+    stream = np.random.Philox(np.random.SeedSequence([3, 2, 1]))
+    words = stream.random_raw(3 * 20).reshape(20, 3)
+    expected = [(i, int(t % 3), int(left % 3), m % 2 == 1) for i, (t, left, m) in enumerate(words)]
+    assert sorted(seen(batches(), epoch=2)[:20]) == expected
+
+
 def test_validation_takes_the_centre_in_order_and_a_short_last_batch() -> None:
     loader = batches(count=20, size=14, train=False)
     assert [len(batch.indices) for batch in loader.epoch(0)] == [8, 8, 4]
