@@ -18,6 +18,7 @@ from fastalex.command_line import Parser, guarded
 from fastalex.evaluate import table
 from fastalex.options import parse_arguments
 from fastalex.published import is_imagenet
+from fastalex.recipes import NO_RECIPE, RECIPES
 from fastalex.variants import VARIANTS
 
 WHOLE, HALF = "whole", "half"
@@ -55,7 +56,9 @@ def _parser() -> Parser:
         metavar="NAME",
         help=f"among {', '.join((*ABLATIONS, HALF))} (default: {' '.join(_DEFAULT)})",
     )
-    parser.add_argument("--variant", choices=tuple(VARIANTS), default="paper")
+    parser.add_argument(
+        "--variant", choices=tuple(VARIANTS), help="default: that of --recipe, or paper"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("runs/ablate"), metavar="DIR", help="%(default)s"
     )
@@ -67,10 +70,11 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         if option in rest:
             raise ValueError(f"{option}: name what to take out with --set")
     names = [WHOLE, *dict.fromkeys(options.set)]
+    recipe = parse_arguments(rest)["recipe"]  # ends here where training would refuse them
+    variant = options.variant or RECIPES.get(recipe, NO_RECIPE).variant
     for name in options.set:  # refuse what the variant lacks before anything is trained
-        edit(VARIANTS[options.variant], () if name == HALF else (name,), name == HALF)
-    training = ["--variant", options.variant, *rest]
-    parse_arguments(training)  # ends here where training would refuse them
+        edit(VARIANTS[variant], () if name == HALF else (name,), name == HALF)
+    training = ["--variant", variant, *rest]
     _claim(options.output, training)
     for number, name in enumerate(names, 1):
         folder = options.output / name

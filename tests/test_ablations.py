@@ -267,6 +267,12 @@ def test_ablate_goes_on_where_it_was_stopped(
     assert "run.json can't be read" in capsys.readouterr().err
 
 
+def test_ablate_takes_the_recipe_s_variant(tmp_path: Path, trained: list[list[str]]) -> None:
+    arguments = ["--set", "augmentation", "--output", str(tmp_path / "out")]
+    assert ablate.main([*arguments, "--recipe", "torchvision"]) == 0
+    assert [parse_arguments(c[3:])["variant"] for c in trained] == ["owt", "owt"]
+
+
 @pytest.mark.parametrize("wrong", [["--bogus"], ["--epochs", "0"], ["--data", "nowhere"]])
 def test_ablate_keeps_nothing_of_options_that_training_refuses(
     tmp_path: Path, trained: list[list[str]], wrong: list[str]
@@ -288,12 +294,14 @@ def test_ablate_refuses_before_it_trains(
     (tmp_path / "mine").write_text("")
     for arguments in (
         ["--set", "lrn", "--variant", "owt", "--output", str(tmp_path / "out")],
+        ["--set", "lrn", "--recipe", "torchvision", "--output", str(tmp_path / "out")],
         ["--set", "lrn", "--output", str(tmp_path)],
         ["--set", "lrn", "--half", "--output", str(tmp_path / "out")],
     ):
         assert ablate.main(arguments) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert trained == []
+    assert not (tmp_path / "out").exists()
     arguments = ["--set", "conv4", "--output", str(tmp_path / "new"), "--seed", str(FAILS)]
     assert ablate.main(arguments) == 1
     assert "training conv4 ended with code 1" in capsys.readouterr().err
