@@ -134,7 +134,8 @@ def test_what_was_chosen_and_what_came_of_it_is_said(one: Run, two: Run, images:
     weights, metrics = two.folder / "model.safetensors", two.folder / "metrics.jsonl"
     assert said[-1] == f"weights: {weights}, metrics: {metrics}"
     for done in (one, two):
-        assert done.process.stderr == ""
+        # A slow run says how far it is, and nothing else.
+        assert all(line.startswith("epoch ") for line in done.process.stderr.splitlines())
     assert one.process.stdout.startswith("no GPU found: one CPU process")
 
 
