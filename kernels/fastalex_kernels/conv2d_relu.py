@@ -464,6 +464,8 @@ def _forward_tile(x: torch.Tensor, N: int, pixels: int, C: int, K: int) -> dict[
     k, tail_k = _split(block_k, C)
     if tail_k and k + tail_k != C:  # a tail ends every tap, so there is one chunk a tap
         k, tail_k = cut(block_k, C), 0
+    if tail_k and x.element_size() == 4:  # 32 + 16 spill
+        k, tail_k = tail_k, 0
     n, tail_n = _split(block_n, K)
     if n < block_n // 2 or (tail_n and tail_k):
         n, tail_n = cut(block_n, K), 0
