@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import platform
-import re
-import subprocess
 from dataclasses import dataclass, field
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fastalex
+from fastalex.checkpoint import replacing
+from fastalex.cost import Floor
+from fastalex.provenance import device_name, provenance, results_name
 
-from ._timing import Rates, Times, Work
+from ._timing import Images, Rates, Times, rate
 
 UNITS = ("GFLOP/s", "GB/s", "images/s")
 RESULTS = Path(__file__).parent / "results"
@@ -29,7 +27,9 @@ class Report:
     rates: Rates | None  # None on a CPU
     themes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
-    def add(self, benchmark: Any, theme: str, times: Times | None, work: Work, **row: Any) -> None:
+    def add(
+        self, benchmark: Any, theme: str, times: Times | None, work: Floor | Images, **row: Any
+    ) -> None:
         """Add a comparison to the report and to the benchmark's ``extra_info``.
 
         Args:
@@ -39,10 +39,10 @@ class Report:
         if times is None:
             return
         ours, theirs = times.median()
-        unit, rate = work.rate(ours)
-        row |= {"device": device_name(), "ours ms": ours * 1e3, "theirs ms": theirs * 1e3}
-        row |= {"ratio": theirs / ours, unit: rate}
-        if self.rates is not None and not work.images:
+        unit, speed = rate(work, ours)
+        row |= {"device": device_name(device()), "ours ms": ours * 1e3, "theirs ms": theirs * 1e3}
+        row |= {"ratio": theirs / ours, unit: speed}
+        if self.rates is not None and isinstance(work, Floor):
             row["share of floor"] = self.rates.floor(work) / ours
         benchmark.extra_info.update(row)
         rounds = {"ours": times.ours, "theirs": times.theirs}
@@ -55,64 +55,31 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     titles = f"{'layer':<12}{'direction':<10}{'against':<12}{'ours ms':>10}{'theirs ms':>11}"
     lines = [f"{titles}{'ratio':>7}  ours at"]
     for row in rows:
-        rate = next(f"{row[unit]:,.1f} {unit}" for unit in UNITS if unit in row)
+        speed = next(f"{row[unit]:,.1f} {unit}" for unit in UNITS if unit in row)
         share = f", {row['share of floor']:.0%} of the floor" if "share of floor" in row else ""
         lines.append(
             f"{row['layer']:<12}{row['direction']:<10}{row['against']:<12}"
-            f"{row['ours ms']:>10.3f}{row['theirs ms']:>11.3f}{row['ratio']:>7.2f}  {rate}{share}"
+            f"{row['ours ms']:>10.3f}{row['theirs ms']:>11.3f}{row['ratio']:>7.2f}  {speed}{share}"
         )
     return lines
 
 
-def save(theme: str, rows: list[dict[str, Any]]) -> Path:
-    """Write a theme's comparisons with what is needed to repeat them."""
-    today = date.today()
-    name = rows[0]["device"] if torch.cuda.is_available() else "cpu"
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    content = {
-        "theme": theme,
-        "date": today.isoformat(),
-        "commit": _commit(),
-        "device": rows[0]["device"],
-        "host cpu": _host_cpu(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "fastalex": fastalex.__version__,
-            "python": platform.python_version(),
-            "cuda": torch.version.cuda,
-            **{name: version(name) for name in ("torch", "triton", "pytest-benchmark")},
-        },
-        "results": rows,
-    }
-    path = RESULTS / f"{theme}_{slug}_{today:%Y%m}.json"
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def save(theme: str, rows: list[dict[str, Any]], folder: Path) -> Path:
+    """Write a theme's comparisons into ``folder`` with what is needed to repeat them."""
+    content = {"theme": theme, **provenance(device()), "results": rows}
+    content["versions"]["pytest-benchmark"] = version("pytest-benchmark")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / results_name(theme, device())
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else _host_cpu()
+def device() -> torch.device:
+    """Where the benchmarks run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def conditions(row: dict[str, Any]) -> str:
     threads = "" if torch.cuda.is_available() else f", {torch.get_num_threads()} threads"
     return f"{row['device']}{threads}, {row['dtype']}, batch {row['batch']}"
-
-
-def _host_cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _commit() -> str:
-    """The commit that was measured, "-dirty" where files differ from it; "unknown" outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"

@@ -1,50 +1,18 @@
-"""Two calls timed in turn, with the host's clock on a CPU and with events on a GPU."""
+"""Two calls timed in turn by pytest-benchmark, and what their times are held against."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-WARMUP = 2
-_FLUSHED = 1 << 28  # bytes, several times the last-level cache of any GPU
+from fastalex.cost import Floor
+from fastalex.timing import WARMUP, Clock, DeviceClock, clock_of
 
-
-class DeviceClock:
-    """A timer whose calls alternate: the first marks the start, the next returns the seconds since.
-
-    Both are events in the stream. Before the start a buffer is overwritten, which empties the cache
-    and keeps the GPU busy while the host gets ahead, so that its launches are not part of the time.
-    """
-
-    def __init__(self) -> None:
-        self._start: torch.cuda.Event | None = None
-
-    def __repr__(self) -> str:
-        return "device events"
-
-    def reset(self) -> None:
-        """Forget a start whose end never came, after a failure."""
-        self._start = None
-
-    def __call__(self) -> float:
-        event = torch.cuda.Event(enable_timing=True)
-        if self._start is None:
-            torch.empty(_FLUSHED, dtype=torch.uint8, device="cuda").zero_()
-            event.record()
-            self._start = event
-            return 0.0
-        event.record()
-        event.synchronize()
-        start, self._start = self._start, None
-        return start.elapsed_time(event) / 1e3
-
-
-clock: Callable[[], float] = DeviceClock() if torch.cuda.is_available() else time.perf_counter
+clock: Clock = clock_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @dataclass(frozen=True)
@@ -92,20 +60,19 @@ def take_turns(
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a call has to compute, and to move at the least: every tensor once; or its images."""
+class Images:
+    """The work of a call that is measured in images alone."""
 
-    flops: int = 0
-    bytes: int = 0
-    images: int = 0
+    count: int
 
-    def rate(self, seconds: float) -> tuple[str, float]:
-        """Unit and value: GFLOP/s of products, GB/s of what has none; images/s of what has some."""
-        if self.images:
-            return "images/s", self.images / seconds
-        if self.flops:
-            return "GFLOP/s", self.flops / seconds / 1e9
-        return "GB/s", self.bytes / seconds / 1e9
+
+def rate(work: Floor | Images, seconds: float) -> tuple[str, float]:
+    """Unit and value: GFLOP/s of products, GB/s of what has none; images/s of images."""
+    if isinstance(work, Images):
+        return "images/s", work.count / seconds
+    if work.flops:
+        return "GFLOP/s", work.flops / seconds / 1e9
+    return "GB/s", work.size / seconds / 1e9
 
 
 @dataclass(frozen=True)
@@ -115,9 +82,9 @@ class Rates:
     flops: float  # a second
     bytes: float  # a second, read and written
 
-    def floor(self, work: Work) -> float:
+    def floor(self, work: Floor) -> float:
         """The least seconds for so much work."""
-        return max(work.flops / self.flops, work.bytes / self.bytes)
+        return max(work.flops / self.flops, work.size / self.bytes)
 
     @classmethod
     def measure(cls, dtype: torch.dtype, size: int = 8192, rounds: int = 20) -> Rates:

@@ -26,7 +26,7 @@ from fastalex.validation import fetch
 from tests._packing import picture
 
 from ._report import Report
-from ._timing import Work, take_turns
+from ._timing import Images, take_turns
 from .bench_step import BATCH, CLASSES, Trainee
 
 pytestmark = pytest.mark.benchmark(timer=time.perf_counter)
@@ -183,7 +183,7 @@ def compare(
         benchmark,
         "data",
         times,
-        Work(images=images),
+        Images(images),
         layer=what,
         direction="packing" if what == "pack" else "loading",
         against=against,

@@ -8,9 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-import fastalex_kernels as kernels
+from fastalex.cost import Floor
+from fastalex.layer_pairs import (
+    LayerPair,
+    check,
+    layer_names,
+    make_call,
+    make_nets,
+    make_pairs,
+    pair_floors,
+)
 
-from ._layers import LAYERS, Layer, check, gradient_like, laid_out, make_layers
 from ._report import Report
 from ._rivals import RIVALS
 from ._timing import clock, take_turns
@@ -21,18 +29,31 @@ BATCH = {"cpu": 16, "cuda": 128}
 ROUNDS = {"cpu": 10, "cuda": 50}
 
 
+Sizes = Callable[[int, int], tuple[int, int]]
+
+
 @pytest.fixture(scope="module")
-def layers(device: str, dtype: torch.dtype) -> dict[str, Layer]:
-    return make_layers(BATCH[device], device, dtype)
+def batch(device: str, sizes: Sizes) -> int:
+    return sizes(BATCH[device], 0)[0]
 
 
-@pytest.fixture(scope="module", params=LAYERS)
+@pytest.fixture(scope="module")
+def pairs(batch: int, device: str, dtype: torch.dtype) -> dict[str, LayerPair]:
+    return make_pairs(batch, make_nets("paper", device, dtype))
+
+
+@pytest.fixture(scope="module")
+def floors(pairs: dict[str, LayerPair]) -> dict[tuple[str, str], Floor]:
+    return pair_floors(pairs)
+
+
+@pytest.fixture(scope="module", params=layer_names("paper"))
 def checked(
-    request: pytest.FixtureRequest, layers: dict[str, Layer], device: str
-) -> tuple[Layer, dict[str, float]]:
+    request: pytest.FixtureRequest, pairs: dict[str, LayerPair], device: str
+) -> tuple[LayerPair, dict[str, float]]:
     """A layer, and its errors by direction: nothing wrong is timed."""
-    layer = layers[request.param]
-    return layer, check(layer, _backend(device))
+    pair = pairs[request.param]
+    return pair, check(pair, _backend(device))
 
 
 @pytest.mark.parametrize("against", RIVALS)
@@ -42,25 +63,26 @@ def test_layer(
     report: Report,
     device: str,
     dtype: torch.dtype,
-    checked: tuple[Layer, dict[str, float]],
+    sizes: Sizes,
+    batch: int,
+    floors: dict[tuple[str, str], Floor],
+    checked: tuple[LayerPair, dict[str, float]],
     direction: str,
     against: str,
 ) -> None:
-    layer, errors = checked
-    with torch.no_grad():
-        work = layer.work(direction, layer.stock(layer.input))
-    ours = _call(layer, _backend(device), direction)
-    theirs = _call(layer, against, direction)
-    times = take_turns(benchmark, ours, theirs, ROUNDS[device])
+    pair, errors = checked
+    ours = make_call(pair, _backend(device), direction)
+    theirs = make_call(pair, against, direction)
+    times = take_turns(benchmark, ours, theirs, sizes(0, ROUNDS[device])[1])
     report.add(
         benchmark,
         "layers",
         times,
-        work,
-        layer=layer.name,
+        floors[pair.name, direction],
+        layer=pair.name,
         direction=direction,
         against=against,
-        batch=BATCH[device],
+        batch=batch,
         dtype=str(dtype).removeprefix("torch."),
         error=errors[direction],
     )
@@ -68,23 +90,3 @@ def test_layer(
 
 def _backend(device: str) -> str:
     return "triton" if device == "cuda" else "aten"
-
-
-def _call(layer: Layer, name: str, direction: str) -> Callable[[], object]:
-    """One pass of a layer: of ours under a backend of that name, or of stock torch's."""
-    if name in ("stock", "compiled"):
-        x = layer.input
-        module = torch.compile(layer.stock) if name == "compiled" else layer.stock
-        forward = lambda: module(x)  # noqa: E731
-    else:
-        module, x = layer.ours, laid_out(layer.input, name)
-
-        def forward() -> torch.Tensor:
-            with kernels.backend(name):
-                return module(x)
-
-    if direction == "forward":
-        return forward
-    output = forward()
-    dy, tensors = gradient_like(output), layer.tensors(x, module)
-    return lambda: torch.autograd.grad(output, tensors, dy, retain_graph=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,21 +14,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastalex_kernels as kernels
 from fastalex import AlexNet
+from fastalex.cost import Floor
+from fastalex.layer_pairs import check_nets, make_nets
 from fastalex.reference import ReferenceAlexNet
 
-from ._layers import LAYERS, TOLERANCES, relative_error
 from ._report import Report
 from ._rivals import RIVALS
-from ._timing import Work, clock, take_turns
+from ._timing import clock, take_turns
 
 pytestmark = pytest.mark.benchmark(timer=clock)
 
 BATCH = {"cpu": 32, "cuda": 128}
 ROUNDS = {"cpu": 7, "cuda": 50}
 CLASSES = 1000
-# In float32 one ReLU or maximum within rounding goes the other way now and then, and moves every
-# gradient below it by some 2e-3; in bfloat16 many do. Each layer alone has its strict bound.
-GRADIENT_TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 0.4}
 
 
 class Trainee:
@@ -55,17 +54,12 @@ class Trainee:
 @pytest.fixture(scope="module")
 def nets(device: str, dtype: torch.dtype) -> tuple[AlexNet, ReferenceAlexNet]:
     """Both nets with the same weights, compared with float64: nothing wrong is timed."""
-    torch.manual_seed(0)
-    ours, stock = AlexNet(CLASSES, variant="paper"), ReferenceAlexNet(CLASSES, variant="paper")
-    ours.init_parameters("he")
-    stock.load_state_dict(ours.state_dict())
-    return ours.to(device, dtype), stock.to(device, dtype)
+    return make_nets("paper", device, dtype)
 
 
 @pytest.fixture(scope="module")
 def error(nets: tuple[AlexNet, ReferenceAlexNet]) -> float:
-    ours, stock = nets
-    return check(ours, stock)
+    return check_nets(nets)
 
 
 @pytest.mark.parametrize("against", RIVALS)
@@ -74,19 +68,21 @@ def test_step(
     report: Report,
     device: str,
     dtype: torch.dtype,
+    sizes: Callable[[int, int], tuple[int, int]],
     nets: tuple[AlexNet, ReferenceAlexNet],
     error: float,
     against: str,
 ) -> None:
     ours, stock = nets
-    images = torch.randn(BATCH[device], 3, 224, 224).to(device, dtype)
+    batch, rounds = sizes(BATCH[device], ROUNDS[device])
+    images = torch.randn(batch, 3, 224, 224).to(device, dtype)
     rivals = {
         "stock": lambda: Trainee(stock, images),
         "aten": lambda: Trainee(copy.deepcopy(ours), images, "aten"),
         "compiled": lambda: Trainee(torch.compile(stock), images),
     }
     us, them = Trainee(ours, images), rivals[against]()
-    times = take_turns(benchmark, us.step, them.step, ROUNDS[device])
+    times = take_turns(benchmark, us.step, them.step, rounds)
     report.add(
         benchmark,
         "step",
@@ -95,38 +91,16 @@ def test_step(
         layer="step",
         direction="training",
         against=against,
-        batch=BATCH[device],
+        batch=batch,
         dtype=str(dtype).removeprefix("torch."),
         error=error,
     )
 
 
-def check(ours: AlexNet, stock: ReferenceAlexNet) -> float:
-    """The relative error of our logits against stock torch in float64, without dropout.
-
-    Raises:
-        AssertionError: where each layer adds more than its tolerance, or a gradient is wrong.
-    """
-    weight = next(ours.parameters())
-    images = torch.randn(2, 3, 224, 224).to(weight.device, weight.dtype)
-    labels = torch.arange(2, device=weight.device)
-    wide = copy.deepcopy(stock).double().eval()
-    logits, expected = ours.eval()(images), wide(images.double())
-    ours.train()
-    error = relative_error(logits, expected)
-    assert error <= len(LAYERS) * TOLERANCES[weight.dtype], error
-    found = torch.autograd.grad(F.cross_entropy(logits, labels), list(ours.parameters()))
-    wanted = torch.autograd.grad(F.cross_entropy(expected, labels), list(wide.parameters()))
-    for gradient, reference in zip(found, wanted, strict=True):
-        difference = relative_error(gradient, reference)
-        assert difference <= GRADIENT_TOLERANCES[weight.dtype], (tuple(gradient.shape), difference)
-    return error
-
-
-def work_of_step(trainee: Trainee) -> Work:
+def work_of_step(trainee: Trainee) -> Floor:
     """The products that torch counts in a step, and the optimizer's reads and writes."""
     with FlopCounterMode(display=False) as counter, kernels.backend("aten"):
         trainee.step()
     parameters = list(trainee.net.parameters())
     size = parameters[0].element_size()
-    return Work(counter.get_total_flops(), 5 * size * sum(p.numel() for p in parameters))
+    return Floor(counter.get_total_flops(), 5 * size * sum(p.numel() for p in parameters))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch._functorch import config as functorch_config
 
 from ._report import RESULTS, Report, conditions, save, table
+from ._report import device as _report_device
 from ._timing import Rates
 
 THREADS = 2  # on a CPU
@@ -20,9 +23,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--compiled", action="store_true", help="also against torch.compile")
     group.addoption(
         "--save-results",
-        action="store_true",
-        help="write bench/results/THEME_DEVICE_YYYYMM.json for every theme that ran",
+        nargs="?",
+        type=Path,
+        const=RESULTS,
+        metavar="DIR",
+        help="write DIR/THEME_DEVICE_YYYYMM.json for every theme that ran (bench/results)",
     )
+    group.addoption("--batch-size", type=int, metavar="N", help="images (a size for the device)")
+    group.addoption("--rounds", type=int, metavar="N", help="times that each call is timed")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -50,7 +58,14 @@ def report(request: pytest.FixtureRequest, device: str, dtype: torch.dtype) -> R
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return _report_device().type
+
+
+@pytest.fixture(scope="session")
+def sizes(request: pytest.FixtureRequest) -> Callable[[int, int], tuple[int, int]]:
+    """The batch and rounds to use, from those that suit the device."""
+    given = [request.config.getoption(name) for name in ("--batch-size", "--rounds")]
+    return lambda batch, rounds: (given[0] or batch, given[1] or rounds)
 
 
 @pytest.fixture(scope="session")
@@ -66,11 +81,11 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         terminalreporter.section(f"{theme}: {conditions(rows[0])}")
         for line in table(rows):
             terminalreporter.write_line(line)
-    if not config.getoption("--save-results"):
+    folder = config.getoption("--save-results")
+    if folder is None:
         return
     for theme, rows in themes.items():
         if exitstatus == 0:
-            path = save(theme, rows)
-            terminalreporter.write_line(f"saved {path.relative_to(RESULTS.parent.parent)}")
+            terminalreporter.write_line(f"saved {save(theme, rows, folder)}")
         else:
             terminalreporter.write_line(f"{theme}: not saved, as something failed")

@@ -42,7 +42,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         "x".join(map(str, row["grid"])),
         tile,
         str(row["registers"]),
-        _number((row["shared"] or 0) / 1024, ".0f"),
+        _number(round((row["shared"] or 0) / 1024, 1), "g"),
         _number(row["loop"], "d"),
         _number(row["issue_ratio"]),
         _number(row["useful"]),

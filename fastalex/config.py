@@ -127,6 +127,11 @@ class Settings:
                     f"add --schedule {' or '.join(schedules)}"
                 )
         values.update(_execution(given, values["precision"], device_type))
+        if "color_noise" in given and values["augmentation"] != "full":
+            raise ValueError(
+                f"--color-noise has no part in the augmentation {values['augmentation']}: leave it "
+                "out, or add --augmentation full"
+            )
         return cls(**values)
 
     def resumed(self, arguments: Mapping[str, Any]) -> Settings:

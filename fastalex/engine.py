@@ -25,7 +25,8 @@ from fastalex.optim import build_optimizer, set_learning_rate, set_velocities, v
 from fastalex.plan import Plan
 from fastalex.precision import LossScaler, autocast, product_dtype
 from fastalex.progress import Progress, StuckLoss
-from fastalex.run_folder import MetricsLog, RunFolder, versions
+from fastalex.provenance import versions
+from fastalex.run_folder import MetricsLog, RunFolder
 from fastalex.schedule import Schedule
 from fastalex.team import Team
 from fastalex.validation import TOP, Accuracy, evaluate, fetch

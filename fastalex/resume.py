@@ -20,7 +20,8 @@ import torch
 from fastalex.checkpoint import read_header, read_tensors, write_tensors
 from fastalex.config import Settings
 from fastalex.launch import World
-from fastalex.run_folder import RunFolder, versions
+from fastalex.provenance import versions
+from fastalex.run_folder import RunFolder
 
 FORMAT = "fastalex-checkpoint-1"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
@@ -35,7 +36,7 @@ class Start:
         folder: of the run.
         settings: the run's.
         world: the processes that it ran on.
-        versions: of what its numbers depend on, as ``run_folder.versions`` gave them.
+        versions: of what its numbers depend on, as ``provenance.versions`` gave them.
         path: the checkpoint; None where the run stopped before its first one.
         state: what the checkpoint holds besides tensors.
     """

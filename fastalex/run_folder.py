@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastalex._version import __version__
 from fastalex.checkpoint import read_metadata, replacing
+from fastalex.provenance import commit, versions
 
 _LOCK_SECONDS = 10.0  # within which the processes of a killed launcher have ended
 _SYNC_SECONDS = 1.0  # records of steps reach the disk this soon, those of epochs at once
@@ -97,7 +92,7 @@ class RunFolder:
                 "world": dict(world),
                 "seed": settings["seed"],
                 "versions": versions(),
-                "commit": _commit(),
+                "commit": commit(),
                 "host": socket.gethostname(),
                 "started": _now(),
                 "resumed": [],
@@ -114,7 +109,7 @@ class RunFolder:
             "arguments": dict(arguments),
             "world": dict(world),
             "versions": versions(),
-            "commit": _commit(),
+            "commit": commit(),
             "host": socket.gethostname(),
             "started": _now(),
         }
@@ -251,33 +246,6 @@ def _next_number(variant: str, seed: int) -> int:
     names = [path.name for path in _ROOT.iterdir()] if _ROOT.is_dir() else []
     matches = [pattern.fullmatch(name) for name in names]
     return 1 + max((int(m[1]) for m in matches if m), default=0)
-
-
-def versions() -> dict[str, str]:
-    """What the numbers of a run may depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton"),
-        "fastalex": __version__,
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this package runs from; None for an installed one."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if not git("ls-files", "--error-unmatch", Path(__file__).name):
-            return None
-        changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        return git("rev-parse", "HEAD") + changed
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _now() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastalex import engine, launch, resume
+from fastalex import engine, interrupts, launch, resume
 from fastalex.config import Settings
 from fastalex.curves import check_tensorboard
 from fastalex.data import (
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse_arguments(arguments)
     try:
+        interrupts.raise_again()
         start = _find_start(options)
         if start is not None and start.finished:
             return _finished(start)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalex
 import fastalex_kernels as fk
@@ -136,6 +137,30 @@ def test_the_kernels_of_a_gpu_are_launched_from_one_graph(target: str) -> None:
     assert taken[1] == taken[0]
 
 
+def test_a_graph_on_a_gpu_holds_an_operator_for_each_layer() -> None:
+    """Traced on tensors of a GPU that is not there, so that no driver can be asked."""
+    found: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        found.extend(t.removeprefix("fastalex.") for t in targets if "fastalex" in t)
+        return graph.forward
+
+    # Without gradients: torch's CPU build has no leaf on a GPU.
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        model = _model().eval().requires_grad_(False)
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    on_gpu = torch.empty(p.shape, device="cuda", dtype=torch.bfloat16)
+                    module._parameters[name] = nn.Parameter(on_gpu, requires_grad=False)
+        images = torch.empty(4, 3, 67, 67, device="cuda", dtype=torch.bfloat16)
+        logits = torch.compile(model, backend=look, fullgraph=True)(images)
+    assert logits.device.type == "cuda"
+    pooled = ["conv2d_relu", "lrn_max_pool2d"]
+    assert found == [*pooled, *pooled, *["conv2d_relu"] * 2, *pooled, *["linear_relu_dropout"] * 3]
+
+
 def test_inference_launches_no_backward_and_saves_no_maxima() -> None:
     model, images, saves = _model().eval(), _images(), []
 
@@ -202,3 +227,6 @@ def test_a_layer_updated_in_backward_runs_between_graphs() -> None:
         assert weight.grad is None
         results.append([weight.detach(), x.grad])
     _assert_equal(*results)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(net, backend="aot_eager", fullgraph=True)(x)

@@ -190,12 +190,35 @@ def test_a_start_outside_the_epoch_is_refused(start: int) -> None:
 
 def test_measured_normalisation_gives_zero_mean_and_unit_variance() -> None:
     source, _ = open_sources(None, seed=5)
-    norm = Normalization.measure(source, 16, sample=200)
-    pixels = np.stack([source.image(i, 16) for i in range(0, 3000, 15)]).reshape(-1, 3)
+    norm = Normalization.measure(source, 16, sample=3000)
+    pixels = np.stack([source.image(i, 16) for i in range(3000)]).reshape(-1, 3)
     scaled = (pixels - np.array(norm.mean)) / np.array(norm.std)
     # Measured in float64 on these very pixels: only rounding is left.
     np.testing.assert_allclose(scaled.mean(0), 0, atol=1e-9)
     np.testing.assert_allclose(scaled.var(0), 1, rtol=1e-9)
+
+
+@pytest.mark.parametrize("order", ["in turn", "together"])
+def test_every_class_has_its_share_in_what_is_measured(order: str) -> None:
+    """Of 10,000 images of ten classes, 1,000 evenly spaced ones can be one class."""
+    asked: list[int] = []
+
+    class Recorded:
+        def __len__(self) -> int:
+            return 10_000
+
+        def image(self, index: int, size: int) -> np.ndarray:
+            asked.append(index)
+            return np.zeros((size, size, 3), np.uint8)
+
+    Normalization.measure(Recorded(), 2)  # type: ignore[arg-type]
+    first, asked = asked, []
+    Normalization.measure(Recorded(), 2)  # type: ignore[arg-type]
+    assert asked == first == sorted(set(first))
+    labels = [index % 10 if order == "in turn" else index // 1000 for index in first]
+    counts = np.bincount(labels, minlength=10)
+    # In turn, about a tenth each by chance: six standard deviations of a binomial are 57.
+    assert np.abs(counts - 100).max() <= (57 if order == "in turn" else 0)
 
 
 def test_a_constant_channel_keeps_its_scale() -> None:

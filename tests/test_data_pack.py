@@ -224,7 +224,7 @@ def test_ctrl_c_says_what_is_kept(made: Set, tmp_path: Path) -> None:
         _commands.end(process)
     assert process.returncode == 130
     assert out == ""
-    expected = f"fastalex.data: interrupted; {journal_lines(root)} of {FILES} files are done, "
+    expected = f"data: interrupted; {journal_lines(root)} of {FILES} files are done, "
     assert err == f"{expected}the same command goes on from there\n"
 
 
@@ -365,7 +365,7 @@ def test_a_set_of_other_images_is_left_alone(
     capsys.readouterr()
     assert run("pack", source, root, "--size", size, "--val-split", 0.5) == 2
     expected = f"{root}: holds a packed set of other images, or of another size; name a new folder"
-    assert capsys.readouterr().err == f"fastalex.data: {expected}\n"
+    assert capsys.readouterr().err == f"data: error: {expected}\n"
     assert contents(root) == before
 
 

@@ -228,7 +228,7 @@ def test_a_set_that_cannot_be_verified_is_refused(
     expected = damage(root)
     assert main(["verify", str(root)]) == 2
     error = capfd.readouterr().err
-    assert error.startswith(f"fastalex.data: {expected}")
+    assert error.startswith(f"data: error: {expected}")
     assert error.count("\n") == 1
 
 

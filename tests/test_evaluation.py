@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastalex import AlexNet, drawing, evaluate, figures, predict
-from fastalex.checkpoint import load_mean_image, load_model, save_weights
-from fastalex.data import FolderImages, MeanImage, Normalization, SyntheticImages, decode_size
+from fastalex import drawing, evaluate, figures, predict
+from fastalex.checkpoint import load_mean_image, load_model
+from fastalex.data import FolderImages, MeanImage, SyntheticImages, decode_size
 from fastalex.data.decode import read_image
 from fastalex.data.pack import pack
 from fastalex.evaluation import (
@@ -28,30 +28,7 @@ from fastalex.evaluation import (
 )
 from fastalex.published import RESULTS, is_imagenet
 from tests._commands import run
-
-CLASSES = ["blue", "green", "red", "grey", "pink", "teal", "lime"]
-CLASSES.sort()
-SIZE = 40
-
-
-def _weights(path: Path, seed: int, image: MeanImage | None = None, **changes: object) -> Path:
-    """A small random net, spread enough that its probabilities differ from image to image."""
-    torch.manual_seed(seed)
-    net = AlexNet(len(CLASSES), 0.5, "paper-without-fc6+fc7")
-    net.init_parameters("he", torch.Generator().manual_seed(seed))
-    metadata = {
-        "variant": "paper-without-fc6+fc7",
-        "num_classes": len(CLASSES),
-        "classes": CLASSES,
-        "image_size": SIZE,
-        "normalization": {"mean": [100.0, 110.0, 120.0 + seed], "std": [50.0, 60.0, 70.0]},
-        "dropout": 0.5,
-        **changes,
-    }
-    if image is not None:
-        metadata["normalization"] = Normalization((0, 0, 0), (50, 60, 70), image).to_dict()
-    save_weights(path, net.state_dict(), metadata, image)
-    return path
+from tests._nets import CLASSES, SIZE, random_weights
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels = random.integers(0, 256, (60, 70, 3), np.uint8)
                 pixels[:, : random.integers(10, 60)] //= 3
                 Image.fromarray(pixels).save(place / f"{i}.png")
-    _weights(root / "a", 0)
-    _weights(root / "b", 1)
+    random_weights(root / "a", 0)
+    random_weights(root / "b", 1)
     return root
 
 
@@ -112,7 +89,7 @@ def test_probabilities_are_those_of_a_crop_at_a_time(
     if mean != "channels":
         drawn = np.random.default_rng(1).uniform(0, 255, pixels.shape[1:]).astype(np.float32)
         image = MeanImage.of(drawn, len(drawn), mean == "centre")
-        path = _weights(tmp_path / "w", 0, image)
+        path = random_weights(tmp_path / "w", 0, image)
     found = Ensemble.load([path]).probabilities(pixels, crops).numpy()
     expected = np.stack([_slow(path, image, crops) for image in pixels])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
@@ -224,7 +201,7 @@ def test_the_published_errors_stand_beside_and_are_said_to_be_of_other_images(
 def test_nets_that_do_not_match_are_refused_in_one_line(
     folder: Path, tmp_path: Path, changes: dict, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = _weights(tmp_path / "c", 2, **changes)
+    other = random_weights(tmp_path / "c", 2, **changes)
     assert evaluate.main(["--weights", str(folder / "a"), str(other)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -15,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastalex import evaluate, train
+from fastalex import engine, evaluate, train
 from fastalex.checkpoint import MEAN_IMAGE, load_mean_image, load_weights, save_weights
+from fastalex.config import Settings
 from fastalex.data import (
+    Batches,
     DataError,
     MeanImage,
     Normalization,
@@ -26,8 +28,9 @@ from fastalex.data import (
     color_noise,
     mean_image,
 )
-from fastalex.data.augment import PUBLISHED_NOISE
+from fastalex.data.augment import PUBLISHED_NOISE, ColorNoise
 from fastalex.data.pack import pack
+from fastalex.options import parse_arguments
 from fastalex.recipes import RECIPES
 from fastalex.reference import ReferenceAlexNet
 from fastalex.variants import VARIANTS
@@ -216,10 +219,37 @@ def test_measured_colour_noise_is_of_the_packed_sets_covariance(folder: Path) ->
     assert color_noise(source, "published") is PUBLISHED_NOISE
 
 
+@pytest.mark.parametrize("kind", ["published", "measured"])
+def test_training_draws_the_colour_noise_it_is_told_to(folder: Path, kind: str) -> None:
+    source = PackedImages(folder / "set", "train")
+    given = ["--augmentation", "full", "--color-noise", kind, "--image-size", "64"]
+    trainer: Any = SimpleNamespace(
+        settings=Settings.choose(parse_arguments([*given, "--data", "set"]), "cpu"),
+        plan=SimpleNamespace(normalization=Normalization((0, 0, 0), (1, 1, 1))),
+        team=SimpleNamespace(replica=0, replicas=1, device=torch.device("cpu")),
+    )
+    noise = PUBLISHED_NOISE if kind == "published" else ColorNoise.measured(source.covariance)
+    plain = Normalization((0, 0, 0), (1, 1, 1))
+    same = Batches(source, 64, 64, plain, 0, True, augmentation="full", noise=noise)
+    found, expected = (
+        next(batches.epoch(2)).colors
+        for batches in (engine.Trainer._batches(trainer, source, True), same)
+    )
+    assert found is not None
+    assert expected is not None
+    assert torch.equal(found, expected)
+    validation = engine.Trainer._batches(trainer, source, False)
+    assert next(validation.epoch(2)).colors is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--color-noise", "measured"], "--color-noise measured: the covariance is that of a pack"),
+        (
+            ["--color-noise", "measured", "--augmentation", "full"],
+            "--color-noise measured: the covariance is that of a packed set",
+        ),
+        (["--color-noise", "measured"], "--color-noise has no part in the augmentation crop"),
         (
             ["--augmentation", "resized", "--normalization", "mean-image"],
             "--augmentation resized: parts of any size have no mean image",

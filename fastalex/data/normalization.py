@@ -73,13 +73,14 @@ class Normalization:
 
     @classmethod
     def measure(cls, source: ImageSource, size: int, sample: int = 1000) -> Normalization:
-        """Mean and standard deviation of the pixels of evenly spaced images of ``source``.
+        """Mean and standard deviation of the pixels of a sample of ``source``.
 
         Args:
             source: the training images.
             size: side in pixels at which they are decoded.
-            sample: at most this many images are looked at. Evenly spaced ones are a fair share
-                of every class, because sources keep classes together or in turn.
+            sample: at most this many images are looked at: one of each of as many equal parts,
+                drawn at random, but always the same. So every class has its fair share, whether
+                a source keeps classes together or in turn; evenly spaced ones could miss some.
 
         Returns:
             The normalisation that gives these images zero mean and unit variance in each channel;
@@ -88,9 +89,11 @@ class Normalization:
         if sample < 1:
             raise ValueError(f"sample: expected at least 1, got {sample}")
         count = min(sample, len(source))
+        edges = np.arange(count + 1) * len(source) // count
+        chosen = np.random.default_rng(0).integers(edges[:-1], edges[1:])
         total, squares = np.zeros(3), np.zeros(3)
-        for i in range(count):
-            pixels = source.image(i * len(source) // count, size).reshape(-1, 3).astype(np.float64)
+        for index in chosen.tolist():
+            pixels = source.image(index, size).reshape(-1, 3).astype(np.float64)
             total += pixels.mean(0)
             squares += np.square(pixels).mean(0)
         mean = total / count

@@ -105,6 +105,7 @@ def epilogue_backward(
     need_dz: bool = True,
     bias: torch.Tensor | None = None,
     update: MomentumUpdate | None = None,
+    sums: torch.Tensor | None = None,
     p: float = 0.0,
     rng: torch.Tensor | None = None,
     row_offset: int = 0,
@@ -118,12 +119,17 @@ def epilogue_backward(
         need_dz: whether the gradient at the linear part is wanted.
         bias: the bias whose gradient is wanted, else None.
         update: of the bias, applied here; no gradient is returned then.
+        sums: column sums of ``dy`` in parts, where it came masked already, see _handover.
         p, rng, row_offset, feature_offset: the dropout that made ``y``; p = 0 is none.
 
     Returns:
         ``(dz, db)``, each None where it is not wanted. Where nothing masks, dz is ``dy`` itself.
     """
     rows, features = dy.shape
+    if sums is not None and update is not None:
+        if bias is not None:
+            sum_update(sums, update)
+        return (dy if need_dz else None), None
     philox = p > 0 and y is None
     masks = y is not None or philox
     write_dz = need_dz and masks

@@ -5,8 +5,7 @@ and launched. So a compiled graph holds one operator for each pass of a layer in
 same code as the ``autograd.Function``, at run time, and its fake version says what comes out, to
 the stride. Everything around it, casts and rearrangements, is compiled.
 
-Without torch.compile these are not used: an operator costs more to call, and its output would be a
-view to autograd.
+Without torch.compile these are not used: an operator costs more to call.
 
 A list of results holds those that were asked for; numbers of one kind are passed as a list where a
 function takes a tuple of them, as an operator's schema knows no other.
@@ -24,6 +23,7 @@ from fastalex_kernels import _aten
 from fastalex_kernels._conv2d_arguments import Padding
 from fastalex_kernels._layout import as_hwnc, empty_nchw
 from fastalex_kernels._lrn_chunks import Norm, Window
+from fastalex_kernels.augment import augment_forward, augment_output
 from fastalex_kernels.conv2d_relu import Conv2dReLUFunction, pack_weight
 from fastalex_kernels.linear_relu_dropout import LinearReLUDropoutFunction
 from fastalex_kernels.lrn_max_pool2d import lrn_max_pool2d_backward, lrn_max_pool2d_forward
@@ -368,3 +368,41 @@ def _differentiate_lrn(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, .
 
 
 lrn.register_autograd(_differentiate_lrn, setup_context=_save_lrn)
+
+
+@custom_op("fastalex::augment", mutates_args=())
+def augment(
+    images: Tensor,
+    tops: Tensor,
+    lefts: Tensor,
+    mirrors: Tensor,
+    colors: Tensor | None,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    size: int,
+    padding: Sequence[int],
+    block: int,
+    lines: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    given = (images, tops, lefts, mirrors, colors, mean, scale, size)
+    height, width = lines
+    return augment_forward(*given, _sides(padding), block, (height, width), dtype)
+
+
+@augment.register_fake
+def _(
+    images: Tensor,
+    tops: Tensor,
+    lefts: Tensor,
+    mirrors: Tensor,
+    colors: Tensor | None,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    size: int,
+    padding: Sequence[int],
+    block: int,
+    lines: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return augment_output(images, block, lines, dtype)

@@ -39,6 +39,7 @@ from fastalex_kernels._conv2d_arguments import (
     spell_out,
 )
 from fastalex_kernels._epilogue import epilogue_backward, sum_partials
+from fastalex_kernels._handover import offers, taken
 from fastalex_kernels._launch import (
     TRITON,
     aligned,
@@ -655,6 +656,7 @@ class Conv2dReLUFunction(torch.autograd.Function):
         ctx.save_for_backward(input, w, bias, output if relu else None)
         ctx.padding, ctx.groups = padding, groups
         ctx.update, ctx.stride = update, stride
+        offers(ctx, relu, update)
         return output
 
     @staticmethod
@@ -663,14 +665,21 @@ class Conv2dReLUFunction(torch.autograd.Function):
         input, w, bias, output = ctx.saved_tensors
         x = as_hwnc(input)
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        dy = as_hwnc(grad)
-        dz, db = epilogue_backward(
-            dy.view(-1, dy.shape[-1]),
-            None if output is None else as_hwnc(output).view(-1, dy.shape[-1]),
-            need_dz=need_x or need_w,
-            bias=bias if need_b else None,
-            update=None if ctx.update is None else ctx.update.bias,
-        )
+        dy, sums = as_hwnc(grad), taken(grad)
+        dz: torch.Tensor | None
+        db = None
+        if sums is not None and ctx.update is not None:
+            dz = dy
+            if need_b:
+                sum_update(sums, ctx.update.bias)
+        else:
+            dz, db = epilogue_backward(
+                dy.view(-1, dy.shape[-1]),
+                None if output is None else as_hwnc(output).view(-1, dy.shape[-1]),
+                need_dz=need_x or need_w,
+                bias=bias if need_b else None,
+                update=None if ctx.update is None else ctx.update.bias,
+            )
         if dz is None:
             return None, None, db, *[None] * 5
         dz, padding, groups = dz.view(dy.shape), ctx.padding, ctx.groups

@@ -13,6 +13,31 @@ import torch.nn.functional as F
 
 from fastalex_kernels._philox import keep_mask
 
+# ||out - ref|| / ||ref||. float32: rounding grows as the square root of a sum's length. The others
+# round the result once to their 8 or 11 bits of significand, and so were the inputs of a gradient
+# that passes through two products. TF32 keeps 11 bits of each operand.
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+TF32_TOLERANCE = 1e-3
+
+
+def tolerance(dtype: torch.dtype, length: int) -> float:
+    """The relative error allowed to a result of ``dtype`` whose elements sum ``length`` products.
+
+    Where torch's matmul setting lets float32 products round to TF32, that is what they may cost.
+    """
+    if dtype != torch.float32:
+        return TOLERANCES[dtype]
+    if length and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return TF32_TOLERANCE
+    return float(TOLERANCES[dtype] * max(1.0, (length / 1000) ** 0.5))
+
+
+def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
+    """||out - ref|| / ||ref||, or ||out|| where the reference is all zeros."""
+    out, ref = out.detach().double(), ref.detach().double()
+    norm = float(ref.norm())
+    return float((out - ref).norm()) / (norm or 1.0)
+
 
 def _sides(padding: Any) -> list[tuple[int, int]]:
     vertical, horizontal = (padding, padding) if isinstance(padding, int) else padding

@@ -10,12 +10,8 @@ import torch.nn.functional as F
 
 import fastalex_kernels
 from fastalex_kernels import reference
+from fastalex_kernels.reference import relative_error, tolerance
 
-# ||out - ref|| / ||ref||. float32: rounding grows as the square root of a sum's length. The others
-# round the result once to their 8 or 11 bits of significand, and so were the inputs of a gradient
-# that passes through two products. TF32 keeps 11 bits of each operand.
-TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-TF32_TOLERANCE = 1e-3
 NAMES = ("input", "weight", "bias")
 
 
@@ -170,13 +166,6 @@ def _backward(
     return {"output": output.detach(), **dict(zip(names, found, strict=True))}
 
 
-def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
-    """||out - ref|| / ||ref||, or ||out|| where the reference is all zeros."""
-    out, ref = out.detach().double(), ref.detach().double()
-    norm = float(ref.norm())
-    return float((out - ref).norm()) / (norm or 1.0)
-
-
 def reductions(case: Case, output: torch.Tensor) -> dict[str, int]:
     """How many products are summed for one element of the output and of each gradient."""
     if case.op not in ("conv2d_relu", "linear_relu_dropout"):
@@ -188,11 +177,6 @@ def reductions(case: Case, output: torch.Tensor) -> dict[str, int]:
     pixels = output.numel() // max(output.shape[1], 1)
     per_input = per_output * weight[0] // weight[1]
     return {"output": per_output, "input": per_input, "weight": pixels, "bias": pixels}
-
-
-def tolerance(dtype: torch.dtype, length: int) -> float:
-    growth = max(1.0, (length / 1000) ** 0.5) if dtype == torch.float32 else 1.0
-    return TOLERANCES[dtype] * growth
 
 
 def measure(

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import fastalex_kernels as fk
+from fastalex_kernels.reference import TF32_TOLERANCE
 
 from . import _augment as augments
 from . import _cases as cases
 from . import _updates as updates
 from ._oracle import (
-    TF32_TOLERANCE,
     Case,
     check,
     conv,

@@ -12,19 +12,21 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastalex_kernels as fk
 
+from .. import _augment as augments
 from .. import _cases as cases
 from .._oracle import Case, call, conv, linear, lrn, make_gradient, make_inputs, pool
 from ._strict import Strict
 
 CASES = [
-    *cases.CONV[::7],
-    *cases.CONV_LAYOUTS[:3],
-    *cases.CONV_FROZEN[:7:2],
-    *cases.LRN[:20:6],
-    *cases.LRN_LAYOUTS[:2],
-    *cases.POOL[::4],
-    *cases.LINEAR[::3],
-    *cases.LINEAR_FROZEN[:12:3],
+    *cases.CONV[::9],
+    *cases.CONV_LAYOUTS[:2],
+    *cases.CONV_FROZEN[:7:3],
+    *cases.LRN[:20:9],
+    *cases.LRN_LAYOUTS[:1],
+    *cases.POOL[::7],
+    *cases.LINEAR[::6],
+    *cases.LINEAR_FROZEN[:12:4],
+    conv("empty", (0, 4, 5, 5), 6, 3, padding=1),
 ]
 
 
@@ -54,6 +56,19 @@ def test_compiled_as_eager(case: Case, strict: Strict) -> None:
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
         assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("case", augments.CASES[:-1:9], ids=str)
+def test_augment_compiled_as_eager(case: augments.Case, strict: Strict) -> None:
+    arguments = augments.make(case)
+    expected = fk.augment(**arguments, dtype=torch.bfloat16)
+    strict.launches.clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(fk.augment, backend="aot_eager", fullgraph=True)
+    found = compiled(**arguments, dtype=torch.bfloat16)
+    assert strict.launches == ["_augment_kernel"]
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
 
 
 def _arguments() -> dict[str, tuple[Any, ...]]:

@@ -1,0 +1,311 @@
+"""Each layer of a published net, ours and stock torch's, with an input, and both compared.
+
+What is timed or tuned is compared with float64 first; this is the comparison.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastalex_kernels as kernels
+from fastalex.cost import Floor, floors
+from fastalex.layers import Conv2dReLU, Linear, LinearReLUDropout, MaxPool2d
+from fastalex.model import AlexNet
+from fastalex.recorded_step import Layer
+from fastalex.reference import ReferenceAlexNet
+from fastalex_kernels.reference import TOLERANCES, relative_error, tolerance
+
+# Stock torch rounds between its operations: enough to see that it computes the same function.
+STOCK_TOLERANCE = 3e-2
+# Of the whole net's gradients. In float32 one ReLU or maximum within rounding goes the other way
+# now and then, and moves every gradient below it by some 2e-3; in bfloat16 many do, in float16
+# fewer. Each layer alone has its strict bound.
+GRADIENT_TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 0.4, torch.float16: 0.4}
+_NEAR_TIE = 1e-4
+_GRID = 36  # pixels of the maps that fc6 reads
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+class WrongResult(ValueError):
+    """What was to be timed computes something else; the message says by how much."""
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """A layer of the net with an input for it.
+
+    ``input`` is [N, C, H, W] or [N, features], contiguous, not negative where a ReLU or a pooling
+    stands before, and needs a gradient unless it is the images.
+    """
+
+    name: str
+    ours: nn.Module
+    stock: nn.Module
+    input: torch.Tensor
+
+    def tensors(self, input: torch.Tensor, module: nn.Module) -> list[torch.Tensor]:
+        """Those that a backward pass gives a gradient."""
+        return [t for t in (input, *module.parameters()) if t.requires_grad]
+
+
+def layer_names(variant: str = "paper") -> list[str]:
+    """The names of the pairs of a variant, in order: ``"conv1"``, ``"pool1"``, ... ``"fc8"``."""
+    with torch.device("meta"):
+        return [name for name, *_ in _places(AlexNet(variant=variant))]
+
+
+def _places(net: AlexNet) -> list[tuple[str, str, int, int]]:
+    """Name, part of the net, and the first and last index of the layers that do the same."""
+    places: list[tuple[str, str, int, int]] = []
+    number = 0
+    for part, layers in (("features", net.features), ("classifier", net.classifier)):
+        indices = [i for i, layer in enumerate(layers) if isinstance(layer, _kinds(part))]
+        for i, following in zip(indices, [*indices[1:], len(layers)], strict=True):
+            layer = layers[i]
+            number += isinstance(layer, (nn.Conv2d, nn.Linear))
+            kind = "fc" if part == "classifier" else "pool"
+            kind = "conv" if isinstance(layer, nn.Conv2d) else kind
+            places.append((f"{kind}{number}", part, i, following))
+    return places
+
+
+def _kinds(part: str) -> tuple[type[nn.Module], ...]:
+    if part == "classifier":
+        return (Linear, LinearReLUDropout)
+    return (Conv2dReLU, MaxPool2d, nn.Sequential)  # the last with a norm inside each map
+
+
+def make_nets(
+    variant: str, device: torch.device | str, dtype: torch.dtype
+) -> tuple[AlexNet, ReferenceAlexNet]:
+    """Ours and stock torch's with one set of weights."""
+    torch.manual_seed(0)
+    ours, stock = AlexNet(variant=variant), ReferenceAlexNet(variant=variant)
+    ours.init_parameters("he")
+    stock.load_state_dict(ours.state_dict())
+    ours, stock = ours.to(device, dtype), stock.to(device, dtype)
+    ours.seed_dropout(seed=0, step=0)
+    return ours, stock
+
+
+def make_pairs(
+    batch: int, nets: tuple[AlexNet, ReferenceAlexNet], image_size: int | None = None
+) -> dict[str, LayerPair]:
+    """The layers of a net and its reference by name, each with an input of its own.
+
+    Args:
+        batch: images.
+        nets: from ``make_nets``.
+        image_size: side of the images in pixels; None is the variant's own.
+    """
+    ours, stock = nets
+    weight = next(ours.parameters())
+    side = image_size or ours.variant.image_size
+    pairs: dict[str, LayerPair] = {}
+    shape: tuple[int, ...] = (3, side, side)
+    signed = True
+    for name, part, first, last in _places(ours):
+        if part == "classifier" and len(shape) > 1:
+            shape = (shape[0] * _GRID,)
+        values = torch.randn(batch, *shape)
+        x = (values if signed else values.relu()).to(weight.device, weight.dtype)
+        x.requires_grad_(bool(pairs))
+        layer = ours.get_submodule(f"{part}.{first}")
+        pair = LayerPair(name, layer, stock.get_submodule(part)[first:last], x)  # type: ignore[index]
+        pairs[name] = pair
+        signed = isinstance(layer, Conv2dReLU) and not layer.relu
+        with torch.no_grad():
+            shape = tuple(pair.stock(x[:1]).shape[1:])
+    return pairs
+
+
+def pair_floors(pairs: Mapping[str, LayerPair]) -> dict[tuple[str, str], Floor]:
+    """The least work of a pass in training, by name and ``"forward"`` or ``"backward"``.
+
+    A layer that ``fastalex.cost`` knows no floor of has none here.
+
+    Args:
+        pairs: all of a net's, in order.
+    """
+    layers = {}
+    for name, pair in pairs.items():
+        with torch.no_grad():
+            output = pair.stock(pair.input[:1]).shape
+        weight = getattr(pair.ours, "weight", None)
+        layers[name] = Layer(
+            name, pair.ours, tuple(pair.input.shape), (len(pair.input), *output[1:]),
+            None if weight is None else tuple(weight.shape), pair.input.requires_grad,
+        )  # fmt: skip
+    itemsize = next(iter(pairs.values())).input.element_size()
+    result: dict[tuple[str, str], Floor] = {}
+    for (name, role), floor in floors(layers, itemsize, train=True).items():
+        key = (name, "forward" if role == "forward" else "backward")
+        before = result.get(key, Floor(0.0, 0.0))
+        result[key] = Floor(before.flops + floor.flops, before.size + floor.size)
+    return result
+
+
+def laid_out(x: torch.Tensor, backend: str) -> torch.Tensor:
+    """The values of ``x`` as the layer before leaves them in memory under a backend of ours."""
+    if x.dim() == 2 or not x.requires_grad:  # rows, and the images, come contiguous
+        return x
+    values = x.detach()
+    if backend == "triton":
+        values = values.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+    else:
+        values = values.contiguous(memory_format=torch.channels_last)
+    return values.requires_grad_()
+
+
+def gradient_like(output: torch.Tensor) -> torch.Tensor:
+    """Normal values in the memory layout of ``output``, the same for every layout."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.empty_like(output).copy_(torch.randn(output.shape, generator=generator))
+
+
+def make_call(pair: LayerPair, how: str, direction: str) -> Callable[[], object]:
+    """One pass of a layer, to be timed.
+
+    Args:
+        how: ``"stock"``, torch's layers; ``"compiled"``, those under torch.compile; or a backend,
+            under which our layer runs.
+        direction: ``"forward"``, or ``"backward"``, which can be called many times.
+    """
+    module, x = pair.ours, pair.input
+    if how in ("stock", "compiled"):
+        module = torch.compile(pair.stock) if how == "compiled" else pair.stock  # type: ignore[assignment]
+    else:
+        x = laid_out(x, how)
+
+    def forward() -> torch.Tensor:
+        with kernels.backend(how if module is pair.ours else "auto"):
+            return module(x)  # type: ignore[no-any-return]
+
+    if direction == "forward":
+        return forward
+    output = forward()
+    dy, tensors = gradient_like(output), pair.tensors(x, module)
+    return lambda: torch.autograd.grad(output, tensors, dy, retain_graph=True)
+
+
+def check(pair: LayerPair, backend: str) -> dict[str, float]:
+    """Compare our layer with float64, forward and every gradient, and stock torch's forward.
+
+    Where the sign of a sum or the larger of two values is within rounding, either gradient is
+    right: those outputs get none.
+
+    Returns:
+        The largest relative error by direction.
+
+    Raises:
+        WrongResult: past the tolerances.
+    """
+    x = laid_out(pair.input, backend)
+    wide_x = pair.input.detach().double().requires_grad_(pair.input.requires_grad)
+    wide_stock = copy.deepcopy(pair.stock).double()
+    oracle: Forward = wide_stock
+    wide_module = wide_stock
+    if isinstance(pair.ours, LinearReLUDropout):
+        oracle, wide_module = _dropout_oracle(pair.ours)
+    with kernels.backend(backend):
+        output = pair.ours(x)
+    expected = oracle(wide_x)
+    settled = (output > 0) == (expected > 0)
+    if any(isinstance(module, MaxPool2d) for module in pair.ours.modules()):
+        settled &= _one_maximum(wide_stock, wide_x)
+    dy = gradient_like(output) * settled
+    found = torch.autograd.grad(output, pair.tensors(x, pair.ours), dy)
+    wanted = torch.autograd.grad(expected, pair.tensors(wide_x, wide_module), dy.double())
+    bound = _tolerance(pair, output)
+    errors = {"forward": relative_error(output, expected), "backward": 0.0}
+    _hold(errors["forward"], bound, f"{pair.name}: output")
+    for gradient, reference in zip(found, wanted, strict=True):
+        error = relative_error(gradient, reference)
+        errors["backward"] = max(error, errors["backward"])
+        _hold(error, bound, f"{pair.name}: gradient of shape {tuple(gradient.shape)}")
+    pair.stock.eval()
+    wide_stock.eval()
+    difference = relative_error(pair.stock(pair.input), wide_stock(wide_x))
+    pair.stock.train()
+    _hold(difference, STOCK_TOLERANCE, f"{pair.name}: stock torch")
+    return errors
+
+
+def _hold(error: float, bound: float, what: str) -> None:
+    if not error <= bound:  # NaN is wrong too
+        raise WrongResult(f"{what} is {error:.1e} away from float64, allowed are {bound:.1e}")
+
+
+def _dropout_oracle(ours: LinearReLUDropout) -> tuple[Forward, nn.Module]:
+    """The layer in float64 with the mask of its counter, and the module with its parameters."""
+    wide = nn.Linear(ours.in_features, ours.out_features, device="meta", dtype=torch.float64)
+    wide.weight = nn.Parameter(ours.weight.detach().double())
+    wide.bias = nn.Parameter(ours.bias.detach().double())
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return kernels.reference.linear_relu_dropout(
+            x, wide.weight, wide.bias, p=ours.p, rng=ours.rng
+        )
+
+    return forward, wide
+
+
+def _one_maximum(stock: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Which windows of the pooling in ``stock`` have no second value near the largest."""
+    modules = [m for m in stock.modules() if not isinstance(m, nn.Sequential)]
+    at = next(i for i, m in enumerate(modules) if isinstance(m, nn.MaxPool2d))
+    pool = modules[at]
+    assert isinstance(pool, nn.MaxPool2d)
+    with torch.no_grad():
+        for module in modules[:at]:
+            x = module(x)
+        size, stride = pool.kernel_size, pool.stride
+        assert isinstance(size, int)
+        assert isinstance(stride, int)
+        P, Q = pool(x).shape[2:]
+        hang = [max(0, (n - 1) * stride + size - m) for n, m in ((Q, x.shape[3]), (P, x.shape[2]))]
+        x = F.pad(x, (0, hang[0], 0, hang[1]), value=float("-inf"))
+        windows = x.unfold(2, size, stride).unfold(3, size, stride).flatten(-2)
+        first, second = windows.topk(2, dim=-1).values.unbind(-1)
+        return first - second > _NEAR_TIE * first.abs()
+
+
+def _tolerance(pair: LayerPair, output: torch.Tensor) -> float:
+    """For the longest sum of the layer's products, over a window or over the batch's outputs."""
+    weights = [p for p in pair.ours.parameters() if p.dim() > 1]
+    if not weights:
+        return tolerance(output.dtype, 0)
+    (w,) = weights
+    length = max(w[0].numel(), w.numel() // w.shape[1], output.numel() // w.shape[0])
+    return tolerance(output.dtype, length)
+
+
+def check_nets(nets: tuple[AlexNet, ReferenceAlexNet], image_size: int | None = None) -> float:
+    """The relative error of our logits against stock torch in float64, without dropout.
+
+    Raises:
+        WrongResult: where each layer adds more than its tolerance, or a gradient is wrong.
+    """
+    ours, stock = nets
+    weight = next(ours.parameters())
+    side = image_size or ours.variant.image_size
+    images = torch.randn(2, 3, side, side).to(weight.device, weight.dtype)
+    labels = torch.arange(2, device=weight.device)
+    wide = copy.deepcopy(stock).double().eval()
+    logits, expected = ours.eval()(images), wide(images.double())
+    ours.train()
+    error = relative_error(logits, expected)
+    _hold(error, len(_places(ours)) * TOLERANCES[weight.dtype], "logits")
+    found = torch.autograd.grad(F.cross_entropy(logits, labels), list(ours.parameters()))
+    wanted = torch.autograd.grad(F.cross_entropy(expected, labels), list(wide.parameters()))
+    for (name, _), gradient, reference in zip(ours.named_parameters(), found, wanted, strict=True):
+        difference = relative_error(gradient, reference)
+        _hold(difference, GRADIENT_TOLERANCES[weight.dtype], f"gradient of {name}")
+    return error

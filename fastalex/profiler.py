@@ -1,0 +1,287 @@
+"""The time of every layer, ours beside torch's: ``python -m fastalex.profiler``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import fastalex_kernels as kernels
+from fastalex import profile_chart
+from fastalex.checkpoint import replacing
+from fastalex.command_line import Parser, at_least_one, guarded
+from fastalex.evaluate import table
+from fastalex.gpus import find_gpu
+from fastalex.layer_pairs import (
+    check,
+    check_nets,
+    gradient_like,
+    layer_names,
+    make_call,
+    make_nets,
+    make_pairs,
+    pair_floors,
+)
+from fastalex.nvtx_ranges import annotate_layers, nvtx_range
+from fastalex.provenance import device_name, provenance
+from fastalex.recorded_step import DTYPES
+from fastalex.timing import clock_of, take_turns
+from fastalex.variants import VARIANTS
+
+NET = "net"  # the row of the whole net
+_BATCH = {"cpu": 16, "cuda": 128}
+_ROUNDS = {"cpu": 5, "cuda": 30}
+_DIRECTIONS = ("forward", "backward")
+
+Calls = dict[str, Callable[[], object]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code. 0: measured. 2: something was wrong, one line on stderr says what. 130:
+        Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    return guarded("profiler", lambda: _run(options))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m fastalex.profiler",
+        usage="%(prog)s [--batch-size N] [--dtype D] [--output DIR] [options]",
+        description="Time every layer forward and backward, and the whole net: ours, the same "
+        "functions on torch's operators (cuDNN on a GPU, stock torch.nn on a CPU), and "
+        "torch.compile of the stock net. Results are checked against float64 first.",
+        epilog="Ranges for Nsight Systems are on: nsys profile --trace=cuda,nvtx -o layers "
+        "python -m fastalex.profiler --no-compile",
+        allow_abbrev=False,
+    )
+    number: dict[str, Any] = {"type": at_least_one, "metavar": "N"}
+    parser.add_argument("--batch-size", **number, help="images (128 on a GPU, 16 on a CPU)")
+    parser.add_argument("--rounds", **number, help="times each is timed (30 on a GPU, 5 on a CPU)")
+    parser.add_argument("--image-size", **number, help="pixels of a side (the variant's own)")
+    parser.add_argument("--variant", choices=tuple(VARIANTS), default="paper")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="(bf16 on a GPU, fp32 on a CPU)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="(a GPU if there is one)")
+    parser.add_argument(
+        "--layer", nargs="+", metavar="NAME", help=f"conv1, pool1, ... fc8, {NET} (all of them)"
+    )
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/profile"), metavar="DIR", help="%(default)s"
+    )
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    _complete(options)
+    profile_chart.new_chart()  # before any work: matplotlib may be missing
+    options.output.mkdir(parents=True, exist_ok=True)
+    trace, chart, data = (options.output / n for n in ("trace.json", "profile.png", "profile.json"))
+    with _kept_graphs():
+        report, calls = profile(options)
+        for line in describe(report):
+            print(line, flush=True)
+        write_trace(calls, torch.device(options.device), trace)
+    with replacing(chart) as temporary:
+        profile_chart.draw(report).savefig(temporary, format="png")
+    with replacing(data) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"\nchart {chart}\ntrace {trace} (open it in ui.perfetto.dev)\nevery round {data}")
+    return 0
+
+
+def _complete(options: argparse.Namespace) -> None:
+    """Fill in what depends on the device.
+
+    Raises:
+        ValueError: for a GPU that is not there, and a layer that the net has not.
+    """
+    available = torch.cuda.is_available()
+    if options.device == "cuda" and not available:
+        raise ValueError("--device cuda: torch finds no GPU here")
+    options.device = options.device or ("cuda" if available else "cpu")
+    options.batch_size = options.batch_size or _BATCH[options.device]
+    options.rounds = options.rounds or _ROUNDS[options.device]
+    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
+    names = [*layer_names(options.variant), NET]
+    wrong = [name for name in options.layer or [] if name not in names]
+    if wrong:
+        raise ValueError(f"--layer {wrong[0]}: expected some of {', '.join(names)}")
+    options.layer = [name for name in names if name in (options.layer or names)]
+
+
+def profile(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Calls]]:
+    """Every row as plain data, and the calls that were timed by ``"LAYER DIRECTION"``."""
+    device = torch.device(options.device)
+    gpu = find_gpu(device_name(device)) if device.type == "cuda" else None
+    nets = make_nets(options.variant, device, DTYPES[options.dtype])
+    pairs = make_pairs(options.batch_size, nets, options.image_size)
+    floors = pair_floors(pairs)
+    rows: list[dict[str, Any]] = []
+    timed: dict[str, Calls] = {}
+    clock, how = clock_of(device), _rivals(device, options)
+    bar = tqdm(total=2 * len(options.layer), unit=" passes", leave=False, disable=None)
+    with bar:
+        for name in options.layer:
+            bar.set_postfix_str(name)
+            error = check_nets(nets, options.image_size) if name == NET else None
+            errors = dict.fromkeys(_DIRECTIONS, error)
+            if name != NET:
+                errors = {**check(pairs[name], how["ours"])}
+            for direction in _DIRECTIONS:
+                if name == NET:
+                    calls = _net_calls(nets, how, direction, options)
+                else:
+                    calls = {k: make_call(pairs[name], v, direction) for k, v in how.items()}
+                with nvtx_range(f"{name} {direction}"):
+                    seconds = take_turns(
+                        _marked(calls, f"{name} {direction}"), clock, options.rounds
+                    )
+                floor = floors.get((name, direction))
+                least = gpu and floor and gpu.seconds(floor.flops, floor.size, options.dtype)
+                rows.append(
+                    {
+                        "layer": name,
+                        "pass": direction,
+                        "error": errors[direction],
+                        "ms": {k: 1e3 * statistics.median(s) for k, s in seconds.items()},
+                        "floor ms": least and 1e3 * least,
+                        "rounds ms": {k: [1e3 * t for t in s] for k, s in seconds.items()},
+                    }
+                )
+                timed[f"{name} {direction}"] = calls
+                bar.update()
+    given = {k: getattr(options, k) for k in ("variant", "batch_size", "dtype")}
+    return {"theme": "profile", **provenance(device), **given, "results": rows}, timed
+
+
+def _rivals(device: torch.device, options: argparse.Namespace) -> dict[str, str]:
+    """What is timed, by the name it is shown under; see ``layer_pairs.make_call``."""
+    gpu = device.type == "cuda"
+    how = {"ours": "triton", "torch": "aten"} if gpu else {"ours": "aten", "torch": "stock"}
+    return how if options.no_compile else {**how, "compiled": "compiled"}
+
+
+@contextlib.contextmanager
+def _kept_graphs() -> Iterator[None]:
+    """torch.compile must not reuse the saved tensors of a backward pass that runs many times."""
+    from torch._functorch import config
+
+    before, config.donated_buffer = config.donated_buffer, False
+    try:
+        yield
+    finally:
+        config.donated_buffer = before
+
+
+def _marked(calls: Calls, what: str) -> Calls:
+    """The calls, each inside a range of its name."""
+
+    def marked(name: str, call: Callable[[], object]) -> Callable[[], object]:
+        label = nvtx_range(f"{what}, {name}")
+
+        def inside() -> object:
+            with label:
+                return call()
+
+        return inside
+
+    return {name: marked(name, call) for name, call in calls.items()}
+
+
+def _net_calls(
+    nets: tuple[nn.Module, nn.Module],
+    how: dict[str, str],
+    direction: str,
+    options: argparse.Namespace,
+) -> Calls:
+    """A pass of the whole net in training, up to the logits and back to every weight."""
+    ours, stock = nets
+    side = options.image_size or VARIANTS[options.variant].image_size
+    parameter = next(ours.parameters())
+    images = torch.randn(options.batch_size, 3, side, side).to(parameter.device, parameter.dtype)
+
+    def make(kind: str) -> Callable[[], object]:
+        net = stock if kind in ("stock", "compiled") else copy.deepcopy(ours)
+        if net is not stock and kind == how["ours"]:
+            annotate_layers(net)
+        module: Any = torch.compile(net) if kind == "compiled" else net
+
+        def forward() -> torch.Tensor:
+            with kernels.backend("auto" if net is stock else kind):
+                return module(images)  # type: ignore[no-any-return]
+
+        if direction == "forward":
+            return forward
+        output, weights = forward(), list(net.parameters())
+        dy = gradient_like(output)
+        return lambda: torch.autograd.grad(output, weights, dy, retain_graph=True)
+
+    return {name: make(kind) for name, kind in how.items()}
+
+
+def describe(report: dict[str, Any]) -> list[str]:
+    """The report as text."""
+    rows = report["results"]
+    names = list(rows[0]["ms"])
+    head = ["layer", "pass", *(f"{name} ms" for name in names)]
+    head += [f"{name}/ours" for name in names[1:]] + ["floor ms", "of floor"]
+    lines = [head]
+    totals: dict[str, float] = dict.fromkeys(names, 0.0)
+    for row in rows:
+        ms, floor = row["ms"], row["floor ms"]
+        for name in names:
+            totals[name] += ms[name] if row["layer"] != NET else 0.0
+        cells = [row["layer"], row["pass"], *(f"{ms[name]:.3f}" for name in names)]
+        cells += [f"{ms[name] / ms['ours']:.2f}" for name in names[1:]]
+        cells += [f"{floor:.4f}", f"{floor / ms['ours']:.0%}"] if floor else ["-", "-"]
+        lines.append(cells)
+    if totals["ours"]:
+        cells = ["layers", "both", *(f"{totals[name]:.3f}" for name in names)]
+        cells += [f"{totals[name] / totals['ours']:.2f}" for name in names[1:]]
+        lines.append([*cells, "-", "-"])
+    threads = f", {report['threads']} threads" if report["host cpu"] == report["device"] else ""
+    return [
+        f"AlexNet ({report['variant']}), batch {report['batch_size']}, {report['dtype']}, "
+        f"{report['device']}{threads}, torch {report['versions']['torch']}",
+        f"Medians over {len(rows[0]['rounds ms']['ours'])} rounds in turn; a ratio above 1: ours "
+        "is faster.",
+        "",
+        *table(lines, right=len(head) - 2),
+    ]
+
+
+def write_trace(calls: dict[str, Calls], device: torch.device, path: Path) -> None:
+    """Run each call once more under torch's profiler and write a Chrome trace.
+
+    A range ``"conv1 forward, ours"`` encloses what each call did.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+        for what, group in calls.items():
+            for name, call in group.items():
+                with torch.profiler.record_function(f"{what}, {name}"):  # type: ignore[no-untyped-call]
+                    call()
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+    with replacing(path) as temporary:
+        profiler.export_chrome_trace(str(temporary))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

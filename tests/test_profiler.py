@@ -1,0 +1,147 @@
+"""What the profiler measures, writes and refuses, on a CPU at small sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import fastalex_kernels as kernels
+from fastalex import layer_pairs, profiler
+from fastalex.gpus import GPUS, find_gpu
+
+pytest.importorskip("matplotlib", reason="needs the packages of the extra 'figures'")
+
+SMALL = ["--batch-size", "2", "--rounds", "3", "--image-size", "67", "--no-compile"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("profile")
+    options = [*SMALL, "--layer", "pool5", "conv5", "--device", "cpu", "--output", str(folder)]
+    assert profiler.main(options) == 0
+    return folder
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "profile.json").read_text())
+    return report
+
+
+def test_every_round_of_every_pass_is_kept(small: Path) -> None:
+    report = _report(small)
+    rows = [(row["layer"], row["pass"]) for row in report["results"]]
+    passes = ("forward", "backward")
+    assert rows == [(layer, which) for layer in ("conv5", "pool5") for which in passes]
+    for row in report["results"]:
+        assert list(row["ms"]) == ["ours", "torch"]
+        for name, milliseconds in row["ms"].items():
+            assert sorted(row["rounds ms"][name])[1] == milliseconds > 0
+    assert report["versions"]["torch"] == torch.__version__
+    assert sorted(p.name for p in small.iterdir()) == ["profile.json", "profile.png", "trace.json"]
+
+
+def test_the_trace_shows_what_each_call_did(small: Path) -> None:
+    events = json.loads((small / "trace.json").read_text())["traceEvents"]
+    ranges = {e["name"]: e for e in events if e.get("cat") == "user_annotation"}
+    expected = {
+        f"{layer} {which}, {name}"
+        for layer in ("conv5", "pool5")
+        for which in ("forward", "backward")
+        for name in ("ours", "torch")
+    }
+    assert expected <= set(ranges)
+
+    def inside(name: str) -> set[str]:
+        begin, end = ranges[name]["ts"], ranges[name]["ts"] + ranges[name]["dur"]
+        return {e["name"] for e in events if e.get("cat") == "cpu_op" and begin <= e["ts"] <= end}
+
+    assert "aten::relu" in inside("conv5 forward, torch")
+    assert "aten::conv2d" in inside("conv5 forward, torch")
+    assert "aten::convolution_backward" in inside("conv5 backward, ours")
+    assert "aten::max_pool2d_with_indices" in inside("pool5 forward, torch")
+    assert "aten::conv2d" not in inside("pool5 forward, torch")
+
+
+def test_the_chart_has_a_dot_for_every_time(small: Path) -> None:
+    with Image.open(small / "profile.png") as image:
+        pixels = image.convert("RGB")
+        assert pixels.width > 1000
+        colours = {pixel for _, pixel in pixels.getcolors(1 << 24)}
+    assert {(0xC8, 0x64, 0x1E), (0x2F, 0x5D, 0x9B)} <= colours
+
+
+def test_the_table_holds_ratios_and_shares() -> None:
+    rows = [
+        {
+            "layer": layer,
+            "pass": "forward",
+            "ms": {"ours": 2.0, "torch": 5.0},
+            "floor ms": floor,
+            "rounds ms": {"ours": [2.0]},
+        }
+        for layer, floor in (("conv2", 1.5), ("pool2", None), ("net", None))
+    ]
+    report = {
+        "variant": "paper", "batch_size": 1, "dtype": "bf16", "device": "GPU", "host cpu": "CPU",
+        "threads": 1, "versions": {"torch": "2"}, "results": rows,
+    }  # fmt: skip
+    cells = [line.split() for line in profiler.describe(report)[4:]]
+    assert cells[0] == ["conv2", "forward", "2.000", "5.000", "2.50", "1.5000", "75%"]
+    assert cells[1] == ["pool2", "forward", "2.000", "5.000", "2.50", "-", "-"]
+    assert cells[3] == ["layers", "both", "4.000", "10.000", "2.50", "-", "-"]  # without the net
+
+
+def test_only_the_very_gpu_has_a_floor() -> None:
+    assert find_gpu("NVIDIA H100 80GB HBM3") is GPUS["h100"]
+    assert find_gpu("NVIDIA H100 PCIe") is None  # other clocks, another memory
+
+
+def test_the_floor_of_a_pass_counts_every_gradient() -> None:
+    pairs = layer_pairs.make_pairs(3, layer_pairs.make_nets("paper", "meta", torch.bfloat16))
+    floors = layer_pairs.pair_floors(pairs)
+    assert list(pairs) == layer_pairs.layer_names("paper")
+    conv5 = 2 * 3 * 13 * 13 * 256 * (384 // 2 * 9)
+    assert floors["conv5", "forward"].flops == conv5
+    assert floors["conv5", "backward"].flops == 2 * conv5
+    conv1 = 2 * 3 * 55 * 55 * 96 * 3 * 121
+    assert floors["conv1", "backward"].flops == conv1  # the images have no gradient
+    assert floors["fc8", "forward"].size == 2 * (3 * 4096 + 4096 * 1000 + 3 * 1000)
+
+
+def test_nothing_wrong_is_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = kernels.max_pool2d
+    monkeypatch.setattr(kernels, "max_pool2d", lambda *a: right(*a) * 1.001)
+    code = profiler.main([*SMALL, "--layer", "pool5", "--device", "cpu", "--output", str(tmp_path)])
+    output, error = capsys.readouterr()
+    assert (code, output) == (2, "")
+    assert "profiler: error: pool5: output is 1.0e-03 away from float64" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layer", "conv9"], "--layer conv9: expected some of conv1, pool1, conv2,"),
+        (["--batch-size", "0"], "argument --batch-size: expected a whole number of at least 1"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    ],
+)
+def test_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = profiler.main([*options, "--output", str(tmp_path / "new")])
+    except SystemExit as end:
+        code = int(str(end.code))
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
