@@ -94,6 +94,22 @@ def test_float32(layer: str, target: str) -> None:
     _check(target, _made(target, layer, 128, torch.float32))
 
 
+@pytest.mark.parametrize("layer", ["conv2", "conv4", "fc6"])
+@pytest.mark.parametrize("target", ["sm_80"])
+def test_small_batch(layer: str, target: str) -> None:
+    """Tiles of several pixels, whose rows are masked."""
+    _check(target, _made(target, layer, 32, torch.bfloat16))
+
+
+@pytest.mark.parametrize("target", ["sm_90"])
+@pytest.mark.parametrize("layer", ["fc6"])
+def test_dropout_inside_a_product(layer: str, target: str) -> None:
+    """A large batch fills the GPU without a split, and the product draws the mask itself."""
+    made = _made(target, layer, 1024, torch.bfloat16)
+    _check(target, made)
+    assert any(launch.kwargs.get("DROPOUT") and launch.kwargs["SPLIT"] == 1 for launch, _ in made)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_batch_1(layer: str) -> None:
     """An integer argument that equals 1 is a constant to Triton, and not a tensor."""
