@@ -14,8 +14,9 @@ from fastalex.checkpoint import replacing
 from fastalex.cost import Floor
 from fastalex.provenance import device_name, provenance, results_name
 
-from ._timing import Rates, Times, rate
+from ._timing import Images, Rates, Times, rate
 
+UNITS = ("GFLOP/s", "GB/s", "images/s")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -26,7 +27,9 @@ class Report:
     rates: Rates | None  # None on a CPU
     themes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
-    def add(self, benchmark: Any, theme: str, times: Times | None, work: Floor, **row: Any) -> None:
+    def add(
+        self, benchmark: Any, theme: str, times: Times | None, work: Floor | Images, **row: Any
+    ) -> None:
         """Add a comparison to the report and to the benchmark's ``extra_info``.
 
         Args:
@@ -39,7 +42,7 @@ class Report:
         unit, speed = rate(work, ours)
         row |= {"device": device_name(device()), "ours ms": ours * 1e3, "theirs ms": theirs * 1e3}
         row |= {"ratio": theirs / ours, unit: speed}
-        if self.rates is not None:
+        if self.rates is not None and isinstance(work, Floor):
             row["share of floor"] = self.rates.floor(work) / ours
         benchmark.extra_info.update(row)
         rounds = {"ours": times.ours, "theirs": times.theirs}
@@ -49,13 +52,13 @@ class Report:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Our time beside the other's, a line for each comparison."""
-    titles = f"{'layer':<12}{'direction':<10}{'against':<10}{'ours ms':>10}{'theirs ms':>11}"
+    titles = f"{'layer':<12}{'direction':<10}{'against':<12}{'ours ms':>10}{'theirs ms':>11}"
     lines = [f"{titles}{'ratio':>7}  ours at"]
     for row in rows:
-        speed = next(f"{row[unit]:,.1f} {unit}" for unit in ("GFLOP/s", "GB/s") if unit in row)
+        speed = next(f"{row[unit]:,.1f} {unit}" for unit in UNITS if unit in row)
         share = f", {row['share of floor']:.0%} of the floor" if "share of floor" in row else ""
         lines.append(
-            f"{row['layer']:<12}{row['direction']:<10}{row['against']:<10}"
+            f"{row['layer']:<12}{row['direction']:<10}{row['against']:<12}"
             f"{row['ours ms']:>10.3f}{row['theirs ms']:>11.3f}{row['ratio']:>7.2f}  {speed}{share}"
         )
     return lines

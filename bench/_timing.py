@@ -27,11 +27,16 @@ class Times:
 
 
 def take_turns(
-    benchmark: Any, ours: Callable[[], object], theirs: Callable[[], object], rounds: int
+    benchmark: Any,
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    rounds: int,
+    clock: Callable[[], float] = clock,
 ) -> Times | None:
     """Time ``theirs``, ``ours``, ``theirs``, ... so that a busy spell of the machine hits both.
 
-    pytest-benchmark times ``ours``; its setup, which it does not time, times ``theirs``.
+    pytest-benchmark times ``ours`` by its timer; its setup, which it does not time, times
+    ``theirs`` by ``clock``, which is to be the same.
 
     Returns:
         The times, or None under --benchmark-disable.
@@ -54,8 +59,17 @@ def take_turns(
     return Times(list(benchmark.stats.stats.data), their_times)
 
 
-def rate(work: Floor, seconds: float) -> tuple[str, float]:
-    """Unit and value: GFLOP/s of products, GB/s of what has none."""
+@dataclass(frozen=True)
+class Images:
+    """The work of a call that is measured in images alone."""
+
+    count: int
+
+
+def rate(work: Floor | Images, seconds: float) -> tuple[str, float]:
+    """Unit and value: GFLOP/s of products, GB/s of what has none; images/s of images."""
+    if isinstance(work, Images):
+        return "images/s", work.count / seconds
     if work.flops:
         return "GFLOP/s", work.flops / seconds / 1e9
     return "GB/s", work.size / seconds / 1e9

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastalex import resume
 from fastalex.ablations import ABLATIONS, LOSSES, edit
 from fastalex.checkpoint import load_model, replacing
 from fastalex.command_line import Parser, guarded
 from fastalex.evaluate import table
+from fastalex.options import parse_arguments
 from fastalex.published import is_imagenet
+from fastalex.recipes import NO_RECIPE, RECIPES
 from fastalex.variants import VARIANTS
 
 WHOLE, HALF = "whole", "half"
@@ -40,7 +43,8 @@ def _parser() -> Parser:
         prog="python -m fastalex.ablate",
         usage="%(prog)s [--set NAME ...] [--output DIR] [options of fastalex.train]",
         description="Train the whole net and edited ones, one after the other, and print what each "
-        "edit cost beside what was published. The same command again skips those finished.",
+        "edit cost beside what was published. The same command again skips those finished "
+        "and goes on with one that was stopped.",
         epilog="Every other option is passed to fastalex.train.",
         allow_abbrev=False,
     )
@@ -52,7 +56,9 @@ def _parser() -> Parser:
         metavar="NAME",
         help=f"among {', '.join((*ABLATIONS, HALF))} (default: {' '.join(_DEFAULT)})",
     )
-    parser.add_argument("--variant", choices=tuple(VARIANTS), default="paper")
+    parser.add_argument(
+        "--variant", choices=tuple(VARIANTS), help="default: that of --recipe, or paper"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("runs/ablate"), metavar="DIR", help="%(default)s"
     )
@@ -64,19 +70,21 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         if option in rest:
             raise ValueError(f"{option}: name what to take out with --set")
     names = [WHOLE, *dict.fromkeys(options.set)]
+    recipe = parse_arguments(rest)["recipe"]  # ends here where training would refuse them
+    variant = options.variant or RECIPES.get(recipe, NO_RECIPE).variant
     for name in options.set:  # refuse what the variant lacks before anything is trained
-        edit(VARIANTS[options.variant], () if name == HALF else (name,), name == HALF)
-    _claim(options.output, ["--variant", options.variant, *rest])
+        edit(VARIANTS[variant], () if name == HALF else (name,), name == HALF)
+    training = ["--variant", variant, *rest]
+    _claim(options.output, training)
     for number, name in enumerate(names, 1):
         folder = options.output / name
         if _status(folder) == "finished":
             print(f"{number}/{len(names)} {name}: finished before", flush=True)
             continue
         print(f"{number}/{len(names)} {name}", flush=True)
-        if folder.exists():  # a run of ours that was stopped
-            shutil.rmtree(folder)
-        code = _train(name, folder, ["--variant", options.variant, *rest])
+        code = _train(name, folder, training)
         if code:
+            _forget(options.output)
             print(f"ablate: error: training {name} ended with code {code}", file=sys.stderr)
             return code
     print()
@@ -110,13 +118,38 @@ def _status(folder: Path) -> str | None:
         return None
 
 
+def _forget(output: Path) -> None:
+    """Take back ``_claim`` where no training began, so that other options can be given."""
+    if [path.name for path in output.iterdir()] == [_PLAN]:
+        (output / _PLAN).unlink()
+        output.rmdir()
+
+
 def _train(name: str, folder: Path, arguments: list[str]) -> int:
-    command = [sys.executable, "-m", "fastalex.train", *arguments, "--output", str(folder)]
-    if name == HALF:
-        command.append("--half")
-    elif name != WHOLE:
-        command += ["--without", name]
+    """Train one net in ``folder``, or go on where a run there was stopped; the exit code."""
+    command = [sys.executable, "-m", "fastalex.train"]
+    if _goes_on(folder):
+        command += ["--resume", str(folder)]
+    else:
+        command += [*arguments, "--output", str(folder)]
+        if name == HALF:
+            command.append("--half")
+        elif name != WHOLE:
+            command += ["--without", name]
     return subprocess.run(command, check=False).returncode
+
+
+def _goes_on(folder: Path) -> bool:
+    """Whether there is a run in ``folder`` to go on with; what is no use is removed."""
+    if not folder.exists():
+        return False
+    try:
+        resume.find(folder)
+    except ValueError as error:
+        print(f"ablate: warning: {error}; it begins anew", file=sys.stderr)
+        shutil.rmtree(folder)
+        return False
+    return True
 
 
 def report(output: Path, names: Sequence[str]) -> list[str]:

@@ -14,17 +14,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fastalex.data.normalization import MeanImage
 from fastalex.model import AlexNet
 
 FORMAT = "fastalex-weights-1"
+MEAN_IMAGE = "normalization.mean_image"  # a tensor beside the weights, in the same file
 
 
 def save_weights(
-    path: Path | str, state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
+    path: Path | str,
+    state_dict: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, Any],
+    mean_image: MeanImage | None = None,
 ) -> None:
     """Write weights atomically: after a crash ``path`` holds the old file or the new one, whole.
 
@@ -33,11 +40,15 @@ def save_weights(
         state_dict: the whole net's tensors with torch's shapes, on any device.
         metadata: whatever JSON can hold; ``load_model`` needs ``variant``, ``num_classes`` and
             ``dropout``.
+        mean_image: of the normalization in ``metadata``, if it has one.
 
     Raises:
         OSError: where the file can't be written.
     """
-    write_tensors(path, state_dict, FORMAT, metadata)
+    tensors = dict(state_dict)
+    if mean_image is not None:
+        tensors[MEAN_IMAGE] = torch.from_numpy(mean_image.pixels)
+    write_tensors(path, tensors, FORMAT, metadata)
 
 
 def write_tensors(
@@ -129,7 +140,24 @@ def load_weights(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
     Raises:
         ValueError: where the file is missing, damaged, or not fastalex's.
     """
-    return read_tensors(path, FORMAT)
+    tensors, metadata = read_tensors(path, FORMAT)
+    tensors.pop(MEAN_IMAGE, None)
+    return tensors, metadata
+
+
+def load_mean_image(path: Path | str) -> npt.NDArray[np.float32] | None:
+    """What a net subtracts from its images, float32 [D, D, 3]; None where it is no image.
+
+    Its checksum is in the metadata, as ``normalization``.
+
+    Raises:
+        ValueError: where the file is missing, damaged, or not fastalex's.
+    """
+    with _opened(path) as file:
+        if MEAN_IMAGE not in file.keys():  # noqa: SIM118
+            return None
+        pixels: npt.NDArray[np.float32] = file.get_tensor(MEAN_IMAGE).numpy()
+        return pixels
 
 
 def read_tensors(

@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 import torch
 
-REFUSED, INTERRUPTED = 2, 130  # exit codes
+from fastalex import interrupts
+from fastalex.interrupts import INTERRUPTED
+
+REFUSED = 2  # exit code
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that answers a wrong command line with one line."""
+    """An argparse parser that answers a wrong command line with one line.
+
+    Of torchrun's processes only the first says it. ``prog`` is ``python -m fastalex.NAME``.
+    """
 
     def error(self, message: str) -> NoReturn:
-        self.exit(REFUSED, f"{self.prog}: error: {message} (--help lists the options)\n")
+        if os.environ.get("RANK", "0") == "0":
+            name = self.prog.removeprefix("python -m fastalex.")
+            print(f"{name}: error: {message} (--help lists the options)", file=sys.stderr)
+        raise SystemExit(REFUSED)
 
 
-def at_least_one(text: str) -> int:
-    """An argument that is a whole number from 1 on."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from ``least`` to ``most``, both included."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least or (most is not None and value > most):
+            limit = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"expected a whole number {limit}, got {text!r}")
+        return value
+
+    return convert
 
 
 def guarded(name: str, command: Callable[[], int], nothing: str = "nothing was written") -> int:
@@ -35,21 +50,27 @@ def guarded(name: str, command: Callable[[], int], nothing: str = "nothing was w
 
     Args:
         name: of the program, in front of the line.
-        command: returns the exit code.
+        command: returns the exit code. The text of a KeyboardInterrupt that it raises is the line.
         nothing: what an interruption leaves behind.
 
     Returns:
-        The command's exit code; 2 where it raised ValueError or OSError or ran out of GPU memory,
-        130 after Ctrl-C.
+        The command's exit code; 0 where the reader of its output had enough; 2 where it raised
+        ValueError or OSError or ran out of GPU memory; 130 after Ctrl-C.
     """
     try:
-        return command()
+        interrupts.raise_again()
+        code = command()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return REFUSED
     except torch.OutOfMemoryError:
         print(f"{name}: error: out of GPU memory, try a smaller --batch-size", file=sys.stderr)
         return REFUSED
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted, {nothing}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"{name}: {str(stop) or f'interrupted, {nothing}'}", file=sys.stderr)
         return INTERRUPTED

@@ -23,6 +23,7 @@ RESUMABLE = ("data", "workers", "log_every", "checkpoint_every", "keep_checkpoin
 # What an option takes that is not given, where neither recipe nor data have a say.
 _PLAIN = {
     "precision": "float32",
+    "color_noise": "published",
     "seed": 0,
     "log_every": 10,
     "keep_checkpoints": 2,
@@ -89,6 +90,7 @@ class Settings:
     lr_patience: int
     lr_max_drops: int | None
     augmentation: str
+    color_noise: str
     normalization: str
     precision: str
     fused_update: bool
@@ -125,6 +127,11 @@ class Settings:
                     f"add --schedule {' or '.join(schedules)}"
                 )
         values.update(_execution(given, values["precision"], device_type))
+        if "color_noise" in given and values["augmentation"] != "full":
+            raise ValueError(
+                f"--color-noise has no part in the augmentation {values['augmentation']}: leave it "
+                "out, or add --augmentation full"
+            )
         return cls(**values)
 
     def resumed(self, arguments: Mapping[str, Any]) -> Settings:

@@ -14,8 +14,9 @@ from fastalex._version import __version__
 from fastalex.checkpoint import save_weights
 from fastalex.config import Settings
 from fastalex.curves import Curves
-from fastalex.data import Batch, Batches, DataError, ImageSource, open_sources
+from fastalex.data import Batch, Batches, DataError, ImageSource, color_noise, open_sources
 from fastalex.fused_update import fuse_updates, lay_out
+from fastalex.graph import Compute, Graphed
 from fastalex.launch import TrainingError
 from fastalex.meter import Meter
 from fastalex.model import AlexNet
@@ -130,6 +131,10 @@ class Trainer:
             fuse_updates(self.model, self.optimizer, product_dtype(settings.precision))
         if speeds is not None:
             set_velocities(self.model, self.optimizer, team.parts(self.model, speeds))
+        self.compute: Compute = self._compute
+        # The exchange between towers waits for the other process, which no graph can hold.
+        if settings.cuda_graph and team.device.type == "cuda" and team.towers == 1:
+            self.compute = Graphed(self._compute, team.device)
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, as ``_state`` returned it; from the beginning where it is empty."""
@@ -197,6 +202,8 @@ class Trainer:
             replicas=self.team.replicas,
             workers=settings.workers,
             augmentation=settings.augmentation,
+            device=self.team.device,
+            noise=color_noise(source, settings.color_noise),
         )
 
     def run(self) -> None:
@@ -231,7 +238,7 @@ class Trainer:
         self.meter.start()
         every = self.settings.checkpoint_every
         batches = self.train_batches.epoch(self.epoch - 1, self.batch)
-        for batch in fetch(batches, self.meter.waiting):
+        for batch in fetch(batches, self.team.device, self.meter.waiting):
             self._train_step(batch)
             self.batch += 1
             last = self.step == self.steps
@@ -256,16 +263,9 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> None:
         self.step += 1
-        device = self.team.device
-        images, labels = batch.images.to(device), batch.labels.to(device)
         set_learning_rate(self.optimizer, self.schedule.rate(self.step))
         self.model.seed_dropout(self.settings.seed, self.step)
-        with autocast(self.settings.precision, device):
-            logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        self.optimizer.zero_grad()
-        with nvtx_range("backward"):
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        loss = self.compute(batch.labels, *batch.pixels)
         self.team.reduce_gradients(self.model)
         self.scaler.unscale_(self.optimizer)
         if self._reports(self.step == self.steps):
@@ -273,7 +273,17 @@ class Trainer:
         with nvtx_range("optimizer"):
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.unread.append((loss.detach(), batch.indices))
+        self.unread.append((loss, batch.indices))
+
+    def _compute(self, labels: torch.Tensor, *pixels: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch, and its gradients: the part of a step that a graph can hold."""
+        with autocast(self.settings.precision, self.team.device):
+            logits = self.model(self.train_batches.augment(*pixels))
+        loss = F.cross_entropy(logits.float(), labels)
+        self.optimizer.zero_grad()
+        with nvtx_range("backward"):
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def _read_losses(self) -> None:
         """Take in the losses of the steps since the last reading, over all replicas.
@@ -373,7 +383,8 @@ class Trainer:
         weights = self.team.weights(self.model)
         if not self.team.leads:
             return
-        save_weights(self.folder.weights, weights, self._metadata(accuracy))
+        image = self.plan.normalization.mean_image
+        save_weights(self.folder.weights, weights, self._metadata(accuracy), image)
         if best:
             self.folder.keep_best()
         if self.curves is not None:

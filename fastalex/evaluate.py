@@ -12,7 +12,7 @@ from typing import Any
 
 from fastalex.ablations import split_name
 from fastalex.checkpoint import replacing
-from fastalex.command_line import Parser, at_least_one, guarded
+from fastalex.command_line import Parser, guarded, whole_number
 from fastalex.data import ImageSource
 from fastalex.evaluation import CROPS, TOP, Ensemble, Scores, evaluate, open_validation
 from fastalex.published import RESULTS, Published, is_imagenet
@@ -72,14 +72,14 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--batch-size",
-        type=at_least_one,
+        type=whole_number(1),
         default=64,
         metavar="N",
         help="images in a pass through the net (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
-        type=at_least_one,
+        type=whole_number(1),
         default=1,
         metavar="N",
         help="threads that read images ahead (default: %(default)s)",

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from fastalex.checkpoint import load_model
+from fastalex.checkpoint import load_mean_image, load_model
 from fastalex.data import (
     VAL_COUNT,
     FolderImages,
@@ -27,6 +27,7 @@ from fastalex.data import (
     decode_size,
     open_sources,
 )
+from fastalex.data.augment import Augment
 from fastalex.data.background import map_ahead
 from fastalex.data.base import Pixels
 from fastalex.data.decode import read_image, try_read
@@ -69,6 +70,9 @@ class Ensemble:
         self.device = next(first.model.parameters()).device
         for other in self.members[1:]:
             self._check_alike(first, other)
+        self._augments = [
+            Augment(member.normalization, self.image_size, self.device) for member in self.members
+        ]
 
     @classmethod
     def load(cls, paths: Sequence[Path], device: torch.device | None = None) -> Ensemble:
@@ -98,9 +102,11 @@ class Ensemble:
         Source: P§4.1.
         """
         total = torch.zeros(len(pixels), len(self.classes), dtype=torch.float64)
-        for member in self.members:
-            images = self._normalized(pixels, member.normalization)
-            for crop in cut_crops(images, self.image_size, crops):
+        images = torch.from_numpy(pixels).to(self.device)
+        places = crop_places(images.shape[1] - self.image_size, crops)
+        for member, augment in zip(self.members, self._augments, strict=True):
+            for place in places:
+                crop = _cut(augment, images, *place)
                 softmax = member.model(crop).double().softmax(1)
                 if not bool(softmax.isfinite().all()):
                     raise ValueError(f"{member.path}: its net's output is not finite")
@@ -120,21 +126,13 @@ class Ensemble:
         Source: P§6.1.
         """
         member = self.members[0]
-        images = self._normalized(pixels, member.normalization)
-        (crop,) = cut_crops(images, self.image_size, 1)
+        images = torch.from_numpy(pixels).to(self.device)
+        (place,) = crop_places(images.shape[1] - self.image_size, 1)
+        crop = _cut(self._augments[0], images, *place)
         model = member.model
         maps = model.avgpool(model.features(crop)).flatten(1)
         hidden: torch.Tensor = model.classifier[:-1](maps)
         return hidden.float().cpu()
-
-    def _normalized(self, pixels: Pixels, normalization: Normalization) -> torch.Tensor:
-        """float32 [n, 3, D, D] on the nets' device."""
-        images = torch.from_numpy(pixels).to(self.device).to(torch.float32)
-        mean, std = (
-            torch.tensor(values, device=self.device)
-            for values in (normalization.mean, normalization.std)
-        )
-        return images.sub_(mean).div_(std).permute(0, 3, 1, 2)
 
     @staticmethod
     def _check_alike(first: Member, other: Member) -> None:
@@ -155,22 +153,32 @@ def _load(path: Path, device: torch.device) -> Member:
         if key not in metadata:
             raise ValueError(f"{path}: its metadata lack {key!r}")
     try:
-        normalization = Normalization.from_dict(metadata["normalization"])
+        normalization = Normalization.from_dict(metadata["normalization"], load_mean_image(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return Member(path, model.to(device), metadata, normalization)
 
 
-def cut_crops(images: torch.Tensor, size: int, crops: int) -> Iterator[torch.Tensor]:
+def _cut(
+    augment: Augment, images: torch.Tensor, top: int, left: int, mirrored: bool
+) -> torch.Tensor:
+    """The same crop of every image, normalised: float32 [n, 3, size, size]."""
+    count = (len(images),)
+    tops, lefts, mirrors = (
+        images.new_full(count, v, dtype=torch.int32) for v in (top, left, mirrored)
+    )
+    return augment(images, tops, lefts, mirrors.bool())
+
+
+def crop_places(spare: int, crops: int) -> list[tuple[int, int, bool]]:
     """The centre, or the four corners, the centre, and the mirror image of each.
 
     Args:
-        images: [n, 3, D, D].
-        size: side of a crop, at most D.
+        spare: by how many pixels an image is larger than a crop.
         crops: 1 or 10.
 
     Returns:
-        Views or copies [n, 3, size, size], ``crops`` of them.
+        Of each crop the first row, the first column, and whether it is mirrored left to right.
 
     Raises:
         ValueError: for another number of crops.
@@ -179,14 +187,11 @@ def cut_crops(images: torch.Tensor, size: int, crops: int) -> Iterator[torch.Ten
     """
     if crops not in CROPS:
         raise ValueError(f"crops: expected 1 or 10, got {crops!r}")
-    spare = images.shape[2] - size
     middle = (spare // 2, spare // 2)
-    places = [(0, 0), (0, spare), (spare, 0), (spare, spare), middle] if crops == 10 else [middle]
-    for top, left in places:
-        crop = images[:, :, top : top + size, left : left + size]
-        yield crop
-        if crops == 10:
-            yield crop.flip(3)
+    if crops == 1:
+        return [(*middle, False)]
+    places = [(0, 0), (0, spare), (spare, 0), (spare, spare), middle]
+    return [(*place, mirrored) for place in places for mirrored in (False, True)]
 
 
 def rank_classes(probabilities: torch.Tensor, top: int = TOP) -> Labels:
@@ -345,7 +350,7 @@ def open_training(data: Path | None, ensemble: Ensemble) -> ImageSource:
     if _is_folder(data, "train"):
         _check_classes(data / "train", class_folders(data / "train"), classes)
         return FolderImages(data / "train", classes, unreadable=[])
-    source, _ = open_sources(data, 0, size)
+    source, _ = open_sources(data, 0, size, quiet=True)  # `open_validation` said what there is
     _check_classes(data, source.classes, classes)
     return source
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fastalex import drawing
-from fastalex.command_line import Parser, at_least_one, guarded
+from fastalex.command_line import Parser, guarded, whole_number
 from fastalex.data import ImageSource, decode_size
 from fastalex.data.base import Pixels
 from fastalex.evaluate import report_unreadable
@@ -73,7 +73,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--gallery",
-        type=at_least_one,
+        type=whole_number(1),
         default=2000,
         metavar="N",
         help="training images, drawn at random, among which neighbours are sought (default: "

@@ -2,6 +2,13 @@
 
 Peaks are the makers' figures for dense products; the rates are what a well-written kernel is
 assumed to reach of them, the same shares for every GPU whose rates nobody has reported to us.
+
+Makers print some figures otherwise than they stand here. NVIDIA's sheets for HGX B200 and the
+RTX 5090 give products with 2:4 sparsity, twice the dense ones, and for GeForce with float16 sums,
+twice those with the float32 sums of these kernels: 838 TFLOP/s become 209.5. NVIDIA's first sheets
+for B200 said 8 TB/s, the present one says 7.7; 148 processors stand in others' listings of it, not
+in the sheet. Each peak is processors x operations a cycle at the clock its maker prints (B200, for
+which none is printed: 1.86 GHz).
 """
 
 from __future__ import annotations
@@ -64,16 +71,16 @@ GPUS = {
         164 << 10, 2048, "NVIDIA A100 80GB data sheet; Ampere architecture white paper, table 4",
     ),
     "b200": GPU(
-        "NVIDIA B200", "sm_100", 148, 8192, _peaks(2250.0, 75.0), 8.0, 1800.0, 7.0,
-        228 << 10, 2048, "NVIDIA HGX B200 data sheet; Blackwell tuning guide",
+        "NVIDIA B200", "sm_100", 148, 8192, _peaks(2250.0, 75.0), 7.7, 1800.0, 6.9,
+        228 << 10, 2048, "NVIDIA HGX platform data sheet, HGX B200; CUDA Blackwell tuning guide",
     ),
     "rtx5090": GPU(
         "NVIDIA GeForce RTX 5090", "sm_120", 170, 512, _peaks(209.5, 104.8), 1.792, 168.0, 1.6,
-        100 << 10, 1536, "NVIDIA RTX Blackwell GPU Architecture white paper, table 3",
+        100 << 10, 1536, "NVIDIA RTX Blackwell GPU Architecture white paper, appendix A",
     ),
     "mi300x": GPU(
         "AMD Instinct MI300X", "gfx942", 304, 2048, _peaks(1307.4, 163.4), 5.3, 1050.0, 4.7,
-        64 << 10, 2048, "AMD Instinct MI300X data sheet; CDNA 3 instruction set architecture",
+        64 << 10, 2048, "AMD Instinct MI300X data sheet; ROCm docs, MI300 microarchitecture",
     ),
 }  # fmt: skip
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastalex import ablations
 from fastalex._version import __version__
+from fastalex.command_line import Parser, whole_number
 from fastalex.config import DEFAULTS, PRECISIONS
-from fastalex.data.augment import AUGMENTATIONS
-from fastalex.data.base import NORMALIZATIONS
+from fastalex.data.augment import AUGMENTATIONS, COLOR_NOISES
+from fastalex.data.normalization import NORMALIZATIONS
 from fastalex.recipes import (
     INITIALISATIONS,
     MOMENTUM_RULES,
@@ -24,14 +23,6 @@ from fastalex.recipes import (
     SCHEDULES,
 )
 from fastalex.variants import VARIANTS
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of the whole usage, and from one of torchrun's processes only."""
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train: error: {message} (--help lists the options)", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -47,8 +38,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return ablations.apply_arguments(options, options["variant"] or recipe.variant)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m fastalex.train",
         usage="%(prog)s [--gpus {1,2}] [--data DIR] [--recipe NAME | --resume RUN] [options]",
         description="Train the AlexNet of 2012 on one GPU or, its two towers apart, on two; "
@@ -79,13 +70,13 @@ def _add_processes(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--threads",
-        type=_integer(1),
+        type=whole_number(1),
         metavar="N",
         help="CPU threads of each process (default: the cores shared out)",
     )
     group.add_argument(
         "--workers",
-        type=_integer(0),
+        type=whole_number(0),
         metavar="N",
         help=f"threads that load batches ahead ({_by_data('workers')})",
     )
@@ -113,13 +104,13 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--image-size",
-        type=_integer(1),
+        type=whole_number(1),
         metavar="PIXELS",
         help=f"side of the images the net gets ({_by_data('image_size')})",
     )
     group.add_argument(
         "--batch-size",
-        type=_integer(1),
+        type=whole_number(1),
         metavar="N",
         help=f"images in a step, over all processes ({_by_data('batch_size')})",
     )
@@ -127,6 +118,11 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "--augmentation",
         choices=tuple(AUGMENTATIONS),
         help=_choices(AUGMENTATIONS, NO_RECIPE.augmentation),
+    )
+    group.add_argument(
+        "--color-noise",
+        choices=tuple(COLOR_NOISES),
+        help=f"where --augmentation full has its numbers from: {_choices(COLOR_NOISES)}",
     )
     group.add_argument(
         "--normalization",
@@ -165,12 +161,12 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--epochs",
-        type=_integer(1),
+        type=whole_number(1),
         metavar="N",
         help=f"passes over the training images ({_by_data('epochs')})",
     )
     group.add_argument(
-        "--max-steps", type=_integer(1), metavar="N", help="stop after this many steps"
+        "--max-steps", type=whole_number(1), metavar="N", help="stop after this many steps"
     )
     group.add_argument(
         "--momentum",
@@ -208,7 +204,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--seed",
-        type=_integer(0, 2**63 - 1),
+        type=whole_number(0, 2**63 - 1),
         metavar="N",
         help="decides weights, order, crops, colours and dropout, the same for one process and "
         "for two (default: 0)",
@@ -252,14 +248,14 @@ def _add_schedule(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--lr-patience",
-        type=_integer(1),
+        type=whole_number(1),
         metavar="EPOCHS",
         help="epochs without a better validation error before a plateau's drop (default: "
         f"{NO_RECIPE.lr_patience})",
     )
     group.add_argument(
         "--lr-max-drops",
-        type=_integer(0),
+        type=whole_number(0),
         metavar="N",
         help="most drops that plateaus cause (default: no limit)",
     )
@@ -286,19 +282,19 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--checkpoint-every",
-        type=_integer(1),
+        type=whole_number(1),
         metavar="STEPS",
         help="steps between two checkpoints, besides those at the end of each epoch",
     )
     group.add_argument(
         "--keep-checkpoints",
-        type=_integer(0),
+        type=whole_number(0),
         metavar="N",
         help="newest checkpoints that stay; 0 writes none (default: 2)",
     )
     group.add_argument(
         "--log-every",
-        type=_integer(1),
+        type=whole_number(1),
         metavar="STEPS",
         help="steps between two records in metrics.jsonl (default: 10)",
     )
@@ -322,20 +318,6 @@ def _by_data(name: str) -> str:
         gpu, cpu = (getattr(DEFAULTS[folder, device], name) for device in ("cuda", "cpu"))
         texts.append(f"{gpu} {where}" if gpu == cpu else f"{where} {gpu} on a GPU, {cpu} on a CPU")
     return f"default: {'; '.join(texts)}"
-
-
-def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or value < least or (most is not None and value > most):
-            limit = f"of at least {least}" if most is None else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"expected a whole number {limit}, got {text!r}")
-        return value
-
-    return convert
 
 
 def _number(least: float, below: float = math.inf, above: bool = False) -> Callable[[str], float]:

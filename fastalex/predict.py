@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastalex.command_line import REFUSED, Parser, at_least_one, guarded
+from fastalex.command_line import REFUSED, Parser, guarded, whole_number
 from fastalex.data import decode_size
 from fastalex.evaluation import CROPS, TOP, Ensemble, rank_classes, read_files
-
-_BATCH = 32
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +44,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--top",
-        type=at_least_one,
+        type=whole_number(1),
         default=TOP,
         metavar="N",
         help="classes printed for each image (default: %(default)s)",
@@ -58,6 +56,13 @@ def _parser() -> Parser:
         default=10,
         help="of each image, averaged: 1 is the centre, 10 the paper's (default: %(default)s)",
     )
+    parser.add_argument(
+        "--batch-size",
+        type=whole_number(1),
+        default=32,
+        metavar="N",
+        help="images in a pass through the net (default: %(default)s)",
+    )
     return parser
 
 
@@ -65,8 +70,8 @@ def _run(options: argparse.Namespace) -> int:
     ensemble = Ensemble.load(options.weights)
     width = max(map(len, ensemble.classes))
     code = 0
-    for start in range(0, len(options.images), _BATCH):
-        paths = options.images[start : start + _BATCH]
+    for start in range(0, len(options.images), options.batch_size):
+        paths = options.images[start : start + options.batch_size]
         read = list(read_files(paths, decode_size(ensemble.image_size)))
         good = [pixels for pixels in read if not isinstance(pixels, str)]
         rows: Iterator[torch.Tensor] = iter(())

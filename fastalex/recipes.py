@@ -88,7 +88,7 @@ RECIPES: dict[str, Recipe] = {
         lr_patience=5,  # ours: the authors judged by eye
         lr_max_drops=3,  # P§5, "reduced three times prior to termination"
         augmentation="full",  # P§4.1
-        normalization="mean",  # P§2: mean subtracted, raw pixels otherwise
+        normalization="mean-image",  # P§2: mean subtracted from each pixel, raw otherwise
     ),
     "source2012": Recipe(
         variant="source2012",
@@ -107,7 +107,7 @@ RECIPES: dict[str, Recipe] = {
         lr_gamma=0.1,  # the log
         lr_drop=(25 / 90, 51 / 90, 79 / 90),  # the log: epochs 25, 51 and 79
         augmentation="full",  # the log: "color noise ... from 0.1"
-        normalization="mean",  # S:convdata_jpeg.py, subtract_mean()
+        normalization="mean-centre",  # S:convdata_jpeg.py, data_mean_crop
     ),
     "caffe": Recipe(
         variant="caffe",
@@ -125,7 +125,7 @@ RECIPES: dict[str, Recipe] = {
         lr_gamma=0.1,  # C:solver.prototxt
         lr_step=100_000 / 450_000,  # C:solver.prototxt, stepsize of max_iter
         augmentation="crop",  # C:train_val.prototxt, mirror and crop_size 227
-        normalization="mean",  # C:train_val.prototxt, mean_file
+        normalization="mean-image",  # C:train_val.prototxt, mean_file
     ),
     "torchvision": Recipe(
         variant="owt",
@@ -142,7 +142,7 @@ RECIPES: dict[str, Recipe] = {
         schedule="step",  # T:imagenet/main.py
         lr_gamma=0.1,  # T:imagenet/main.py
         lr_step=30 / 90,  # T:imagenet/main.py: every 30 epochs
-        augmentation="crop",  # the nearest to T:imagenet/main.py, which scales its crops too
+        augmentation="resized",  # T:imagenet/main.py, RandomResizedCrop and a flip
         normalization="imagenet",  # T:imagenet/main.py
     ),
 }

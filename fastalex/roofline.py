@@ -10,12 +10,11 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import triton
@@ -23,45 +22,35 @@ from torch import nn
 from tqdm import tqdm
 
 from fastalex import cost, offline
+from fastalex.command_line import Parser, guarded
 from fastalex.gpus import GPU, GPUS
 from fastalex.inspection import Row, inspect
 from fastalex.recorded_step import Step, record_step
 from fastalex.variants import VARIANTS
 from fastalex_kernels._launch import interpreted
 
-_REFUSED = 2
 _NAMES = 34  # characters for the names of torch's operators
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of the whole usage."""
-        print(f"roofline: error: {message} (--help lists the options)", file=sys.stderr)
-        raise SystemExit(_REFUSED)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-    try:
-        _check(options)
-        if options.sass:
-            print(machine_code(options))
-            return 0
-        report = make_report(options)
-    except ValueError as error:
-        print(f"roofline: error: {error}", file=sys.stderr)
-        return _REFUSED
-    except KeyboardInterrupt:
-        print("roofline: interrupted", file=sys.stderr)
-        return 130
+    return guarded("roofline", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    _check(options)
+    if options.sass:
+        print(machine_code(options))
+        return 0
+    report = make_report(options)
     print(json.dumps(report, indent=1) if options.json else "\n".join(describe(report)))
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m fastalex.roofline",
         description="Compile every launch of a step of AlexNet for a GPU that need not be here, "
         "and print what its machine code says, beside the least that the step can take.",
@@ -373,9 +362,4 @@ def machine_code(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    # As with python -m: a pipe that closes early is no error of ours.
-    try:
-        sys.exit(main())
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    sys.exit(main())

@@ -25,7 +25,7 @@ class Team:
         self.device = torch.device("cpu")
         if world.device_type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.replicas = world.replicas
+        self.replicas, self.towers = world.replicas, world.towers
         self.stopwatch = Stopwatch()
         self._mesh = None
         if world.processes > 1:

@@ -11,10 +11,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastalex import engine, launch, resume
+from fastalex import engine, interrupts, launch, resume
 from fastalex.config import Settings
 from fastalex.curves import check_tensorboard
-from fastalex.data import DataError, ImageSource, Normalization, decode_size, open_sources
+from fastalex.data import (
+    DataError,
+    ImageSource,
+    MeanImage,
+    Normalization,
+    color_noise,
+    decode_size,
+    mean_image,
+    open_sources,
+)
+from fastalex.data.normalization import MEAN_IMAGES
 from fastalex.launch import Interrupted, TrainingError, WorkerFailed, World
 from fastalex.model import AlexNet
 from fastalex.options import parse_arguments
@@ -36,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse_arguments(arguments)
     try:
+        interrupts.raise_again()
         start = _find_start(options)
         if start is not None and start.finished:
             return _finished(start)
@@ -98,12 +109,14 @@ def prepare(options: Mapping[str, Any], world: World, start: Start | None = None
             f"--image-size {settings.image_size}: variant {settings.variant} needs at least "
             f"{smallest}"
         )
+    color_noise(train, settings.color_noise)  # raises what can't be
+    side = decode_size(settings.image_size)
+    image = mean_image(train, settings.normalization, side)
     if start is None or start.path is None:
-        measured = Normalization.measure(train, decode_size(settings.image_size))
-        scale = measured.scaled(settings.normalization)
+        scale = Normalization.measure(train, side).scaled(settings.normalization, image)
     else:
         _check_same_images(start, train, val)
-        scale = Normalization.from_dict(start.state["normalization"])
+        scale = _kept_normalization(start, image)
     if start is None:
         folder = RunFolder.create(options["output"], settings.variant, settings.seed)
         folder.begin(options, settings.to_dict(), vars(world))
@@ -138,6 +151,11 @@ def _choose(options: Mapping[str, Any], world: World, start: Start | None) -> Se
             raise ValueError("--resume writes to the run's own folder: leave out --output")
         settings = start.settings.resumed(options)
         check_idle(RunFolder(start.folder))
+    if settings.augmentation == "resized" and settings.normalization in MEAN_IMAGES:
+        raise ValueError(
+            f"--augmentation resized: parts of any size have no mean image; leave it out or use "
+            f"another --normalization than {settings.normalization}"
+        )
     if settings.tensorboard:
         check_tensorboard()
     if settings.batch_size % world.replicas:
@@ -158,6 +176,25 @@ def _check_same_images(start: Start, train: ImageSource, val: ImageSource) -> No
             f"--resume {start.folder}: {now[0]} training and {now[1]} validation images, "
             f"and there were {before[0]} and {before[1]}"
         )
+
+
+def _kept_normalization(start: Start, image: MeanImage | None) -> Normalization:
+    """The run's own, with the mean image that the images have now."""
+    values = start.state["normalization"]
+    if "mean_image" not in values:
+        return Normalization.from_dict(values)
+    if image is None:
+        raise DataError(
+            f"--resume {start.folder}: the run subtracts the mean image of a packed set; "
+            "name that set with --data"
+        )
+    try:
+        return Normalization.from_dict(values, image.pixels)
+    except ValueError as error:
+        raise DataError(
+            f"--resume {start.folder}: the packed set has not the mean image that the run began "
+            "with; name that set with --data"
+        ) from error
 
 
 def _describe(plan: Plan, parameters: int, train: ImageSource, val: ImageSource) -> list[str]:
@@ -183,7 +220,7 @@ def _describe(plan: Plan, parameters: int, train: ImageSource, val: ImageSource)
         f"initialisation: {settings.init} ({INITIALISATIONS[settings.init]}), seed {settings.seed}",
         f"data: {settings.data or 'built-in set'}, {len(plan.classes)} classes, {len(train)} "
         f"training and {len(val)} validation images, {settings.image_size} px, "
-        f"augmentation {settings.augmentation}, normalization {settings.normalization}",
+        f"augmentation {settings.augmentation}, {_describe_normalization(plan)}",
         f"training: {settings.epochs} epochs of {steps} steps{most}, "
         f"{settings.batch_size} images a step, {settings.precision}{recipe}",
         f"optimizer: SGD, {describe(settings, epochs)}, momentum {settings.momentum} "
@@ -191,6 +228,13 @@ def _describe(plan: Plan, parameters: int, train: ImageSource, val: ImageSource)
         f"output: {plan.folder}",
     ]
     return lines if plan.start is None else lines + _describe_start(plan.start, world)
+
+
+def _describe_normalization(plan: Plan) -> str:
+    kind = plan.settings.normalization
+    if kind in MEAN_IMAGES and plan.normalization.mean_image is None:
+        return f"normalization mean (only a packed set has a mean image, for {kind})"
+    return f"normalization {kind}"
 
 
 def _describe_start(start: Start, world: World) -> list[str]:

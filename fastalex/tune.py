@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fastalex import layer_pairs, offline, tuning
 from fastalex.checkpoint import replacing
-from fastalex.command_line import Parser, at_least_one, guarded
+from fastalex.command_line import Parser, guarded, whole_number
 from fastalex.evaluate import table
 from fastalex.gpus import GPUS
 from fastalex.provenance import provenance
@@ -52,7 +52,7 @@ def _parser() -> Parser:
         "folder. It holds for this GPU, Triton and these kernels, and for the same batch size.",
         allow_abbrev=False,
     )
-    number: dict[str, Any] = {"type": at_least_one, "metavar": "N"}
+    number: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
     parser.add_argument("--batch-size", default=128, help="images (default: 128)", **number)
     parser.add_argument("--image-size", help="pixels of a side (the variant's own)", **number)
     parser.add_argument("--variant", choices=tuple(VARIANTS), default="paper")

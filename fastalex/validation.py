@@ -34,11 +34,11 @@ def evaluate(model: AlexNet, batches: Batches, team: Team) -> Accuracy:
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=team.device)
-    for batch in fetch(batches.epoch(0)):
-        if len(batch.labels) == 0:  # a short last batch may leave a replica without images
+    for batch in fetch(batches.epoch(0), team.device):
+        labels = batch.labels
+        if len(labels) == 0:  # a short last batch may leave a replica without images
             continue
-        labels = batch.labels.to(team.device)
-        logits = model(batch.images.to(team.device)).float()
+        logits = model(batches.augment(*batch.pixels)).float()
         ranked = logits.topk(min(TOP, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         counts = (loss, ranked[:, 0].sum(), ranked.sum(), logits.new_tensor(len(labels)))
@@ -50,12 +50,30 @@ def evaluate(model: AlexNet, batches: Batches, team: Team) -> Accuracy:
 
 def fetch(
     batches: Iterator[Batch],
+    device: torch.device,
     waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Iterator[Batch]:
-    """The same batches, the wait for each inside ``waiting()`` and on a profiler's time line."""
+    """The same batches on ``device``, copied there beside the work that it has been given.
+
+    The wait for each, inside ``waiting()``, is on a profiler's time line.
+    """
+    stream = None
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     while True:
         with nvtx_range("data"), waiting():
             batch = next(batches, None)
         if batch is None:
             return
-        yield batch
+        yield batch.to(device) if stream is None else _copied(batch, device, stream)
+
+
+def _copied(batch: Batch, device: torch.device, stream: torch.cuda.Stream) -> Batch:
+    """The batch on a GPU, copied on a stream of its own, which later work waits for."""
+    with torch.cuda.stream(stream):
+        moved = batch.to(device)
+    current = torch.cuda.current_stream(device)
+    current.wait_stream(stream)
+    for tensor in (*moved.pixels, moved.labels):
+        tensor.record_stream(current)  # its memory is free once that stream is done with it
+    return moved

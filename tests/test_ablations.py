@@ -14,10 +14,14 @@ from torch import nn
 from fastalex import AlexNet, ablate
 from fastalex.ablations import ABLATIONS, edit, edited_name, split_name
 from fastalex.checkpoint import load_model, save_weights
+from fastalex.config import Settings
 from fastalex.data import Batches, Normalization, SyntheticImages, decode_size
+from fastalex.launch import World
 from fastalex.options import parse_arguments
 from fastalex.reference import ReferenceAlexNet
 from fastalex.variants import VARIANTS, get_variant
+
+FAILS = 13  # the seed with which training without conv4 fails
 
 # Weights and biases of the whole net with 10 classes, by hand.
 CONV1, CONV2, CONV3, CONV4, CONV5 = 34_944, 307_456, 885_120, 663_936, 442_624
@@ -185,7 +189,8 @@ def test_without_augmentation_every_epoch_has_the_centre_crops() -> None:
     assert batch.indices.tolist() != list(range(12))
     side = decode_size(40)
     first = (side - 40) // 2
-    for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
+    images = batches.augment(*batch.pixels)
+    for image, index in zip(images, batch.indices.tolist(), strict=True):
         crop = source.image(index, side)[first : first + 40, first : first + 40]
         assert torch.equal(image, torch.from_numpy(crop).permute(2, 0, 1).float())
 
@@ -197,9 +202,17 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def train(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
         commands.append(command)
-        options = parse_arguments([a for a in command[3:] if a != "--fails"])
-        if "--fails" in command and "conv4" in options["variant"]:
+        options = parse_arguments(command[3:])
+        if options["seed"] == FAILS and "conv4" in options["variant"]:
             return subprocess.CompletedProcess(command, 1)
+        if options["data"] is not None:  # none of these tests has any
+            return subprocess.CompletedProcess(command, 2)
+        if options["resume"] is not None:
+            report = json.loads((options["resume"] / "run.json").read_text())
+            (options["resume"] / "run.json").write_text(
+                json.dumps({**report, "status": "finished"})
+            )
+            return subprocess.CompletedProcess(command, 0)
         folder = options["output"]
         folder.mkdir()
         metadata: dict[str, Any] = {"classes": list("abcdefghij"), "num_classes": 10}
@@ -207,7 +220,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         if options["variant"] != "paper":
             metadata |= {"top1": 0.375, "top5": 0.8125}
         save_weights(folder / "model.safetensors", _net(options["variant"]).state_dict(), metadata)
-        (folder / "run.json").write_text(json.dumps({"status": "finished"}))
+        settings = Settings.choose(options, "cpu").to_dict()
+        report = {"status": "finished", "settings": settings, "versions": {}}
+        report["world"] = vars(World("cpu", 1, 1, 1))
+        (folder / "run.json").write_text(json.dumps(report))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(ablate.subprocess, "run", train)
@@ -227,11 +243,49 @@ def test_ablate_sets_what_each_edit_cost_beside_what_was_published(
     assert ["without", "conv4", conv4, *errors, "+2.0", "-"] in rows
     assert ["half", half, *errors, "+1.7", "+1.2"] in rows
     assert [c[-2:] for c in trained[1:]] == [["--without", "conv4"], [str(out / "half"), "--half"]]
-    # What is finished is not trained again; what was stopped is.
-    (out / "conv4" / "run.json").write_text(json.dumps({"status": "interrupted"}))
+
+
+def test_ablate_goes_on_where_it_was_stopped(
+    tmp_path: Path, trained: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--set", "conv4", "--output", str(out), "--epochs", "1"]
     assert ablate.main(arguments) == 0
-    assert len(trained) == 4
+    capsys.readouterr()
+    report = json.loads((out / "conv4" / "run.json").read_text())
+    stopped = json.dumps({**report, "status": "interrupted"})
+    (out / "conv4" / "run.json").write_text(stopped)
+    assert ablate.main(arguments) == 0
+    assert [c[3:] for c in trained[2:]] == [["--resume", str(out / "conv4")]]
+    said = capsys.readouterr()
+    assert "1/2 whole: finished before" in said.out.splitlines()
+    assert said.err == ""
+    # Nothing can go on from a report that can't be read.
+    (out / "conv4" / "run.json").write_text(stopped[:20])
+    assert ablate.main(arguments) == 0
     assert trained[3][-2:] == ["--without", "conv4"]
+    assert "run.json can't be read" in capsys.readouterr().err
+
+
+def test_ablate_takes_the_recipe_s_variant(tmp_path: Path, trained: list[list[str]]) -> None:
+    arguments = ["--set", "augmentation", "--output", str(tmp_path / "out")]
+    assert ablate.main([*arguments, "--recipe", "torchvision"]) == 0
+    assert [parse_arguments(c[3:])["variant"] for c in trained] == ["owt", "owt"]
+
+
+@pytest.mark.parametrize("wrong", [["--bogus"], ["--epochs", "0"], ["--data", "nowhere"]])
+def test_ablate_keeps_nothing_of_options_that_training_refuses(
+    tmp_path: Path, trained: list[list[str]], wrong: list[str]
+) -> None:
+    out = tmp_path / "out"
+    try:
+        code: object = ablate.main(["--set", "conv4", "--output", str(out), *wrong])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert not out.exists()
+    # So that the right ones are taken afterwards.
+    assert ablate.main(["--set", "conv4", "--output", str(out)]) == 0
 
 
 def test_ablate_refuses_before_it_trains(
@@ -240,11 +294,14 @@ def test_ablate_refuses_before_it_trains(
     (tmp_path / "mine").write_text("")
     for arguments in (
         ["--set", "lrn", "--variant", "owt", "--output", str(tmp_path / "out")],
+        ["--set", "lrn", "--recipe", "torchvision", "--output", str(tmp_path / "out")],
         ["--set", "lrn", "--output", str(tmp_path)],
         ["--set", "lrn", "--half", "--output", str(tmp_path / "out")],
     ):
         assert ablate.main(arguments) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert trained == []
-    assert ablate.main(["--set", "conv4", "--output", str(tmp_path / "new"), "--fails"]) == 1
+    assert not (tmp_path / "out").exists()
+    arguments = ["--set", "conv4", "--output", str(tmp_path / "new"), "--seed", str(FAILS)]
+    assert ablate.main(arguments) == 1
     assert "training conv4 ended with code 1" in capsys.readouterr().err

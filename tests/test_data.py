@@ -48,7 +48,8 @@ def seen(loader: Batches, epoch: int = 0, start: int = 0) -> list[tuple[int, int
     """(index, top, left, mirrored) of every image, read from its pixels."""
     found = []
     for batch in loader.epoch(epoch, start):
-        for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
+        images = loader.augment(*batch.pixels)
+        for image, index in zip(images, batch.indices.tolist(), strict=True):
             rows, columns, numbers = image.int().tolist()
             size = len(rows)
             top, left = rows[0][0], min(columns[0])
@@ -70,6 +71,14 @@ def test_training_crops_lie_within_the_decoded_image_and_take_every_place() -> N
     assert len(places) == 18
     assert min(places.values()) >= 12
     assert max(places.values()) <= 60
+
+
+def test_a_sample_reads_its_crop_from_its_place_in_the_epochs_stream() -> None:
+    """The same images as ever for a seed: three words each of stream 1, top, left and mirror."""
+    stream = np.random.Philox(np.random.SeedSequence([3, 2, 1]))
+    words = stream.random_raw(3 * 20).reshape(20, 3)
+    expected = [(i, int(t % 3), int(left % 3), m % 2 == 1) for i, (t, left, m) in enumerate(words)]
+    assert sorted(seen(batches(), epoch=2)[:20]) == expected
 
 
 def test_validation_takes_the_centre_in_order_and_a_short_last_batch() -> None:
@@ -95,7 +104,7 @@ def test_replicas_share_each_batch(
     ]
     assert len(whole) == -(-count // batch_size)
     for full, *shares in zip(whole.epoch(1), *(part.epoch(1) for part in parts), strict=True):
-        for field in ("images", "labels", "indices"):
+        for field in ("images", "labels", "indices", "tops", "lefts", "mirrors"):
             joined = torch.cat([getattr(share, field) for share in shares])
             assert torch.equal(joined, getattr(full, field))
         if train:
@@ -125,19 +134,32 @@ def test_what_is_seen_depends_on_seed_and_epoch_alone() -> None:
     assert order != other
 
 
-def test_batches_hold_normalised_float_images_and_their_labels() -> None:
+def test_batches_hold_bytes_that_augment_normalises_and_their_labels() -> None:
     norm = Normalization((1.0, 2.0, 3.0), (2.0, 4.0, 0.5))
     loader = batches(count=3, batch_size=3, size=7, mean_std=norm, train=False)
     (batch,) = loader.epoch(0)
     assert isinstance(batch, Batch)
-    assert batch.images.shape == (3, 3, 7, 7)
-    assert batch.images.dtype == torch.float32
-    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.images.shape == (3, 8, 8, 3)
+    assert batch.images.dtype == torch.uint8
     assert batch.labels.dtype == batch.indices.dtype == torch.int64
     assert batch.labels.tolist() == [0, 1, 0]
+    images = loader.augment(*batch.pixels)
+    assert images.shape == (3, 3, 7, 7)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
     # Exact: small integers and powers of two.
-    assert batch.images[2, 2].unique().tolist() == [(2 - 3) / 0.5]
-    assert batch.images[1, 0, :, 0].tolist() == [(row - 1) / 2 for row in range(7)]
+    assert images[2, 2].unique().tolist() == [(2 - 3) / 0.5]
+    assert images[1, 0, :, 0].tolist() == [(row - 1) / 2 for row in range(7)]
+
+
+def test_a_batch_moves_to_a_device_and_its_indices_stay() -> None:
+    batch = next(batches().epoch(0))
+    moved = batch.to(torch.device("meta"))
+    kinds = {name: value.device.type for name, value in vars(moved).items() if value is not None}
+    assert kinds.pop("indices") == "cpu"
+    assert set(kinds) == {"images", "labels", "tops", "lefts", "mirrors"}
+    assert set(kinds.values()) == {"meta"}
+    assert moved.indices.tolist() == batch.indices.tolist()
 
 
 @pytest.mark.parametrize(
@@ -168,12 +190,35 @@ def test_a_start_outside_the_epoch_is_refused(start: int) -> None:
 
 def test_measured_normalisation_gives_zero_mean_and_unit_variance() -> None:
     source, _ = open_sources(None, seed=5)
-    norm = Normalization.measure(source, 16, sample=200)
-    pixels = np.stack([source.image(i, 16) for i in range(0, 3000, 15)]).reshape(-1, 3)
+    norm = Normalization.measure(source, 16, sample=3000)
+    pixels = np.stack([source.image(i, 16) for i in range(3000)]).reshape(-1, 3)
     scaled = (pixels - np.array(norm.mean)) / np.array(norm.std)
     # Measured in float64 on these very pixels: only rounding is left.
     np.testing.assert_allclose(scaled.mean(0), 0, atol=1e-9)
     np.testing.assert_allclose(scaled.var(0), 1, rtol=1e-9)
+
+
+@pytest.mark.parametrize("order", ["in turn", "together"])
+def test_every_class_has_its_share_in_what_is_measured(order: str) -> None:
+    """Of 10,000 images of ten classes, 1,000 evenly spaced ones can be one class."""
+    asked: list[int] = []
+
+    class Recorded:
+        def __len__(self) -> int:
+            return 10_000
+
+        def image(self, index: int, size: int) -> np.ndarray:
+            asked.append(index)
+            return np.zeros((size, size, 3), np.uint8)
+
+    Normalization.measure(Recorded(), 2)  # type: ignore[arg-type]
+    first, asked = asked, []
+    Normalization.measure(Recorded(), 2)  # type: ignore[arg-type]
+    assert asked == first == sorted(set(first))
+    labels = [index % 10 if order == "in turn" else index // 1000 for index in first]
+    counts = np.bincount(labels, minlength=10)
+    # In turn, about a tenth each by chance: six standard deviations of a binomial are 57.
+    assert np.abs(counts - 100).max() <= (57 if order == "in turn" else 0)
 
 
 def test_a_constant_channel_keeps_its_scale() -> None:

@@ -20,7 +20,7 @@ from fastalex.data import DataError, PackedImages, open_sources
 from fastalex.data.__main__ import main
 from fastalex.data.pack import pack
 from fastalex.data.processes import PackingStopped
-from fastalex.data.shard import Shard, pack_shard
+from fastalex.data.shard import Shard, _Adder, pack_shard
 from tests import _commands
 from tests._packing import ODD, UNREADABLE, oracle, write_folder
 from tests._pictures import save, smooth
@@ -137,6 +137,25 @@ def test_the_statistics_are_those_of_the_training_pixels(made: Set) -> None:
     assert images.mean_image.dtype == np.float32
 
 
+@pytest.mark.parametrize(("count", "size"), [(2 * 257 + 1, 4), (257, 4), (2, 1024)])
+def test_sums_of_white_images_are_exact(tmp_path: Path, count: int, size: int) -> None:
+    """The largest there are: where 16 bits or float32 overflow first."""
+    adder = _Adder(size)
+    image = np.full((size, size, 3), 255, np.uint8)
+    for _ in range(count):
+        adder.add(image)
+    image[..., 1] = 254
+    adder.add(image)
+    adder.save(tmp_path / "sums.npz")
+    with np.load(tmp_path / "sums.npz") as sums:
+        assert sums["images"] == count + 1
+        expected = np.array([255, 255, 255]) * count + [255, 254, 255]
+        assert (sums["pixels"] == expected).all()
+        channels = np.array([255, 254, 255])
+        products = count * 255**2 + np.outer(channels, channels)
+        assert (sums["products"] == size * size * products).all()
+
+
 def test_any_reader_of_npy_files_can_read_a_shard(made: Set) -> None:
     counts = [len(np.load(path)) for path in sorted((made.root / "train").glob("0*.npy"))]
     assert len(counts) > 2
@@ -205,7 +224,7 @@ def test_ctrl_c_says_what_is_kept(made: Set, tmp_path: Path) -> None:
         _commands.end(process)
     assert process.returncode == 130
     assert out == ""
-    expected = f"fastalex.data: interrupted; {journal_lines(root)} of {FILES} files are done, "
+    expected = f"data: interrupted; {journal_lines(root)} of {FILES} files are done, "
     assert err == f"{expected}the same command goes on from there\n"
 
 
@@ -346,7 +365,7 @@ def test_a_set_of_other_images_is_left_alone(
     capsys.readouterr()
     assert run("pack", source, root, "--size", size, "--val-split", 0.5) == 2
     expected = f"{root}: holds a packed set of other images, or of another size; name a new folder"
-    assert capsys.readouterr().err == f"fastalex.data: {expected}\n"
+    assert capsys.readouterr().err == f"data: error: {expected}\n"
     assert contents(root) == before
 
 

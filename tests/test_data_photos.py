@@ -154,7 +154,7 @@ def test_a_place_in_use_is_refused_and_left_alone(
         kept = place / "mine.txt"
     kept.write_text("keep")
     assert run("photos", place) == 2
-    expected = f"fastalex.data: {place}: exists and is not an empty folder; name another one\n"
+    expected = f"data: error: {place}: exists and is not an empty folder; name another one\n"
     assert capsys.readouterr().err == expected
     assert kept.read_text() == "keep"
     assert list(tmp_path.rglob("*")) == ([place, kept] if kind == "folder" else [place])
@@ -185,7 +185,7 @@ def test_without_scikit_image_it_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(photos.importlib.util, "find_spec", lambda name: None)
     assert run("photos", tmp_path / "P") == 2
-    expected = 'fastalex.data: scikit-image is missing; run: pip install "fastalex[photos]"\n'
+    expected = 'data: error: scikit-image is missing; run: pip install "fastalex[photos]"\n'
     assert capsys.readouterr().err == expected
     assert list(tmp_path.iterdir()) == []
 
@@ -194,7 +194,7 @@ def test_without_scikit_image_it_says_what_to_install(
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (OSError(28, "No space left on device"), 2, "[Errno 28] No space left on device"),
+        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted, nothing was written"),
     ],
 )
@@ -216,7 +216,7 @@ def test_what_fails_half_way_leaves_nothing(
 
     monkeypatch.setattr(Image.Image, "save", save)
     assert run("photos", tmp_path / "P") == code
-    assert capsys.readouterr().err == f"fastalex.data: {message}\n"
+    assert capsys.readouterr().err == f"data: {message}\n"
     assert list(tmp_path.iterdir()) == []
 
 

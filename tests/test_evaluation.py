@@ -13,35 +13,22 @@ import pytest
 import torch
 from PIL import Image
 
-from fastalex import AlexNet, drawing, evaluate, figures, predict
-from fastalex.checkpoint import load_model, save_weights
-from fastalex.data import FolderImages, SyntheticImages, decode_size
+from fastalex import drawing, evaluate, figures, predict
+from fastalex.checkpoint import load_mean_image, load_model
+from fastalex.data import FolderImages, MeanImage, SyntheticImages, decode_size
 from fastalex.data.decode import read_image
-from fastalex.evaluation import Ensemble, Scores, cut_crops, rank_classes
+from fastalex.data.pack import pack
+from fastalex.evaluation import (
+    Ensemble,
+    Scores,
+    crop_places,
+    open_training,
+    open_validation,
+    rank_classes,
+)
 from fastalex.published import RESULTS, is_imagenet
 from tests._commands import run
-
-CLASSES = ["blue", "green", "red", "grey", "pink", "teal", "lime"]
-CLASSES.sort()
-SIZE = 40
-
-
-def _weights(path: Path, seed: int, **changes: object) -> Path:
-    """A small random net, spread enough that its probabilities differ from image to image."""
-    torch.manual_seed(seed)
-    net = AlexNet(len(CLASSES), 0.5, "paper-without-fc6+fc7")
-    net.init_parameters("he", torch.Generator().manual_seed(seed))
-    metadata = {
-        "variant": "paper-without-fc6+fc7",
-        "num_classes": len(CLASSES),
-        "classes": CLASSES,
-        "image_size": SIZE,
-        "normalization": {"mean": [100.0, 110.0, 120.0 + seed], "std": [50.0, 60.0, 70.0]},
-        "dropout": 0.5,
-        **changes,
-    }
-    save_weights(path, net.state_dict(), metadata)
-    return path
+from tests._nets import CLASSES, SIZE, random_weights
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels = random.integers(0, 256, (60, 70, 3), np.uint8)
                 pixels[:, : random.integers(10, 60)] //= 3
                 Image.fromarray(pixels).save(place / f"{i}.png")
-    _weights(root / "a", 0)
-    _weights(root / "b", 1)
+    random_weights(root / "a", 0)
+    random_weights(root / "b", 1)
     return root
 
 
@@ -67,13 +54,19 @@ def _slow(path: Path, pixels: np.ndarray, crops: int) -> np.ndarray:
     net, metadata = load_model(path)
     net.double()
     scale = metadata["normalization"]
+    image = load_mean_image(path)
+    mean = np.broadcast_to(scale["mean"] if image is None else image, pixels.shape)
     spare = pixels.shape[0] - SIZE
+    middle = slice(spare // 2, spare // 2 + SIZE)
     corners = [(0, 0), (0, spare), (spare, 0), (spare, spare), (spare // 2, spare // 2)]
     total = np.zeros(len(CLASSES))
     for top, left in corners if crops == 10 else corners[4:]:
-        crop = pixels[top : top + SIZE, left : left + SIZE].astype(np.float64)
-        for image in [crop, crop[:, ::-1]] if crops == 10 else [crop]:
-            image = (image - scale["mean"]) / scale["std"]
+        place = (slice(top, top + SIZE), slice(left, left + SIZE))
+        for turn in (1, -1) if crops == 10 else (1,):
+            crop, less = pixels[place][:, ::turn].astype(np.float64), mean[place][:, ::turn]
+            if scale.get("mean_image", {}).get("centred"):
+                less = mean[middle, middle]
+            image = (crop - less) / scale["std"]
             with torch.no_grad():
                 logits = net(torch.tensor(image.transpose(2, 0, 1).copy())[None])[0].numpy()
             e = np.exp(logits - logits.max())
@@ -88,11 +81,17 @@ def pixels(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("crops", [1, 10])
+@pytest.mark.parametrize("mean", ["channels", "image", "centre"])
 def test_probabilities_are_those_of_a_crop_at_a_time(
-    folder: Path, pixels: np.ndarray, crops: int
+    folder: Path, tmp_path: Path, pixels: np.ndarray, mean: str, crops: int
 ) -> None:
-    found = Ensemble.load([folder / "a"]).probabilities(pixels, crops).numpy()
-    expected = np.stack([_slow(folder / "a", image, crops) for image in pixels])
+    path = folder / "a"
+    if mean != "channels":
+        drawn = np.random.default_rng(1).uniform(0, 255, pixels.shape[1:]).astype(np.float32)
+        image = MeanImage.of(drawn, len(drawn), mean == "centre")
+        path = random_weights(tmp_path / "w", 0, image)
+    found = Ensemble.load([path]).probabilities(pixels, crops).numpy()
+    expected = np.stack([_slow(path, image, crops) for image in pixels])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert found.std(0).max() > 1e-3  # the images differ
 
@@ -105,13 +104,14 @@ def test_an_ensemble_is_the_mean_of_its_softmaxes(folder: Path, pixels: np.ndarr
 
 
 def test_ten_crops_are_four_corners_the_centre_and_their_mirrors() -> None:
-    images = torch.arange(3 * 7 * 7).reshape(1, 3, 7, 7)
-    crops = list(cut_crops(images, 4, 10))
-    places = {tuple(crop[0, 0, 0, [0, -1]].tolist()) for crop in crops}
-    corners = [0, 3, 21, 24, 8]
-    assert places == {(c, c + 3) for c in corners} | {(c + 3, c) for c in corners}
+    corners = [(0, 0), (0, 3), (3, 0), (3, 3), (1, 1)]
+    expected = {(*corner, mirrored) for corner in corners for mirrored in (False, True)}
+    places = crop_places(3, 10)
+    assert len(places) == 10
+    assert set(places) == expected
+    assert crop_places(3, 1) == [(1, 1, False)]
     with pytest.raises(ValueError, match="crops: expected 1 or 10, got 5"):
-        list(cut_crops(images, 4, 5))
+        crop_places(3, 5)
 
 
 def test_of_equal_classes_the_first_counts() -> None:
@@ -152,6 +152,31 @@ def test_evaluation_counts_what_prediction_says(
     assert [p.name for p in tmp_path.iterdir()] == ["confusion.csv"]
 
 
+def test_a_packed_set_is_evaluated_as_its_folder_is(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from_folder = _json(folder, capsys)
+    pack(folder / "data", tmp_path / "data", decode_size(SIZE), 1, quiet=True)
+    arguments = ["--weights", str(folder / "a"), "--data", str(tmp_path / "data"), "--json"]
+    assert evaluate.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    from_set = json.loads(out)
+    assert from_set.pop("data") != from_folder.pop("data")
+    assert from_set == from_folder
+
+
+def test_what_is_to_be_said_of_a_packed_set_is_said_once(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack(folder / "data", tmp_path / "set", 50, 1, quiet=True)
+    ensemble = Ensemble.load([folder / "a"])
+    counts = [len(f(tmp_path / "set", ensemble)) for f in (open_validation, open_training)]
+    assert counts == [2 * len(CLASSES), 3 * len(CLASSES)]
+    expected = f"Images packed at 50 pixels are resized to {decode_size(SIZE)} as they are read\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_the_published_errors_stand_beside_and_are_said_to_be_of_other_images(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,7 +201,7 @@ def test_the_published_errors_stand_beside_and_are_said_to_be_of_other_images(
 def test_nets_that_do_not_match_are_refused_in_one_line(
     folder: Path, tmp_path: Path, changes: dict, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = _weights(tmp_path / "c", 2, **changes)
+    other = random_weights(tmp_path / "c", 2, **changes)
     assert evaluate.main(["--weights", str(folder / "a"), str(other)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -58,7 +58,8 @@ class Killed:
 
     def __init__(self, folder: Path, gpus: int) -> None:
         self.whole, self.killed = folder / "whole", folder / "killed"
-        options = [SCRIPT, *OPTIONS, "--gpus", str(gpus)]
+        # The two processes update their weights in backward.
+        options = [SCRIPT, *OPTIONS, "--gpus", str(gpus), *["--fused-update"][: gpus - 1]]
         done = run([*options, "--output", str(self.whole)], folder)
         assert done.returncode == 0, done.stderr
         # Anywhere between two checkpoints, another place each time.

@@ -7,8 +7,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from fastalex.command_line import Parser, guarded
 from fastalex.data.listing import VAL_SPLIT
 from fastalex.data.pack import LEFT_OUT, ODD, SIZE, pack
 from fastalex.data.packed import verify
@@ -18,28 +19,15 @@ from fastalex.data.processes import cores
 _NAMED = 10  # files named before the rest are only counted
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of the whole usage."""
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 2 where what was asked for can't be done."""
     options = _parser().parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except (ValueError, OSError) as error:
-        print(f"fastalex.data: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"fastalex.data: {str(stop) or 'interrupted, nothing was written'}", file=sys.stderr)
-        return 130
+    return guarded("data", lambda: int(options.run(options)))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m fastalex.data", description="Make data to train on.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+def _parser() -> Parser:
+    parser = Parser(prog="python -m fastalex.data", description="Make data to train on.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     _add_pack(commands)
     _add_verify(commands)
     _add_photos(commands)

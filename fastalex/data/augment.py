@@ -1,27 +1,32 @@
-"""Augmentation: which crop, mirror and colour an image gets, and a batch that got them.
+"""Augmentation: what is done to a batch of bytes on the device, and the noise of its colours.
 
-Crop, mirror and colour of an image are functions of (seed, epoch, index) alone. ``augment`` applies
-them to a whole batch, and draws nothing itself.
+Crop, mirror and colour of an image are functions of (seed, epoch, index) alone, drawn with the
+batch. ``Augment`` applies them and draws nothing itself.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+import fastalex_kernels as kernels
+from fastalex.data.normalization import Normalization
+
 AUGMENTATIONS = {
     "none": "the centre crop",
     "crop": "a random crop, mirrored half the time (P§4.1)",
     "full": "crop, mirror and the colour noise of P§4.1",
+    "resized": "a random part of .08 to 1 of the area, of any shape from 3/4 to 4/3, resized and "
+    "mirrored half the time, as torchvision does",
 }
 
-# Of the pixels of the ILSVRC-2012 training images, 0 to 255: the square roots of the covariance's
-# eigenvalues, and its eigenvectors as columns. Source: C2:make-data/input_meta.
-_COLOR_STD = np.array([19.7208, 37.0939, 121.7801])
-_COLOR_VECTORS = np.array(
-    [[0.41796, -0.71258, -0.56351], [-0.81698, -0.02354, -0.57618], [0.39731, 0.70120, -0.59200]]
-)
+COLOR_NOISES = {
+    "published": "the authors' numbers for ImageNet",
+    "measured": "computed from the covariance of a packed set",
+}
 _COLOR_SHARE = 0.1  # deviation of alpha, P§4.1
 
 # With colour noise the authors divide the zero-mean image by this, so that what the net sees in
@@ -29,60 +34,129 @@ _COLOR_SHARE = 0.1  # deviation of alpha, P§4.1
 COLOR_SCALE = 1 + _COLOR_SHARE
 
 
-def augment(
-    images: torch.Tensor,
-    tops: torch.Tensor,
-    lefts: torch.Tensor,
-    mirrors: torch.Tensor,
-    color: torch.Tensor | None,
-    mean: torch.Tensor,
-    std: torch.Tensor,
-    size: int,
-) -> torch.Tensor:
-    """Crop, mirror, shift the colour of and normalise each image of a batch.
+class Augment:
+    """Crops, mirrors, colours and normalises a batch, on the device that it is made for.
 
         y = (crop + color - mean) / std, mirrored where asked
 
-    Args:
-        images: uint8 [N, H, W, 3], on any device.
-        tops, lefts: int64 [N], the first row and column of each crop; the crop lies inside.
-        mirrors: bool [N], which crops are mirrored left to right.
-        color: float32 [N, 3], added to every pixel of an image, on the scale 0 to 255; or None.
-        mean: float32 [3], or [size, size, 3] for a mean image, which is not mirrored.
-        std: float32 [3].
-        size: side in pixels of the crops.
+    No value of its arguments is read by the host, so that a CUDA graph can hold a call.
 
-    Returns:
-        float32 [N, 3, size, size], stored channels last.
+    Args:
+        normalization: mean and deviation; its mean image, if any, has the side of the images.
+        size: side in pixels of what comes out.
+        device: of the batches.
+        colored: whether batches have colour noise.
+
+    Raises:
+        ValueError: where the mean image is smaller than ``size``.
 
     Source: P§2, P§4.1.
     """
-    line = torch.arange(size, device=images.device)
-    rows = tops[:, None] + line
-    columns = lefts[:, None] + torch.where(mirrors[:, None], size - 1 - line, line)
-    batch = torch.arange(len(images), device=images.device)
-    pixels = images[batch[:, None, None], rows[:, :, None], columns[:, None, :]].float()
-    if color is not None:
-        pixels += color[:, None, None]
-    return pixels.sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+    def __init__(
+        self,
+        normalization: Normalization,
+        size: int,
+        device: torch.device,
+        colored: bool = False,
+    ) -> None:
+        self._size = size
+        std = torch.tensor(normalization.std) * (COLOR_SCALE if colored else 1.0)
+        self._scale = (1 / std).to(device)
+        self._mean: torch.Tensor | None = torch.tensor(normalization.mean, device=device)
+        self._centre: torch.Tensor | None = None
+        image = normalization.mean_image
+        if image is None:
+            return
+        spare = len(image.pixels) - size
+        if spare < 0:
+            raise ValueError(f"size: expected at most the mean image's {size + spare}, got {size}")
+        pixels = torch.from_numpy(image.pixels).to(device)
+        self._mean = pixels
+        if image.centred:
+            first = spare // 2
+            centre = pixels[first : first + size, first : first + size]
+            self._mean, self._centre = None, (centre * self._scale).permute(2, 0, 1)
+
+    def __call__(
+        self,
+        images: torch.Tensor,
+        tops: torch.Tensor,
+        lefts: torch.Tensor,
+        mirrors: torch.Tensor,
+        colors: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the net gets of a batch.
+
+        Args:
+            images: uint8 [n, D, D, 3].
+            tops, lefts: int32 or int64 [n], the first row and column of each crop.
+            mirrors: bool [n], which crops are mirrored left to right.
+            colors: float32 [n, 3], added to every pixel of an image, 0 to 255; or None.
+
+        Returns:
+            [n, 3, size, size], stored channels last; float32, or under autocast its dtype, as the
+            first layer would round it.
+        """
+        kind = images.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if dtype is None or self._centre is not None:
+            dtype = torch.float32
+        out = kernels.augment(
+            images, tops, lefts, mirrors, colors, self._mean, self._scale, self._size, dtype=dtype
+        )
+        return out if self._centre is None else out.sub_(self._centre)
 
 
-def color_noise(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float32]:
-    """float32 [N, 3]: what P§4.1 adds to the pixels of each image, from four random words each.
+@dataclass(frozen=True)
+class ColorNoise:
+    """The principal components of the pixels of a data set, on the scale 0 to 255.
 
-    sum over i of alpha_i s_i p_i, alpha normal of deviation .1, s the square root of an eigenvalue
-    of the covariance of the pixels and p its eigenvector. The paper prints the eigenvalue itself;
-    its authors' program takes the root, as here.
-
-    Args:
-        words: [N, 4], any 64 bits each.
-
-    Source: P§4.1; S:convdata_jpeg.py.
+    Attributes:
+        std: float64 [3], the square roots of the covariance's eigenvalues.
+        vectors: float64 [3, 3], its eigenvectors as columns.
     """
-    uniforms = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # never 0
-    radius, angle = np.sqrt(-2 * np.log(uniforms[:, :2])), 2 * np.pi * uniforms[:, 2:]
-    normals = np.stack([radius[:, 0], radius[:, 0], radius[:, 1]], 1) * np.stack(
-        [np.cos(angle[:, 0]), np.sin(angle[:, 0]), np.cos(angle[:, 1])], 1
-    )
-    noise: npt.NDArray[np.float64] = (_COLOR_SHARE * normals * _COLOR_STD) @ _COLOR_VECTORS.T
-    return noise.astype(np.float32)
+
+    std: npt.NDArray[np.float64]
+    vectors: npt.NDArray[np.float64]
+
+    @classmethod
+    def measured(cls, covariance: npt.NDArray[np.float64]) -> ColorNoise:
+        """The components of pixels with a ``covariance``, float64 [3, 3]."""
+        values, vectors = np.linalg.eigh(covariance)
+        # Either direction is an eigenvector: one rule, so that every machine draws the same.
+        largest = vectors[np.abs(vectors).argmax(0), range(3)]
+        return cls(np.sqrt(np.maximum(values, 0)), vectors * np.sign(largest))
+
+    def draw(self, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float32]:
+        """float32 [N, 3]: what P§4.1 adds to the pixels of each image.
+
+        sum over i of alpha_i s_i p_i, alpha normal of deviation .1, s the square root of an
+        eigenvalue of the covariance of the pixels and p its eigenvector. The paper prints the
+        eigenvalue itself; its authors' program takes the root, as here.
+
+        Args:
+            words: [N, 4], any 64 bits each.
+
+        Source: P§4.1; S:convdata_jpeg.py.
+        """
+        uniforms = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # never 0
+        radius, angle = np.sqrt(-2 * np.log(uniforms[:, :2])), 2 * np.pi * uniforms[:, 2:]
+        normals = np.stack([radius[:, 0], radius[:, 0], radius[:, 1]], 1) * np.stack(
+            [np.cos(angle[:, 0]), np.sin(angle[:, 0]), np.cos(angle[:, 1])], 1
+        )
+        noise: npt.NDArray[np.float64] = (_COLOR_SHARE * normals * self.std) @ self.vectors.T
+        return noise.astype(np.float32)
+
+
+# Of the ILSVRC-2012 training images. Source: C2:make-data/input_meta.
+PUBLISHED_NOISE = ColorNoise(
+    np.array([19.7208, 37.0939, 121.7801]),
+    np.array(
+        [
+            [0.41796, -0.71258, -0.56351],
+            [-0.81698, -0.02354, -0.57618],
+            [0.39731, 0.70120, -0.59200],
+        ]
+    ),
+)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import threading
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
 
 CACHE_BYTES = 1 << 30  # decoded images that one source may keep in memory
-
-
-NORMALIZATIONS = {
-    "unit": "zero mean and unit variance of each channel, measured on the training images",
-    "mean": "the measured mean of each channel is subtracted, pixels stay 0 to 255",
-    "imagenet": "torchvision's constants",
-}
 
 
 class DataError(ValueError):
@@ -46,94 +39,49 @@ class ImageSource(Protocol):
         """
         ...
 
+    def whole(self, index: int, size: int) -> Image.Image:
+        """All there is of the image, RGB, for parts of it to be cut out.
+
+        ``size`` is the side for an image that has no size of its own.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Images ready for the net, on the CPU.
+    """Images as bytes and what augmentation is to do to them, drawn on the CPU.
 
     Attributes:
-        images: float32 [n, 3, S, S], normalised, stored channels last (NCHW by its strides).
+        images: uint8 [n, D, D, 3], RGB; page-locked where there is a GPU.
         labels: int64 [n].
-        indices: int64 [n], which samples of the source these are.
+        indices: int64 [n], which samples of the source these are; always on the CPU.
+        tops, lefts: int32 [n], the first row and column of each crop.
+        mirrors: bool [n], which crops are mirrored left to right.
+        colors: float32 [n, 3], what is added to the pixels of each image, 0 to 255; or None.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
+    tops: torch.Tensor
+    lefts: torch.Tensor
+    mirrors: torch.Tensor
+    colors: torch.Tensor | None = None
 
+    @property
+    def pixels(self) -> tuple[torch.Tensor, ...]:
+        """What ``fastalex.data.augment.Augment`` is called with."""
+        drawn = (self.images, self.tops, self.lefts, self.mirrors)
+        return drawn if self.colors is None else (*drawn, self.colors)
 
-@dataclass(frozen=True)
-class Normalization:
-    """x -> (x - mean) / std per channel, on pixels from 0 to 255."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    @classmethod
-    def measure(cls, source: ImageSource, size: int, sample: int = 1000) -> Normalization:
-        """Mean and standard deviation of the pixels of evenly spaced images of ``source``.
-
-        Args:
-            source: the training images.
-            size: side in pixels at which they are decoded.
-            sample: at most this many images are looked at. Evenly spaced ones are a fair share
-                of every class, because sources keep classes together or in turn.
-
-        Returns:
-            The normalisation that gives these images zero mean and unit variance in each channel;
-            a channel that never varies is left at its scale.
-        """
-        if sample < 1:
-            raise ValueError(f"sample: expected at least 1, got {sample}")
-        count = min(sample, len(source))
-        total, squares = np.zeros(3), np.zeros(3)
-        for i in range(count):
-            pixels = source.image(i * len(source) // count, size).reshape(-1, 3).astype(np.float64)
-            total += pixels.mean(0)
-            squares += np.square(pixels).mean(0)
-        mean = total / count
-        std = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))
-        std[std < 0.5] = 1.0  # half a grey level: nothing but rounding
-        return cls(_triple(mean), _triple(std))
-
-    def scaled(self, kind: str) -> Normalization:
-        """Another normalisation of the images that this one was measured on.
-
-        Args:
-            kind: one of ``NORMALIZATIONS``.
-        """
-        if kind == "imagenet":
-            return IMAGENET
-        return Normalization(self.mean, (1.0, 1.0, 1.0)) if kind == "mean" else self
-
-    def to_dict(self) -> dict[str, list[float]]:
-        return {"mean": list(self.mean), "std": list(self.std)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Normalization:
-        """The inverse of ``to_dict``.
-
-        Raises:
-            ValueError: unless both entries hold three numbers and every std is positive.
-        """
-        try:
-            mean, std = _triple(values["mean"]), _triple(values["std"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"normalization: expected mean and std, got {values!r}") from error
-        if not (all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)):
-            raise ValueError(f"normalization: expected finite mean, positive std, got {values!r}")
-        return cls(mean, std)
-
-
-# Of the pixels of ImageNet, on the scale 0 to 255. Source: torchvision's models.
-IMAGENET = Normalization(
-    mean=(0.485 * 255, 0.456 * 255, 0.406 * 255), std=(0.229 * 255, 0.224 * 255, 0.225 * 255)
-)
-
-
-def _triple(values: Any) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
+    def to(self, device: torch.device) -> Batch:
+        """The batch on ``device``; the host does not wait for the copy of page-locked memory."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor) and name != "indices"
+        }
+        return replace(self, **moved)
 
 
 class ImageCache:

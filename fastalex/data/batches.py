@@ -2,7 +2,7 @@
 
 An epoch draws a Philox stream each for order, crops and colours, and sample i reads the words that
 belong to i. So neither the number of processes or threads nor the batch at which a run goes
-on changes what is seen.
+on changes what is seen. Batches are bytes; the device augments them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastalex.data.augment import AUGMENTATIONS, COLOR_SCALE, augment, color_noise
+from fastalex.data import resized_crop
+from fastalex.data.augment import AUGMENTATIONS, PUBLISHED_NOISE, Augment, ColorNoise
 from fastalex.data.background import map_ahead
-from fastalex.data.base import Batch, DataError, ImageSource, Normalization
+from fastalex.data.base import Batch, DataError, ImageSource, Pixels
+from fastalex.data.normalization import Normalization
 from fastalex.data.pixels import load_pixels
 
-_ORDER, _CROPS, _COLORS = 0, 1, 2  # the streams of an epoch
+_ORDER, _CROPS, _COLORS, _BOXES = 0, 1, 2, 3  # the streams of an epoch
 _CROP_WORDS = 3  # random 64-bit words for a sample: top, left, mirror
 _COLOR_WORDS = 4
+_BOX_COUNTERS = -(-resized_crop.WORDS // 4)  # Philox makes four words of each count
 
 
 def decode_size(image_size: int) -> int:
@@ -32,9 +35,10 @@ class Batches:
     """The batches of each epoch over a source, or one replica's share of them.
 
     Training: images decoded at ``decode_size(image_size)``, a random crop, mirrored half the time,
-    with colour noise where ``augmentation`` says so, in a new random order each epoch. Every batch
-    is full: where the samples of the epoch run out, the last batch is filled with the first of the
-    same order. So each sample is seen at least once an epoch, and a few twice, alike.
+    with colour noise where ``augmentation`` says so, in a new random order each epoch; or random
+    parts of the images, resized to ``image_size`` already. Every batch is full: where the samples
+    of the epoch run out, the last batch is filled with the first of the same order. So each sample
+    is seen at least once an epoch, and a few twice, alike.
 
     Validation: the centre crop of the same decoded image, in the source's order; the last batch
     may be short.
@@ -54,6 +58,11 @@ class Batches:
         replicas: how many share each batch; must divide ``batch_size``.
         workers: threads that load batches ahead; 0 loads each when it is asked for.
         augmentation: of training, one of ``fastalex.data.augment.AUGMENTATIONS``.
+        device: where the batches will be augmented; None is the CPU.
+        noise: of the colours, where ``augmentation`` has any.
+
+    Attributes:
+        augment: makes of a batch, on ``device``, what the net gets: ``augment(*batch.pixels)``.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -71,6 +80,8 @@ class Batches:
         replicas: int = 1,
         workers: int = 0,
         augmentation: str = "crop",
+        device: torch.device | None = None,
+        noise: ColorNoise = PUBLISHED_NOISE,
     ) -> None:
         _check_at_least("batch_size", batch_size, 1)
         _check_at_least("image_size", image_size, 1)
@@ -91,13 +102,19 @@ class Batches:
         self.source = source
         self.batch_size = batch_size
         self.image_size = image_size
-        self.mean_std = mean_std
         self.seed = seed
         self.train = train
         self.rank = rank
         self.replicas = replicas
         self.workers = workers
         self.augmentation = augmentation if train else "none"
+        resized = self.augmentation == "resized"
+        if resized and mean_std.mean_image is not None:
+            raise ValueError("augmentation: resized parts of images have no mean image")
+        self._side = image_size if resized else decode_size(image_size)
+        self._noise = noise
+        colored = self.augmentation == "full"
+        self.augment = Augment(mean_std, image_size, device or torch.device("cpu"), colored)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -112,7 +129,7 @@ class Batches:
         shares = (self._share(order, batch) for batch in range(start, len(self)))
         # Two batches a thread: one being loaded and one ready.
         return map_ahead(
-            lambda indices: self._load(indices, crops, colors),
+            lambda indices: self._load(epoch, indices, crops, colors),
             shares,
             self.workers,
             2 * self.workers,
@@ -124,20 +141,25 @@ class Batches:
             return np.arange(len(self.source))
         return np.argsort(self._words(epoch, _ORDER, 1)[:, 0], kind="stable")
 
-    def _crops(self, epoch: int) -> npt.NDArray[np.int64]:
-        """int64 [len(source), 3]: top, left and whether to mirror, for each sample."""
+    def _crops(self, epoch: int) -> npt.NDArray[np.int32]:
+        """int32 [3, len(source)]: top, left and whether to mirror, for each sample."""
         spare = decode_size(self.image_size) - self.image_size
         if self.augmentation == "none":
-            return np.tile([spare // 2, spare // 2, 0], (len(self.source), 1))
+            return np.repeat(
+                np.array([[spare // 2], [spare // 2], [0]], np.int32), len(self.source), 1
+            )
         words = self._words(epoch, _CROPS, _CROP_WORDS)
         ranges = np.array([spare + 1, spare + 1, 2], np.uint64)
-        return (words % ranges).astype(np.int64)
+        crops = np.ascontiguousarray((words % ranges).T, np.int32)
+        if self.augmentation == "resized":
+            crops[:2] = 0
+        return crops
 
     def _colors(self, epoch: int) -> npt.NDArray[np.float32] | None:
         """float32 [len(source), 3]: what is added to the pixels of each sample, or None."""
         if self.augmentation != "full":
             return None
-        return color_noise(self._words(epoch, _COLORS, _COLOR_WORDS))
+        return self._noise.draw(self._words(epoch, _COLORS, _COLOR_WORDS))
 
     def _words(self, epoch: int, stream: int, words: int) -> npt.NDArray[np.uint64]:
         # Raw words, because numpy may change what its distributions make of them.
@@ -154,25 +176,31 @@ class Batches:
 
     def _load(
         self,
+        epoch: int,
         indices: npt.NDArray[np.int64],
-        crops: npt.NDArray[np.int64],
+        crops: npt.NDArray[np.int32],
         colors: npt.NDArray[np.float32] | None,
     ) -> Batch:
-        side = decode_size(self.image_size)
-        pixels = load_pixels(self.source, indices, side)
-        tops, lefts, mirrors = torch.from_numpy(crops[indices]).unbind(1)
-        images = augment(
-            pixels,
+        read = self.source.image
+        if self.augmentation == "resized":
+            read = lambda index, size: self._part(epoch, index, size)  # noqa: E731
+        tops, lefts, mirrors = torch.from_numpy(crops.take(indices, 1))
+        return Batch(
+            load_pixels(read, indices, self._side),
+            torch.from_numpy(self.source.labels[indices]),
+            torch.from_numpy(indices),
             tops,
             lefts,
             mirrors.bool(),
             None if colors is None else torch.from_numpy(colors[indices]),
-            torch.tensor(self.mean_std.mean),
-            torch.tensor(self.mean_std.std) * (1.0 if colors is None else COLOR_SCALE),
-            self.image_size,
         )
-        labels = torch.from_numpy(self.source.labels[indices])
-        return Batch(images, labels, torch.from_numpy(indices))
+
+    def _part(self, epoch: int, index: int, size: int) -> Pixels:
+        """A random part of an image; its words are read where they lie in the epoch's stream."""
+        stream = np.random.Philox(np.random.SeedSequence([self.seed, epoch, _BOXES]))
+        words = stream.advance(index * _BOX_COUNTERS).random_raw(resized_crop.WORDS)
+        side = decode_size(self.image_size)
+        return resized_crop.resized_crop(self.source, index, words, side, size)
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:

@@ -76,6 +76,17 @@ def read_whole(path: Path, size: int) -> tuple[Pixels, str | None]:
         return _square(image, size), _remark(image, path.suffix.lower(), size, deep)
 
 
+def read_upright(path: Path) -> Image.Image:
+    """All of an image file, RGB, converted and turned as by ``read_image``.
+
+    Raises:
+        Exception: as ``read_image``.
+    """
+    with Image.open(path) as image:
+        orientation = _orientation(image)
+        return _turned(_to_rgb(image), orientation)
+
+
 def try_read(read: Callable[[Path, int], T], path: Path, size: int) -> T | str:
     """``read(path, size)``, or why the file can't be read."""
     try:
@@ -106,9 +117,12 @@ def _square(image: Image.Image, size: int) -> Pixels:
     left, top = ((side - short) / 2 for side in rgb.size)
     box = (left, top, left + short, top + short)
     square = rgb.resize((size, size), Image.Resampling.BILINEAR, box)
-    if orientation in _UPRIGHT:
-        square = square.transpose(_UPRIGHT[orientation])
-    return np.array(square)
+    return np.asarray(_turned(square, orientation))
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _UPRIGHT.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def _remark(image: ImageFile.ImageFile, suffix: str, size: int, deep: bool) -> str | None:
@@ -154,4 +168,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    image.load()  # some formats know their size or mode only then
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies it

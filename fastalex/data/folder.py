@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from fastalex.data.background import map_ahead
 from fastalex.data.base import CACHE_BYTES, DataError, ImageCache, Pixels
-from fastalex.data.decode import FORMATS, read_image, try_read, why
+from fastalex.data.decode import FORMATS, read_image, read_upright, try_read, why
+
+T = TypeVar("T")
 
 SUFFIXES = frozenset(FORMATS)  # compared in lower case
 _CHECK_SIZE = 64  # side at which a file is decoded only to see whether it can be
@@ -81,12 +85,23 @@ class FolderImages:
         """
         image = self._cache.get(index, size)
         if image is None:
-            result = try_read(read_image, self._paths[index], size)
-            if isinstance(result, str):
-                raise DataError(f"{self.name(index)}: can't be read any more: {result}")
-            image = result
+            image = self._read(read_image, index, size)
             self._cache.put(index, image)
         return image
+
+    def whole(self, index: int, size: int) -> Image.Image:
+        """Every pixel of the file, RGB and upright; decoded anew each time.
+
+        Raises:
+            DataError: as ``image``.
+        """
+        return self._read(lambda path, _: read_upright(path), index, size)
+
+    def _read(self, read: Callable[[Path, int], T], index: int, size: int) -> T:
+        result = try_read(read, self._paths[index], size)
+        if isinstance(result, str):
+            raise DataError(f"{self.name(index)}: can't be read any more: {result}")
+        return result
 
     def _check(
         self, files: list[tuple[Path, str]], size: int | None, quiet: bool

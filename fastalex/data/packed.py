@@ -57,7 +57,7 @@ class PackedImages:
     """
 
     def __init__(self, root: Path, part: str) -> None:
-        manifest = read_manifest(root)
+        manifest = self._manifest = read_manifest(root)
         if part not in manifest["parts"]:
             raise DataError(f"{root}: no {part} images in this packed set; pack it again with some")
         self.classes: list[str] = manifest["classes"]
@@ -65,7 +65,7 @@ class PackedImages:
         self.unreadable: list[tuple[str, str]] = []  # left out when the set was packed
         self.channel_mean = np.array(manifest["channel_mean"])
         self.covariance = np.array(manifest["covariance"])
-        self._root, self._part, self._source = root, part, manifest["source"]
+        self._root, self._part = root, part
         counts = manifest["parts"][part]["shards"]
         for number, count in enumerate(counts):
             _check_shard(shard_path(root, part, number), count, self.size)
@@ -79,7 +79,7 @@ class PackedImages:
 
     def name(self, index: int) -> str:
         """The path of the file that the image was decoded from."""
-        return str(Path(self._source, self._names[index]))
+        return str(Path(self._manifest["source"], self._names[index]))
 
     def image(self, index: int, size: int) -> Pixels:
         """uint8 [size, size, 3], RGB: read-only and not copied at the packed size, else resized."""
@@ -88,8 +88,13 @@ class PackedImages:
             return packed
         return np.array(Image.fromarray(packed).resize((size, size), Image.Resampling.BILINEAR))
 
+    def whole(self, index: int, size: int) -> Image.Image:
+        """RGB, at the packed size, whatever ``size``."""
+        return Image.fromarray(self._packed(index))
+
     @functools.cached_property
     def mean_image(self) -> npt.NDArray[np.float32]:
+        _check_file(self._root, "mean.npy", self._manifest)
         mean: npt.NDArray[np.float32] = np.load(self._root / "mean.npy")
         return mean
 

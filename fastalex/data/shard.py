@@ -25,8 +25,7 @@ from fastalex.data.base import Pixels
 from fastalex.data.decode import read_whole, try_read
 from fastalex.data.packed import HEADER, WORK, shard_header, shard_path
 
-MAX_SIZE = 1024  # up to here the sums of a row of pixels are exact in float32
-_GREY = 128  # taken off every pixel before it is summed: the products are smaller
+MAX_SIZE = 1024
 
 
 class Record(NamedTuple):
@@ -84,11 +83,11 @@ class Shard:
 
 @dataclass
 class Sums:
-    """Exact sums over images, of pixels less 128: the same in whatever order they are added.
+    """Exact sums over images: the same in whatever order they are added.
 
     Attributes:
         images: how many.
-        pixels: [3, size, size], the sum of each pixel.
+        pixels: float64 [size, size, 3], the sum of each pixel.
         products: float64 [3, 3], the sum over all pixels of the products of two channels.
     """
 
@@ -98,7 +97,7 @@ class Sums:
 
     @classmethod
     def zero(cls, size: int) -> Sums:
-        return cls(0, np.zeros((3, size, size)), np.zeros((3, 3)))
+        return cls(0, np.zeros((size, size, 3)), np.zeros((3, 3)))
 
     def merge(self, other: Sums) -> None:
         self.images += other.images
@@ -107,42 +106,57 @@ class Sums:
 
     def mean_image(self) -> npt.NDArray[np.float64]:
         """[size, size, 3], 0 to 255."""
-        return np.moveaxis(self.pixels / self.images + _GREY, 0, -1)
+        return self.pixels / self.images
 
     def moments(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Mean [3] and covariance [3, 3] of the channels of all pixels."""
-        count = self.images * self.pixels[0].size
-        mean = self.pixels.sum((1, 2)) / count
-        return mean + _GREY, self.products / count - np.outer(mean, mean)
+        count = self.images * self.pixels[..., 0].size
+        mean = self.pixels.sum((0, 1)) / count
+        return mean, self.products / count - np.outer(mean, mean)
 
 
 class _Adder:
-    """Adds images to sums, a channel at a time in float32 that stays exact.
+    """Adds images to sums, in numbers that are just wide enough to stay exact.
 
-    Products of two values from -128 to 127 are below 2^14, and a row has at most 2^10 of them. A
-    shard has far fewer than the 2^17 images that the sum of a pixel could take.
+    A line of an image holds r g b r g b ..., so that its product with itself, moved by 0, 1 or 2
+    places, holds every product of two channels of a pixel. Added up line by line in float32, no
+    channel has to be taken out of the line first.
     """
+
+    _IMAGES = 257  # whose pixels 16 bits can add up
+    _LINES = 256  # whose products are below 2^24, up to where float32 holds every integer
 
     def __init__(self, size: int) -> None:
         self._images = 0
-        self._planes = np.empty((3, size, size), np.float32)
-        self._pixels = np.zeros_like(self._planes)
-        self._products = np.zeros((3, 3))
+        self._few = np.zeros((size, size, 3), np.uint16)
+        self._pixels = np.zeros((size, size, 3), np.uint32)
+        self._wide = np.empty((size, size * 3), np.float32)
+        self._totals = np.zeros((3, size * 3))  # of products, by shift and place in the line
 
     def add(self, image: Pixels) -> None:
-        planes = self._planes
-        np.copyto(planes, np.moveaxis(image, -1, 0))
-        planes -= np.float32(_GREY)
         self._images += 1
-        self._pixels += planes
-        for i in range(3):
-            for j in range(i, 3):
-                rows = np.einsum("yx,yx->y", planes[i], planes[j])
-                self._products[i, j] += rows.sum(dtype=np.float64)
+        np.add(self._few, image, out=self._few)
+        if self._images % self._IMAGES == 0:
+            self._spill()
+        np.copyto(self._wide, image.reshape(self._wide.shape))
+        width = self._wide.shape[1]
+        for first in range(0, len(self._wide), self._LINES):
+            lines = self._wide[first : first + self._LINES]
+            for shift in range(3):
+                left, right = lines[:, : width - shift], lines[:, shift:]
+                self._totals[shift, : width - shift] += np.einsum("yk,yk->k", left, right)
+
+    def _spill(self) -> None:
+        self._pixels += self._few
+        self._few[:] = 0
 
     def save(self, path: Path) -> None:
-        upper = np.triu(self._products)
-        products = upper + np.triu(upper, 1).T
+        self._spill()
+        products = np.zeros((3, 3))
+        for shift in range(3):
+            for channel in range(3 - shift):
+                total = self._totals[shift, channel::3].sum()
+                products[channel, channel + shift] = products[channel + shift, channel] = total
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, images=self._images, pixels=self._pixels, products=products)
 

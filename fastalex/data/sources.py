@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastalex.data.augment import PUBLISHED_NOISE, ColorNoise
 from fastalex.data.base import CACHE_BYTES, DataError, ImageSource
 from fastalex.data.batches import decode_size
 from fastalex.data.folder import FolderImages, class_folders
+from fastalex.data.normalization import MEAN_IMAGES, MeanImage
 from fastalex.data.packed import PackedImages, is_packed
 from fastalex.data.synthetic import TRAIN_COUNT, VAL_COUNT, SyntheticImages
 
@@ -53,6 +55,38 @@ def open_sources(
         for line in _notes(train, val, size):
             print(line, file=sys.stderr)
     return train, val
+
+
+def color_noise(source: ImageSource, kind: str) -> ColorNoise:
+    """The colour noise of ``fastalex.data.augment.COLOR_NOISES`` for the images of ``source``.
+
+    Raises:
+        DataError: for measured noise of images that are not packed.
+    """
+    if kind == "published":
+        return PUBLISHED_NOISE
+    if not isinstance(source, PackedImages):
+        raise DataError(
+            "--color-noise measured: the covariance is that of a packed set; pack the images with "
+            "`python -m fastalex.data pack`, or leave it out"
+        )
+    return ColorNoise.measured(source.covariance)
+
+
+def mean_image(source: ImageSource, kind: str, side: int) -> MeanImage | None:
+    """The mean of the training images at ``side`` pixels, if ``kind`` subtracts it.
+
+    Args:
+        source: the training images; only those of a packed set have a mean image.
+        kind: one of ``fastalex.data.normalization.NORMALIZATIONS``.
+        side: at which the images are decoded.
+
+    Raises:
+        DataError: where the packed set's is damaged.
+    """
+    if kind not in MEAN_IMAGES or not isinstance(source, PackedImages):
+        return None
+    return MeanImage.of(source.mean_image, side, centred=kind == "mean-centre")
 
 
 def _open_folder(

@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from fastalex.data.base import CACHE_BYTES, ImageCache, Pixels
 
@@ -69,6 +70,10 @@ class SyntheticImages:
             image = _draw(self.classes[self.labels[index]], _Random(key), size)
             self._cache.put(index, image)
         return image
+
+    def whole(self, index: int, size: int) -> Image.Image:
+        """As ``image``: the scene has no size of its own."""
+        return Image.fromarray(self.image(index, size))
 
 
 class _Random:

@@ -4,7 +4,7 @@ Every function takes logical NCHW tensors of any strides and is differentiable. 
 Triton kernels, on a CPU torch's own operators; ``backend`` chooses otherwise.
 """
 
-from fastalex_kernels import reference
+from fastalex_kernels import _operators, reference  # noqa: F401  _operators for torch.compile
 from fastalex_kernels._launch import backend
 from fastalex_kernels.augment import augment
 from fastalex_kernels.conv2d_relu import conv2d_relu

@@ -45,10 +45,18 @@ def _power(d: torch.Tensor, beta: float, out: torch.Tensor, scratch: torch.Tenso
     return torch.pow(d, beta, out=out)
 
 
-def _rows(x: torch.Tensor, groups: int) -> torch.Tensor:
+def rows_of_groups(x: torch.Tensor, groups: int) -> torch.Tensor:
     """A channels-last x [N, C, H, W] as [N * H * W * groups, C / groups], one group to a row."""
     channels = x.shape[1] // groups
     return x.permute(0, 2, 3, 1).reshape(x.numel() // max(channels, 1), channels)
+
+
+def lrn_constants(
+    channels: int, size: int, alpha: float, beta: float, groups: int
+) -> tuple[int, int, float, float, int]:
+    """Neighbours below and above in a window, the scale of the sum, beta, and groups."""
+    below, above = (min(n, max(channels - 1, 0)) for n in (size // 2, (size - 1) // 2))
+    return below, above, alpha / size, beta, groups
 
 
 def _first(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -102,19 +110,19 @@ class LRNFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         input = input.contiguous(memory_format=torch.channels_last)
         output = torch.empty_like(input)
-        denominator = torch.empty_like(_rows(input, groups))
+        denominator = torch.empty_like(rows_of_groups(input, groups))
         channels = denominator.shape[1]
-        below, above = (min(n, max(channels - 1, 0)) for n in (size // 2, (size - 1) // 2))
+        ctx.constants = lrn_constants(channels, size, alpha, beta, groups)
+        below, above, scale = ctx.constants[:3]
         constant = input.new_full((channels,), k)
-        wholes = (_rows(input, groups), denominator, _rows(output, groups))
+        wholes = (rows_of_groups(input, groups), denominator, rows_of_groups(output, groups))
         for padded, a, b, x, d, y in _blocks(2, below + above, *wholes):
             torch.mul(x, x, out=padded[:, below : below + channels])
             total = _window_sum(padded, below + 1 + above, a, b)[:, :channels]
-            torch.add(constant, total, alpha=alpha / size, out=d)
+            torch.add(constant, total, alpha=scale, out=d)
             a, b = _first(a, *x.shape), _first(b, *x.shape)
             torch.div(x, _power(d, beta, out=b, scratch=a), out=y)
         ctx.save_for_backward(input, denominator)
-        ctx.constants = (below, above, alpha / size, beta, groups)
         return output
 
     @staticmethod
@@ -125,7 +133,7 @@ class LRNFunction(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         result = torch.empty_like(input)
         channels = denominator.shape[1]
-        wholes = (denominator, *(_rows(t, groups) for t in (input, grad, result)))
+        wholes = (denominator, *(rows_of_groups(t, groups) for t in (input, grad, result)))
         for padded, a, b, z, d, x, dy, dx in _blocks(3, below + above, *wholes):
             z, p, q = (_first(t, *x.shape) for t in (z, a, b))
             torch.div(dy, _power(d, beta, out=q, scratch=p), out=z)
@@ -150,7 +158,12 @@ def lrn_max_pool2d(
 ) -> torch.Tensor:
     # Rounding before the maximum would make equals of neighbours: stay wide until the end.
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
-    normalised: torch.Tensor = LRNFunction.apply(wide, size, alpha, beta, k, groups)
+    normalised: torch.Tensor
+    if torch.compiler.is_compiling():
+        wide = wide.contiguous(memory_format=torch.channels_last)
+        normalised = torch.ops.fastalex.lrn(wide, size, alpha, beta, k, groups)[0]
+    else:
+        normalised = LRNFunction.apply(wide, size, alpha, beta, k, groups)
     if (kernel_size, stride) != (1, 1):
         normalised = max_pool2d(normalised, kernel_size, stride, ceil_mode)
     return normalised.to(input.dtype)
@@ -208,13 +221,17 @@ def augment(
     steps = torch.where(mirrors[:, None], size - 1 - step, step)
     columns = (lefts.clamp(0, W - size)[:, None] + steps)[:, None, :]
     x = images[torch.arange(N, device=images.device)[:, None, None], rows, columns]
-    x = x.to(torch.promote_types(dtype, torch.float32))
-    if colors is not None:
-        x += colors[:, None, None]
-    if mean is not None:
-        x -= mean if mean.dim() == 1 else mean[rows, columns]
-    if scale is not None:
-        x *= scale
+    wide = torch.promote_types(dtype, torch.float32)
+    x = x.to(wide).view(N, size, size * 3)
+    if mean is not None and mean.dim() == 3:
+        x -= mean[rows, columns].view_as(x)
+        mean = None
+    # Repeated along a line: an inner loop over three channels would take several times as long.
+    factor = torch.ones(3, dtype=wide, device=x.device) if scale is None else scale.to(wide)
+    shift = torch.zeros(1, 3, dtype=wide, device=x.device) if colors is None else colors.to(wide)
+    shift = (shift if mean is None else shift - mean) * factor
+    torch.addcmul(shift.repeat(1, size)[:, None], x, factor.repeat(size), out=x)
+    x = x.view(N, size, size, 3)
     (top, _), (left, _) = padding
     x = F.pad(x.to(dtype), (0, 0, left, width - left - size, top, height - top - size))
     if block == 1:

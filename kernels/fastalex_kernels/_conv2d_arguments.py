@@ -30,7 +30,8 @@ def space_to_depth(
     P, Q = (H + top + bottom - R) // sh + 1, (W + left + right - S) // sw + 1
     height, width = P + -(-R // sh) - 1, Q + -(-S // sw) - 1
     bottom, right = max(height * sh - H - top, 0), max(width * sw - W - left, 0)
-    x = F.pad(input, (left, right, top, bottom))[..., : height * sh, : width * sw]
+    x = F.pad(input, (left, right, top, bottom))
+    x = x.narrow(2, 0, height * sh).narrow(3, 0, width * sw)
     x = x.reshape(N, groups, channels // groups, height, sh, width, sw).permute(3, 5, 0, 1, 4, 6, 2)
     return as_nchw(x.reshape(height, width, N, channels * sh * sw))
 

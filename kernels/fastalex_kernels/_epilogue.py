@@ -20,7 +20,7 @@ import triton.language as tl
 
 from fastalex_kernels import _philox
 from fastalex_kernels._launch import interpreted, launch
-from fastalex_kernels.momentum import MomentumUpdate, sum_update
+from fastalex_kernels.momentum import MomentumUpdate, blocks, sum_parts, sum_update
 
 _PROGRAMS = 512  # at most this many row chunks, so that the second stage stays short
 
@@ -79,22 +79,22 @@ def _sum_partials_kernel(
     out_ptr,  # [numel]
     parts,
     numel,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < numel
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(parts):
-        total += tl.load(part_ptr + offs, mask=mask, other=0.0)
-        part_ptr += numel
-    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+    total = sum_parts(part_ptr, parts, numel, offs, PARTS, BLOCK)
+    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=offs < numel)
 
 
 def sum_partials(part: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Add ``part`` [parts, ...] over its first axis, in order, into ``out``, and return it."""
-    block = 65536 if interpreted() else 1024
-    grid = (triton.cdiv(out.numel(), block),)
-    launch(_sum_partials_kernel, grid, part, out, part.shape[0], out.numel(), BLOCK=block)
+    tile = blocks(part.shape[0], out.numel())
+    grid = (triton.cdiv(out.numel(), tile["BLOCK"]),)
+    launch(
+        _sum_partials_kernel, grid, part, out, part.shape[0], out.numel(), **tile,
+        counted=part.shape[0],
+    )  # fmt: skip
     return out
 
 
@@ -105,6 +105,7 @@ def epilogue_backward(
     need_dz: bool = True,
     bias: torch.Tensor | None = None,
     update: MomentumUpdate | None = None,
+    sums: torch.Tensor | None = None,
     p: float = 0.0,
     rng: torch.Tensor | None = None,
     row_offset: int = 0,
@@ -118,12 +119,17 @@ def epilogue_backward(
         need_dz: whether the gradient at the linear part is wanted.
         bias: the bias whose gradient is wanted, else None.
         update: of the bias, applied here; no gradient is returned then.
+        sums: column sums of ``dy`` in parts, where it came masked already, see _handover.
         p, rng, row_offset, feature_offset: the dropout that made ``y``; p = 0 is none.
 
     Returns:
         ``(dz, db)``, each None where it is not wanted. Where nothing masks, dz is ``dy`` itself.
     """
     rows, features = dy.shape
+    if sums is not None and update is not None:
+        if bias is not None:
+            sum_update(sums, update)
+        return (dy if need_dz else None), None
     philox = p > 0 and y is None
     masks = y is not None or philox
     write_dz = need_dz and masks
@@ -156,6 +162,7 @@ def epilogue_backward(
         WRITE_DB=bias is not None,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
+        counted=max(rows, features),
     )
     db = None
     if bias is not None and update is not None:

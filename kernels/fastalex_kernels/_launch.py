@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,9 +19,20 @@ from triton.runtime.jit import JITFunction
 from fastalex_kernels._tuned import tuned_tile
 
 BACKENDS = ("auto", "triton", "aten")
+TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
+MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # along the axes of a grid
+MOST_COUNTED = 2**31 - 2**24  # what a block or a program's share counts beyond the end fits, too
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels store
 
-_backend: ContextVar[str] = ContextVar("fastalex_backend", default="auto")
+
+class _Choice(threading.local):
+    """The backend chosen in this thread; torch.compile guards on it, as on no context variable."""
+
+    def __init__(self) -> None:
+        self.name = "auto"
+
+
+_backend = _Choice()
 
 # While set, a launch is handed to this function instead of a GPU, and ``target`` answers with the
 # name beside it. Offline compilation and the roofline report read every launch of a step this way.
@@ -52,11 +63,11 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    token = _backend.set(name)
+    previous, _backend.name = _backend.name, name
     try:
         yield
     finally:
-        _backend.reset(token)
+        _backend.name = previous
 
 
 @contextlib.contextmanager
@@ -72,7 +83,7 @@ def record_launches(target_name: str, recorder: Recorder) -> Iterator[None]:
 
 def use_triton(x: torch.Tensor) -> bool:
     """Whether an operation on ``x`` runs as Triton kernels here; float64 never does."""
-    name = _backend.get()
+    name = _backend.name
     if name == "aten" or x.dtype == torch.float64:
         return False
     here = x.is_cuda or _recorder is not None or interpreted()
@@ -147,10 +158,24 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and tf32 else "ieee"
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    """Run ``kernel[grid]`` on the device of its first tensor; an empty grid is no launch."""
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, counted: int, **kwargs: Any) -> None:
+    """Run ``kernel[grid]`` on the device of its first tensor; an empty grid is no launch.
+
+    Args:
+        kernel, grid, args, kwargs: as Triton takes them.
+        counted: the largest number that the kernel counts to in 32 bits: of rows, mostly.
+
+    Raises:
+        ValueError: for more than the kernel can count, or more programs than a GPU starts.
+    """
     if 0 in grid:
         return
+    if counted > MOST_COUNTED or any(map(int.__gt__, grid, MOST_PROGRAMS)):
+        raise ValueError(
+            f"input: too large for one launch of {kernel.fn.__name__.strip('_')}, which would count"
+            f" to {counted} and start {' x '.join(map(str, grid))} programs; the most are "
+            f"{MOST_COUNTED} and {' x '.join(map(str, MOST_PROGRAMS))}, split the batch"
+        )
     if _recorder is not None:
         _recorder[1](kernel, grid, args, kwargs)
     else:
@@ -172,6 +197,12 @@ def aligned(x: torch.Tensor) -> bool:
     if isinstance(x, FakeTensor):  # it has no address, and starts where its storage does
         return x.storage_offset() * x.element_size() % 16 == 0
     return x.data_ptr() % 16 == 0
+
+
+def outside_graphs(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    """Call ``function`` between two compiled graphs: one has no place for what backward updates."""
+    result: torch.Tensor = torch.compiler.disable(function)(*arguments)
+    return result
 
 
 def check_floating(name: str, x: object) -> None:

@@ -107,5 +107,6 @@ def linear_backward_weight_update(
         operand if kernel_operand else x, update.squares_of(grid[0] * grid[1]), update.rate,
         *sizes, PAPER=update.rule == "paper", HAS_OPERAND=kernel_operand,
         ALIGN=math.gcd(8, sizes[0], sizes[1], sizes[3], sizes[4]), **given.flags,
+        counted=max(N, K, M),
     )  # fmt: skip
     update.changed()

@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels._launch import aligned, launch, target
+from fastalex_kernels._launch import MOST_COUNTED, aligned, launch, target
 
 CHUNK = 8  # channels
 _STRIP = 3  # pooled columns of a forward program
@@ -70,6 +70,7 @@ def fits(x: torch.Tensor, norm: Norm, groups: int, window: Window) -> bool:
         and aligned(x)
         and channels % CHUNK == 0
         and channels // CHUNK <= _CHUNKS["backward"]
+        and x.shape[2] * x.shape[3] <= MOST_COUNTED  # values of a pixel are counted in 32 bits
         # The interpreter takes fewer steps through the general kernel, and AMD's compiler needs
         # over a minute for the straight line of code here.
         and target(x.device).startswith("sm_")
@@ -293,10 +294,14 @@ def _scaled(dy, a, d):
 
 @triton.jit
 def _lrn_bwd_pixel(
-    x_ptr, dx_ptr, dy, chunk, mask, left, right,
-    START: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr,
+    x_ptr, dx_ptr, dy, total, chunk, mask, left, right,
+    START: tl.constexpr, UNIT: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
+    T: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of one pixel of x, from dy [T, 8], that of its normalised values."""
+    """Write the gradient of one pixel of x, from dy [T, 8], that of its normalised values.
+
+    With MASK it is zero where x is, and ``total`` grows by it.
+    """
     a, d = _denominators(x_ptr, chunk, mask, left, right, START, EVEN, T)
     y0, y1, y2, y3, y4, y5, y6, y7 = _split8(dy, T)
     z0, t0 = _scaled(y0, a[0], d[0])
@@ -327,7 +332,13 @@ def _lrn_bwd_pixel(
         T,
     )
     offs = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
-    tl.store(dx_ptr + offs, (dx * UNIT).to(dx_ptr.dtype.element_ty), mask=mask[:, None])
+    dx *= UNIT
+    if MASK:
+        x = _join8(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], T)
+        dx = tl.where(x <= 0, 0.0, dx)  # a NaN hands its gradient on, as in torch
+        total += dx
+    tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask[:, None])
+    return total
 
 
 @triton.jit
@@ -346,6 +357,7 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
     dy_ptr,  # [P, Q, N, C]
     argmax_ptr,  # uint8 [P, Q, N, C]
     dx_ptr,  # [H, W, N, C]
+    sum_ptr,  # float32 [columns of programs, rows of programs, N, C], written where MASK
     N,
     H,
     W,
@@ -357,6 +369,7 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
     USED: tl.constexpr,  # chunks of a program: whole groups, at most T
     START: tl.constexpr,
     UNIT: tl.constexpr,
+    MASK: tl.constexpr,  # x comes from a ReLU: apply its mask too, and sum what is written
     EVEN: tl.constexpr,
     T: tl.constexpr,
 ):
@@ -373,44 +386,87 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
     # Windows above and to the left of (p, q), above, to the left, and (p, q) itself.
     dy_al, at_al = _load_window(dy_ptr, argmax_ptr, p_first - 1, q - 1, P, Q, pixel, chunk, chunks)
     dy_a, at_a = _load_window(dy_ptr, argmax_ptr, p_first - 1, q, P, Q, pixel, chunk, chunks)
+    total = tl.zeros((T, 8), tl.float32)
     for p in range(p_first, tl.minimum(p_first + rows_per_program, (H + 1) // 2)):
         dy_l, at_l = _load_window(dy_ptr, argmax_ptr, p, q - 1, P, Q, pixel, chunk, chunks)
         dy, at = _load_window(dy_ptr, argmax_ptr, p, q, P, Q, pixel, chunk, chunks)
         base = (2 * p * W + 2 * q).to(tl.int64) * pixel
         grad = tl.where(at == 0, dy, 0.0) + tl.where(at_l == 2, dy_l, 0.0)
         grad += tl.where(at_a == 6, dy_a, 0.0) + tl.where(at_al == 8, dy_al, 0.0)
-        _lrn_bwd_pixel(
-            x_ptr + base, dx_ptr + base, grad, chunk, mask, left, right, START, UNIT, EVEN, T
+        total = _lrn_bwd_pixel(
+            x_ptr + base,
+            dx_ptr + base,
+            grad,
+            total,
+            chunk,
+            mask,
+            left,
+            right,
+            START,
+            UNIT,
+            MASK,
+            EVEN,
+            T,
         )
         if 2 * q + 1 < W:
             grad = tl.where(at == 1, dy, 0.0) + tl.where(at_a == 7, dy_a, 0.0)
             here = base + pixel
-            _lrn_bwd_pixel(
-                x_ptr + here, dx_ptr + here, grad, chunk, mask, left, right, START, UNIT, EVEN, T
+            total = _lrn_bwd_pixel(
+                x_ptr + here,
+                dx_ptr + here,
+                grad,
+                total,
+                chunk,
+                mask,
+                left,
+                right,
+                START,
+                UNIT,
+                MASK,
+                EVEN,
+                T,
             )
         if 2 * p + 1 < H:
             here = base + W * pixel
             grad = tl.where(at == 3, dy, 0.0) + tl.where(at_l == 5, dy_l, 0.0)
-            _lrn_bwd_pixel(
-                x_ptr + here, dx_ptr + here, grad, chunk, mask, left, right, START, UNIT, EVEN, T
+            total = _lrn_bwd_pixel(
+                x_ptr + here,
+                dx_ptr + here,
+                grad,
+                total,
+                chunk,
+                mask,
+                left,
+                right,
+                START,
+                UNIT,
+                MASK,
+                EVEN,
+                T,
             )
             if 2 * q + 1 < W:
                 here = base + (W + 1) * pixel
                 grad = tl.where(at == 4, dy, 0.0)
-                _lrn_bwd_pixel(
+                total = _lrn_bwd_pixel(
                     x_ptr + here,
                     dx_ptr + here,
                     grad,
+                    total,
                     chunk,
                     mask,
                     left,
                     right,
                     START,
                     UNIT,
+                    MASK,
                     EVEN,
                     T,
                 )
         dy_al, at_al, dy_a, at_a = dy_l, at_l, dy, at
+    if MASK:
+        program = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+        offs = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
+        tl.store(sum_ptr + program * pixel + offs, total, mask=mask[:, None])
 
 
 def _scaled_constants(norm: Norm) -> dict[str, float]:
@@ -443,6 +499,7 @@ def forward(
         share, C=C, GROUP=C // groups // CHUNK, SIGNED=norm.signed, SAVE=save,
         EVEN=N * C // CHUNK % T == 0,
         **_scaled_constants(norm), T=T, num_warps=T // 32,
+        counted=max(N * C, H * W),
     )  # fmt: skip
 
 
@@ -453,16 +510,24 @@ def backward(
     dx: torch.Tensor,
     norm: Norm,
     groups: int,
-) -> None:
-    """Fill dx [H, W, N, G*C] from x, and dy and argmax [P, Q, N, G*C]."""
+    mask: bool = False,
+) -> torch.Tensor | None:
+    """Fill dx [H, W, N, G*C] from x, and dy and argmax [P, Q, N, G*C].
+
+    With ``mask`` x comes from a ReLU: dx is zero where x is, and its sums are returned, in parts
+    [parts, G*C].
+    """
     (H, W, N, C), (P, Q, _, _) = x.shape, dy.shape
     T, group = _CHUNKS["backward"], C // groups // CHUNK
     used = T // group * group
     blocks = triton.cdiv(N * C // CHUNK, used)
-    share, parts = _row_split(triton.cdiv(H, 2), blocks * triton.cdiv(W, 2))
+    columns = triton.cdiv(W, 2)
+    share, parts = _row_split(triton.cdiv(H, 2), blocks * columns)
+    sums = dx.new_empty((columns * parts * N, C) if mask else (0, C), dtype=torch.float32)
     launch(
-        _lrn_max_pool2d_chunks_bwd_kernel, (blocks, triton.cdiv(W, 2), parts), x, dy, argmax, dx,
-        N, H, W, P, Q, share, C=C, GROUP=group, USED=used,
+        _lrn_max_pool2d_chunks_bwd_kernel, (blocks, columns, parts), x, dy, argmax, dx,
+        sums if mask else dx, N, H, W, P, Q, share, C=C, GROUP=group, USED=used, MASK=mask,
         EVEN=N * C // CHUNK % T == 0 and used == T, **_scaled_constants(norm), T=T,
-        num_warps=T // 32,
+        num_warps=T // 32, counted=max(N * C, H * W),
     )  # fmt: skip
+    return sums if mask else None

@@ -20,6 +20,11 @@ Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _mul_hi_lo(a: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if torch.compiler.is_compiling():
+        # The C++ that Inductor writes may not overflow: its compiler takes that to never happen.
+        low = (a & 0xFFFF) * m
+        high = (a >> 16) * m + (low >> 16)
+        return high >> 16, (high & 0xFFFF) << 16 | (low & 0xFFFF)
     # int64 products wrap modulo 2^64, which leaves every bit of the unsigned product right.
     product = a * m
     return (product >> 32) & _MASK32, product & _MASK32
@@ -102,3 +107,26 @@ def keep(rng_ptr, row, feature, p):
     c3 = zero + ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
     word, _, _, _ = tl.philox(seed, zero + feature, zero + row, c2, c3)
     return tl.uint_to_uniform_float(word) >= p
+
+
+@triton.jit
+def drop(x, rng_ptr, row, first_feature, p):
+    """x [M, N] where ``keep_mask`` keeps it, else zero, for int32 ``row`` [M].
+
+    The four words of every element of a large block at once would need more registers than there
+    are, so it is taken in four parts.
+    """
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    if N < 64 or M * N < 8192:
+        feature = first_feature + tl.arange(0, N)
+        x = tl.where(keep(rng_ptr, row[:, None], feature[None, :], p), x, 0.0)
+    else:
+        x = tl.reshape(x, [M, 4, N // 4])
+        part = tl.arange(0, 4)[None, :, None]
+        feature = first_feature + tl.arange(0, N // 4)
+        for i in range(4):
+            kept = keep(rng_ptr, row[:, None], (feature + i * (N // 4))[None, :], p)
+            x = tl.where(kept[:, None, :] | (part != i), x, 0.0)
+        x = tl.reshape(x, [M, N])
+    return x

@@ -109,7 +109,8 @@ def operands(a: torch.Tensor, w: torch.Tensor, tile: dict[str, int], split: int 
     (a, stride_a, a_columns), (w, stride_w, w_columns) = _unit_stride(a), _unit_stride(w)
     m, n, k = (tile[f"BLOCK_{axis}"] for axis in "MNK")
     tma = has_tma(a.device) and all(
-        x.element_size() == 2 and x.numel() > 0 and aligned(x) and stride % 8 == 0
+        # Rows that share memory, of an expanded tensor, have no descriptor.
+        x.element_size() == 2 and x.numel() > 0 and aligned(x) and stride > 0 and stride % 8 == 0
         for x, stride in ((a, stride_a), (w, stride_w))
     )
     flags = {

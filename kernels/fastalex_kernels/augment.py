@@ -20,6 +20,8 @@ HWNC [P, Q, N, 48] of _conv2d_arguments.space_to_depth, channel (row * 4 + colum
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -228,9 +230,21 @@ def _augment_kernel(
         tl.store(out_ptr + offset[:, None] + value[None, :], y, mask=mask)
 
 
+def augment_output(
+    images: torch.Tensor, block: int, lines: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Memory for the output of the kernel."""
+    N, (height, width) = images.shape[0], lines
+    if block == 1:
+        return images.new_empty((N, height, width, 3), dtype=dtype)
+    return images.new_empty((height // block, width // block, N, 48), dtype=dtype)
+
+
 def augment_forward(
     images: torch.Tensor,
-    crops: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    tops: torch.Tensor,
+    lefts: torch.Tensor,
+    mirrors: torch.Tensor,
     colors: torch.Tensor | None,
     mean: torch.Tensor | None,
     scale: torch.Tensor | None,
@@ -241,15 +255,11 @@ def augment_forward(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The output in its own layout; ``lines`` are its pixels as (height, width)."""
-    (N, H, W, _), (height, width) = images.shape, lines
-    if block == 1:
-        P, Q = height, triton.cdiv(width, 16)
-        out = images.new_empty((N, height, width, 3), dtype=dtype)
-    else:
-        P, Q = height // block, width // block
-        out = images.new_empty((P, Q, N, 48), dtype=dtype)
+    N, H, W, _ = images.shape
+    out = augment_output(images, block, lines, dtype)
+    width = lines[1]
+    P, Q = (lines[0], triton.cdiv(width, 16)) if block == 1 else out.shape[:2]
     items = _INTERPRETER_ITEMS if target(images.device) == "interpreter" else _ITEMS
-    tops, lefts, mirrors = crops
     launch(
         _augment_kernel, (triton.cdiv(P * Q, items) * N,), images, tops, lefts, mirrors,
         images if colors is None else colors, images if mean is None else mean,
@@ -258,7 +268,7 @@ def augment_forward(
         WORDS=images.numel() % 4 == 0 and aligned(images), HAS_COLORS=colors is not None,
         HAS_MEAN=mean is not None and mean.dim() == 1,
         HAS_MEAN_IMAGE=mean is not None and mean.dim() == 3,
-        HAS_SCALE=scale is not None, ITEMS=items, num_warps=4,
+        HAS_SCALE=scale is not None, ITEMS=items, num_warps=4, counted=max(P * Q, H * W * 3),
     )  # fmt: skip
     return out
 
@@ -343,10 +353,13 @@ def augment(
         crops = (tops.contiguous(), lefts.contiguous(), mirrors.contiguous().view(torch.uint8))
         # The interpreter cannot round to bfloat16.
         stored = torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype
-        out = augment_forward(
-            images.contiguous(), crops, colors, mean, scale, size, sides, space_to_depth, lines,
-            stored,
-        ).to(dtype)  # fmt: skip
+        given = (images.contiguous(), *crops, colors, mean, scale, size)
+        if torch.compiler.is_compiling():
+            pads = [*sides[0], *sides[1]]
+            out = torch.ops.fastalex.augment(*given, pads, space_to_depth, lines, stored)
+        else:
+            out = augment_forward(*given, sides, space_to_depth, lines, stored)
+        out = out.to(dtype)
     return out.permute(0, 3, 1, 2) if space_to_depth == 1 else as_nchw(out)
 
 

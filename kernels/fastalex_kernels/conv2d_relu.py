@@ -39,7 +39,9 @@ from fastalex_kernels._conv2d_arguments import (
     spell_out,
 )
 from fastalex_kernels._epilogue import epilogue_backward, sum_partials
+from fastalex_kernels._handover import offers, taken
 from fastalex_kernels._launch import (
+    TRITON,
     aligned,
     autocast,
     cut,
@@ -48,6 +50,7 @@ from fastalex_kernels._launch import (
     interpretable,
     interpreted,
     launch,
+    outside_graphs,
     target,
     tile_entry,
     use_triton,
@@ -170,10 +173,15 @@ def _conv2d_relu_fwd_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < rows
     mask_n = offs_n < K
-    # The row of x under tap (0, 0), and where it stands in the image (h, w).
-    h = offs_m // (Q * N) - PAD_H
-    w = offs_m // N - (h + PAD_H) * Q - PAD_W
-    row = ((h * W + w) * N + offs_m % N).to(tl.int64)
+    # The row of x under tap (0, 0).
+    if ONE_PIXEL:  # counted from the first, and so in 32 bits: half the registers
+        x_row = ((p_first - PAD_H) * W + q_first - PAD_W) * N + first % N
+        x_ptr += x_row.to(tl.int64) * (G * C)
+        row = tl.arange(0, BLOCK_M)
+    else:  # and where it stands in the image (h, w)
+        h = offs_m // (Q * N) - PAD_H
+        w = offs_m // N - (h + PAD_H) * Q - PAD_W
+        row = ((h * W + w) * N + offs_m % N).to(tl.int64)
     x_ptrs = x_ptr + row[:, None] * (G * C) + (g * C + offs_k)[None, :]
     w_offs = g * W_GROUP + offs_k[:, None] * W_C + offs_n[None, :] * W_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -225,7 +233,9 @@ def _conv2d_relu_fwd_kernel(
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
         r, s, c = _next_tap(r, s, c, s_lo, s_hi, BLOCK_K + TAIL_K, C)
 
-    out = y_ptr + offs_m.to(tl.int64)[:, None] * (G * K) + g * K
+    # Counted from the first row, and so in 32 bits.
+    y_ptr += first.to(tl.int64) * (G * K) + g * K
+    out = y_ptr + tl.arange(0, BLOCK_M)[:, None] * (G * K)
     acc = _finish(acc, b_ptr, g * K + offs_n, mask_n, HAS_BIAS, RELU)
     mask = mask_m[:, None] & mask_n[None, :]
     tl.store(out + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
@@ -440,11 +450,11 @@ def _split(block: int, size: int) -> tuple[int, int]:
 
 
 def _forward_tile(
-    x: torch.Tensor, rows: int, C: int, K: int, kernel: str, *sizes: int
+    x: torch.Tensor, N: int, pixels: int, C: int, K: int, kernel: str, *sizes: int
 ) -> dict[str, int]:
-    """Blocks for ``rows`` rows, C channels in and K out of a group."""
+    """Blocks for ``pixels`` outputs of N images, C channels in and K out of a group."""
     block_m, block_n, block_k, warps, stages = tile_entry(_FORWARD_TILES, x, kernel, *sizes)
-    block_m = cut(block_m, rows)
+    block_m = cut(block_m, pixels * N)
     tile = {"BLOCK_M": block_m, "num_stages": stages}
     if target(x.device) == "interpreter":
         return tile | {
@@ -459,6 +469,8 @@ def _forward_tile(
     n, tail_n = _split(block_n, K)
     if n < block_n // 2 or (tail_n and tail_k):
         n, tail_n = cut(block_n, K), 0
+    if tail_n and N % block_m and target(x.device) == "sm_80" and TRITON < (3, 9):
+        k = min(k, 32)  # 64 with masked rows spill there
     warps = _warps(warps, block_m, n + tail_n, 8 * x.element_size())
     return tile | {
         "BLOCK_N": n,
@@ -509,12 +521,13 @@ def _convolve(
     output = empty_nchw(x, (N, groups * K, P, Q))
     y = as_hwnc(output)
     name = "conv2d input" if reverse else "conv2d forward"
-    tile = _forward_tile(x, P * Q * N, C, K, name, N, P, Q, C, K, R, S, groups)
+    tile = _forward_tile(x, N, P * Q, C, K, name, N, P, Q, C, K, R, S, groups)
     one_pixel = N % tile["BLOCK_M"] == 0
     m_blocks = triton.cdiv(P * Q * N, tile["BLOCK_M"])
     n_blocks = triton.cdiv(K, tile["BLOCK_N"] + tile["TAIL_N"])
     grid = (m_blocks * n_blocks, groups)
     sizes = (N, H, W, P, Q)
+    counted = max(_farthest_row(sizes, (R, S), pad), w.numel())
     constants = {
         "G": groups, "C": C, "K": K, "R": R, "S": S, "PAD_H": pad[0], "PAD_W": pad[1],
         "REVERSE": reverse, "HAS_BIAS": bias is not None, "RELU": relu, **tile,
@@ -522,15 +535,27 @@ def _convolve(
     b = x if bias is None else bias
     if one_pixel and _tma_fits(groups, x, w) and C % (tile["BLOCK_K"] + tile["TAIL_K"]) == 0:
         descriptors = _forward_descriptors(x, w, tile, reverse)
-        launch(_conv2d_relu_fwd_tma_kernel, grid, *descriptors, b, y, *sizes, **constants)
+        launch(
+            _conv2d_relu_fwd_tma_kernel, grid, *descriptors, b, y, *sizes, **constants,
+            counted=counted,
+        )  # fmt: skip
         return output
     strides = (1, columns) if reverse else (columns, 1)
     launch(
         _conv2d_relu_fwd_kernel, grid, x, w, b, y, *sizes, **constants,
         W_TAP=rows * columns, W_GROUP=columns // groups, W_C=strides[0], W_K=strides[1],
-        ONE_PIXEL=one_pixel, PRECISION=dot_precision(x.dtype),
+        ONE_PIXEL=one_pixel, PRECISION=dot_precision(x.dtype), counted=counted,
     )  # fmt: skip
     return output
+
+
+def _farthest_row(
+    sizes: tuple[int, ...], kernel_size: tuple[int, int], pad: tuple[int, int]
+) -> int:
+    """How far from 0 the forward kernel counts rows, in the padding too."""
+    (N, _, W, P, Q), (R, S), (top, left) = sizes, kernel_size, pad
+    h, w = max(abs(top), P + R - 2 - top), max(abs(left), Q + S - 2 - left)
+    return max(P * Q, h * W + w + 1, abs(top) * Q) * N
 
 
 def _tma_fits(groups: int, *operands: torch.Tensor) -> bool:
@@ -593,6 +618,7 @@ def conv2d_relu_backward_weight(
         EVEN_ROWS=even_rows, TMA=tma, PRECISION=dot_precision(x.dtype), BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_K=block_k, num_stages=stages,
         num_warps=_warps(warps, block_m, block_n, 8 * x.element_size()),
+        counted=max(H * W * N, P * Q * N, part[..., 0].numel()),
     )  # fmt: skip
     return part
 
@@ -632,6 +658,7 @@ class Conv2dReLUFunction(torch.autograd.Function):
         ctx.save_for_backward(input, w, bias, output if relu else None)
         ctx.padding, ctx.groups = padding, groups
         ctx.update, ctx.stride = update, stride
+        offers(ctx, relu, update)
         return output
 
     @staticmethod
@@ -640,14 +667,21 @@ class Conv2dReLUFunction(torch.autograd.Function):
         input, w, bias, output = ctx.saved_tensors
         x = as_hwnc(input)
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        dy = as_hwnc(grad)
-        dz, db = epilogue_backward(
-            dy.view(-1, dy.shape[-1]),
-            None if output is None else as_hwnc(output).view(-1, dy.shape[-1]),
-            need_dz=need_x or need_w,
-            bias=bias if need_b else None,
-            update=None if ctx.update is None else ctx.update.bias,
-        )
+        dy, sums = as_hwnc(grad), taken(grad)
+        dz: torch.Tensor | None
+        db = None
+        if sums is not None and ctx.update is not None:
+            dz = dy
+            if need_b:
+                sum_update(sums, ctx.update.bias)
+        else:
+            dz, db = epilogue_backward(
+                dy.view(-1, dy.shape[-1]),
+                None if output is None else as_hwnc(output).view(-1, dy.shape[-1]),
+                need_dz=need_x or need_w,
+                bias=bias if need_b else None,
+                update=None if ctx.update is None else ctx.update.bias,
+            )
         if dz is None:
             return None, None, db, *[None] * 5
         dz, padding, groups = dz.view(dy.shape), ctx.padding, ctx.groups
@@ -697,6 +731,9 @@ def conv2d_relu(
         TypeError: for a wrong type or dtype.
         ValueError: for a wrong shape, device, or a value out of range.
     """
+    if update is not None and torch.compiler.is_compiling():
+        layer = (input, weight, bias, stride, padding, groups, relu, update)
+        return outside_graphs(conv2d_relu, *layer)
     sides, strides = spell_out(padding, stride)
     if update is None:
         input, weight, bias = autocast(input, weight, bias)
@@ -719,7 +756,12 @@ def conv2d_relu(
         weight, bias = interpretable(weight, bias)
         if strides != (1, 1):
             weight = space_to_depth_weight(weight, strides)
-    output: torch.Tensor = Conv2dReLUFunction.apply(
-        input, weight, bias, sides, groups, relu, update, strides[0]
-    )
+    output: torch.Tensor
+    if torch.compiler.is_compiling():
+        input, pads = lie_as_hwnc(input), [*sides[0], *sides[1]]
+        output = torch.ops.fastalex.conv2d_relu(input, weight, bias, pads, groups, relu)
+    else:
+        output = Conv2dReLUFunction.apply(
+            input, weight, bias, sides, groups, relu, update, strides[0]
+        )
     return output.to(dtype)

@@ -33,6 +33,7 @@ from fastalex_kernels._launch import (
     interpretable,
     interpreted,
     launch,
+    outside_graphs,
     tile_entry,
     use_triton,
 )
@@ -42,7 +43,7 @@ from fastalex_kernels.momentum import Updates
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
 _TILES = {
-    ("sm_80", 16): (128, 64, 64, 4, 4),
+    ("sm_80", 16): (128, 64, 64, 4, 3),
     ("sm_90", 16): (128, 64, 64, 4, 4),
     ("sm_100", 16): (128, 64, 64, 4, 4),
     ("gfx942", 16): (128, 64, 64, 4, 2),
@@ -77,9 +78,8 @@ def _finish(
     if RELU:
         acc = tl.where(acc < 0, 0.0, acc)  # not tl.maximum, which would hide a NaN
     if DROPOUT:
-        row = (offs_m + row_offset)[:, None]
-        feature = (offs_n + feature_offset)[None, :]
-        acc = tl.where(_philox.keep(rng_ptr, row, feature, p), acc * scale, 0.0)
+        feature = tl.program_id(0) * acc.shape[1] + feature_offset
+        acc = _philox.drop(acc * scale, rng_ptr, offs_m + row_offset, feature, p)
     return acc
 
 
@@ -216,14 +216,14 @@ def matmul(
     launch(
         _linear_relu_dropout_fwd_kernel, (*blocks, split), *given.args[:2], b, r, out,
         *given.args[2:], *scalars, SPLIT=split, ALIGN=math.gcd(8, *given.args[2:]),
-        **given.flags, **epilogue,
+        **given.flags, **epilogue, counted=max(split * M, N, K),
     )  # fmt: skip
     if split > 1:
         block_m, block_n = 8, 128
         grid = (triton.cdiv(N, block_n), triton.cdiv(M, block_m))
         launch(
             _finish_partials_kernel, grid, out, b, r, y, split, M, N, *scalars,
-            **epilogue, BLOCK_M=block_m, BLOCK_N=block_n,
+            **epilogue, BLOCK_M=block_m, BLOCK_N=block_n, counted=max(M, N),
         )  # fmt: skip
     return y
 
@@ -374,6 +374,9 @@ def linear_relu_dropout(
 
     Source: P§4.2; the scaling in training is the same function as halving at test.
     """
+    if update is not None and torch.compiler.is_compiling():
+        layer = (input, weight, bias, p, relu, training, rng, row_offset, feature_offset, update)
+        return outside_graphs(linear_relu_dropout, *layer)
     if update is None:
         input, weight, bias = autocast(input, weight, bias)
         _check(input, weight, bias)
@@ -395,7 +398,11 @@ def linear_relu_dropout(
     (input,) = interpretable(input)
     if update is None:
         weight, bias = interpretable(weight, bias)
-    output: torch.Tensor = LinearReLUDropoutFunction.apply(input, weight, bias, *arguments, update)
+    output: torch.Tensor
+    if torch.compiler.is_compiling():
+        output = torch.ops.fastalex.linear_relu_dropout(input, weight, bias, *arguments)
+    else:
+        output = LinearReLUDropoutFunction.apply(input, weight, bias, *arguments, update)
     return output.to(dtype)
 
 

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _aten, _lrn_chunks
+from fastalex_kernels._handover import hand_over, wanted
 from fastalex_kernels._launch import check_floating, interpretable, interpreted, launch, use_triton
 from fastalex_kernels._layout import as_hwnc, empty_nchw, lie_as_hwnc
 from fastalex_kernels._lrn_chunks import Norm, Window
@@ -239,6 +240,7 @@ def lrn_max_pool2d_forward(
     launch(
         _lrn_max_pool2d_fwd_kernel, grid, x, y, argmax, N, H, W, Q,
         G=groups, C=GC // groups, SAVE=save, **_constants(norm, window, GC // groups), **blocks,
+        counted=H * W * N,
     )  # fmt: skip
     return output, argmax
 
@@ -251,19 +253,24 @@ def lrn_max_pool2d_backward(
     groups: int,
     window: Window,
     size: tuple[int, int],
+    mask: bool = False,
 ) -> torch.Tensor:
-    """dx [N, G*C, H, W] of dy and argmax [P, Q, N, G*C]; x is the forward's input, for LRN."""
+    """dx [N, G*C, H, W] of dy and argmax [P, Q, N, G*C]; x is the forward's input, for LRN.
+
+    ``mask`` says that x comes from a ReLU whose mask may be applied here, see _handover.
+    """
     (P, Q, N, GC), (H, W) = dy.shape, size
     result = empty_nchw(dy, (N, GC, H, W))
     dx = as_hwnc(result)
     if norm is not None and x is not None and _lrn_chunks.fits(x, norm, groups, window):
-        _lrn_chunks.backward(x, dy, argmax, dx, norm, groups)
-        return result
+        sums = _lrn_chunks.backward(x, dy, argmax, dx, norm, groups, mask)
+        return result if sums is None else hand_over(result, sums)
     blocks = _blocks(W * N, GC // groups)
     grid = (triton.cdiv(W * N, blocks["BLOCK_M"]), H, groups)
     launch(
         _lrn_max_pool2d_bwd_kernel, grid, dy if x is None else x, dy, argmax, dx, N, W, P, Q,
         G=groups, C=GC // groups, **_constants(norm, window, GC // groups), **blocks,
+        counted=H * W * N,
     )  # fmt: skip
     return result
 
@@ -280,12 +287,13 @@ class LRNMaxPool2dFunction(torch.autograd.Function):
         window: Window,
         size: tuple[int, int],
     ) -> torch.Tensor:
+        mask = wanted(input)
         input = lie_as_hwnc(input)
         output, argmax = lrn_max_pool2d_forward(
             as_hwnc(input), norm, groups, window, size, save=ctx.needs_input_grad[0]
         )
         ctx.save_for_backward(None if norm is None else input, argmax)
-        ctx.arguments = (norm, groups, window, input.shape[2:])
+        ctx.arguments = (norm, groups, window, input.shape[2:], mask)
         return output
 
     @staticmethod
@@ -426,5 +434,12 @@ def _apply(
 ) -> torch.Tensor:
     window = Window(kernel_size, stride)
     (wide,) = interpretable(input)
-    output: torch.Tensor = LRNMaxPool2dFunction.apply(wide, norm, groups, window, pooled)
+    output: torch.Tensor
+    if torch.compiler.is_compiling():
+        wide, save = lie_as_hwnc(wide), wide.requires_grad and torch.is_grad_enabled()
+        fields = [] if norm is None else list(map(float, norm))
+        pooling = [kernel_size, stride]
+        output, _ = torch.ops.fastalex.lrn_max_pool2d(wide, fields, groups, pooling, pooled, save)
+    else:
+        output = LRNMaxPool2dFunction.apply(wide, norm, groups, window, pooled)
     return output.to(input.dtype)

@@ -32,7 +32,7 @@ class MomentumUpdate:
     """A parameter that the backward pass updates, and what it needs for that.
 
     Args:
-        parameter: float32, dense, changed in place.
+        parameter: float32, changed in place; contiguous, or a convolution's weight in any order.
         velocity: float32, of the parameter's shape and strides, changed in place.
         rate: float32 [3] on the parameter's device: learning rate, momentum, weight decay.
         rule: one of ``RULES``.
@@ -45,7 +45,8 @@ class MomentumUpdate:
             before the first.
 
     Raises:
-        ValueError: for another rule, or a velocity that does not lie as the parameter does.
+        ValueError: for another rule, a velocity that does not lie as the parameter does, another
+            device, or memory that the kernels would take for contiguous.
     """
 
     parameter: torch.Tensor
@@ -70,6 +71,18 @@ class MomentumUpdate:
             )
         if self.rate.shape != (3,) or self.rate.dtype != torch.float32:
             raise ValueError(f"rate: expected float32 [3], got {self.rate.dtype} {self.rate.shape}")
+        for name, x in (("velocity", v), ("rate", self.rate), ("operand", self.operand)):
+            if x is not None and x.device != w.device:
+                raise ValueError(f"{name}: expected device {w.device}, got {x.device}")
+        # A convolution's weight may lie in any order, the kernels take its strides.
+        dense = [("rate", self.rate), ("operand", self.operand)]
+        dense += [("parameter", w)] if w.dim() < 4 else []
+        for name, x in dense:
+            if x is not None and not x.is_contiguous():
+                raise ValueError(
+                    f"{name}: expected contiguous memory, got shape {tuple(x.shape)} with strides "
+                    f"{x.stride()}"
+                )
 
     def current(self) -> torch.Tensor:
         """What the products read, copied anew where the parameter was changed from outside."""
@@ -184,6 +197,30 @@ def momentum_step(w, v, g, rate_ptr, PAPER: tl.constexpr):
 
 
 @triton.jit
+def sum_parts(part_ptr, parts, numel, offs, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of part[0..parts - 1, offs], float32, in an order that only the shape decides.
+
+    Several parts are loaded at once: one after the other, each would wait for the memory.
+    """
+    offs_p = tl.arange(0, PARTS)
+    ptrs = part_ptr + offs_p.to(tl.int64)[:, None] * numel + offs[None, :]
+    mask = (offs < numel)[None, :]
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, parts, PARTS):
+        shift = tl.cast(first, tl.int64) * numel
+        part = tl.load(ptrs + shift, mask=mask & (offs_p < parts - first)[:, None], other=0.0)
+        total += tl.sum(part, axis=0)
+    return total
+
+
+def blocks(parts: int, numel: int) -> dict[str, int]:
+    """PARTS and BLOCK for ``sum_parts``: 16 bytes of a weight a thread, or many parts of a bias."""
+    most = 4 if numel > 1 << 15 else 64
+    at_once = min(int(triton.next_power_of_2(max(parts, 1))), most)
+    return {"PARTS": at_once, "BLOCK": (65536 if interpreted() else 2048) // at_once}
+
+
+@triton.jit
 def _sum_update_kernel(
     part_ptr,  # float32 [parts, numel], in the order of the operand
     w_ptr,  # float32, element (k, c, r, s) at k * W_K + c * W_C + r * W_R + s * W_S where MAP
@@ -205,24 +242,23 @@ def _sum_update_kernel(
     W_S: tl.constexpr,
     W_C: tl.constexpr,
     W_K: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offs < numel
-    g = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(parts):
-        g += tl.load(part_ptr + offs, mask=inside, other=0.0)
-        part_ptr += numel
+    g = sum_parts(part_ptr, parts, numel, offs, PARTS, BLOCK)
     at = offs
     mask = inside
     if MAP:
         COLUMNS: tl.constexpr = (S + D - 1) // D
-        c = offs // K % C
-        tap = offs // (K * C)  # ((r' * COLUMNS + s') * D + i) * D + j
+        index = offs.to(tl.int32)  # a convolution's weight is far below 2^31
+        c = index // K % C
+        tap = index // (K * C)  # ((r' * COLUMNS + s') * D + i) * D + j
         r = tap // (D * D * COLUMNS) * D + tap // D % D
         s = tap // (D * D) % COLUMNS * D + tap % D
         mask = inside & (r < R) & (s < S)  # the rest of the last block of taps stays zero
-        at = offs % K * W_K + c * W_C + r * W_R + s * W_S
+        at = index % K * W_K + c * W_C + r * W_R + s * W_S
     g = tl.where(mask, g, 0.0)
     w = tl.load(w_ptr + at, mask=mask, other=0.0)
     v = tl.load(v_ptr + at, mask=mask, other=0.0)
@@ -246,8 +282,8 @@ def sum_update(part: torch.Tensor, update: MomentumUpdate, stride: int = 1) -> N
     w, operand = update.parameter, update.operand
     mapped = w.dim() == 4 and not (stride == 1 and w.permute(2, 3, 1, 0).is_contiguous())
     numel = part[0].numel()
-    block = 65536 if interpreted() else 512
-    programs = triton.cdiv(numel, block)
+    tile = blocks(part.shape[0], numel)
+    programs = triton.cdiv(numel, tile["BLOCK"])
     kernel_operand = operand is not None and not narrowed_apart(operand)
     shape = dict(zip(("K", "C", "R", "S"), w.shape, strict=True)) if mapped else {}
     strides = dict(zip(("W_K", "W_C", "W_R", "W_S"), w.stride(), strict=True)) if mapped else {}
@@ -256,6 +292,7 @@ def sum_update(part: torch.Tensor, update: MomentumUpdate, stride: int = 1) -> N
         _sum_update_kernel, (programs,), part, w.detach(), update.velocity,
         operand if kernel_operand else part, update.squares_of(programs), update.rate,
         part.shape[0], numel, PAPER=update.rule == "paper", HAS_OPERAND=kernel_operand,
-        MAP=mapped, D=stride, **{**unused, **shape, **strides}, BLOCK=block,
+        MAP=mapped, D=stride, **{**unused, **shape, **strides}, **tile,
+        counted=max(part.shape[0], numel if mapped else 0),
     )  # fmt: skip
     update.changed()

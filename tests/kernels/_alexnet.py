@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 import fastalex_kernels as fk
+from fastalex_kernels.conv2d_relu import pack_weight
+from fastalex_kernels.momentum import MomentumUpdate, Updates
 
 # name: (input channels, image, output channels, kernel, stride, padding, groups)
 CONVOLUTIONS: dict[str, tuple[Any, ...]] = {
@@ -78,6 +81,35 @@ def _linear(spec: tuple[int, int, float], batch: int, dtype: torch.dtype) -> Non
     _forward_and_backward(fk.linear_relu_dropout(x, w, b, p, relu=p > 0, rng=rng))
 
 
+def _updated(
+    call: Callable[..., torch.Tensor], x: torch.Tensor, *shape: int, stride: int = 1
+) -> None:
+    """A layer that applies its gradients in backward, with a copy for the products."""
+    w, b = _leaf(torch.float32, *shape), _leaf(torch.float32, shape[0])
+    if len(shape) == 4 and stride == 1:
+        w = pack_weight(w.detach()).permute(3, 2, 0, 1).requires_grad_()
+    made = []
+    for parameter in (w, b):
+        pack = partial(pack_weight, stride=stride) if parameter.dim() == 4 else torch.detach
+        operand = torch.empty(pack(parameter.detach()).shape, dtype=x.dtype)
+        velocity = torch.empty_like(parameter.detach())
+        made.append(MomentumUpdate(parameter, velocity, torch.empty(3), "paper", operand, pack))
+    _forward_and_backward(call(x, w, b, update=Updates(*made)))
+
+
+def _updated_convolution(spec: tuple[Any, ...], batch: int, dtype: torch.dtype) -> None:
+    c, image, k, size, stride, padding, groups = spec
+    x = _leaf(dtype, batch, c, image, image).requires_grad_(c != 3)
+    call = partial(fk.conv2d_relu, stride=stride, padding=padding, groups=groups)
+    _updated(call, x, k, c // groups, size, size, stride=stride)
+
+
+def _updated_linear(spec: tuple[int, int, float], batch: int, dtype: torch.dtype) -> None:
+    inputs, outputs, p = spec
+    call = partial(fk.linear_relu_dropout, p=p, relu=p > 0, rng=torch.empty(2, dtype=torch.int64))
+    _updated(call, _leaf(dtype, batch, inputs), outputs, inputs)
+
+
 def layers(batch: int, dtype: torch.dtype, towers: bool = False) -> dict[str, Step]:
     """Each layer's forward and backward by name, to be recorded by ``fastalex.offline``."""
     steps: dict[str, Step] = {}
@@ -90,5 +122,12 @@ def layers(batch: int, dtype: torch.dtype, towers: bool = False) -> dict[str, St
         for name, spec in table.items():
             steps[name] = lambda run=run, spec=spec: run(spec, batch, dtype)
     maps = (TOWER_CONVOLUTIONS if towers else CONVOLUTIONS)["conv1"][2]
+    convolutions, linears = tables[0][0], tables[2][0]
+    for name in ("conv1", "conv5"):
+        spec = convolutions[name]
+        steps[f"{name} updated"] = lambda spec=spec: _updated_convolution(spec, batch, dtype)
+    for name in ("fc6", "fc8"):
+        spec = linears[name]
+        steps[f"{name} updated"] = lambda spec=spec: _updated_linear(spec, batch, dtype)
     steps["augment"] = lambda: _augmented(maps, batch, dtype)
     return steps

@@ -50,7 +50,10 @@ def interpreted_suites() -> list[Suite]:
 
 
 def sanitized_suites() -> list[Suite]:
-    """What ttsem runs of test_gpu: real tiles, bfloat16, TF32, races and uninitialised reads."""
+    """What ttsem runs of test_gpu: real tiles, bfloat16, TF32, races and uninitialised reads.
+
+    And the files of the folder ``sanitized``: what it must find, and whole training steps.
+    """
     parts = {
         "bfloat16": ["test_bfloat16"],
         "others": [
@@ -58,15 +61,15 @@ def sanitized_suites() -> list[Suite]:
             "test_same_bits_again",
             "test_dropout_as_on_a_cpu",
             "test_augment_to_blocks",
+            "test_update_in_backward",
         ],
     }
+    named = {
+        name: tuple(f"{HERE}/test_gpu.py::{t}" for t in tests) for name, tests in parts.items()
+    }
+    named |= {f.stem: (str(f),) for f in sorted((HERE / "sanitized").glob("test_*.py"))}
     runner = ("ttsem.sanitize", "pytest")
-    return [
-        Suite(
-            f"ttsem/{name}", tuple(f"{HERE}/test_gpu.py::{t}" for t in tests), TTSEM_PYTHON, runner
-        )
-        for name, tests in parts.items()
-    ]
+    return [Suite(f"ttsem/{name}", tests, TTSEM_PYTHON, runner) for name, tests in named.items()]
 
 
 @functools.cache

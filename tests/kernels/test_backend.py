@@ -26,7 +26,7 @@ ONE_OF_EACH = [
 def test_names() -> None:
     for name in ("auto", "triton", "aten"):
         with fk.backend(name):
-            assert _launch._backend.get() == name
+            assert _launch._backend.name == name
     with (
         pytest.raises(
             ValueError, match=r"^backend: expected one of auto, triton, aten, got 'cudnn'$"
@@ -39,9 +39,9 @@ def test_names() -> None:
 def test_blocks_nest_and_end() -> None:
     with fk.backend("aten"):
         with fk.backend("auto"), fk.backend("triton"):
-            assert _launch._backend.get() == "triton"
-        assert _launch._backend.get() == "aten"
-    assert _launch._backend.get() == "auto"
+            assert _launch._backend.name == "triton"
+        assert _launch._backend.name == "aten"
+    assert _launch._backend.name == "auto"
 
 
 def test_an_exception_ends_a_block() -> None:
@@ -49,13 +49,13 @@ def test_an_exception_ends_a_block() -> None:
         raise ZeroDivisionError
     with pytest.raises(ValueError), fk.backend("aten"), fk.backend("nothing"):
         pass
-    assert _launch._backend.get() == "auto"
+    assert _launch._backend.name == "auto"
 
 
 def test_a_block_is_of_its_thread() -> None:
     seen = []
     with fk.backend("aten"):
-        thread = threading.Thread(target=lambda: seen.append(_launch._backend.get()))
+        thread = threading.Thread(target=lambda: seen.append(_launch._backend.name))
         thread.start()
         thread.join()
     assert seen == ["auto"]

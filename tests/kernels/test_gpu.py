@@ -18,6 +18,7 @@ from fastalex_kernels.reference import TF32_TOLERANCE
 
 from . import _augment as augments
 from . import _cases as cases
+from . import _updates as updates
 from ._oracle import (
     Case,
     check,
@@ -92,6 +93,13 @@ def test_augment_to_blocks(case: augments.Case) -> None:
     augments.check(case, torch.bfloat16, "cuda")
 
 
+@pytest.mark.parametrize("case", updates.CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_update_in_backward(case: Case, dtype: torch.dtype) -> None:
+    for rule in updates.RULES:
+        updates.check(case, dtype, rule, "cuda")
+
+
 @contextmanager
 def _tf32() -> Iterator[None]:
     settings = torch.backends.cuda.matmul
@@ -119,8 +127,9 @@ def test_same_bits_again(case: Case) -> None:
         assert torch.equal(two[name], expected), name
 
 
-def test_dropout_as_on_a_cpu() -> None:
-    x, w = torch.rand(70, 33) + 1, torch.rand(90, 33) + 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_as_on_a_cpu(dtype: torch.dtype) -> None:
+    x, w = (torch.rand(130, 33) + 1).to(dtype), (torch.rand(90, 33) + 1).to(dtype)
     rng = torch.tensor([-5, 3 << 40])
     dropped = fk.linear_relu_dropout(x, w, p=0.4, rng=rng) == 0
     on_gpu = fk.linear_relu_dropout(x.cuda(), w.cuda(), p=0.4, rng=rng.cuda()) == 0

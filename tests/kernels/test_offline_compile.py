@@ -27,7 +27,7 @@ TENSOR_CORES = {
     "gfx942": r"v_mfma_f32_\w+16",
 }
 # Kernels that hold products: convolutions and fully connected layers.
-DOTS = re.compile(r"_conv2d_(relu_fwd|bwd_weight)|_linear_relu_dropout_fwd")
+DOTS = re.compile(r"_conv2d_(relu_fwd|bwd_weight)|_linear_(relu_dropout_fwd|bwd_weight)")
 
 Made = list[tuple[offline.Launch, offline.MachineCode]]
 
@@ -193,3 +193,15 @@ def test_named_arguments() -> None:
     arguments = _copy(4096).named_args
     assert list(arguments) == ["x_ptr", "y_ptr", "n", "BLOCK"]
     assert (arguments["n"], arguments["BLOCK"]) == (4096, 512)
+
+
+def test_an_expanded_tensor_is_not_described_to_the_memory_accelerator() -> None:
+    def tma(rows: int) -> list[bool]:
+        def step() -> None:
+            x, w = (torch.empty(n, 64, dtype=torch.bfloat16) for n in (rows, 64))
+            fk.linear_relu_dropout(x.expand(128, 64), w, p=0.0)
+
+        return [launch.kwargs["TMA"] for launch in offline.record("sm_90", step)]
+
+    assert tma(rows=128) == [True]
+    assert tma(rows=1) == [False]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -80,12 +81,17 @@ def _short_loops(kernel: Any, longest: int) -> Iterator[None]:
         turns = range(*arguments)
         return [*turns] if len(turns) <= longest else [*turns[:2], turns[-1]]
 
-    names = kernel.fn.__globals__  # where the interpreted source looks up `range`
-    names["range"] = shortened
+    # Where the interpreted source looks up `range`: its own module's names, and those of the
+    # modules whose functions it calls.
+    modules = [vars(m) for n, m in sys.modules.items() if n.startswith("fastalex_kernels.")]
+    places = [kernel.fn.__globals__, *(m for m in modules if m is not kernel.fn.__globals__)]
+    for names in places:
+        names["range"] = shortened
     try:
         yield
     finally:
-        del names["range"]
+        for names in places:
+            del names["range"]
 
 
 @contextmanager

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+import fastalex_kernels as fk
 from fastalex.offline import Launch, record
+from fastalex_kernels._launch import MOST_COUNTED
 
 from .._alexnet import layers
 from ._phantom import run_corners
@@ -60,3 +63,50 @@ def test_no_address_leaves_its_tensor(layer: str) -> None:
     assert far > 2**27
     if layer[-1] in "12":
         assert far > 2 * 2**31, "the layer does not pass 2^31 elements"
+
+
+def _backward(y: torch.Tensor) -> None:
+    y.backward(torch.empty_like(y))
+
+
+def _leaf(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float16, requires_grad=True)
+
+
+def _convolution(beyond: int) -> None:
+    """3 x 3 on 4 x 4 pixels: 5 lines of 4 and one pixel are counted, padding included."""
+    images = MOST_COUNTED // 21 // 128 * 128 + beyond
+    _backward(fk.conv2d_relu(_leaf(images, 8, 4, 4), _leaf(8, 8, 3, 3), _leaf(8), padding=1))
+
+
+def _normalisation(images: int, channels: int) -> None:
+    _backward(fk.lrn_max_pool2d(_leaf(images, channels, 3, 3)))
+
+
+def _linear(rows: int) -> None:
+    _backward(fk.linear_relu_dropout(_leaf(rows, 64), _leaf(64, 64), _leaf(64), relu=False))
+
+
+def _augment() -> None:
+    """Images of almost 1 GiB."""
+    images = torch.empty(3, 18_000, 19_000, 3, dtype=torch.uint8)
+    first, mirrors = torch.empty(3, dtype=torch.int64), torch.empty(3, dtype=torch.bool)
+    fk.augment(images, first, first, mirrors, size=18_000, space_to_depth=4)
+
+
+LARGEST: dict[str, Callable[[], None]] = {
+    "convolution": lambda: _convolution(0),
+    "convolution, masked": lambda: _convolution(-1),
+    "LRN in chunks": lambda: _normalisation(MOST_COUNTED // 16, 16),
+    "LRN past the chunks": lambda: _normalisation(2**27 + 8, 16),
+    "LRN": lambda: _normalisation(MOST_COUNTED // 9, 12),
+    "linear": lambda: _linear(65535 * 128),
+    "augment": _augment,
+}
+
+
+@pytest.mark.usefixtures("not_interpreted")
+@pytest.mark.parametrize("name", LARGEST)
+def test_the_largest_sizes_that_are_accepted(name: str) -> None:
+    for launch in record("sm_90", LARGEST[name]):
+        assert run_corners(launch, longest_loop=3), f"{launch.name} touched nothing"

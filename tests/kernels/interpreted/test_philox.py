@@ -42,6 +42,14 @@ def _keep_kernel(rng_ptr, out_ptr, row_offset, feature_offset, p, M: tl.constexp
     tl.store(out_ptr + row * N + feature, kept.to(tl.uint8))
 
 
+@triton.jit
+def _drop_kernel(rng_ptr, x_ptr, row_offset, feature_offset, p, M: tl.constexpr, N: tl.constexpr):
+    row = tl.arange(0, M)
+    ptrs = x_ptr + row[:, None] * N + tl.arange(0, N)[None, :]
+    x = _philox.drop(tl.load(ptrs), rng_ptr, row + row_offset, feature_offset, p)
+    tl.store(ptrs, x)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_words(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed & 0xFFFF)
@@ -73,3 +81,12 @@ def test_the_mask_of_dropout(seed: int, offset: int, first: tuple[int, int]) -> 
     rng, kept = torch.tensor([seed, offset]), torch.empty(16, 32, dtype=torch.uint8)
     _keep_kernel[(1,)](rng, kept, *first, 0.3, M=16, N=32)
     assert torch.equal(_philox.keep_mask(rng, 16, 32, 0.3, *first), kept.bool())
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (256, 32), (16, 64), (128, 64), (64, 256)], ids=str)
+def test_a_block_is_dropped_by_the_mask(shape: tuple[int, int]) -> None:
+    rng, first = torch.tensor([-5, 3 << 40]), (2**31 - 256, 100)
+    x = torch.arange(1.0, 1 + shape[0] * shape[1]).view(shape)
+    expected = torch.where(_philox.keep_mask(rng, *shape, 0.3, *first), x, 0.0)
+    _drop_kernel[(1,)](rng, x, *first, 0.3, M=shape[0], N=shape[1])
+    assert torch.equal(x, expected)

@@ -1,0 +1,167 @@
+"""How pixels are normalised: by numbers of each channel, or less a mean image."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from fastalex.data.base import ImageSource
+
+NORMALIZATIONS = {
+    "unit": "zero mean and unit variance of each channel, measured on the training images",
+    "mean": "the measured mean of each channel is subtracted, pixels stay 0 to 255",
+    "mean-image": "likewise the mean image of a packed set, cropped and mirrored with each image",
+    "mean-centre": "likewise its centre, from every crop",
+    "imagenet": "torchvision's constants",
+}
+MEAN_IMAGES = ("mean-image", "mean-centre")  # those that subtract one where there is one
+
+FloatPixels = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class MeanImage:
+    """What is subtracted from images pixel by pixel, on the scale 0 to 255.
+
+    Two are equal where their pixels are.
+
+    Attributes:
+        pixels: float32 [D, D, 3], of the side at which images are decoded.
+        centred: whether its centre is subtracted from every crop, as the authors' program does
+            (S:convdata_jpeg.py, data_mean_crop); else it is cropped and mirrored with each image
+            (P§2 subtracts it from the whole image; C:src/caffe/data_transformer.cpp).
+        sha256: of ``pixels``.
+    """
+
+    pixels: FloatPixels = field(compare=False, repr=False)
+    centred: bool
+    sha256: str
+
+    @classmethod
+    def of(cls, pixels: FloatPixels, side: int, centred: bool) -> MeanImage:
+        """The mean of images of ``side``, where ``pixels`` [S, S, 3] is that of larger ones.
+
+        Resizing is linear, so that the mean of resized images is the resized mean.
+        """
+        if len(pixels) != side:
+            channels = [Image.fromarray(np.ascontiguousarray(pixels[..., c])) for c in range(3)]
+            size = (side, side)
+            resized = [np.asarray(c.resize(size, Image.Resampling.BILINEAR)) for c in channels]
+            pixels = np.stack(resized, -1)
+        pixels = np.ascontiguousarray(pixels, np.float32)
+        return cls(pixels, centred, hashlib.sha256(pixels.data).hexdigest())
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """x -> (x - mean) / std per channel, on pixels from 0 to 255.
+
+    Attributes:
+        mean, std: of each channel.
+        mean_image: what is subtracted instead of ``mean``; None where that is subtracted.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    mean_image: MeanImage | None = None
+
+    @classmethod
+    def measure(cls, source: ImageSource, size: int, sample: int = 1000) -> Normalization:
+        """Mean and standard deviation of the pixels of a sample of ``source``.
+
+        Args:
+            source: the training images.
+            size: side in pixels at which they are decoded.
+            sample: at most this many images are looked at: one of each of as many equal parts,
+                drawn at random, but always the same. So every class has its fair share, whether
+                a source keeps classes together or in turn; evenly spaced ones could miss some.
+
+        Returns:
+            The normalisation that gives these images zero mean and unit variance in each channel;
+            a channel that never varies is left at its scale.
+        """
+        if sample < 1:
+            raise ValueError(f"sample: expected at least 1, got {sample}")
+        count = min(sample, len(source))
+        edges = np.arange(count + 1) * len(source) // count
+        chosen = np.random.default_rng(0).integers(edges[:-1], edges[1:])
+        total, squares = np.zeros(3), np.zeros(3)
+        for index in chosen.tolist():
+            pixels = source.image(index, size).reshape(-1, 3).astype(np.float64)
+            total += pixels.mean(0)
+            squares += np.square(pixels).mean(0)
+        mean = total / count
+        std = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))
+        std[std < 0.5] = 1.0  # half a grey level: nothing but rounding
+        return cls(_triple(mean), _triple(std))
+
+    def scaled(self, kind: str, mean_image: MeanImage | None = None) -> Normalization:
+        """Another normalisation of the images that this one was measured on.
+
+        Args:
+            kind: one of ``NORMALIZATIONS``.
+            mean_image: of the images, for the kinds that subtract it; None subtracts the mean of
+                each channel in its place.
+        """
+        if kind == "imagenet":
+            return IMAGENET
+        if kind == "unit":
+            return self
+        image = mean_image if kind in MEAN_IMAGES else None
+        return Normalization(self.mean, (1.0, 1.0, 1.0), image)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it; of a mean image its checksum alone."""
+        values: dict[str, Any] = {"mean": list(self.mean), "std": list(self.std)}
+        if self.mean_image is not None:
+            about = {"centred": self.mean_image.centred, "sha256": self.mean_image.sha256}
+            values["mean_image"] = about
+        return values
+
+    @classmethod
+    def from_dict(
+        cls, values: dict[str, Any], mean_image: FloatPixels | None = None
+    ) -> Normalization:
+        """The inverse of ``to_dict``.
+
+        Args:
+            values: what ``to_dict`` returned.
+            mean_image: float32 [D, D, 3], the pixels of the mean image, if there is one.
+
+        Raises:
+            ValueError: unless both entries hold three numbers and every std is positive, or where
+                the mean image is missing or another one.
+        """
+        try:
+            mean, std = _triple(values["mean"]), _triple(values["std"])
+            about = values.get("mean_image")
+            centred, sha256 = (False, "") if about is None else (about["centred"], about["sha256"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"normalization: expected mean and std, got {values!r}") from error
+        if not (all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)):
+            raise ValueError(f"normalization: expected finite mean, positive std, got {values!r}")
+        if about is None:
+            return cls(mean, std)
+        if mean_image is None:
+            raise ValueError("normalization: its mean image is missing")
+        image = MeanImage.of(mean_image, len(mean_image), bool(centred))
+        if image.sha256 != sha256:
+            raise ValueError("normalization: its mean image is another one, or damaged")
+        return cls(mean, std, image)
+
+
+# Of the pixels of ImageNet, on the scale 0 to 255. Source: torchvision's models.
+IMAGENET = Normalization(
+    mean=(0.485 * 255, 0.456 * 255, 0.406 * 255), std=(0.229 * 255, 0.224 * 255, 0.225 * 255)
+)
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

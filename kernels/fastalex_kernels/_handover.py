@@ -1,0 +1,57 @@
+"""A ReLU's backward done by the kernel that makes its gradient, and its bias sums with it.
+
+The gradient of y = relu(z) is masked by y > 0, and the bias gradient is its column sum. Made apart,
+that is a pass over two activations; the kernel that writes the gradient of y, of a pooling layer or
+of the next convolution, has it in registers. So where both layers apply their gradients in backward
+(see momentum) and nobody else looks at what passes between them, that kernel masks what it writes,
+sums it, and hands the sums over on the tensor itself.
+
+Nothing relies on it: a gradient that was added to another or changed on the way has no sums, and
+masking it once more changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from fastalex_kernels._epilogue import sum_partials
+
+_SUMS = "_fastalex_relu_sums"
+_ROWS = 64  # what the update sums in one go
+
+
+def offers(node: Any, relu: bool, update: object) -> None:
+    """Say on an autograd node, in forward, that its ReLU's mask may be applied by its successor."""
+    node.relu_is_open = relu and update is not None
+
+
+def wanted(input: torch.Tensor) -> bool:
+    """Whether ``input`` is a ReLU's output whose gradient may come masked."""
+    return getattr(input.grad_fn, "relu_is_open", False)
+
+
+def hand_over(gradient: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """The masked ``gradient`` with its column sums, float32 [parts, channels], on it."""
+    setattr(gradient, _SUMS, (_fewer(sums), gradient._version))
+    return gradient
+
+
+def taken(gradient: torch.Tensor) -> torch.Tensor | None:
+    """The column sums that came with a masked gradient; None where it has to be masked here."""
+    sums, version = getattr(gradient, _SUMS, (None, None))
+    return sums if version == gradient._version else None
+
+
+def _fewer(sums: torch.Tensor) -> torch.Tensor:
+    """Thousands of rows added up to a few dozen, by more programs than the channels would give."""
+    parts, channels = sums.shape
+    if parts <= 16 * _ROWS:
+        return sums
+    rows = next(r for r in range(_ROWS, 0, -1) if parts % r == 0)
+    if rows < 8:
+        return sums
+    folded = sums.view(triton.cdiv(parts, rows), rows * channels)
+    return sum_partials(folded, sums.new_empty((rows, channels)))

@@ -1,0 +1,74 @@
+"""Training steps of the whole net in bfloat16: no race, nothing out of bounds, right results."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+import fastalex
+from fastalex.fused_update import fuse_updates, lay_out
+from fastalex.optim import build_optimizer
+from tests._nets import narrow
+
+# Rounding moves a maximum or a sign here and there, a wrong kernel all of its gradient.
+GRADIENT_BOUND = 0.25
+LOGITS_BOUND = 4 * 8e-3  # 16 roundings to bfloat16 that add up as a random walk
+
+
+def _model() -> fastalex.AlexNet:
+    variant = narrow("paper")
+    # Two norms of one size: their kernel takes long to compile, and is compiled once.
+    convolutions = [replace(c, channels=32) if c.norm else c for c in variant.convolutions]
+    model = fastalex.AlexNet(10, variant=replace(variant, convolutions=tuple(convolutions)))
+    model.init_parameters("he", torch.Generator().manual_seed(0))
+    return model
+
+
+def _batch() -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.randn(4, 3, 67, 67, generator=torch.Generator().manual_seed(1))
+    return images, torch.arange(4)
+
+
+def _step(model: fastalex.AlexNet, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """The logits; the gradients are left in the model, or applied by it."""
+    model.to(device)
+    model.seed_dropout(3, 1)
+    images, labels = (x.to(device) for x in _batch())
+    with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        logits = model(images)
+    F.cross_entropy(logits.float(), labels).backward()
+    return logits.detach().float().cpu()
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float().cpu() - expected).norm() / expected.norm())
+
+
+def test_forward_and_backward() -> None:
+    exact = _model()
+    expected = _step(exact, "cpu", torch.float32)
+    model = _model()
+    assert _error(_step(model, "cuda", torch.bfloat16), expected) <= LOGITS_BOUND
+    wanted = dict(exact.named_parameters())
+    errors = {n: _error(p.grad, wanted[n].grad) for n, p in model.named_parameters()}
+    assert max(errors.values()) <= GRADIENT_BOUND, errors
+
+
+def test_updates_in_backward() -> None:
+    exact = _model()
+    before = [p.detach().clone() for p in exact.parameters()]
+    optimizer = build_optimizer(exact, lr=0.01)
+    _step(exact, "cpu", torch.float32)
+    optimizer.step()
+    model = _model().cuda()
+    lay_out(model)
+    optimizer = build_optimizer(model, lr=0.01)
+    fused = fuse_updates(model, optimizer, torch.bfloat16)
+    assert len(fused) == len(before)
+    _step(model, "cuda", torch.bfloat16)
+    assert all(p.grad is None for p in model.parameters())
+    triples = zip(model.parameters(), exact.parameters(), before, strict=True)
+    changes = [(p.detach().cpu() - w, q.detach() - w) for p, q, w in triples]
+    assert max(_error(*change) for change in changes) <= GRADIENT_BOUND

@@ -1,0 +1,112 @@
+"""Sizes beyond what a kernel counts in 32 bits, or a GPU starts, are refused before the launch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fastalex_kernels as fk
+from fastalex import offline
+from fastalex_kernels._launch import MOST_COUNTED, interpreted, launch
+
+pytestmark = pytest.mark.skipif(interpreted(), reason="these launches are recorded, not run")
+
+HALF = {"dtype": torch.float16}
+
+
+def _wide_convolution() -> object:
+    return fk.conv2d_relu(torch.empty(700_000, 8, 56, 56, **HALF), torch.empty(8, 8, 1, 1, **HALF))
+
+
+def _padded_convolution() -> object:
+    x, w = torch.empty(40, 8, 1, 1, **HALF), torch.empty(8, 8, 8001, 8001, **HALF)
+    return fk.conv2d_relu(x, w, padding=4000)  # one output pixel, and a weight past 2^31
+
+
+def _far_padding() -> object:
+    x, w = torch.empty(9_000_000, 1, 1, 1, **HALF), torch.empty(1, 1, 301, 1, **HALF)
+    return fk.conv2d_relu(x, w, padding=((300, 0), (0, 0)))  # rows from -300 * 9,000,000 on
+
+
+def _groups() -> object:
+    x, w = torch.empty(1, 70_000, 1, 1, **HALF), torch.empty(70_000, 1, 1, 1, **HALF)
+    return fk.conv2d_relu(x, w, groups=70_000)
+
+
+def _linear(rows: int) -> object:
+    return fk.linear_relu_dropout(torch.empty(rows, 8, **HALF), torch.empty(8, 8, **HALF), p=0.0)
+
+
+def _augment(images: int) -> object:
+    x = torch.empty(images, 256, 256, 3, dtype=torch.uint8)
+    first, mirrors = torch.empty(images, dtype=torch.int64), torch.empty(images, dtype=torch.bool)
+    return fk.augment(x, first, first, mirrors, space_to_depth=4)
+
+
+REFUSED: dict[str, Callable[[], object]] = {
+    "rows of a convolution": _wide_convolution,
+    "a weight": _padded_convolution,
+    "rows in the padding": _far_padding,
+    "groups": _groups,
+    "rows of a product": lambda: _linear(65535 * 128 + 1),
+    "rows of LRN": lambda: fk.lrn_max_pool2d(torch.empty(2**28, 8, 3, 3, **HALF)),
+    "lines of LRN": lambda: fk.lrn_max_pool2d(torch.empty(1, 8, 600_000, 3)),
+    "columns of LRN": lambda: fk.lrn_max_pool2d(torch.empty(1, 8, 3, 400_000, **HALF)),
+    "lines of pooling": lambda: fk.max_pool2d(torch.empty(1, 8, 131_073, 3)),
+    "images": lambda: _augment(90_000_000),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_too_large_is_refused(name: str) -> None:
+    launches: list[offline.Launch] = []
+    with pytest.raises(ValueError) as error:
+        launches += offline.record("sm_90", REFUSED[name])
+    message = str(error.value)
+    assert re.match(
+        r"input: too large for one launch of \w+_kernel, which would count to ", message
+    )
+    assert "\n" not in message
+    assert not launches
+
+
+ACCEPTED: dict[str, Callable[[], object]] = {
+    "rows of a product": lambda: _linear(65535 * 128),
+    "lines of pooling": lambda: fk.max_pool2d(torch.empty(1, 8, 131_071, 3)),
+    "images": lambda: _augment(80_000_000),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_a_little_less_is_not(name: str) -> None:
+    assert offline.record("sm_90", ACCEPTED[name])
+
+
+def _ignored(*_: Any) -> None:
+    pass
+
+
+def test_nothing_is_launched_past_a_limit() -> None:
+    started: list[Any] = []
+
+    class Kernel:
+        def __init__(self) -> None:
+            self.fn = _ignored
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **kwargs: started.append((grid, args, kwargs))
+
+    x = torch.empty(1)
+    launch(Kernel(), (2**31 - 1, 65535, 65535), x, counted=MOST_COUNTED, BLOCK=8)
+    assert started == [((2**31 - 1, 65535, 65535), (x,), {"BLOCK": 8})]
+    for grid in ((2**31,), (1, 65536), (1, 1, 65536)):
+        with pytest.raises(ValueError, match=f"start {' x '.join(map(str, grid))} programs"):
+            launch(Kernel(), grid, x, counted=0)
+    with pytest.raises(ValueError, match=f"count to {MOST_COUNTED + 1} "):
+        launch(Kernel(), (1,), x, counted=MOST_COUNTED + 1)
+    launch(Kernel(), (0, 70_000), x, counted=0)  # an empty grid is no launch
+    assert len(started) == 1

@@ -1,0 +1,151 @@
+"""The commands that use weights, at their edges: what they say, refuse and leave out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastalex import evaluate, predict
+from fastalex.checkpoint import load_weights, save_weights
+from fastalex.data import SyntheticImages, decode_size
+from fastalex.data.decode import read_image
+from fastalex.evaluation import Ensemble, open_training, open_validation
+from tests._nets import CLASSES, SIZE, random_weights
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_weights(tmp_path_factory.mktemp("weights") / "a", 0)
+
+
+def _images(root: Path, part: str, names: list[str], count: int = 1) -> Path:
+    """A folder of noise: ``count`` images of each class."""
+    random = np.random.default_rng(0)
+    for name in names:
+        place = root / part / name
+        place.mkdir(parents=True)
+        for i in range(count):
+            pixels = random.integers(0, 256, (SIZE + 30, SIZE + 40, 3), np.uint8)
+            pixels[:, : 7 * (i + 1)] //= 4
+            Image.fromarray(pixels).save(place / f"{i}.png")
+    return root
+
+
+def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert evaluate.main([str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def test_a_net_that_says_nan_is_named(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, metadata = load_weights(weights)
+    tensors["classifier.6.bias"][0] = float("nan")
+    kept = {k: v for k, v in metadata.items() if not k.endswith("sha256") and k != "format"}
+    save_weights(tmp_path / "bad", tensors, kept)
+    data = _images(tmp_path / "data", "val", CLASSES[:1])
+    error = _refused(capsys, "--weights", weights, tmp_path / "bad", "--data", data)
+    assert f"{tmp_path / 'bad'}: its net's output is not finite" in error
+
+
+def test_some_of_the_classes_will_do_to_validate_but_no_others(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = _images(tmp_path / "some", "val", CLASSES[2:4])
+    ensemble = Ensemble.load([weights])
+    assert [CLASSES[i] for i in open_validation(data, ensemble).labels] == CLASSES[2:4]
+    _images(tmp_path / "other", "val", [CLASSES[0], "violet"])
+    assert "violet" in _refused(capsys, "--weights", weights, "--data", tmp_path / "other")
+    # Labels of a net that was trained on these classes would be others.
+    (data / "train" / CLASSES[0]).mkdir(parents=True)
+    assert f"{data / 'train'}" in _refused(capsys, "--weights", weights, "--data", data)
+
+
+def test_the_built_in_set_is_the_one_that_the_net_was_trained_on() -> None:
+    drawn = SyntheticImages("val", 3, seed=4)
+    trained = SyntheticImages("train", 3, seed=4)
+    ensemble: Any = SimpleNamespace(classes=drawn.classes, image_size=SIZE, seed=4)
+    for found, expected in (
+        (open_validation(None, ensemble), drawn),
+        (open_training(None, ensemble), trained),
+    ):
+        assert all(np.array_equal(found.image(i, 32), expected.image(i, 32)) for i in range(3))
+
+
+def test_the_seed_is_that_of_the_weights(tmp_path: Path) -> None:
+    assert Ensemble.load([random_weights(tmp_path / "a", 0, seed=9)]).seed == 9
+    assert Ensemble.load([random_weights(tmp_path / "b", 0)]).seed == 0
+
+
+def test_a_bad_file_of_a_folder_is_named_and_the_rest_is_evaluated(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = _images(tmp_path, "val", CLASSES)
+    bad = data / "val" / CLASSES[0] / "bad.png"
+    bad.write_bytes(b"text")
+    assert evaluate.main(["--weights", str(weights), "--data", str(data), "--crops", "1"]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"{bad}: left out: not an image\n"
+    assert f"{len(CLASSES)} images of {len(CLASSES)} classes" in said.out
+
+
+@pytest.mark.parametrize(("count", "said"), [(5, True), (6, False)])
+def test_with_five_classes_the_top_5_error_is_said_to_mean_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int, said: bool
+) -> None:
+    some = CLASSES[:count]
+    weights = random_weights(tmp_path / "a", 0, classes=some)
+    data = _images(tmp_path / "data", "val", some)
+    assert evaluate.main(["--weights", str(weights), "--data", str(data), "--crops", "1"]) == 0
+    out = capsys.readouterr().out
+    assert (f"With {count} classes the top-5 error is 0 for any net." in out) is said
+
+
+def test_a_table_that_has_no_place_is_refused_first(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "nowhere" / "table.csv"
+    error = _refused(capsys, "--weights", weights, "--confusion", table, "--data", "not/looked/at")
+    assert f"--confusion {table}" in error
+
+
+@pytest.mark.parametrize("crops", [1, 10])
+def test_prediction_prints_the_net_s_probabilities(
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    crops: int,
+) -> None:
+    data = _images(tmp_path, "val", CLASSES[:1], count=5)
+    files = sorted((data / "val" / CLASSES[0]).iterdir())
+    ensemble = Ensemble.load([weights])
+    pixels = np.stack([read_image(file, decode_size(SIZE)) for file in files])
+    expected = ensemble.probabilities(pixels, crops)
+    sizes: list[int] = []
+    plain = Ensemble.probabilities
+
+    def probabilities(self: Ensemble, pixels: np.ndarray, crops: int = 1) -> torch.Tensor:
+        sizes.append(len(pixels))
+        return plain(self, pixels, crops)
+
+    monkeypatch.setattr(Ensemble, "probabilities", probabilities)
+    arguments = [*map(str, files), "--weights", str(weights), "--batch-size", "2"]
+    assert predict.main([*arguments, "--crops", str(crops), "--top", "1"]) == 0
+    assert sizes == [2, 2, 1]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[::2] == [str(file) for file in files]
+    for line, row in zip(lines[1::2], expected, strict=True):
+        name, share = line.split()
+        assert name == CLASSES[int(row.argmax())]
+        assert float(share.rstrip("%")) == pytest.approx(100 * float(row.max()), abs=0.051)
+    assert predict.main(["--weights", str(weights), "--batch-size", "1", str(files[0])]) == 0

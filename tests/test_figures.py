@@ -1,0 +1,84 @@
+"""What is read for the figures, and what of it is drawn where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+
+from fastalex import drawing, figures
+from fastalex.evaluation import Ensemble
+from tests._nets import random_weights
+
+pytest.importorskip("matplotlib")
+
+
+def _step(step: int, loss: float | None, lr: float = 0.1) -> dict[str, object]:
+    return {"kind": "step", "step": step, "loss": loss, "lr": lr}
+
+
+def test_curves_are_the_last_records_in_order(tmp_path: Path) -> None:
+    records = [
+        _step(20, 2.0),
+        _step(10, 3.0),
+        _step(30, None),  # nothing was finite
+        {"kind": "epoch", "step": 15, "val_loss": 2.5, "top1": 0.25, "top5": 0.75},
+        {"kind": "note", "step": 16},
+        _step(20, 1.0, 0.01),  # a run without checkpoints that was begun again
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    curves = figures.read_metrics(path)
+    assert (curves.steps, curves.loss, curves.rates) == ([10, 20], [3.0, 1.0], [0.1, 0.01])
+    assert (curves.epoch_steps, curves.val_loss) == ([15], [2.5])
+    assert (curves.top1, curves.top5) == ([0.75], [0.25])
+
+
+def test_dotted_lines_are_where_the_rate_fell_and_errors_are_percentages() -> None:
+    rates = [0.1, 0.1, 0.05, 0.045, 0.0045]
+    curves = drawing.Curves([1, 2, 3, 4, 5], [1.0] * 5, rates, [5], [0.9], [0.4], [0.1])
+    losses, errors = drawing.draw_curves(curves).axes
+    for axes in (losses, errors):
+        dotted = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
+        assert dotted == [2, 4]
+    plotted = {line.get_label(): list(line.get_ydata()) for line in errors.lines}
+    assert plotted["top-1, validation"] == [40.0]
+    assert plotted["top-5, validation"] == [10.0]
+
+
+def test_the_bar_of_the_correct_class_is_red_and_as_long_as_it_is_probable() -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    guesses = [("cat", 0.6), ("dog", 0.3), ("cow", 0.1)]
+    figure = drawing.draw_predictions([drawing.Prediction(pixels, "dog", guesses)])
+    _, bars = figure.axes
+    assert [bar.get_width() for bar in bars.patches] == [0.6, 0.3, 0.1]
+    colours = [to_hex(bar.get_facecolor()) for bar in bars.patches]
+    assert colours[0] == colours[2] != colours[1]
+    red, green, blue = bars.patches[1].get_facecolor()[:3]
+    assert red > 1.5 * max(green, blue)
+    assert [text.get_text() for text in bars.texts] == ["cat", "dog", "cow"]
+    assert [text.get_text() for text in figure.texts] == ["dog"]
+
+
+def test_neighbours_of_another_class_are_red() -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    row = drawing.Neighbours(pixels, "cat", [(pixels, "cat"), (pixels, "dog")])
+    texts = {}
+    for text in drawing.draw_neighbours([row]).texts:
+        texts.setdefault(text.get_text(), set()).add(to_hex(text.get_color()))
+    assert texts["cat"] == {"#000000"}
+    assert texts["dog"] != {"#000000"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "towers"), [("paper-without-fc6+fc7", 2), ("paper-half-without-fc6+fc7", 0)]
+)
+def test_kernels_stand_by_tower(tmp_path: Path, variant: str, towers: int) -> None:
+    weights = random_weights(tmp_path / "a", 0, variant=variant)
+    figure = figures.draw_first_layer(Ensemble.load([weights]))
+    names = [text.get_text() for text in figure.texts]
+    assert names == [f"tower {number + 1}" for number in range(towers)]
+    assert len(figure.axes) == max(1, towers)
