@@ -21,7 +21,12 @@ done
 dry=${DRY_RUN:+1}
 python=${PYTHON:-python}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-if [[ -z $dry ]] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+# The device, and what the names of its results end in.
+read -r device suffix < <("$python" -c "import torch
+from fastalex.provenance import results_name
+device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+print(device, results_name('', device))")
+if [[ -z $dry && ${device:-cpu} == cpu ]]; then
     echo "gpu_day: error: torch finds no GPU here; --dry-run tries every step without one" >&2
     exit 2
 fi
@@ -58,11 +63,6 @@ interrupted() {
 }
 trap interrupted INT TERM
 
-results_name() { # THEME
-    "$python" -c "import sys, torch
-from fastalex.provenance import results_name
-print(results_name(sys.argv[1], torch.device('cuda' if torch.cuda.is_available() else 'cpu')))" "$1"
-}
 environment() {
     nvidia-smi 2>/dev/null || echo "no nvidia-smi"
     "$python" -c "import json, torch
@@ -73,16 +73,16 @@ print(json.dumps(provenance(device), indent=1))"
 profile() { # OPTIONS...
     local folder="$results/profile"
     "$python" -m fastalex.profiler --output "$folder" "$@" &&
-        cp "$folder/profile.json" "$results/$(results_name profile)"
+        cp "$folder/profile.json" "$results/profile$suffix"
 }
 workers=()
 if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
-export -f environment profile results_name
-export python results
+export -f environment profile
+export python results suffix
 
 tests=("$python" -m pytest -q -m gpu -o addopts=-ra)
 bench=("$python" -m pytest --benchmark-only --save-results "$results" -q)
-tiles="$results/$(results_name tiles)"
+tiles="$results/tiles$suffix"
 if [[ -n $dry ]]; then
     step environment 60 bash -c environment
     step tests 120 "${tests[@]}" tests/kernels/test_gpu.py
