@@ -90,7 +90,9 @@ def make_nets(
     ours, stock = AlexNet(variant=variant), ReferenceAlexNet(variant=variant)
     ours.init_parameters("he")
     stock.load_state_dict(ours.state_dict())
-    ours, stock = ours.to(device, dtype), stock.to(device, dtype)
+    weight = next(ours.parameters())
+    if (weight.device, weight.dtype) != (torch.device(device), dtype):  # fake ones can't move
+        ours, stock = ours.to(device, dtype), stock.to(device, dtype)
     ours.seed_dropout(seed=0, step=0)
     return ours, stock
 
@@ -126,6 +128,17 @@ def make_pairs(
     return pairs
 
 
+def as_layer(pair: LayerPair) -> Layer:
+    """What ``fastalex.cost`` has to know of a layer of ours."""
+    with torch.no_grad():
+        output = pair.stock(pair.input[:1]).shape
+    weight = getattr(pair.ours, "weight", None)
+    return Layer(
+        pair.name, pair.ours, tuple(pair.input.shape), (len(pair.input), *output[1:]),
+        None if weight is None else tuple(weight.shape), pair.input.requires_grad,
+    )  # fmt: skip
+
+
 def pair_floors(pairs: Mapping[str, LayerPair]) -> dict[tuple[str, str], Floor]:
     """The least work of a pass in training, by name and ``"forward"`` or ``"backward"``.
 
@@ -134,15 +147,7 @@ def pair_floors(pairs: Mapping[str, LayerPair]) -> dict[tuple[str, str], Floor]:
     Args:
         pairs: all of a net's, in order.
     """
-    layers = {}
-    for name, pair in pairs.items():
-        with torch.no_grad():
-            output = pair.stock(pair.input[:1]).shape
-        weight = getattr(pair.ours, "weight", None)
-        layers[name] = Layer(
-            name, pair.ours, tuple(pair.input.shape), (len(pair.input), *output[1:]),
-            None if weight is None else tuple(weight.shape), pair.input.requires_grad,
-        )  # fmt: skip
+    layers = {name: as_layer(pair) for name, pair in pairs.items()}
     itemsize = next(iter(pairs.values())).input.element_size()
     result: dict[tuple[str, str], Floor] = {}
     for (name, role), floor in floors(layers, itemsize, train=True).items():

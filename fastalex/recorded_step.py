@@ -221,7 +221,8 @@ def _watch(model: AlexNet, recorder: _Recorder) -> None:
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Let ``dtype`` be torch's default inside the ``with`` block."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -272,7 +273,7 @@ def record_step(
     recorder = _Recorder(recorded)
     kind = DTYPES[dtype]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        with _default_dtype(kind if step == "infer" else torch.float32):
+        with default_dtype(kind if step == "infer" else torch.float32):
             model = AlexNet(variant=variant)
         if towers > 1:
             parallel.cut_to_tower(model, _NoPeer(recorded))

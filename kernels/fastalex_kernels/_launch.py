@@ -16,6 +16,8 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.jit import JITFunction
 
+from fastalex_kernels._tuned import tuned_tile
+
 BACKENDS = ("auto", "triton", "aten")
 TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
 MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # along the axes of a grid
@@ -115,11 +117,34 @@ def has_tma(device: torch.device) -> bool:
 
 
 def tile_entry(
-    tiles: Mapping[tuple[str, int], tuple[int, ...]], x: torch.Tensor
+    tiles: Mapping[tuple[str, int], tuple[int, ...]], x: torch.Tensor, kernel: str, *sizes: int
 ) -> tuple[int, ...]:
-    """The tile that a table by (target, bits of an operand) holds for ``x``."""
+    """The tile of a problem of ``sizes``: one tuned on this GPU, or what a table holds for ``x``.
+
+    Args:
+        tiles: by (target, bits of an operand).
+        kernel: the name that tuned tiles bear.
+    """
     name, bits = target(x.device), 8 * x.element_size()
-    return tiles.get((name, bits)) or tiles["other", bits]
+    tile = tiles.get((name, bits)) or tiles["other", bits]
+    kind = str(x.dtype).removeprefix("torch.")
+    if dot_precision(x.dtype) == "tf32":
+        kind = "tf32"
+    return tuned_tile((kernel, kind, sizes), tile, _device_name(x.device))
+
+
+def _device_name(device: torch.device) -> str | None:
+    """What a tuned table is looked up by; None where launches are recorded."""
+    if _recorder is not None:
+        return None
+    if interpreted():
+        return "interpreter"
+    return _gpu_name(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 def cut(block: int, size: int) -> int:
@@ -153,7 +178,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, counted: int, **kwarg
         )
     if _recorder is not None:
         _recorder[1](kernel, grid, args, kwargs)
-        return
+    else:
+        run(kernel, grid, args, kwargs)
+
+
+def run(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """What ``launch`` does where nobody records it; a recorder may call it."""
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:

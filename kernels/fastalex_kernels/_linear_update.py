@@ -90,7 +90,7 @@ def linear_backward_weight_update(
     """Update the weight [N, K] by its gradient, dz [M, N] transposed times x [M, K]."""
     w, operand = update.parameter, update.operand
     (N, K), M = w.shape, x.shape[0]
-    block_m, block_n, block_k, warps, stages = tile_entry(_TILES, x)
+    block_m, block_n, block_k, warps, stages = tile_entry(_TILES, x, "linear update", N, K, M)
     tile = {
         "BLOCK_M": cut(block_m, N),
         "BLOCK_N": cut(block_n, K),

@@ -450,9 +450,11 @@ def _split(block: int, size: int) -> tuple[int, int]:
     return cut(block, size), 0
 
 
-def _forward_tile(x: torch.Tensor, N: int, pixels: int, C: int, K: int) -> dict[str, int]:
+def _forward_tile(
+    x: torch.Tensor, N: int, pixels: int, C: int, K: int, kernel: str, *sizes: int
+) -> dict[str, int]:
     """Blocks for ``pixels`` outputs of N images, C channels in and K out of a group."""
-    block_m, block_n, block_k, warps, stages = tile_entry(_FORWARD_TILES, x)
+    block_m, block_n, block_k, warps, stages = tile_entry(_FORWARD_TILES, x, kernel, *sizes)
     block_m = cut(block_m, pixels * N)
     tile = {"BLOCK_M": block_m, "num_stages": stages}
     if target(x.device) == "interpreter":
@@ -521,7 +523,8 @@ def _convolve(
     C = GC // groups
     output = empty_nchw(x, (N, groups * K, P, Q))
     y = as_hwnc(output)
-    tile = _forward_tile(x, N, P * Q, C, K)
+    name = "conv2d input" if reverse else "conv2d forward"
+    tile = _forward_tile(x, N, P * Q, C, K, name, N, P, Q, C, K, R, S, groups)
     one_pixel = N % tile["BLOCK_M"] == 0
     m_blocks = triton.cdiv(P * Q * N, tile["BLOCK_M"])
     n_blocks = triton.cdiv(K, tile["BLOCK_N"] + tile["TAIL_N"])
@@ -593,7 +596,9 @@ def conv2d_relu_backward_weight(
     """dw in float32 parts [parts, R, S, C, G*K], of x [H, W, N, G*C] and dz [P, Q, N, G*K]."""
     (H, W, N, GC), (P, Q, _, GK), (R, S) = x.shape, dz.shape, kernel_size
     C, K = GC // groups, GK // groups
-    block_m, block_n, block_k, warps, stages = tile_entry(_WEIGHT_TILES, x)
+    block_m, block_n, block_k, warps, stages = tile_entry(
+        _WEIGHT_TILES, x, "conv2d weight", N, P, Q, C, K, R, S, groups
+    )
     block_k = next((k for k in (block_k, block_k // 2) if N % k == 0), block_k)
     block_m, block_n = cut(block_m, C), cut(block_n, K)
     programs = R * S * triton.cdiv(C, block_m) * triton.cdiv(K, block_n)

@@ -176,8 +176,10 @@ def _finish_partials_kernel(
     tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _tile(x: torch.Tensor, m: int, n: int, k: int) -> dict[str, int]:
-    block_m, block_n, block_k, warps, stages = tile_entry(_TILES, x)
+def _tile(x: torch.Tensor, w: torch.Tensor, m: int, n: int, k: int) -> dict[str, int]:
+    block_m, block_n, block_k, warps, stages = tile_entry(
+        _TILES, x, "linear", m, n, k, int(x.stride(1) != 1), int(w.stride(1) != 1)
+    )
     return {
         "BLOCK_M": cut(block_m, m),
         "BLOCK_N": cut(block_n, n),
@@ -199,7 +201,7 @@ def matmul(
 ) -> torch.Tensor:
     """y [M, N] = epilogue(a [M, K] @ w [K, N]), either operand of any strides."""
     (M, K), N = a.shape, w.shape[1]
-    tile = _tile(a, M, N, K)
+    tile = _tile(a, w, M, N, K)
     blocks = (triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(M, tile["BLOCK_M"]))
     split = 1
     if not interpreted():
