@@ -192,6 +192,12 @@ def test_caffe_and_torchvision_drop_where_their_programs_do() -> None:
         assert torchvision.rate(epoch * 5005 + 1) == pytest.approx(0.01 * 0.1 ** (epoch // 30))
 
 
+def test_a_plateau_waits_as_long_after_a_drop() -> None:
+    schedule = _schedule("--schedule", "plateau", "--lr-patience", "3", steps=100)
+    drops = [schedule.validated(0.5) for _ in range(10)]
+    assert drops == [False, *[False, False, True] * 3]
+
+
 def test_a_plateau_drops_the_rate_at_most_so_often() -> None:
     arguments = ["--recipe", "paper", "--lr-patience", "2", "--lr-max-drops", "2"]
     schedule = _schedule(*arguments, steps=100)
