@@ -19,7 +19,7 @@ from tqdm import tqdm
 import fastalex_kernels as kernels
 from fastalex import profile_chart
 from fastalex.checkpoint import replacing
-from fastalex.command_line import Parser, at_least_one, guarded
+from fastalex.command_line import Parser, guarded, whole_number
 from fastalex.evaluate import table
 from fastalex.gpus import find_gpu
 from fastalex.layer_pairs import (
@@ -68,7 +68,7 @@ def _parser() -> Parser:
         "python -m fastalex.profiler --no-compile",
         allow_abbrev=False,
     )
-    number: dict[str, Any] = {"type": at_least_one, "metavar": "N"}
+    number: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
     parser.add_argument("--batch-size", **number, help="images (128 on a GPU, 16 on a CPU)")
     parser.add_argument("--rounds", **number, help="times each is timed (30 on a GPU, 5 on a CPU)")
     parser.add_argument("--image-size", **number, help="pixels of a side (the variant's own)")
