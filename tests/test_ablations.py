@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,14 @@ def test_without_traffic_no_tower_sees_the_other(base: str) -> None:
         assert torch.equal(seen[0][:, 2048:], seen[1][:, 2048:]) != meets
 
 
+def test_half_a_net_is_one_tower_throughout() -> None:
+    variant = edit(VARIANTS["paper"], half=True)
+    assert variant.towers == 1
+    assert [c.groups for c in variant.convolutions] == [1] * 5
+    norms = [c.norm for c in variant.convolutions if c.norm is not None]
+    assert [norm.groups for norm in norms] == [1, 1]
+
+
 def test_grouped_units_drop_as_the_whole_layer_s_do() -> None:
     net = _net("paper-without-tower-traffic").train()
     layer = net.classifier[4]
@@ -236,7 +245,9 @@ def test_ablate_sets_what_each_edit_cost_beside_what_was_published(
     out = tmp_path / "out"
     arguments = ["--set", "conv4", "half", "--output", str(out), "--epochs", "1"]
     assert ablate.main(arguments) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    said = capsys.readouterr().out
+    assert "The published losses are of ImageNet; these images are another data set." in said
+    rows = [line.split() for line in said.splitlines()]
     assert ["whole", f"{COUNTS['paper']:,}", "50.0%", "25.0%"] in rows
     conv4, half = (f"{COUNTS[f'paper-{n}']:,}" for n in ("without-conv4", "half"))
     errors = ["62.5%", "18.8%", "+12.5", "-6.2"]
@@ -245,9 +256,20 @@ def test_ablate_sets_what_each_edit_cost_beside_what_was_published(
     assert [c[-2:] for c in trained[1:]] == [["--without", "conv4"], [str(out / "half"), "--half"]]
 
 
+def _without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither write nets nor read them for the table; they are large."""
+    monkeypatch.setattr(sys.modules[__name__], "save_weights", lambda *_: None)
+    monkeypatch.setattr(sys.modules[__name__], "_net", lambda _: nn.Identity())
+    monkeypatch.setattr(ablate, "report", lambda *_: [])
+
+
 def test_ablate_goes_on_where_it_was_stopped(
-    tmp_path: Path, trained: list[list[str]], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    trained: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    _without_weights(monkeypatch)
     out = tmp_path / "out"
     arguments = ["--set", "conv4", "--output", str(out), "--epochs", "1"]
     assert ablate.main(arguments) == 0
@@ -260,6 +282,10 @@ def test_ablate_goes_on_where_it_was_stopped(
     said = capsys.readouterr()
     assert "1/2 whole: finished before" in said.out.splitlines()
     assert said.err == ""
+    # A run of other options is another one.
+    assert ablate.main([*arguments, "--lr", "0.5"]) == 2
+    assert len(trained) == 3
+    assert f"--output {out}: holds ablations of" in capsys.readouterr().err
     # Nothing can go on from a report that can't be read.
     (out / "conv4" / "run.json").write_text(stopped[:20])
     assert ablate.main(arguments) == 0
@@ -267,7 +293,10 @@ def test_ablate_goes_on_where_it_was_stopped(
     assert "run.json can't be read" in capsys.readouterr().err
 
 
-def test_ablate_takes_the_recipe_s_variant(tmp_path: Path, trained: list[list[str]]) -> None:
+def test_ablate_takes_the_recipe_s_variant(
+    tmp_path: Path, trained: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_weights(monkeypatch)
     arguments = ["--set", "augmentation", "--output", str(tmp_path / "out")]
     assert ablate.main([*arguments, "--recipe", "torchvision"]) == 0
     assert [parse_arguments(c[3:])["variant"] for c in trained] == ["owt", "owt"]
@@ -284,8 +313,6 @@ def test_ablate_keeps_nothing_of_options_that_training_refuses(
         code = error.code
     assert code == 2
     assert not out.exists()
-    # So that the right ones are taken afterwards.
-    assert ablate.main(["--set", "conv4", "--output", str(out)]) == 0
 
 
 def test_ablate_refuses_before_it_trains(

@@ -14,7 +14,7 @@ import pytest
 from fastalex import command_line
 from tests import _commands
 
-COMMANDS = ["train", "evaluate", "predict", "figures", "ablate", "roofline", "data"]
+COMMANDS = ["train", "evaluate", "predict", "figures", "ablate", "roofline", "profiler", "data"]
 
 
 @pytest.fixture

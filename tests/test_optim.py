@@ -174,6 +174,14 @@ def test_the_published_epochs_of_net_145(steps_per_epoch: int) -> None:
         assert schedule.rate(last + 1) == pytest.approx(0.01 * 0.1 ** (drops + 1))
 
 
+def test_a_share_that_is_no_binary_fraction_drops_at_its_step() -> None:
+    steps, last = 90, 63
+    assert 0.7 * steps < last  # by rounding
+    schedule = _schedule("--lr", "1", "--lr-drop", "0.7", steps=steps)
+    assert schedule.rate(last) == 1.0
+    assert schedule.rate(last + 1) == pytest.approx(0.1)
+
+
 def test_caffe_and_torchvision_drop_where_their_programs_do() -> None:
     caffe = _schedule("--recipe", "caffe", steps=450_000)
     for iteration in (0, 99_999, 100_000, 199_999, 200_000, 400_000, 449_999):
@@ -182,6 +190,12 @@ def test_caffe_and_torchvision_drop_where_their_programs_do() -> None:
     torchvision = _schedule("--recipe", "torchvision", steps=90 * 5005)
     for epoch in range(90):
         assert torchvision.rate(epoch * 5005 + 1) == pytest.approx(0.01 * 0.1 ** (epoch // 30))
+
+
+def test_a_plateau_waits_as_long_after_a_drop() -> None:
+    schedule = _schedule("--schedule", "plateau", "--lr-patience", "3", steps=100)
+    drops = [schedule.validated(0.5) for _ in range(10)]
+    assert drops == [False, *[False, False, True] * 3]
 
 
 def test_a_plateau_drops_the_rate_at_most_so_often() -> None:

@@ -10,6 +10,7 @@ import pytest
 from fastalex.config import Settings
 from fastalex.options import parse_arguments
 from fastalex.recipes import NO_RECIPE, RECIPES, Recipe
+from tests._commands import ROOT
 
 
 def _settings(*arguments: str, device: str = "cpu") -> Settings:
@@ -109,3 +110,20 @@ def test_settings_of_another_version_are_refused() -> None:
 
 def test_the_defaults_are_no_published_recipe() -> None:
     assert NO_RECIPE not in RECIPES.values()
+
+
+def test_the_table_of_recipes_has_the_numbers_that_are_trained_with() -> None:
+    """They were written down twice, from the same sources; a slip in one shows."""
+    lines = (ROOT / "docs" / "training.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    rows = {row[0]: row[1:] for row in cells if len(row) == 5}
+    for column, recipe in enumerate(RECIPES.values()):
+        for name in ("dropout", "batch_size", "epochs", "lr", "momentum", "weight_decay"):
+            text = rows[f"`--{name.replace('_', '-')}`"][column]
+            assert float(text.split(" ")[0]) == getattr(recipe, name), (name, column)
+        for name in ("variant", "momentum_rule", "augmentation", "normalization"):
+            text = rows[f"`--{name.replace('_', '-')}`"][column]
+            assert text.split(" ")[0] == getattr(recipe, name), (name, column)
+        factors = rows["`--bias-lr`, `--bias-decay`"][column].split(" (")[0].split(", ")
+        assert list(map(float, factors)) == [recipe.bias_lr, recipe.bias_decay]
+        assert rows["`--bias-schedule`"][column].startswith("yes" if recipe.bias_schedule else "no")
