@@ -102,7 +102,13 @@ def _conv2d_relu_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     w = pack_weight(weight)
-    attributes = {"padding": _sides(padding), "groups": groups, "update": None, "stride": 1}
+    attributes = {
+        "padding": _sides(padding),
+        "groups": groups,
+        "update": None,
+        "stride": 1,
+        "mask": False,
+    }
     ctx = _Context(input, w, bias, output, needs=needs, **attributes)
     return _wanted(Conv2dReLUFunction.backward(ctx, grad))
 

@@ -39,7 +39,7 @@ from fastalex_kernels._conv2d_arguments import (
     spell_out,
 )
 from fastalex_kernels._epilogue import epilogue_backward, sum_partials
-from fastalex_kernels._handover import offers, taken
+from fastalex_kernels._handover import hand_over, offers, taken, wanted
 from fastalex_kernels._launch import (
     TRITON,
     aligned,
@@ -114,11 +114,22 @@ def _finish(acc, b_ptr, channel, mask_n, HAS_BIAS: tl.constexpr, RELU: tl.conste
 
 
 @triton.jit
+def _mask_and_sum(acc, kept_ptrs, sum_ptrs, mask, mask_n):
+    """A gradient of a ReLU's output made that of its input; its column sums are stored."""
+    kept = tl.load(kept_ptrs, mask=mask, other=0.0).to(tl.float32)
+    acc = tl.where(kept <= 0, 0.0, acc)  # a NaN hands its gradient on, as in torch
+    tl.store(sum_ptrs, tl.sum(acc, axis=0), mask=mask_n)
+    return acc
+
+
+@triton.jit
 def _conv2d_relu_fwd_kernel(
     x_ptr,  # [H, W, N, G * C]
     w_ptr,  # [R, S, ...]: element (tap, g, c, k) at tap * W_TAP + g * W_GROUP + c * W_C + k * W_K
     b_ptr,  # [G * K], read where HAS_BIAS
     y_ptr,  # [P, Q, N, G * K]
+    mask_ptr,  # as y, read where MASK
+    sum_ptr,  # float32 [blocks of rows, G * K], written where MASK
     N,
     H,
     W,
@@ -138,6 +149,7 @@ def _conv2d_relu_fwd_kernel(
     REVERSE: tl.constexpr,  # take the taps in reverse order: the input gradient
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
+    MASK: tl.constexpr,  # y is the gradient of a ReLU's output: mask it and sum its columns
     ONE_PIXEL: tl.constexpr,  # BLOCK_M divides N: a tile is one output pixel, no row is masked
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -235,14 +247,22 @@ def _conv2d_relu_fwd_kernel(
         r, s, c = _next_tap(r, s, c, s_lo, s_hi, BLOCK_K + TAIL_K, C)
 
     # Counted from the first row, and so in 32 bits.
-    y_ptr += first.to(tl.int64) * (G * K) + g * K
-    out = y_ptr + tl.arange(0, BLOCK_M)[:, None] * (G * K)
-    acc = _finish(acc, b_ptr, g * K + offs_n, mask_n, HAS_BIAS, RELU)
+    start = first.to(tl.int64) * (G * K) + g * K
+    offs = tl.arange(0, BLOCK_M)[:, None] * (G * K)
+    out = y_ptr + start + offs
+    kept = mask_ptr + start + offs
+    sums = sum_ptr + first // BLOCK_M * (G * K) + g * K
     mask = mask_m[:, None] & mask_n[None, :]
+    acc = _finish(acc, b_ptr, g * K + offs_n, mask_n, HAS_BIAS, RELU)
+    if MASK:
+        acc = _mask_and_sum(acc, kept + offs_n[None, :], sums + offs_n, mask, mask_n)
     tl.store(out + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
     if TAIL_N > 0:
+        mask = mask_m[:, None] & (tail_n < K)[None, :]
         acc_n = _finish(acc_n, b_ptr, g * K + tail_n, tail_n < K, HAS_BIAS, RELU)
-        tl.store(out + tail_n[None, :], acc_n.to(y_ptr.dtype.element_ty), mask=mask_m[:, None])
+        if MASK:
+            acc_n = _mask_and_sum(acc_n, kept + tail_n[None, :], sums + tail_n, mask, tail_n < K)
+        tl.store(out + tail_n[None, :], acc_n.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -263,6 +283,8 @@ def _conv2d_relu_fwd_tma_kernel(
     w_tail_desc,  # the same in blocks [BLOCK_K, TAIL_N] or [TAIL_K, BLOCK_N]
     b_ptr,  # [G * K], read where HAS_BIAS
     y_ptr,  # [P, Q, N, G * K]
+    mask_ptr,  # as y, read where MASK
+    sum_ptr,  # float32 [blocks of rows, G * K], written where MASK
     N,
     H,
     W,
@@ -278,6 +300,7 @@ def _conv2d_relu_fwd_tma_kernel(
     REVERSE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
+    MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL_N: tl.constexpr,
@@ -321,15 +344,23 @@ def _conv2d_relu_fwd_tma_kernel(
 
     if TAIL_K > 0:
         acc += acc_k
-    offs_m = (p * Q + q) * N + n + tl.arange(0, BLOCK_M)
+    first = (p * Q + q) * N + n
     offs_n = k + tl.arange(0, BLOCK_N)
-    out = y_ptr + offs_m.to(tl.int64)[:, None] * (G * K) + g * K
+    offs = (first + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None] * (G * K) + g * K
+    sums = sum_ptr + first // BLOCK_M * (G * K) + g * K
+    mask = (offs_n < K)[None, :]
     acc = _finish(acc, b_ptr, g * K + offs_n, offs_n < K, HAS_BIAS, RELU)
-    tl.store(out + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=(offs_n < K)[None, :])
+    if MASK:
+        kept = mask_ptr + offs + offs_n[None, :]
+        acc = _mask_and_sum(acc, kept, sums + offs_n, mask, offs_n < K)
+    tl.store(y_ptr + offs + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
     if TAIL_N > 0:
         tail_n = k + BLOCK_N + tl.arange(0, TAIL_N)
         acc_n = _finish(acc_n, b_ptr, g * K + tail_n, tail_n < K, HAS_BIAS, RELU)
-        tl.store(out + tail_n[None, :], acc_n.to(y_ptr.dtype.element_ty))
+        if MASK:
+            kept = mask_ptr + offs + tail_n[None, :]
+            acc_n = _mask_and_sum(acc_n, kept, sums + tail_n, (tail_n < K)[None, :], tail_n < K)
+        tl.store(y_ptr + offs + tail_n[None, :], acc_n.to(y_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -500,12 +531,21 @@ def conv2d_relu_forward(
 
 
 def conv2d_relu_backward_input(
-    dz: torch.Tensor, w: torch.Tensor, size: tuple[int, int], padding: Padding, groups: int
+    dz: torch.Tensor,
+    w: torch.Tensor,
+    size: tuple[int, int],
+    padding: Padding,
+    groups: int,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """dx [N, G*C, H, W] of dz [P, Q, N, G*K]: the forward kernel, the weight's roles exchanged."""
+    """dx [N, G*C, H, W] of dz [P, Q, N, G*K]: the forward kernel, the weight's roles exchanged.
+
+    ``mask`` [H, W, N, G*C] is the forward's input where it comes from a ReLU whose mask may be
+    applied here, see _handover.
+    """
     (R, S, C, _), (top, _), (left, _) = w.shape, *padding
     pad = (R - 1 - top, S - 1 - left)
-    return _convolve(dz, w, None, size, C, pad, groups, relu=False, reverse=True)
+    return _convolve(dz, w, None, size, C, pad, groups, relu=False, reverse=True, mask=mask)
 
 
 def _convolve(
@@ -518,6 +558,7 @@ def _convolve(
     groups: int,
     relu: bool,
     reverse: bool,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     (H, W, N, GC), (R, S, rows, columns), (P, Q) = x.shape, w.shape, size
     C = GC // groups
@@ -533,23 +574,29 @@ def _convolve(
     counted = max(_farthest_row(sizes, (R, S), pad), w.numel())
     constants = {
         "G": groups, "C": C, "K": K, "R": R, "S": S, "PAD_H": pad[0], "PAD_W": pad[1],
-        "REVERSE": reverse, "HAS_BIAS": bias is not None, "RELU": relu, **tile,
+        "REVERSE": reverse, "HAS_BIAS": bias is not None, "RELU": relu,
+        "MASK": mask is not None, **tile,
     }  # fmt: skip
     b = x if bias is None else bias
+    kept, sums = y, None
+    if mask is not None:
+        kept = mask
+        sums = y.new_empty((m_blocks, groups * K), dtype=torch.float32)
+    made = (y, kept, y if sums is None else sums)
     if one_pixel and _tma_fits(groups, x, w) and C % (tile["BLOCK_K"] + tile["TAIL_K"]) == 0:
         descriptors = _forward_descriptors(x, w, tile, reverse)
         launch(
-            _conv2d_relu_fwd_tma_kernel, grid, *descriptors, b, y, *sizes, **constants,
+            _conv2d_relu_fwd_tma_kernel, grid, *descriptors, b, *made, *sizes, **constants,
             counted=counted,
         )  # fmt: skip
-        return output
-    strides = (1, columns) if reverse else (columns, 1)
-    launch(
-        _conv2d_relu_fwd_kernel, grid, x, w, b, y, *sizes, **constants,
-        W_TAP=rows * columns, W_GROUP=columns // groups, W_C=strides[0], W_K=strides[1],
-        ONE_PIXEL=one_pixel, PRECISION=dot_precision(x.dtype), counted=counted,
-    )  # fmt: skip
-    return output
+    else:
+        strides = (1, columns) if reverse else (columns, 1)
+        launch(
+            _conv2d_relu_fwd_kernel, grid, x, w, b, *made, *sizes, **constants,
+            W_TAP=rows * columns, W_GROUP=columns // groups, W_C=strides[0], W_K=strides[1],
+            ONE_PIXEL=one_pixel, PRECISION=dot_precision(x.dtype), counted=counted,
+        )  # fmt: skip
+    return output if sums is None else hand_over(output, sums)
 
 
 def _farthest_row(
@@ -648,6 +695,7 @@ class Conv2dReLUFunction(torch.autograd.Function):
         update: Updates | None = None,
         stride: int = 1,  # of the parameter that ``update`` is of; ``input`` is without it
     ) -> torch.Tensor:
+        ctx.mask = wanted(input)
         input = lie_as_hwnc(input)
         x = as_hwnc(input)
         if update is None or update.weight.operand is None:
@@ -671,26 +719,21 @@ class Conv2dReLUFunction(torch.autograd.Function):
         x = as_hwnc(input)
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         dy, sums = as_hwnc(grad), taken(grad)
-        dz: torch.Tensor | None
-        db = None
-        if sums is not None and ctx.update is not None:
-            dz = dy
-            if need_b:
-                sum_update(sums, ctx.update.bias)
-        else:
-            dz, db = epilogue_backward(
-                dy.view(-1, dy.shape[-1]),
-                None if output is None else as_hwnc(output).view(-1, dy.shape[-1]),
-                need_dz=need_x or need_w,
-                bias=bias if need_b else None,
-                update=None if ctx.update is None else ctx.update.bias,
-            )
+        dz, db = epilogue_backward(
+            dy.view(-1, dy.shape[-1]),
+            None if output is None else as_hwnc(output).view(-1, dy.shape[-1]),
+            need_dz=need_x or need_w,
+            bias=bias if need_b else None,
+            update=None if ctx.update is None else ctx.update.bias,
+            sums=sums,
+        )
         if dz is None:
             return None, None, db, *[None] * 5
         dz, padding, groups = dz.view(dy.shape), ctx.padding, ctx.groups
         dx = dw = None
         if need_x:
-            dx = conv2d_relu_backward_input(dz, w, input.shape[2:], padding, groups)
+            mask = x if ctx.mask else None
+            dx = conv2d_relu_backward_input(dz, w, input.shape[2:], padding, groups, mask)
         if need_w:
             part = conv2d_relu_backward_weight(x, dz, w.shape[:2], padding, groups)
             if ctx.update is not None:  # after dx, which reads the old weight
