@@ -138,6 +138,8 @@ def _lrn_max_pool2d_bwd_kernel(
     dy_ptr,  # [P, Q, N, G * C]
     argmax_ptr,  # uint8 [P, Q, N, G * C]
     dx_ptr,  # [H, W, N, G * C]
+    y_ptr,  # the pooled [P, Q, N, G * C], read where MASK and not LRN
+    sum_ptr,  # float32 [programs, G * C], written where MASK
     N,
     W,
     P,
@@ -151,6 +153,7 @@ def _lrn_max_pool2d_bwd_kernel(
     OFFSET: tl.constexpr,
     WINDOW: tl.constexpr,
     STRIDE: tl.constexpr,
+    MASK: tl.constexpr,  # x comes from a ReLU: apply its mask too, and sum what is written
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -176,6 +179,9 @@ def _lrn_max_pool2d_bwd_kernel(
             here = ((h - p * STRIDE) * WINDOW + column)[:, None]
             argmax = tl.load(argmax_ptr + offs, mask=inside, other=0).to(tl.int32)
             dy = tl.load(dy_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+            if MASK and not LRN:  # the maximum of a window is what its gradient goes to
+                y = tl.load(y_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+                dy = tl.where(y <= 0, 0.0, dy)
             grad += tl.where(argmax == here, dy, 0.0)
     offs = (h * W * N + offs_m).to(tl.int64)[:, None] * (G * C) + channel
     mask = mask_m[:, None] & mask_c
@@ -186,6 +192,12 @@ def _lrn_max_pool2d_bwd_kernel(
         # SCALE goes with 1 / d: apart, the largest and the smallest alpha leave float32's range.
         neighbours = _window_sum(scaled * (SCALE * x / d), (SIZE - 1) // 2, SIZE // 2, C)
         grad = scaled - 2.0 * BETA * x * neighbours
+        if MASK:
+            grad = tl.where(x <= 0, 0.0, grad)  # a NaN hands its gradient on, as in torch
+    if MASK:
+        program = (h * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+        total = tl.sum(tl.where(mask, grad, 0.0), axis=0)
+        tl.store(sum_ptr + program * (G * C) + g * C + offs_c, total, mask=offs_c < C)
     tl.store(dx_ptr + offs, grad.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -254,10 +266,12 @@ def lrn_max_pool2d_backward(
     window: Window,
     size: tuple[int, int],
     mask: bool = False,
+    y: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """dx [N, G*C, H, W] of dy and argmax [P, Q, N, G*C]; x is the forward's input, for LRN.
 
-    ``mask`` says that x comes from a ReLU whose mask may be applied here, see _handover.
+    ``mask`` says that x comes from a ReLU whose mask may be applied here, see _handover; y is the
+    output, which without LRN is the mask.
     """
     (P, Q, N, GC), (H, W) = dy.shape, size
     result = empty_nchw(dy, (N, GC, H, W))
@@ -267,12 +281,13 @@ def lrn_max_pool2d_backward(
         return result if sums is None else hand_over(result, sums)
     blocks = _blocks(W * N, GC // groups)
     grid = (triton.cdiv(W * N, blocks["BLOCK_M"]), H, groups)
+    sums = dx.new_empty((grid[0] * H if mask else 0, GC), dtype=torch.float32)
     launch(
-        _lrn_max_pool2d_bwd_kernel, grid, dy if x is None else x, dy, argmax, dx, N, W, P, Q,
-        G=groups, C=GC // groups, **_constants(norm, window, GC // groups), **blocks,
-        counted=H * W * N,
+        _lrn_max_pool2d_bwd_kernel, grid, dy if x is None else x, dy, argmax, dx,
+        dy if y is None else y, sums if mask else dx, N, W, P, Q, G=groups, C=GC // groups,
+        MASK=mask, **_constants(norm, window, GC // groups), **blocks, counted=H * W * N,
     )  # fmt: skip
-    return result
+    return hand_over(result, sums) if mask else result
 
 
 class LRNMaxPool2dFunction(torch.autograd.Function):
@@ -292,16 +307,19 @@ class LRNMaxPool2dFunction(torch.autograd.Function):
         output, argmax = lrn_max_pool2d_forward(
             as_hwnc(input), norm, groups, window, size, save=ctx.needs_input_grad[0]
         )
-        ctx.save_for_backward(None if norm is None else input, argmax)
+        pooled = output if mask and norm is None else None
+        ctx.save_for_backward(None if norm is None else input, argmax, pooled)
         ctx.arguments = (norm, groups, window, input.shape[2:], mask)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input, argmax = ctx.saved_tensors
-        x = None if input is None else as_hwnc(input)
-        dx = lrn_max_pool2d_backward(x, as_hwnc(grad), argmax, *ctx.arguments)
+        input, argmax, pooled = ctx.saved_tensors
+        x, y = (None if t is None else as_hwnc(t) for t in (input, pooled))
+        norm, groups, window, size, mask = ctx.arguments
+        dy = as_hwnc(grad)
+        dx = lrn_max_pool2d_backward(x, dy, argmax, norm, groups, window, size, mask, y)
         return dx, None, None, None, None
 
 

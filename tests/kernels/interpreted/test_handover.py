@@ -12,8 +12,9 @@ import torch
 import fastalex_kernels as fk
 from fastalex_kernels.conv2d_relu import pack_weight
 from fastalex_kernels.momentum import MomentumUpdate, Updates
+from fastalex_kernels.reference import TOLERANCES
 
-from .._oracle import TOLERANCES, relative_error
+from .._oracle import relative_error
 from ._strict import Strict
 from .conftest import RealTiles
 
@@ -33,10 +34,34 @@ def _updates(weight: torch.Tensor, bias: torch.Tensor) -> Updates:
     )
 
 
+def _convolution(y: torch.Tensor) -> torch.Tensor:
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(1))
+    weight = draw(48, y.shape[1] // 2, 3, 3).mul_(0.1).to(HALF)
+    return fk.conv2d_relu(y, weight, padding=1, groups=2)
+
+
+BEHIND: dict[str, Change] = {
+    "chunks": partial(fk.lrn_max_pool2d, alpha=1.0, groups=2),
+    "any LRN": partial(fk.lrn_max_pool2d, alpha=1.0, size=3, groups=2),
+    "pooling": fk.max_pool2d,
+    "convolution": _convolution,
+}
+KERNELS = {
+    "chunks": "_lrn_max_pool2d_chunks_bwd_kernel",
+    "any LRN": "_lrn_max_pool2d_bwd_kernel",
+    "pooling": "_lrn_max_pool2d_bwd_kernel",
+    "convolution": "_conv2d_relu_fwd_kernel",
+}
+
+
 def _gradients(
-    change: Change, images: int = 3, updated: bool = True, twice: bool = False
+    change: Change,
+    images: int = 3,
+    updated: bool = True,
+    twice: bool = False,
+    behind: str = "chunks",
 ) -> list[torch.Tensor]:
-    """Of weight and bias of a convolution before LRN; ``change`` sees what lies between them.
+    """Of weight and bias of a convolution; ``change`` sees what goes to the layer ``behind`` it.
 
     ``twice`` gives the convolution's output a gradient of its own as well.
     """
@@ -47,7 +72,7 @@ def _gradients(
     update = _updates(w, b)
     narrow: Any = (w, b) if updated else (w.to(HALF), b.to(HALF))
     y = fk.conv2d_relu(x, *narrow, padding=1, update=update if updated else None)
-    z = fk.lrn_max_pool2d(change(y), alpha=1.0, groups=2)
+    z = BEHIND[behind](change(y))
     outputs, gradients = [z], [draw(*z.shape).to(HALF)]
     if twice:
         outputs.append(y)
@@ -80,18 +105,30 @@ def _compare(ours: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
     assert float(expected[1].norm()) > 1
 
 
-@pytest.mark.parametrize("images", [3, 64])  # 64: sums of so many rows that they are folded
+@pytest.mark.parametrize(
+    ("behind", "images", "folded"),
+    [
+        ("chunks", 3, False),
+        ("chunks", 64, True),  # sums of more than a thousand rows
+        ("any LRN", 3, False),
+        ("pooling", 5, False),
+        ("convolution", 3, False),
+        ("convolution", 128, False),
+    ],
+)
 def test_the_layer_behind_masks_and_sums(
-    real_tiles: RealTiles, strict: Strict, images: int
+    real_tiles: RealTiles, strict: Strict, behind: str, images: int, folded: bool
 ) -> None:
     with real_tiles("sm_90"):
-        expected = _gradients(_same, images, updated=False)
+        expected = _gradients(_same, images, updated=False, behind=behind)
         assert APART in strict.launches
+        apart = strict.launches.count(APART)
         strict.launches.clear()
-        ours = _gradients(_same, images)
-    assert APART not in strict.launches
-    assert "_lrn_max_pool2d_chunks_bwd_kernel" in strict.launches
-    assert ("_sum_partials_kernel" in strict.launches) == (images == 64)
+        ours = _gradients(_same, images, behind=behind)
+    # The convolution behind undoes its own ReLU.
+    assert strict.launches.count(APART) == apart - 1
+    assert KERNELS[behind] in [name.replace("_tma", "") for name in strict.launches]
+    assert ("_sum_partials_kernel" in strict.launches) == folded
     _compare(ours, expected)
 
 
