@@ -134,7 +134,7 @@ class Trainer:
         self.compute: Compute = self._compute
         # The exchange between towers waits for the other process, which no graph can hold.
         if settings.cuda_graph and team.device.type == "cuda" and team.towers == 1:
-            self.compute = Graphed(self._compute, team.device)
+            self.compute = Graphed(self._compute, team.device, lambda t: self.progress.warn(t))
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, as ``_state`` returned it; from the beginning where it is empty."""
@@ -228,6 +228,7 @@ class Trainer:
             self._checkpoint()
 
     def close(self) -> None:
+        self.compute = self._compute  # a graph's memory goes with it
         self.progress.close()
         for log in (self.metrics, self.curves):
             if log is not None:

@@ -8,6 +8,7 @@ counters of dropout and the learning rate, lies in tensors that are written in p
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -30,13 +31,21 @@ class Graphed:
         compute: of tensors on ``device``, to one tensor. It may neither read a value on the host
             nor keep its inputs or its result; what else it changes, it changes in place.
         device: a GPU.
+        tell: is told where a capture fails; every call then runs as it is.
         capture: how a call is captured.
     """
 
-    def __init__(self, compute: Compute, device: torch.device, capture: Capture | None = None):
+    def __init__(
+        self,
+        compute: Compute,
+        device: torch.device,
+        tell: Callable[[str], None] = warnings.warn,
+        capture: Capture | None = None,
+    ) -> None:
         self._compute = compute
         self._device = device
-        self._capture = capture or _capture_on_gpu
+        self._tell = tell
+        self._capture: Capture | None = capture or _capture_on_gpu
         self._calls = 0
         self._stream: torch.cuda.Stream | None = None
         self._inputs: list[torch.Tensor] = []
@@ -48,15 +57,29 @@ class Graphed:
         self._calls += 1
         if self._calls <= WARM_UP:
             return self._beside(inputs)
+        if self._replay is None and self._capture is not None:
+            self._try_to_capture(self._capture, inputs)
         if self._replay is None:
-            self._inputs = [torch.empty_like(x) for x in inputs]
-            self._replay, self._output = self._capture(lambda: self._compute(*self._inputs))
+            return self._compute(*inputs)
         for held, given in zip(self._inputs, inputs, strict=True):
             assert held.shape == given.shape, "a graph holds one shape"
             held.copy_(given)
         self._replay()
         assert self._output is not None
         return self._output.clone()
+
+    def _try_to_capture(self, capture: Capture, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._inputs = [torch.empty_like(x) for x in inputs]
+        try:
+            self._replay, self._output = capture(lambda: self._compute(*self._inputs))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._capture = None  # nothing of it has run
+            self._tell(
+                "the step can't be captured as a CUDA graph and goes on launch by launch: "
+                f"{str(error).splitlines()[0]}"
+            )
 
     def _beside(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """A call on another stream than the default one, which can't be captured later on."""
@@ -75,7 +98,22 @@ class Graphed:
 
 def _capture_on_gpu(call: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
     graph = torch.cuda.CUDAGraph()
+    failure: BaseException | None = None
+
+    def watched() -> torch.Tensor:
+        nonlocal failure
+        try:
+            return call()
+        except BaseException as error:
+            failure = error
+            raise
+
     # Threads that load batches lock pages meanwhile, which forbids every other mode.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = call()
+    captured = torch.cuda.graph(graph, capture_error_mode="thread_local")
+    try:
+        # Whatever becomes of the capture, the stream is the one it was before.
+        with torch.cuda.stream(torch.cuda.current_stream()), captured:
+            output = watched()
+    except RuntimeError as error:
+        raise failure or error from None  # ending a broken capture raises an error of its own
     return graph.replay, output

@@ -280,4 +280,28 @@ class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     """Average pooling to a fixed size; nothing to do at the size the net was made for."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return input if input.shape[2:] == self.output_size else super().forward(input)
+        if input.shape[2:] == self.output_size:
+            return input
+        # On a GPU torch adds up the gradients of small maps atomically, in any order.
+        return average(input, self.output_size) if input.is_cuda else super().forward(input)
+
+
+def average(input: torch.Tensor, size: Any) -> torch.Tensor:
+    """Adaptive average pooling as two products, whose sums have one order.
+
+    Args:
+        input: [N, C, H, W].
+        size: (height, width) of the result.
+    """
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    rows, columns = (_shares(n, m, wide) for n, m in zip(input.shape[2:], size, strict=True))
+    with torch.autocast(input.device.type, enabled=False):
+        return (rows @ wide @ columns.t()).to(input.dtype)
+
+
+def _shares(length: int, parts: int, like: torch.Tensor) -> torch.Tensor:
+    """[parts, length]: each part averages the elements it overlaps, as torch cuts them."""
+    part = torch.arange(parts, device=like.device)[:, None]
+    first, last = part * length // parts, ((part + 1) * length - 1) // parts
+    element = torch.arange(length, device=like.device)
+    return ((element >= first) & (element <= last)).to(like.dtype) / (last - first + 1)

@@ -121,14 +121,13 @@ class AlexNet(nn.Module):
         The counters live in tensors on the layers' device, written in place, so that a captured
         graph can advance them.
         """
+        device = next(self.parameters()).device
         for index, layer in enumerate(m for m in self.modules() if isinstance(m, CounterDropout)):
-            mixed = (seed + (index + 1) * _STREAM) % 2**63
-            state = torch.tensor([mixed, step], dtype=torch.int64)
-            device = next(self.parameters()).device
             if layer.rng is None or layer.rng.device != device:
-                layer.rng = state.to(device)
-            else:
-                layer.rng.copy_(state)
+                layer.rng = torch.empty(2, dtype=torch.int64, device=device)
+            # Filled and not copied: a copy from the host's memory waits for the GPU to be done.
+            layer.rng[0].fill_((seed + (index + 1) * _STREAM) % 2**63)
+            layer.rng[1].fill_(step)
 
 
 def _feature_layers(variant: Variant) -> list[nn.Module]:

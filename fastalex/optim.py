@@ -156,7 +156,9 @@ def set_rates(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _write_rate(group: dict[str, Any]) -> None:
-    group[RATE].copy_(torch.tensor([group["lr"], group["momentum"], group["weight_decay"]]))
+    # Filled and not copied: a copy from the host's memory waits for the GPU to be done.
+    for place, name in enumerate(("lr", "momentum", "weight_decay")):
+        group[RATE][place].fill_(group[name])
 
 
 def velocities(model: AlexNet, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -50,7 +50,7 @@ def test_every_call_does_its_work_once_and_keeps_its_result() -> None:
         return (x + y).sum()
 
     capture = Captured()
-    graphed = Graphed(compute, CPU, capture)
+    graphed = Graphed(compute, CPU, capture=capture)
     inputs = [(torch.full((3,), float(i)), torch.full((3,), 2.0)) for i in range(WARM_UP + 4)]
     results = [graphed(*pair) for pair in inputs]
     assert capture.captures == 1
@@ -148,11 +148,51 @@ def test_a_number_in_a_launch_would_be_seen() -> None:
     with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoHost():
         step.compute(*batch).item()
     with pytest.raises(AssertionError, match="lift_fresh"), _NoHost():
+        torch.tensor([1.0])
+
+
+def test_what_comes_before_a_step_copies_nothing_from_the_host() -> None:
+    """A copy from memory that is not page-locked waits for the GPU to be done."""
+    step = _Step(fused=True)
+    step.prepare(1)
+    with _NoHost():
         step.prepare(2)
+    rates = [group["rate"][0] for group in step.optimizer.param_groups]
+    assert [float(rate) for rate in rates] == pytest.approx([0.005] * len(rates))
+
+
+def test_a_capture_that_fails_is_told_and_the_steps_go_on() -> None:
+    told: list[str] = []
+    calls: list[float] = []
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        calls.append(float(x))
+        return x * 2
+
+    def broken(call: Callable[[], torch.Tensor]) -> Any:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    graphed = Graphed(compute, CPU, told.append, broken)
+    results = [float(graphed(torch.tensor(float(i)))) for i in range(WARM_UP + 3)]
+    assert results == [2.0 * i for i in range(WARM_UP + 3)]
+    assert calls == [float(i) for i in range(WARM_UP + 3)]
+    (line,) = told
+    assert line.endswith("goes on launch by launch: operation not permitted")
+
+
+def test_memory_that_runs_out_in_a_capture_is_not_hidden() -> None:
+    def full(call: Callable[[], torch.Tensor]) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    graphed = Graphed(lambda x: x, CPU, capture=full)
+    with pytest.raises(torch.OutOfMemoryError):
+        for _ in range(WARM_UP + 1):
+            graphed(torch.zeros(()))
 
 
 def _weights(folder: Path, *options: str) -> dict[str, torch.Tensor]:
-    arguments = ["--max-steps", "12", "--batch-size", "16", "--precision", "bf16", *options]
+    arguments = ["--max-steps", "12", "--batch-size", "16", "--image-size", "224"]
+    arguments += ["--precision", "bf16", *options]
     assert train.main([*arguments, "--output", str(folder)]) == 0
     return load_weights(folder / "model.safetensors")[0]
 

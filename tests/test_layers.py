@@ -21,6 +21,7 @@ from fastalex.layers import (
     LRNMaxPool2d,
     MaxPool2d,
     SpatialResponseNorm,
+    average,
 )
 from fastalex.model import AlexNet
 
@@ -242,3 +243,13 @@ def test_one_group_copies_no_gradient(groups: int, copies: bool) -> None:
     with _Operators() as operators:
         output.sum().backward()
     assert (operators.counts["cat"] > 0) == copies
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 6), (7, 13), (12, 6)])
+def test_the_average_as_products_is_torch_s(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, *size, requires_grad=True)
+    y, expected = average(x, (6, 6)), torch.nn.functional.adaptive_avg_pool2d(x, (6, 6))
+    torch.testing.assert_close(y, expected)
+    gradient = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(o, x, gradient)[0] for o in (y, expected))
+    torch.testing.assert_close(ours, theirs)

@@ -251,7 +251,7 @@ def _conv2d_relu_fwd_kernel(
     offs = tl.arange(0, BLOCK_M)[:, None] * (G * K)
     out = y_ptr + start + offs
     kept = mask_ptr + start + offs
-    sums = sum_ptr + first // BLOCK_M * (G * K) + g * K
+    sums = sum_ptr + (first // BLOCK_M).to(tl.int64) * (G * K) + g * K
     mask = mask_m[:, None] & mask_n[None, :]
     acc = _finish(acc, b_ptr, g * K + offs_n, mask_n, HAS_BIAS, RELU)
     if MASK:
@@ -347,7 +347,7 @@ def _conv2d_relu_fwd_tma_kernel(
     first = (p * Q + q) * N + n
     offs_n = k + tl.arange(0, BLOCK_N)
     offs = (first + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None] * (G * K) + g * K
-    sums = sum_ptr + first // BLOCK_M * (G * K) + g * K
+    sums = sum_ptr + (first // BLOCK_M).to(tl.int64) * (G * K) + g * K
     mask = (offs_n < K)[None, :]
     acc = _finish(acc, b_ptr, g * K + offs_n, offs_n < K, HAS_BIAS, RELU)
     if MASK:

@@ -56,6 +56,7 @@ class MomentumUpdate:
     operand: torch.Tensor | None = None
     pack: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter
     squares: torch.Tensor | None = field(default=None, init=False)
+    _squares: dict[int, torch.Tensor] = field(default_factory=dict, init=False)
     _seen: int = field(default=-1, init=False)  # the parameter's version that operand is a copy of
 
     def __post_init__(self) -> None:
@@ -85,7 +86,11 @@ class MomentumUpdate:
                 )
 
     def current(self) -> torch.Tensor:
-        """What the products read, copied anew where the parameter was changed from outside."""
+        """What the products read, copied anew where the parameter was changed from outside.
+
+        A change is told by the parameter's version, which a write through ``.data`` leaves as it
+        is, and which nobody looks at while a captured graph is replayed.
+        """
         if self.operand is None:
             return self.parameter.detach()
         if self._seen != self.parameter._version:
@@ -95,9 +100,13 @@ class MomentumUpdate:
         return self.operand
 
     def squares_of(self, blocks: int) -> torch.Tensor:
-        """Where ``blocks`` programs leave their sums of squares."""
-        if self.squares is None or self.squares.numel() != blocks:
-            self.squares = self.rate.new_empty(blocks)
+        """Where ``blocks`` programs leave their sums of squares: for each number its own memory.
+
+        A captured graph goes on writing what it was captured with.
+        """
+        if blocks not in self._squares:
+            self._squares[blocks] = self.rate.new_empty(blocks)
+        self.squares = self._squares[blocks]
         return self.squares
 
     def changed(self) -> None:
