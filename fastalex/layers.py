@@ -301,7 +301,7 @@ def average(input: torch.Tensor, size: Any) -> torch.Tensor:
 
 def _shares(length: int, parts: int, like: torch.Tensor) -> torch.Tensor:
     """[parts, length]: each part averages the elements it overlaps, as torch cuts them."""
-    part = torch.arange(parts, device=like.device)[:, None]
+    part = torch.arange(parts, device=like.device).unsqueeze(1)
     first, last = part * length // parts, ((part + 1) * length - 1) // parts
     element = torch.arange(length, device=like.device)
     return ((element >= first) & (element <= last)).to(like.dtype) / (last - first + 1)

@@ -121,6 +121,10 @@ class Children:
         if suite.interpret:
             environment["TRITON_INTERPRET"] = "1"
         options = ["-q", "-o", "addopts=-ra", "-p", "no:cacheprovider", "--tb=short"]
+        if suite.runner[0].startswith("ttsem"):
+            # It keeps the intermediate code in another form, which nobody else can read.
+            cache = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
+            environment["TRITON_CACHE_DIR"] = str(cache.with_name(f"{cache.name}-ttsem"))
         command = [suite.python, "-m", *suite.runner, *options, *suite.tests]
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True,
