@@ -17,7 +17,7 @@ import triton.language as tl
 
 from fastalex_kernels._launch import cut, launch, tile_entry
 from fastalex_kernels._product import operands, product
-from fastalex_kernels.momentum import MomentumUpdate, momentum_step, narrowed_apart
+from fastalex_kernels.momentum import MomentumUpdate, momentum_step
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
 _TILES = {
@@ -88,7 +88,7 @@ def linear_backward_weight_update(
     dz: torch.Tensor, x: torch.Tensor, update: MomentumUpdate
 ) -> None:
     """Update the weight [N, K] by its gradient, dz [M, N] transposed times x [M, K]."""
-    w, operand = update.parameter, update.operand
+    w = update.parameter
     (N, K), M = w.shape, x.shape[0]
     block_m, block_n, block_k, warps, stages = tile_entry(_TILES, x, "linear update", N, K, M)
     tile = {
@@ -100,12 +100,12 @@ def linear_backward_weight_update(
     }
     grid = (triton.cdiv(K, tile["BLOCK_N"]), triton.cdiv(N, tile["BLOCK_M"]))
     given = operands(dz.t(), x, tile)
-    kernel_operand = operand is not None and not narrowed_apart(operand)
+    written = update.written_operand()
     sizes = given.args[2:]
     launch(
         _linear_bwd_weight_update_kernel, grid, *given.args[:2], w.detach(), update.velocity,
-        operand if kernel_operand else x, update.squares_of(grid[0] * grid[1]), update.rate,
-        *sizes, PAPER=update.rule == "paper", HAS_OPERAND=kernel_operand,
+        x if written is None else written, update.squares_of(grid[0] * grid[1]), update.rate,
+        *sizes, PAPER=update.rule == "paper", HAS_OPERAND=written is not None,
         ALIGN=math.gcd(8, sizes[0], sizes[1], sizes[3], sizes[4]), **given.flags,
         counted=max(N, K, M),
     )  # fmt: skip

@@ -109,15 +109,17 @@ class MomentumUpdate:
         self.squares = self._squares[blocks]
         return self.squares
 
+    def written_operand(self) -> torch.Tensor | None:
+        """The operand where a kernel writes it; the interpreter has no bfloat16."""
+        apart = interpreted() and self.operand is not None and self.operand.dtype == torch.bfloat16
+        return None if apart else self.operand
+
     def changed(self) -> None:
         """Tell autograd, and whoever holds a copy, that a kernel wrote the parameter."""
-        tensors = [self.parameter, self.velocity]
-        operand = self.operand
-        if operand is not None:
-            if narrowed_apart(operand):
-                operand.copy_(self.pack(self.parameter.detach()))
-            else:
-                tensors.append(operand)
+        written = self.written_operand()
+        if written is None and self.operand is not None:
+            self.operand.copy_(self.pack(self.parameter.detach()))
+        tensors = [self.parameter, self.velocity, *([] if written is None else [written])]
         torch.autograd.graph.increment_version(tensors)
         self._seen = self.parameter._version
 
@@ -183,11 +185,6 @@ class Applied(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
         ctx.update.apply(grad)
         return None, None, None
-
-
-def narrowed_apart(operand: torch.Tensor) -> bool:
-    """Whether a kernel here cannot write ``operand``: the interpreter has no bfloat16."""
-    return interpreted() and operand.dtype == torch.bfloat16
 
 
 @triton.jit
@@ -288,19 +285,19 @@ def sum_update(part: torch.Tensor, update: MomentumUpdate, stride: int = 1) -> N
         update: of the parameter.
         stride: of space-to-depth.
     """
-    w, operand = update.parameter, update.operand
+    w = update.parameter
     mapped = w.dim() == 4 and not (stride == 1 and w.permute(2, 3, 1, 0).is_contiguous())
     numel = part[0].numel()
     tile = blocks(part.shape[0], numel)
     programs = triton.cdiv(numel, tile["BLOCK"])
-    kernel_operand = operand is not None and not narrowed_apart(operand)
+    written = update.written_operand()
     shape = dict(zip(("K", "C", "R", "S"), w.shape, strict=True)) if mapped else {}
     strides = dict(zip(("W_K", "W_C", "W_R", "W_S"), w.stride(), strict=True)) if mapped else {}
     unused = dict.fromkeys(("K", "C", "R", "S", "W_K", "W_C", "W_R", "W_S"), 1)
     launch(
         _sum_update_kernel, (programs,), part, w.detach(), update.velocity,
-        operand if kernel_operand else part, update.squares_of(programs), update.rate,
-        part.shape[0], numel, PAPER=update.rule == "paper", HAS_OPERAND=kernel_operand,
+        part if written is None else written, update.squares_of(programs), update.rate,
+        part.shape[0], numel, PAPER=update.rule == "paper", HAS_OPERAND=written is not None,
         MAP=mapped, D=stride, **{**unused, **shape, **strides}, **tile,
         counted=max(part.shape[0], numel if mapped else 0),
     )  # fmt: skip
