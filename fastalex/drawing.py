@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastalex.checkpoint import replacing
 from fastalex.data.base import Pixels
+from fastalex.files import replacing
 
 DPI = 300
 KERNEL_SCALE = 8  # pixels of the PNG for each weight of a conv1 kernel
