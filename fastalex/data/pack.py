@@ -28,7 +28,7 @@ from fastalex.files import replacing
 
 SIZE = 256  # P§2
 _SHARD_IMAGES = 1024  # 200 MB at 256 pixels
-_LEAST_SHARD_IMAGES = 32
+_LEAST_SHARD_IMAGES = 64
 _SHARDS = 64  # that many at least, if they do not get too small, for as many processes
 ODD, LEFT_OUT = "odd.tsv", "left_out.tsv"
 
