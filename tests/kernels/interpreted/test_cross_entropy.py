@@ -125,6 +125,18 @@ def test_what_is_not_finite_is_as_in_torch(name: str, columns: int, real_tiles: 
             torch.testing.assert_close(found, gradient, equal_nan=True)
 
 
+def test_a_whole_block_that_is_minus_inf(real_tiles: RealTiles) -> None:
+    logits = torch.randn(3, 1500)
+    logits[1, :1024] = -INF
+    target = torch.tensor([0, 1400, 1])
+    expected = F.cross_entropy(logits, target)
+    with real_tiles("sm_90"):
+        loss, found = run(logits.clone().requires_grad_(), target, announced=True)
+    assert relative_error(loss, expected) <= TOLERANCES[torch.float32]
+    wide = logits.requires_grad_()
+    assert relative_error(found, _gradient(wide, target, losses.G)) <= TOLERANCES[torch.float32]
+
+
 @pytest.mark.parametrize("label", [-1, 5, -100, 2**40, -(2**62)])
 def test_a_label_that_is_no_class_is_nan(label: int) -> None:
     logits, target = torch.randn(4, 5), torch.tensor([0, 4, label, 1])
@@ -142,7 +154,13 @@ def test_an_empty_batch() -> None:
 
 
 def _last_layer(
-    images: int, classes: int, dtype: torch.dtype, updated: bool, announced: bool, change: Any
+    images: int,
+    classes: int,
+    dtype: torch.dtype,
+    updated: bool,
+    announced: bool = True,
+    change: Any = lambda y: y,
+    relu: bool = False,
 ) -> list[torch.Tensor]:
     """Gradients of weight, bias and input of the layer before the loss, in that order."""
     generator = torch.Generator().manual_seed(0)
@@ -158,7 +176,7 @@ def _last_layer(
             for p, o in zip(leaves, operands, strict=True)
         ))  # fmt: skip
         operands = leaves
-    logits = fk.linear_relu_dropout(x, *operands, p=0.0, relu=False, update=update)
+    logits = fk.linear_relu_dropout(x, *operands, p=0.0, relu=relu, update=update)
     g = torch.tensor(8.0)
     fk.cross_entropy(change(logits), target, g if announced else None).backward(g)
     if update is not None:
@@ -172,30 +190,29 @@ def test_the_loss_makes_the_bias_sums_of_the_layer_before(
     shape: tuple[int, int], dtype: torch.dtype, real_tiles: RealTiles, strict: Strict
 ) -> None:
     with real_tiles("sm_90"):
-        expected = _last_layer(*shape, dtype, False, True, lambda y: y)
+        expected = _last_layer(*shape, dtype, False)
         assert APART in strict.launches
         strict.launches.clear()
-        ours = _last_layer(*shape, dtype, True, True, lambda y: y)
+        ours = _last_layer(*shape, dtype, True)
     assert APART not in strict.launches
     for one, other in zip(ours, expected, strict=True):
         assert relative_error(one, other) <= TOLERANCES[dtype]
         assert float(other.norm()) > 0.01
 
 
-@pytest.mark.parametrize(
-    ("announced", "change"),
-    [
-        pytest.param(False, lambda y: y, id="not announced"),
-        pytest.param(True, lambda y: y * 2.0, id="another function between"),
-        pytest.param(True, torch.relu, id="a ReLU between"),
-    ],
-)
-def test_without_sums_they_are_made_apart(
-    announced: bool, change: Any, real_tiles: RealTiles, strict: Strict
-) -> None:
+WITHOUT: dict[str, dict[str, Any]] = {
+    "not announced": {"announced": False},
+    "another function between": {"change": lambda y: y * 2.0},
+    "a ReLU between": {"change": torch.relu},
+    "a ReLU of its own": {"relu": True},
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_without_sums_they_are_made_apart(name: str, real_tiles: RealTiles, strict: Strict) -> None:
     with real_tiles("sm_90"):
-        ours = _last_layer(20, 48, torch.float16, True, announced, change)
+        ours = _last_layer(20, 48, torch.float16, True, **WITHOUT[name])
         assert APART in strict.launches
-        expected = _last_layer(20, 48, torch.float16, False, announced, change)
+        expected = _last_layer(20, 48, torch.float16, False, **WITHOUT[name])
     for one, other in zip(ours, expected, strict=True):
         assert relative_error(one, other) <= TOLERANCES[torch.float16]
