@@ -231,11 +231,13 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
-def _train(recorder: _Recorder, model: AlexNet, optimizer: Any, batch: Any, dtype: Any) -> None:
-    """A step as ``fastalex.engine`` makes it."""
+def _train(
+    recorder: _Recorder, model: AlexNet, optimizer: Any, batch: Any, dtype: Any, number: int
+) -> None:
+    """Step ``number`` as ``fastalex.engine`` makes it."""
     images, labels, one = batch
     recorder.at("step", "forward")
-    model.seed_dropout(0, 1)
+    model.seed_dropout(0, number)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         logits = model(images)
     recorder.at("loss", "forward")
@@ -291,11 +293,12 @@ def record_step(
                 lay_out(model)
                 optimizer = build_optimizer(model, lr=0.01)
                 fuse_updates(model, optimizer, kind)
-                for _ in range(2):  # the first step also copies the weights for the products
+                given = (images, labels, one)
+                for number in (1, 2):  # the first step also copies the weights for the products
                     recorded.events.clear()
                     recorded.exchanged.clear()
                     with recorder:
-                        _train(recorder, model, optimizer, (images, labels, one), kind)
+                        _train(recorder, model, optimizer, given, kind, number)
         recorded.parameters = [p.numel() for p in model.parameters()]
     recorded.events = [_detached(event) for event in recorded.events]
     return recorded
