@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import fastalex_kernels as kernels
 from fastalex import offline, parallel
 from fastalex.fused_update import fuse_updates, lay_out
 from fastalex.layers import Dropout, LRNMaxPool2d, MaxPool2d, SpatialResponseNorm
@@ -231,18 +231,20 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
-def _train(recorder: _Recorder, model: AlexNet, optimizer: Any, batch: Any, dtype: Any) -> None:
-    """A step as ``fastalex.engine`` makes it."""
-    images, labels = batch
+def _train(
+    recorder: _Recorder, model: AlexNet, optimizer: Any, batch: Any, dtype: Any, number: int
+) -> None:
+    """Step ``number`` as ``fastalex.engine`` makes it."""
+    images, labels, one = batch
     recorder.at("step", "forward")
-    model.seed_dropout(0, 1)
+    model.seed_dropout(0, number)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         logits = model(images)
-        recorder.at("loss", "forward")
-        loss = F.cross_entropy(logits, labels)
+    recorder.at("loss", "forward")
+    loss = kernels.cross_entropy(logits, labels, gradient=one)
     optimizer.zero_grad()
     recorder.at("loss", "backward")
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward(one)  # type: ignore[no-untyped-call]
     recorder.at("optimizer", "update")
     optimizer.step()
 
@@ -281,6 +283,7 @@ def record_step(
         size = model.variant.image_size
         images = torch.empty(batch, 3, size, size, dtype=kind)
         labels = torch.empty(batch, dtype=torch.int64)
+        one = torch.ones((), dtype=torch.float32)
         with record_launches(target, recorder.launched):
             if step == "infer":
                 model.eval()
@@ -290,11 +293,12 @@ def record_step(
                 lay_out(model)
                 optimizer = build_optimizer(model, lr=0.01)
                 fuse_updates(model, optimizer, kind)
-                for _ in range(2):  # the first step also copies the weights for the products
+                given = (images, labels, one)
+                for number in (1, 2):  # the first step also copies the weights for the products
                     recorded.events.clear()
                     recorded.exchanged.clear()
                     with recorder:
-                        _train(recorder, model, optimizer, (images, labels), kind)
+                        _train(recorder, model, optimizer, given, kind, number)
         recorded.parameters = [p.numel() for p in model.parameters()]
     recorded.events = [_detached(event) for event in recorded.events]
     return recorded
