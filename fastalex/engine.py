@@ -279,7 +279,8 @@ class Trainer:
     def _compute(self, labels: torch.Tensor, *pixels: torch.Tensor) -> torch.Tensor:
         """The loss of a batch, and its gradients: the part of a step that a graph can hold."""
         with autocast(self.settings.precision, self.team.device):
-            logits = self.model(self.train_batches.augment(*pixels))
+            first = self.model.features[0]
+            logits = self.model(self.train_batches.augment.for_layer(first, *pixels))
         loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad()
         with nvtx_range("backward"):

@@ -282,7 +282,8 @@ def augment_forward(
         PAIRS=images.numel() % 8 == 0 and aligned(images), HAS_COLORS=colors is not None,
         HAS_MEAN=mean is not None and mean.dim() == 1,
         HAS_MEAN_IMAGE=mean is not None and mean.dim() == 3,
-        CENTRED=centred, HAS_SCALE=scale is not None, ITEMS=items, num_warps=4, counted=max(P * Q, H * W * 3),
+        CENTRED=centred, HAS_SCALE=scale is not None, ITEMS=items, num_warps=4,
+        counted=max(P * Q, H * W * 3),
     )  # fmt: skip
     return out
 

@@ -151,8 +151,8 @@ def augment(
         crop = _part(image, first, start, size)
         crop = crop.flip(1) if mirrors[n] else crop
         if mean is not None and centred:
-            middle = [(side - size) // 2 for side in image.shape[:2]]
-            crop = crop - (mean if mean.dim() == 1 else _part(mean, *middle, size))
+            middle, centre = ((side - size) // 2 for side in image.shape[:2])
+            crop = crop - (mean if mean.dim() == 1 else _part(mean, middle, centre, size))
         crops[n] = (crop if scale is None else crop * scale).permute(2, 0, 1)
     output = F.pad(crops, (left, right, top, bottom))
     if space_to_depth > 1:
