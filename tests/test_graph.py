@@ -137,8 +137,7 @@ def test_two_steps_launch_the_same_on_the_same_memory() -> None:
             launches.clear()
             held.append(_held(step))
     assert len(recorded[1]) > 40
-    assert recorded[1][0][0] == "_augment_kernel"
-    assert recorded[1][1][0] == "_conv2d_relu_fwd_tma_kernel", "what is between them?"
+    assert [name for name, *_ in recorded[1][:2]] == ["_augment_kernel", "_conv2d_relu_fwd_kernel"]
     assert recorded[1] == recorded[2]
     assert all(a is b for a, b in zip(held[1], held[2], strict=True)), "memory was allocated anew"
     assert [len(h) for h in held] == [len(held[0])] * 3
