@@ -15,7 +15,9 @@ import fastalex_kernels as kernels
 from fastalex import AlexNet, nvtx_ranges, parallel
 from fastalex.data import Normalization
 from fastalex.data.augment import Augment
+from fastalex.fused_update import fuse_updates, lay_out
 from fastalex.layers import BLOCK, Conv2dReLU, SpaceToDepth
+from fastalex.optim import build_optimizer
 from fastalex.variants import VARIANTS
 from fastalex_kernels._launch import record_launches
 from fastalex_kernels.reference import relative_error, tolerance
@@ -82,6 +84,23 @@ def test_a_net_of_blocks_is_the_net_of_images(variant: str, size: int) -> None:
     assert len(found) == 17
     for a, b in zip(found, expected, strict=True):
         # Another order of the first layer's sums, through eight layers of at most 9216 products.
+        assert relative_error(a, b) <= 8 * tolerance(torch.float32, 9216)
+
+
+def test_updates_in_backward_take_blocks() -> None:
+    pixels = _pixels(3, 75)
+    images = Augment(NORMAL, 67, CPU, colored=True)(*pixels)
+    weights = []
+    for blocks in (False, True):
+        net = _net("paper")
+        lay_out(net)
+        fuse_updates(net, build_optimizer(net, 0.01))
+        given = _blocks(net.features[0], 67, pixels) if blocks else images
+        before = net.features[0].weight.detach().clone()
+        assert len(_step(net, given)) == 1, "a gradient was handed out"
+        assert not torch.equal(net.features[0].weight, before)
+        weights.append([p.detach() for p in net.parameters()])
+    for a, b in zip(*weights, strict=True):
         assert relative_error(a, b) <= 8 * tolerance(torch.float32, 9216)
 
 

@@ -66,6 +66,13 @@ def conv2d_relu_space_to_depth(
             f"input: expected [N, {channels}, P, Q] for weight {tuple(weight.shape)} and stride "
             f"{stride}, got shape {tuple(input.shape)}"
         )
+    for name, blocks, kernel in zip(
+        ("height", "width"), input.shape[2:], weight.shape[2:], strict=True
+    ):
+        if blocks * stride < kernel:
+            raise ValueError(
+                f"input: {name} {blocks} x {stride} is below the kernel's {kernel} pixels"
+            )
     if update is not None:
         if torch.compiler.is_compiling():
             layer = (input, weight, bias, stride, relu, update)
@@ -87,13 +94,6 @@ def _updated(
     update: Updates,
 ) -> torch.Tensor:
     """The kernels of ``conv2d_relu``, which find the parameters in ``update``."""
-    for name, blocks, kernel in zip(
-        ("height", "width"), input.shape[2:], weight.shape[2:], strict=True
-    ):
-        if blocks * stride < kernel:
-            raise ValueError(
-                f"input: {name} {blocks} x {stride} is below the kernel's {kernel} pixels"
-            )
     (given,) = interpretable(input)
     no_padding = ((0, 0), (0, 0))
     output: torch.Tensor = Conv2dReLUFunction.apply(

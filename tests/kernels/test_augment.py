@@ -145,6 +145,8 @@ def test_blocks_are_what_the_strided_convolution_reads(size: int, padding: Any) 
     [
         ("input", torch.zeros(2, 47, 5, 5), ValueError, "(2, 47, 5, 5)"),
         ("input", torch.zeros(48, 5, 5), ValueError, "(48, 5, 5)"),
+        ("input", torch.zeros(2, 48, 2, 5), ValueError, "height 2 x 4"),
+        ("input", torch.zeros(2, 48, 5, 1), ValueError, "width 1 x 4"),
         ("input", torch.zeros(2, 48, 5, 5).byte(), TypeError, "torch.uint8"),
         ("weight", torch.zeros(4, 3, 11), ValueError, "(4, 3, 11)"),
         ("weight", None, TypeError, "NoneType"),
