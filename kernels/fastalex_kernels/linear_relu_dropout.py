@@ -24,7 +24,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _aten, _philox
-from fastalex_kernels._epilogue import epilogue_backward
+from fastalex_kernels._epilogue import epilogue_backward, sum_partials
 from fastalex_kernels._launch import (
     autocast,
     check_floating,
@@ -39,7 +39,7 @@ from fastalex_kernels._launch import (
 )
 from fastalex_kernels._linear_update import linear_backward_weight_update
 from fastalex_kernels._product import operands, product
-from fastalex_kernels.momentum import Updates
+from fastalex_kernels.momentum import Updates, sum_updates
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
 _TILES = {
@@ -261,22 +261,25 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, weight, bias, output, rng = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        dz, db = epilogue_backward(
+        update = ctx.update
+        dz, sums = epilogue_backward(
             grad.contiguous(),
             output,
             need_dz=need_x or need_w,
-            bias=bias if need_b else None,
-            update=None if ctx.update is None else ctx.update.bias,
+            need_sums=need_b,
             rng=rng,
             **ctx.dropout,
         )
-        dx = dw = None
-        if dz is not None:
-            dx = matmul(dz, weight) if need_x else None
-            if ctx.update is not None and need_w:  # after dx, which reads the old weight
-                linear_backward_weight_update(dz, input, ctx.update.weight)
-            elif need_w:
-                dw = matmul(dz.t(), input)
+        dx = dw = db = None
+        if need_x:
+            dx = matmul(dz, weight)
+        if update is not None:  # after dx, which reads the old weight
+            if need_w:
+                linear_backward_weight_update(dz, input, update.weight)
+            sum_updates(update, None, sums)
+        else:
+            dw = matmul(dz.t(), input) if need_w else None
+            db = sum_partials(sums, torch.empty_like(bias)) if need_b else None
         return dx, dw, db, None, None, None, None, None, None
 
 
