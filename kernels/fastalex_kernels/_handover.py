@@ -19,7 +19,8 @@ import torch
 from fastalex_kernels._epilogue import sum_partials
 
 _SUMS = "_fastalex_relu_sums"
-_ROWS = 64  # what the update sums in one go
+_MOST = 8192  # rows of sums that the update adds up: some 32 loads, one waiting for another
+_ROWS = 256  # what it loads in one go
 
 
 def offers(node: Any, relu: bool, update: object) -> None:
@@ -45,9 +46,9 @@ def taken(gradient: torch.Tensor) -> torch.Tensor | None:
 
 
 def _fewer(sums: torch.Tensor) -> torch.Tensor:
-    """Thousands of rows added up to a few dozen, by more programs than the channels would give."""
+    """Too many rows added up to a few, by more programs than the channels would give."""
     parts, channels = sums.shape
-    if parts <= 16 * _ROWS:
+    if parts <= _MOST:
         return sums
     rows = next(r for r in range(_ROWS, 0, -1) if parts % r == 0)
     if rows < 8:
