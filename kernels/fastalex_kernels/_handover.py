@@ -33,16 +33,22 @@ def wanted(input: torch.Tensor) -> bool:
     return getattr(input.grad_fn, "relu_is_open", False)
 
 
-def hand_over(gradient: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+def hand_over(gradient: torch.Tensor, sums: torch.Tensor | None = None) -> torch.Tensor:
     """The masked ``gradient`` with its column sums, float32 [parts, channels], on it."""
-    setattr(gradient, _SUMS, (_fewer(sums), gradient._version))
+    setattr(gradient, _SUMS, (None if sums is None else _fewer(sums), gradient._version))
     return gradient
 
 
+def masked(gradient: torch.Tensor) -> bool:
+    """Whether a gradient came masked, and was not changed since."""
+    _, version = getattr(gradient, _SUMS, (None, None))
+    return version == gradient._version
+
+
 def taken(gradient: torch.Tensor) -> torch.Tensor | None:
-    """The column sums that came with a masked gradient; None where it has to be masked here."""
-    sums, version = getattr(gradient, _SUMS, (None, None))
-    return sums if version == gradient._version else None
+    """The column sums that came with a masked gradient; None where there are none."""
+    sums, _ = getattr(gradient, _SUMS, (None, None))
+    return sums if masked(gradient) else None
 
 
 def _fewer(sums: torch.Tensor) -> torch.Tensor:
