@@ -278,7 +278,7 @@ def _linear_relu_dropout_backward(
 ) -> list[Tensor]:
     dropout = {"p": p, "row_offset": row_offset, "feature_offset": feature_offset}
     saved = (input, weight, bias, output, rng)
-    ctx = _Context(*saved, needs=needs, dropout=dropout, update=None)
+    ctx = _Context(*saved, needs=needs, dropout=dropout, update=None, mask=False)
     return _wanted(LinearReLUDropoutFunction.backward(ctx, grad))
 
 

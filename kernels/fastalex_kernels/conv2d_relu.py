@@ -54,7 +54,7 @@ from fastalex_kernels._launch import (
     use_triton,
 )
 from fastalex_kernels._layout import as_hwnc, empty_nchw, lie_as_hwnc
-from fastalex_kernels.momentum import Updates, sum_update
+from fastalex_kernels.momentum import Updates, sum_updates
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width, cut to the layer.
 # What bounds the stages is shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on
@@ -534,28 +534,30 @@ class Conv2dReLUFunction(torch.autograd.Function):
         input, w, bias, output = ctx.saved_tensors
         x = as_hwnc(input)
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        dy, sums = as_hwnc(grad), taken(grad)
-        dz, db = epilogue_backward(
-            dy.view(-1, dy.shape[-1]),
-            None if output is None else as_hwnc(output).view(-1, dy.shape[-1]),
-            need_dz=need_x or need_w,
-            bias=bias if need_b else None,
-            update=None if ctx.update is None else ctx.update.bias,
-            sums=sums,
-        )
-        if dz is None:
-            return None, None, db, *[None] * 5
-        dz, padding, groups = dz.view(dy.shape), ctx.padding, ctx.groups
-        dx = dw = None
+        dz, sums = as_hwnc(grad), taken(grad)
+        if sums is None:
+            flat, sums = epilogue_backward(
+                dz.view(-1, dz.shape[-1]),
+                None if output is None else as_hwnc(output).view(-1, dz.shape[-1]),
+                need_dz=need_x or need_w,
+                need_sums=need_b,
+            )
+            dz = dz if flat is None else flat.view(dz.shape)
+        padding, groups, update = ctx.padding, ctx.groups, ctx.update
+        dx = dw = db = None
         if need_x:
             mask = x if ctx.mask else None
             dx = conv2d_relu_backward_input(dz, w, input.shape[2:], padding, groups, mask)
+        part = None
         if need_w:
             part = conv2d_relu_backward_weight(x, dz, w.shape[:2], padding, groups)
-            if ctx.update is not None:  # after dx, which reads the old weight
-                sum_update(part, ctx.update.weight, ctx.stride)
-            else:
+        if update is not None:  # after dx, which reads the old weight
+            sum_updates(update, part, sums if need_b else None, ctx.stride)
+        else:
+            if part is not None:
                 dw = sum_partials(part, x.new_empty(w.shape)).permute(3, 2, 0, 1)
+            if sums is not None and need_b:
+                db = sum_partials(sums, torch.empty_like(bias))
         return dx, dw, db, *[None] * 5
 
 
