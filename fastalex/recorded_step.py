@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import fastalex_kernels as kernels
 from fastalex import offline, parallel
 from fastalex.data import Normalization, decode_size
 from fastalex.data.augment import Augment
@@ -237,10 +237,14 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Images as bytes with their crops, as ``fastalex.data`` hands them over, and their labels."""
+    """Images as bytes with their crops, as ``fastalex.data`` hands them over, and their labels.
+
+    ``one`` is the gradient of the loss.
+    """
 
     pixels: tuple[torch.Tensor, ...]
     labels: torch.Tensor
+    one: torch.Tensor
 
     @classmethod
     def empty(cls, images: int, size: int) -> _Batch:
@@ -248,15 +252,22 @@ class _Batch:
         crops = [torch.empty(images, dtype=torch.int32) for _ in range(2)]
         mirrors = torch.empty(images, dtype=torch.bool)
         pixels = torch.empty(images, side, side, 3, dtype=torch.uint8)
-        return cls((pixels, *crops, mirrors), torch.empty(images, dtype=torch.int64))
+        labels = torch.empty(images, dtype=torch.int64)
+        return cls((pixels, *crops, mirrors), labels, torch.ones(()))
 
 
 def _train(
-    recorder: _Recorder, model: AlexNet, augment: Augment, optimizer: Any, batch: _Batch, dtype: Any
+    recorder: _Recorder,
+    model: AlexNet,
+    augment: Augment,
+    optimizer: Any,
+    batch: _Batch,
+    dtype: Any,
+    number: int,
 ) -> None:
-    """A step as ``fastalex.engine`` makes it."""
+    """Step ``number`` as ``fastalex.engine`` makes it."""
     recorder.at("step", "forward")
-    model.seed_dropout(0, 1)
+    model.seed_dropout(0, number)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         recorder.at("augment", "forward")
         images = augment.for_layer(model.features[0], *batch.pixels)
@@ -265,11 +276,11 @@ def _train(
             "augment", augment, tuple(images.shape), tuple(made.shape), None, False
         )
         logits = model(images)
-        recorder.at("loss", "forward")
-        loss = F.cross_entropy(logits, batch.labels)
+    recorder.at("loss", "forward")
+    loss = kernels.cross_entropy(logits, batch.labels, gradient=batch.one)
     optimizer.zero_grad()
     recorder.at("loss", "backward")
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward(batch.one)  # type: ignore[no-untyped-call]
     recorder.at("optimizer", "update")
     optimizer.step()
 
@@ -318,11 +329,11 @@ def record_step(
                 given = _Batch.empty(batch, size)
                 optimizer = build_optimizer(model, lr=0.01)
                 fuse_updates(model, optimizer, kind)
-                for _ in range(2):  # the first step also copies the weights for the products
+                for number in (1, 2):  # the first step also copies the weights for the products
                     recorded.events.clear()
                     recorded.exchanged.clear()
                     with recorder:
-                        _train(recorder, model, augment, optimizer, given, kind)
+                        _train(recorder, model, augment, optimizer, given, kind, number)
         recorded.parameters = [p.numel() for p in model.parameters()]
     recorded.events = [_detached(event) for event in recorded.events]
     return recorded

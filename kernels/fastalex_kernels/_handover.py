@@ -32,6 +32,16 @@ def wanted(input: torch.Tensor) -> bool:
     return getattr(input.grad_fn, "relu_is_open", False)
 
 
+def offers_sums(node: Any, update: object) -> None:
+    """Say on the node of a layer that masks nothing that its successor may make its bias sums."""
+    node.sums_are_open = update is not None
+
+
+def wants_sums(input: torch.Tensor) -> bool:
+    """Whether the gradient of ``input`` may come with its column sums, as it is."""
+    return getattr(input.grad_fn, "sums_are_open", False)
+
+
 def hand_over(gradient: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
     """The masked ``gradient`` with its column sums, float32 [parts, channels], on it."""
     setattr(gradient, _SUMS, (_fewer(sums), gradient._version))

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _aten, _philox
 from fastalex_kernels._epilogue import epilogue_backward
+from fastalex_kernels._handover import offers_sums, taken
 from fastalex_kernels._launch import (
     autocast,
     check_floating,
@@ -254,6 +255,8 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
         ctx.save_for_backward(input, weight, bias, output if relu else None, kept_rng)
         ctx.dropout = {"p": p, "row_offset": row_offset, "feature_offset": feature_offset}
         ctx.update = update
+        masks = relu or rng is not None
+        offers_sums(ctx, None if masks or update is None else update.bias)
         return output
 
     @staticmethod
@@ -267,6 +270,7 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
             need_dz=need_x or need_w,
             bias=bias if need_b else None,
             update=None if ctx.update is None else ctx.update.bias,
+            sums=taken(grad),
             rng=rng,
             **ctx.dropout,
         )
