@@ -9,9 +9,6 @@ m and log(s) are never added up to the logsumexp: where logits are large, it wou
 in which two of them differ. What g is a training step knows before its forward pass, one or a loss
 scale. Where it says so, one kernel makes losses and gradient, and backward launches nothing.
 
-The column sums of dx are the bias gradient of the layer before. Where that layer applies its
-gradients in backward, they are made here too, see _handover.
-
 Layout: x, dx [N, C], contiguous. A program has BLOCK_M rows and goes through their columns in
 blocks of BLOCK_C, twice where it makes a gradient: the second time they come from the cache.
 """
@@ -27,7 +24,6 @@ from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _aten
 from fastalex_kernels._epilogue import sum_partials
-from fastalex_kernels._handover import hand_over, wants_sums
 from fastalex_kernels._launch import (
     check_floating,
     interpretable,
@@ -48,12 +44,10 @@ def _cross_entropy_kernel(
     g_ptr,  # float32, read where GRADIENT
     loss_ptr,  # float32 [programs], their shares of the mean, written where LOSS
     dx_ptr,  # [N, C], written where GRADIENT
-    sum_ptr,  # float32 [programs, C], written where SUMS
     N,
     C,
     LOSS: tl.constexpr,
     GRADIENT: tl.constexpr,
-    SUMS: tl.constexpr,
     ALIGN: tl.constexpr,  # divides C, which the compiler cannot see for 1000
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -96,9 +90,6 @@ def _cross_entropy_kernel(
             dx = tl.exp(x - top[:, None]) * share[:, None]
             dx = tl.where(offs_c[None, :] == target[:, None], dx - 1.0, dx) * scale[:, None]
             tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-            if SUMS:
-                column = tl.sum(tl.where(mask, dx, 0.0), axis=0)
-                tl.store(sum_ptr + program.to(tl.int64) * C + offs_c, column, mask=offs_c < C)
 
 
 def _launch(
@@ -106,7 +97,6 @@ def _launch(
     target: torch.Tensor,
     loss: torch.Tensor | None,
     g: torch.Tensor | None,
-    sums: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Write the programs' shares into ``loss``, and return the gradient times ``g``."""
     N, C = x.shape
@@ -114,10 +104,9 @@ def _launch(
     dx = None if g is None else torch.empty_like(x)
     launch(
         _cross_entropy_kernel, (triton.cdiv(N, block_m),), x, target,
-        *(x if t is None else t for t in (g, loss, dx, sums)), N, C,
-        LOSS=loss is not None, GRADIENT=g is not None, SUMS=sums is not None,
-        ALIGN=8 if C % 8 == 0 else 1, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=8,
-        counted=max(N, C),
+        *(x if t is None else t for t in (g, loss, dx)), N, C,
+        LOSS=loss is not None, GRADIENT=g is not None, ALIGN=8 if C % 8 == 0 else 1,
+        BLOCK_M=block_m, BLOCK_C=block_c, num_warps=8, counted=max(N, C),
     )  # fmt: skip
     return dx
 
@@ -130,19 +119,13 @@ def _blocks(rows: int, classes: int) -> tuple[int, int]:
 
 
 def cross_entropy_forward(
-    x: torch.Tensor, target: torch.Tensor, g: torch.Tensor | None = None, sums: bool = False
+    x: torch.Tensor, target: torch.Tensor, g: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The mean loss, float32, and the gradient of x [N, C] times ``g`` where it is given.
-
-    ``sums`` says that the gradient takes its column sums along.
-    """
-    N, C = x.shape
-    programs = triton.cdiv(N, _blocks(N, C)[0])
+    """The mean loss, float32, and the gradient of x [N, C] times ``g`` where it is given."""
+    programs = triton.cdiv(len(x), _blocks(*x.shape)[0])
     part = x.new_empty(programs, dtype=torch.float32)
-    column = x.new_empty((programs, C), dtype=torch.float32) if sums else None
-    dx = _launch(x, target, part, g, column)
-    loss = sum_partials(part, part.new_empty(()))
-    return loss, hand_over(dx, column) if dx is not None and column is not None else dx
+    dx = _launch(x, target, part, g)
+    return sum_partials(part, part.new_empty(())), dx
 
 
 class CrossEntropyFunction(torch.autograd.Function):
@@ -152,12 +135,11 @@ class CrossEntropyFunction(torch.autograd.Function):
     def forward(
         ctx: Any, input: torch.Tensor, target: torch.Tensor, gradient: torch.Tensor | None
     ) -> torch.Tensor:
-        sums = wants_sums(input)
         input, target = input.contiguous(), target.contiguous()
         ctx.save_for_backward(input, target)
         if not ctx.needs_input_grad[0]:
             gradient = None
-        loss, dx = cross_entropy_forward(input, target, gradient, sums and gradient is not None)
+        loss, dx = cross_entropy_forward(input, target, gradient)
         ctx.made = None if gradient is None else (gradient, gradient._version, dx)
         return loss
 
