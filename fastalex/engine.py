@@ -280,7 +280,8 @@ class Trainer:
     def _compute(self, labels: torch.Tensor, *pixels: torch.Tensor) -> torch.Tensor:
         """The loss of a batch, and its gradients: the part of a step that a graph can hold."""
         with autocast(self.settings.precision, self.team.device):
-            logits = self.model(self.train_batches.augment(*pixels))
+            first = self.model.features[0]
+            logits = self.model(self.train_batches.augment.for_layer(first, *pixels))
         scale = self.scaler.scale(self.one)
         loss = kernels.cross_entropy(logits, labels, gradient=scale)
         self.optimizer.zero_grad()

@@ -18,7 +18,9 @@ from fastalex.recorded_step import Event, Layer, Step, tensor_of
 
 _WAITING = 8  # instructions of a loop that only waits, at most
 _WIDE_SHARE = 0.01  # of a launch's bytes: below it, how wide an access is doesn't matter
-_UPDATED = ("w_ptr", "v_ptr", "operand_ptr")  # of a kernel that applies a gradient
+_UPDATED = {  # of a kernel that applies a gradient
+    f"{of}{name}_ptr" for of in ("", "bias_") for name in ("w", "v", "operand")
+}
 
 
 @dataclass

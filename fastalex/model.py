@@ -18,6 +18,7 @@ from fastalex.layers import (
     LinearReLUDropout,
     LRNMaxPool2d,
     MaxPool2d,
+    SpaceToDepth,
     SpatialResponseNorm,
 )
 from fastalex.specification import Convolution, FullyConnected, Variant
@@ -43,7 +44,8 @@ class AlexNet(nn.Module):
 
     Shapes:
         images [N, 3, H, W] to logits [N, num_classes]. Any size from ``smallest_image_size()`` on;
-        published are 224 (227 for caffe).
+        published are 224 (227 for caffe). Instead of images, their ``layers.SpaceToDepth`` for the
+        first layer, which is what training gives on a GPU.
 
     Raises:
         ValueError: for an argument out of range, naming it.
@@ -68,8 +70,8 @@ class AlexNet(nn.Module):
         self.classifier = nn.Sequential(*_classifier_layers(self.variant, num_classes, dropout))
         self.init_parameters("published")
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if images.dim() != 4 or images.shape[1] != 3:
+    def forward(self, images: torch.Tensor | SpaceToDepth) -> torch.Tensor:
+        if len(images.shape) != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected [N, 3, H, W], got shape {tuple(images.shape)}")
         if not _reaches(min(images.shape[2:]), self._spatial_layers()):
             smallest = self.smallest_image_size()

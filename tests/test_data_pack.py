@@ -184,6 +184,15 @@ def test_packing_again_finds_the_set_there(
     assert contents(made.root) == before
 
 
+def test_neither_the_command_nor_its_processes_wait_for_torch(tmp_path: Path) -> None:
+    code = "import sys, fastalex.data.__main__, fastalex.data.processes; print(*sys.modules)"
+    process = _commands.run(["-c", code], tmp_path)
+    assert process.returncode == 0, process.stderr
+    modules = process.stdout.split()
+    assert "fastalex.data.shard" in modules
+    assert "torch" not in modules
+
+
 # Interrupted
 
 

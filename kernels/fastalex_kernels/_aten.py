@@ -215,6 +215,7 @@ def augment(
     colors: torch.Tensor | None,
     mean: torch.Tensor | None,
     scale: torch.Tensor | None,
+    centred: bool,
     size: int,
     padding: tuple[tuple[int, int], tuple[int, int]],
     block: int,
@@ -230,7 +231,9 @@ def augment(
     wide = torch.promote_types(dtype, torch.float32)
     x = x.to(wide).view(N, size, size * 3)
     if mean is not None and mean.dim() == 3:
-        x -= mean[rows, columns].view_as(x)
+        first, start = (H - size) // 2, (W - size) // 2
+        centre = mean[first : first + size, start : start + size].reshape(1, size, size * 3)
+        x -= centre if centred else mean[rows, columns].view_as(x)
         mean = None
     # Repeated along a line: an inner loop over three channels would take several times as long.
     factor = torch.ones(3, dtype=wide, device=x.device) if scale is None else scale.to(wide)

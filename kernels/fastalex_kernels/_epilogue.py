@@ -20,7 +20,7 @@ import triton.language as tl
 
 from fastalex_kernels import _philox
 from fastalex_kernels._launch import interpreted, launch
-from fastalex_kernels.momentum import MomentumUpdate, blocks, sum_parts, sum_update
+from fastalex_kernels.momentum import blocks, sum_parts
 
 _PROGRAMS = 512  # at most this many row chunks, so that the second stage stays short
 
@@ -103,44 +103,37 @@ def epilogue_backward(
     y: torch.Tensor | None,
     *,
     need_dz: bool = True,
-    bias: torch.Tensor | None = None,
-    update: MomentumUpdate | None = None,
-    sums: torch.Tensor | None = None,
+    need_sums: bool = False,
     p: float = 0.0,
     rng: torch.Tensor | None = None,
     row_offset: int = 0,
     feature_offset: int = 0,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Undo ReLU and dropout, and sum the bias gradient, in one pass over ``dy``.
+    """Undo ReLU and dropout, and sum the bias gradient in parts, in one pass over ``dy``.
 
     Args:
         dy: gradient of the output, [rows, features], contiguous.
         y: the output itself if a ReLU made it, else None.
         need_dz: whether the gradient at the linear part is wanted.
-        bias: the bias whose gradient is wanted, else None.
-        update: of the bias, applied here; no gradient is returned then.
-        sums: column sums of ``dy`` in parts, where it came masked already, see _handover.
+        need_sums: whether the bias gradient is wanted.
         p, rng, row_offset, feature_offset: the dropout that made ``y``; p = 0 is none.
 
     Returns:
-        ``(dz, db)``, each None where it is not wanted. Where nothing masks, dz is ``dy`` itself.
+        dz and float32 sums of it [parts, features], each None where it is not wanted. Where nothing
+        masks, dz is ``dy`` itself.
     """
     rows, features = dy.shape
-    if sums is not None and update is not None:
-        if bias is not None:
-            sum_update(sums, update)
-        return (dy if need_dz else None), None
     philox = p > 0 and y is None
     masks = y is not None or philox
     write_dz = need_dz and masks
-    if not write_dz and bias is None:
+    if not write_dz and not need_sums:
         return (dy if need_dz else None), None
     block_n = max(1, min(triton.next_power_of_2(features), 128))
     block_m = 4096 if interpreted() else 4096 // block_n
     chunk_rows = triton.cdiv(triton.cdiv(max(rows, 1), _PROGRAMS), block_m) * block_m
     chunks = triton.cdiv(max(rows, 1), chunk_rows)
     dz = torch.empty_like(dy) if write_dz else dy
-    part = dy.new_empty((chunks, features), dtype=torch.float32)
+    sums = dy.new_empty((chunks, features), dtype=torch.float32)
     launch(
         _epilogue_bwd_kernel,
         (chunks, triton.cdiv(features, block_n)),
@@ -148,7 +141,7 @@ def epilogue_backward(
         dy if y is None else y,
         dy if rng is None else rng,
         dz,
-        part,
+        sums,
         rows,
         features,
         chunk_rows,
@@ -159,14 +152,9 @@ def epilogue_backward(
         RELU=y is not None,
         PHILOX=philox,
         WRITE_DZ=write_dz,
-        WRITE_DB=bias is not None,
+        WRITE_DB=need_sums,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         counted=max(rows, features),
     )
-    db = None
-    if bias is not None and update is not None:
-        sum_update(part, update)
-    elif bias is not None:
-        db = sum_partials(part, torch.empty_like(bias))
-    return (dz if need_dz else None), db
+    return (dz if need_dz else None), (sums if need_sums else None)

@@ -19,7 +19,8 @@ import torch
 from fastalex_kernels._epilogue import sum_partials
 
 _SUMS = "_fastalex_relu_sums"
-_ROWS = 64  # what the update sums in one go
+_MOST = 8192  # rows of sums that the update adds up: some 32 loads, one waiting for another
+_ROWS = 256  # what it loads in one go
 
 
 def offers(node: Any, relu: bool, update: object) -> None:
@@ -32,32 +33,28 @@ def wanted(input: torch.Tensor) -> bool:
     return getattr(input.grad_fn, "relu_is_open", False)
 
 
-def offers_sums(node: Any, update: object) -> None:
-    """Say on the node of a layer that masks nothing that its successor may make its bias sums."""
-    node.sums_are_open = update is not None
-
-
-def wants_sums(input: torch.Tensor) -> bool:
-    """Whether the gradient of ``input`` may come with its column sums, as it is."""
-    return getattr(input.grad_fn, "sums_are_open", False)
-
-
-def hand_over(gradient: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+def hand_over(gradient: torch.Tensor, sums: torch.Tensor | None = None) -> torch.Tensor:
     """The masked ``gradient`` with its column sums, float32 [parts, channels], on it."""
-    setattr(gradient, _SUMS, (_fewer(sums), gradient._version))
+    setattr(gradient, _SUMS, (None if sums is None else _fewer(sums), gradient._version))
     return gradient
 
 
+def masked(gradient: torch.Tensor) -> bool:
+    """Whether a gradient came masked, and was not changed since."""
+    _, version = getattr(gradient, _SUMS, (None, None))
+    return version == gradient._version
+
+
 def taken(gradient: torch.Tensor) -> torch.Tensor | None:
-    """The column sums that came with a masked gradient; None where it has to be masked here."""
-    sums, version = getattr(gradient, _SUMS, (None, None))
-    return sums if version == gradient._version else None
+    """The column sums that came with a masked gradient; None where there are none."""
+    sums, _ = getattr(gradient, _SUMS, (None, None))
+    return sums if masked(gradient) else None
 
 
 def _fewer(sums: torch.Tensor) -> torch.Tensor:
-    """Thousands of rows added up to a few dozen, by more programs than the channels would give."""
+    """Too many rows added up to a few, by more programs than the channels would give."""
     parts, channels = sums.shape
-    if parts <= 16 * _ROWS:
+    if parts <= _MOST:
         return sums
     rows = next(r for r in range(_ROWS, 0, -1) if parts % r == 0)
     if rows < 8:

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from fastalex_kernels._launch import cut, launch, tile_entry
 from fastalex_kernels._product import operands, product
-from fastalex_kernels.momentum import MomentumUpdate, momentum_step
+from fastalex_kernels.momentum import MomentumUpdate, momentum_step, update_by
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
 _TILES = {
@@ -30,6 +30,20 @@ _TILES = {
     ("interpreter", 16): (1024, 1024, 1024, 4, 1),
     ("interpreter", 32): (1024, 1024, 1024, 4, 1),
 }
+_ROWS = tl.constexpr(64)  # of dz that a bias's sums take in one go
+
+
+@triton.jit
+def _column_sums(x_ptr, rows, columns, offs, BLOCK: tl.constexpr):
+    """float32 sums of the columns ``offs`` of x [rows, columns]."""
+    offs_r = tl.arange(0, _ROWS)
+    ptrs = x_ptr + offs_r.to(tl.int64)[:, None] * columns + offs[None, :]
+    total = tl.zeros((_ROWS, BLOCK), tl.float32)
+    for first in range(0, rows, _ROWS):
+        mask = (offs_r < rows - first)[:, None] & (offs < columns)[None, :]
+        x = tl.load(ptrs + tl.cast(first, tl.int64) * columns, mask=mask, other=0.0)
+        total += x.to(tl.float32)
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -41,13 +55,22 @@ def _linear_bwd_weight_update_kernel(
     operand_ptr,  # [M, N], written where HAS_OPERAND
     square_ptr,  # float32 [programs]
     rate_ptr,  # float32 [3]
+    dz_ptr,  # [K, M], read where BIAS, and what follows is as above for a bias [M]
+    bias_w_ptr,
+    bias_v_ptr,
+    bias_operand_ptr,
+    bias_square_ptr,
+    bias_rate_ptr,
     M,
     N,
     K,
     stride_a,
     stride_x,
+    scale,  # of the gradients
     PAPER: tl.constexpr,
     HAS_OPERAND: tl.constexpr,
+    BIAS: tl.constexpr,
+    BIAS_HAS_OPERAND: tl.constexpr,
     TMA: tl.constexpr,
     A_COLUMNS: tl.constexpr,
     W_COLUMNS: tl.constexpr,
@@ -64,6 +87,15 @@ def _linear_bwd_weight_update_kernel(
     N = N // ALIGN * ALIGN
     stride_a = stride_a // ALIGN * ALIGN
     stride_x = stride_x // ALIGN * ALIGN
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    if BIAS and program < tl.num_programs(1):  # the first to run, whichever weights are theirs
+        offs_b = program * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_b = offs_b < M
+        db = scale * _column_sums(dz_ptr, K, M, offs_b, BLOCK_M)
+        update_by(
+            db, bias_w_ptr, bias_v_ptr, bias_operand_ptr, bias_square_ptr + program,
+            bias_rate_ptr, offs_b, mask_b, offs_b, mask_b, PAPER, BIAS_HAS_OPERAND,
+        )  # fmt: skip
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     g = product(
@@ -75,9 +107,8 @@ def _linear_bwd_weight_update_kernel(
     w = tl.load(w_ptr + offs, mask=mask, other=0.0)
     v = tl.load(v_ptr + offs, mask=mask, other=0.0)
     # What lies outside was read as zero, so it adds nothing to the norm.
-    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(square_ptr + program, tl.sum(tl.sum(g * g, axis=1)))
-    w, v = momentum_step(w, v, g, rate_ptr, PAPER)
+    tl.store(square_ptr + program, scale * scale * tl.sum(tl.sum(g * g, axis=1)))
+    w, v = momentum_step(w, v, scale * g, rate_ptr, PAPER)
     tl.store(w_ptr + offs, w, mask=mask)
     tl.store(v_ptr + offs, v, mask=mask)
     if HAS_OPERAND:
@@ -85,9 +116,21 @@ def _linear_bwd_weight_update_kernel(
 
 
 def linear_backward_weight_update(
-    dz: torch.Tensor, x: torch.Tensor, update: MomentumUpdate
+    dz: torch.Tensor,
+    x: torch.Tensor,
+    update: MomentumUpdate,
+    bias: MomentumUpdate | None = None,
+    p: float = 0.0,
 ) -> None:
-    """Update the weight [N, K] by its gradient, dz [M, N] transposed times x [M, K]."""
+    """Update the weight [N, K] by its gradient, dz [M, N] transposed times x [M, K] / (1 - p).
+
+    Args:
+        dz: contiguous.
+        x: of any strides.
+        update: of the weight.
+        bias: the update of the bias beside it, by the same rule, if it is wanted.
+        p: of the dropout whose scale is not in ``dz`` yet.
+    """
     w = update.parameter
     (N, K), M = w.shape, x.shape[0]
     block_m, block_n, block_k, warps, stages = tile_entry(_TILES, x, "linear update", N, K, M)
@@ -100,13 +143,18 @@ def linear_backward_weight_update(
     }
     grid = (triton.cdiv(K, tile["BLOCK_N"]), triton.cdiv(N, tile["BLOCK_M"]))
     given = operands(dz.t(), x, tile)
-    written = update.written_operand()
     sizes = given.args[2:]
+    written = update.written(grid[0] * grid[1])
+    beside = update if bias is None else bias
+    bias_written = written if bias is None else bias.written(grid[1])
     launch(
-        _linear_bwd_weight_update_kernel, grid, *given.args[:2], w.detach(), update.velocity,
-        x if written is None else written, update.squares_of(grid[0] * grid[1]), update.rate,
-        *sizes, PAPER=update.rule == "paper", HAS_OPERAND=written is not None,
+        _linear_bwd_weight_update_kernel, grid, *given.args[:2], *written, update.rate,
+        dz, *bias_written, beside.rate, *sizes, 1.0 / (1.0 - p),
+        PAPER=update.rule == "paper", HAS_OPERAND=update.written_operand() is not None,
+        BIAS=bias is not None, BIAS_HAS_OPERAND=beside.written_operand() is not None,
         ALIGN=math.gcd(8, sizes[0], sizes[1], sizes[3], sizes[4]), **given.flags,
         counted=max(N, K, M),
     )  # fmt: skip
     update.changed()
+    if bias is not None:
+        bias.changed()

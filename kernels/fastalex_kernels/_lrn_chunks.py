@@ -352,12 +352,30 @@ def _load_window(dy_ptr, argmax_ptr, p, q, P, Q, pixel, chunk, chunks):
 
 
 @triton.jit
+def _store_sums(sum_ptr, total, chunk, lane, IMAGE: tl.constexpr, T: tl.constexpr):
+    """Store the sums of a program, total [T, 8], over the images whose chunks it holds.
+
+    IMAGE is the chunks of an image. Of neighbouring images the first takes the sum, in a tree.
+    """
+    for half in tl.static_range(6, -1, -1):
+        if IMAGE << half < T:
+            other = lane + (IMAGE << half)
+            index = tl.minimum(other, T - 1)[:, None] + tl.zeros((T, 8), tl.int32)
+            total += tl.where((other < T)[:, None], tl.gather(total, index, 0), 0.0)
+    place = tl.program_id(0) + tl.num_programs(0) * (
+        tl.program_id(1) + tl.num_programs(1) * tl.program_id(2)
+    )
+    offs = (place.to(tl.int64) * IMAGE + chunk % IMAGE)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    tl.store(sum_ptr + offs, total, mask=(lane < IMAGE)[:, None])
+
+
+@triton.jit
 def _lrn_max_pool2d_chunks_bwd_kernel(
     x_ptr,  # [H, W, N, C]
     dy_ptr,  # [P, Q, N, C]
     argmax_ptr,  # uint8 [P, Q, N, C]
     dx_ptr,  # [H, W, N, C]
-    sum_ptr,  # float32 [columns of programs, rows of programs, N, C], written where MASK
+    sum_ptr,  # float32 [programs, C], written where MASK
     N,
     H,
     W,
@@ -464,9 +482,7 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
                 )
         dy_al, at_al, dy_a, at_a = dy_l, at_l, dy, at
     if MASK:
-        program = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
-        offs = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
-        tl.store(sum_ptr + program * pixel + offs, total, mask=mask[:, None])
+        _store_sums(sum_ptr, total, chunk, lane, C // 8, T)
 
 
 def _scaled_constants(norm: Norm) -> dict[str, float]:
@@ -523,7 +539,9 @@ def backward(
     blocks = triton.cdiv(N * C // CHUNK, used)
     columns = triton.cdiv(W, 2)
     share, parts = _row_split(triton.cdiv(H, 2), blocks * columns)
-    sums = dx.new_empty((columns * parts * N, C) if mask else (0, C), dtype=torch.float32)
+    programs = blocks * columns * parts
+    mask = mask and C <= CHUNK * T  # a program sums whole images
+    sums = dx.new_empty((programs if mask else 0, C), dtype=torch.float32)
     launch(
         _lrn_max_pool2d_chunks_bwd_kernel, (blocks, columns, parts), x, dy, argmax, dx,
         sums if mask else dx, N, H, W, P, Q, share, C=C, GROUP=group, USED=used, MASK=mask,

@@ -105,8 +105,9 @@ def _launch(
     launch(
         _cross_entropy_kernel, (triton.cdiv(N, block_m),), x, target,
         *(x if t is None else t for t in (g, loss, dx)), N, C,
-        LOSS=loss is not None, GRADIENT=g is not None, ALIGN=8 if C % 8 == 0 else 1,
-        BLOCK_M=block_m, BLOCK_C=block_c, num_warps=8, counted=max(N, C),
+        LOSS=loss is not None, GRADIENT=g is not None,
+        ALIGN=8 if C % 8 == 0 else 1, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=8,
+        counted=max(N, C),
     )  # fmt: skip
     return dx
 
@@ -122,8 +123,8 @@ def cross_entropy_forward(
     x: torch.Tensor, target: torch.Tensor, g: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The mean loss, float32, and the gradient of x [N, C] times ``g`` where it is given."""
-    programs = triton.cdiv(len(x), _blocks(*x.shape)[0])
-    part = x.new_empty(programs, dtype=torch.float32)
+    N, C = x.shape
+    part = x.new_empty(triton.cdiv(N, _blocks(N, C)[0]), dtype=torch.float32)
     dx = _launch(x, target, part, g)
     return sum_partials(part, part.new_empty(())), dx
 

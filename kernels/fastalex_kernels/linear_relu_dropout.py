@@ -24,8 +24,8 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _aten, _philox
-from fastalex_kernels._epilogue import epilogue_backward
-from fastalex_kernels._handover import offers_sums, taken
+from fastalex_kernels._epilogue import epilogue_backward, sum_partials
+from fastalex_kernels._handover import hand_over, masked, offers, wanted
 from fastalex_kernels._launch import (
     autocast,
     check_floating,
@@ -40,7 +40,7 @@ from fastalex_kernels._launch import (
 )
 from fastalex_kernels._linear_update import linear_backward_weight_update
 from fastalex_kernels._product import operands, product
-from fastalex_kernels.momentum import Updates
+from fastalex_kernels.momentum import Updates, sum_updates
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
 _TILES = {
@@ -62,9 +62,11 @@ def _finish(
     acc,
     offs_m,
     offs_n,
-    mask_n,
+    mask,
+    N,
     b_ptr,
     rng_ptr,
+    mask_ptrs,
     p,
     scale,
     row_offset,
@@ -72,15 +74,21 @@ def _finish(
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     DROPOUT: tl.constexpr,
+    MASK: tl.constexpr,
 ):
-    """The epilogue: bias, ReLU and dropout on a float32 block."""
+    """The epilogue on a float32 block: bias, ReLU and dropout, or a ReLU's mask."""
     if HAS_BIAS:
-        acc += tl.load(b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        b = tl.load(b_ptr + offs_n, mask=offs_n < N, other=0.0)
+        acc += b.to(tl.float32)[None, :]
     if RELU:
         acc = tl.where(acc < 0, 0.0, acc)  # not tl.maximum, which would hide a NaN
+    if MASK:
+        kept = tl.load(mask_ptrs, mask=mask, other=0.0).to(tl.float32)
+        acc = tl.where(kept <= 0, 0.0, acc)  # a NaN hands its gradient on, as in torch
+    acc *= scale
     if DROPOUT:
         feature = tl.program_id(0) * acc.shape[1] + feature_offset
-        acc = _philox.drop(acc * scale, rng_ptr, offs_m + row_offset, feature, p)
+        acc = _philox.drop(acc, rng_ptr, offs_m + row_offset, feature, p)
     return acc
 
 
@@ -90,6 +98,7 @@ def _linear_relu_dropout_fwd_kernel(
     w_ptr,  # [K, N], element (k, n) at k * stride_w + n, or k + n * stride_w where W_COLUMNS
     b_ptr,  # [N], read where HAS_BIAS
     rng_ptr,  # int64 [2], read where DROPOUT
+    mask_ptr,  # [M, N], read where MASK
     y_ptr,  # [M, N], or float32 partial sums [SPLIT, M, N] where SPLIT > 1
     M,
     N,
@@ -103,6 +112,7 @@ def _linear_relu_dropout_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     DROPOUT: tl.constexpr,
+    MASK: tl.constexpr,  # y is the gradient of a ReLU's output: mask it
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,  # a_ptr and w_ptr are descriptors of the operands as they lie in memory
     A_COLUMNS: tl.constexpr,
@@ -131,14 +141,13 @@ def _linear_relu_dropout_fwd_kernel(
         a_ptr, w_ptr, M, N, K, stride_a, stride_w, offs_m, offs_n, first, last, TMA, A_COLUMNS,
         W_COLUMNS, EVEN_M, EVEN_N, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    mask_n = offs_n < N
+    offs = (split * M + offs_m).to(tl.int64)[:, None] * N + offs_n[None, :]
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     if SPLIT == 1:
         acc = _finish(
-            acc, offs_m, offs_n, mask_n, b_ptr, rng_ptr, p, scale, row_offset, feature_offset,
-            HAS_BIAS, RELU, DROPOUT,
+            acc, offs_m, offs_n, mask, N, b_ptr, rng_ptr, mask_ptr + offs, p, scale, row_offset,
+            feature_offset, HAS_BIAS, RELU, DROPOUT, MASK,
         )  # fmt: skip
-    offs = (split * M + offs_m).to(tl.int64)[:, None] * N + offs_n[None, :]
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
     tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -147,6 +156,7 @@ def _finish_partials_kernel(
     part_ptr,  # float32 [parts, M, N]
     b_ptr,  # [N], read where HAS_BIAS
     rng_ptr,  # int64 [2], read where DROPOUT
+    mask_ptr,  # [M, N], read where MASK
     y_ptr,  # [M, N]
     parts,
     M,
@@ -158,21 +168,21 @@ def _finish_partials_kernel(
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     DROPOUT: tl.constexpr,
+    MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(parts):
         acc += tl.load(part_ptr + offs, mask=mask, other=0.0)
         part_ptr += tl.cast(M, tl.int64) * N
     acc = _finish(
-        acc, offs_m, offs_n, mask_n, b_ptr, rng_ptr, p, scale, row_offset, feature_offset,
-        HAS_BIAS, RELU, DROPOUT,
+        acc, offs_m, offs_n, mask, N, b_ptr, rng_ptr, mask_ptr + offs, p, scale, row_offset,
+        feature_offset, HAS_BIAS, RELU, DROPOUT, MASK,
     )  # fmt: skip
     tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -199,8 +209,12 @@ def matmul(
     rng: torch.Tensor | None = None,
     row_offset: int = 0,
     feature_offset: int = 0,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y [M, N] = epilogue(a [M, K] @ w [K, N]), either operand of any strides."""
+    """y [M, N] = epilogue(a [M, K] @ w [K, N]) / (1 - p), either operand of any strides.
+
+    ``mask`` [M, N], contiguous, makes y zero where it is, see _handover.
+    """
     (M, K), N = a.shape, w.shape[1]
     tile = _tile(a, w, M, N, K)
     blocks = (triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(M, tile["BLOCK_M"]))
@@ -210,12 +224,17 @@ def matmul(
         split = max(1, min(_PROGRAMS // max(blocks[0] * blocks[1], 1), steps // 8, _MAX_SPLIT))
     y = a.new_empty((M, N))
     out = y if split == 1 else y.new_empty((split, M, N), dtype=torch.float32)
-    b, r = (a if bias is None else bias), (a if rng is None else rng)
+    read = [a if x is None else x for x in (bias, rng, mask)]
     scalars = (p, 1.0 / (1.0 - p), row_offset, feature_offset)
-    epilogue = {"HAS_BIAS": bias is not None, "RELU": relu, "DROPOUT": rng is not None}
+    epilogue = {
+        "HAS_BIAS": bias is not None,
+        "RELU": relu,
+        "DROPOUT": rng is not None,
+        "MASK": mask is not None,
+    }
     given = operands(a, w, tile, split)
     launch(
-        _linear_relu_dropout_fwd_kernel, (*blocks, split), *given.args[:2], b, r, out,
+        _linear_relu_dropout_fwd_kernel, (*blocks, split), *given.args[:2], *read, out,
         *given.args[2:], *scalars, SPLIT=split, ALIGN=math.gcd(8, *given.args[2:]),
         **given.flags, **epilogue, counted=max(split * M, N, K),
     )  # fmt: skip
@@ -223,7 +242,7 @@ def matmul(
         block_m, block_n = 8, 128
         grid = (triton.cdiv(N, block_n), triton.cdiv(M, block_m))
         launch(
-            _finish_partials_kernel, grid, out, b, r, y, split, M, N, *scalars,
+            _finish_partials_kernel, grid, out, *read, y, split, M, N, *scalars,
             **epilogue, BLOCK_M=block_m, BLOCK_N=block_n, counted=max(M, N),
         )  # fmt: skip
     return y
@@ -245,6 +264,7 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
         feature_offset: int,
         update: Updates | None = None,
     ) -> torch.Tensor:
+        ctx.mask = wanted(input)
         if update is not None:
             weight, bias = interpretable(*update.operands())
         bias = None if bias is None else bias.contiguous()
@@ -255,8 +275,7 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
         ctx.save_for_backward(input, weight, bias, output if relu else None, kept_rng)
         ctx.dropout = {"p": p, "row_offset": row_offset, "feature_offset": feature_offset}
         ctx.update = update
-        masks = relu or rng is not None
-        offers_sums(ctx, None if masks or update is None else update.bias)
+        offers(ctx, relu, update)
         return output
 
     @staticmethod
@@ -264,23 +283,35 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, weight, bias, output, rng = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        dz, db = epilogue_backward(
-            grad.contiguous(),
-            output,
-            need_dz=need_x or need_w,
-            bias=bias if need_b else None,
-            update=None if ctx.update is None else ctx.update.bias,
-            sums=taken(grad),
-            rng=rng,
-            **ctx.dropout,
-        )
-        dx = dw = None
-        if dz is not None:
-            dx = matmul(dz, weight) if need_x else None
-            if ctx.update is not None and need_w:  # after dx, which reads the old weight
-                linear_backward_weight_update(dz, input, ctx.update.weight)
-            elif need_w:
-                dw = matmul(dz.t(), input)
+        update = ctx.update
+        updated = update is not None and need_w  # the kernel that does so sums the bias's, too
+        dz, sums, p = grad.contiguous(), None, 0.0
+        if updated and masked(grad):
+            p = ctx.dropout["p"]  # the products scale, as what is masked may be masked again
+        else:
+            flat, sums = epilogue_backward(
+                dz,
+                output,
+                need_dz=need_x or need_w,
+                need_sums=need_b and not updated,
+                rng=rng,
+                **ctx.dropout,
+            )
+            dz = dz if flat is None else flat
+        dx = dw = db = None
+        if need_x:
+            dx = matmul(dz, weight, p=p, mask=input.contiguous() if ctx.mask else None)
+            dx = hand_over(dx) if ctx.mask else dx
+        if updated:  # after dx, which reads the old weight
+            linear_backward_weight_update(
+                dz, input, update.weight, update.bias if need_b else None, p
+            )
+        elif need_w:
+            dw = matmul(dz.t(), input)
+        if sums is not None and update is not None:
+            sum_updates(update, None, sums)
+        elif sums is not None:
+            db = sum_partials(sums, torch.empty_like(bias))
         return dx, dw, db, None, None, None, None, None, None
 
 

@@ -36,7 +36,7 @@ from fastalex_kernels._lrn_chunks import Norm, Window
 
 MAX_KERNEL_SIZE = 15  # the position of a maximum is one byte
 MAX_CHANNELS = 4096  # of one group: they share a program
-_BLOCK = 2048  # elements a program holds
+_BLOCK = 512  # elements a warp holds
 _INTERPRETER_BLOCK = 1 << 18
 
 
@@ -214,11 +214,11 @@ def _constants(norm: Norm | None, window: Window, channels: int) -> dict[str, An
     }
 
 
-def _blocks(rows: int, channels: int) -> dict[str, int]:
+def _blocks(rows: int, channels: int, warps: int = 4) -> dict[str, int]:
     block_c = triton.next_power_of_2(channels)
-    block = _INTERPRETER_BLOCK if interpreted() else _BLOCK
+    block = _INTERPRETER_BLOCK if interpreted() else _BLOCK * warps
     block_m = max(1, min(triton.next_power_of_2(max(rows, 1)), block // block_c))
-    return {"BLOCK_M": block_m, "BLOCK_C": block_c}
+    return {"BLOCK_M": block_m, "BLOCK_C": block_c, "num_warps": warps}
 
 
 def pooled_size(size: int, kernel_size: int, stride: int, ceil_mode: bool) -> int:
@@ -279,7 +279,8 @@ def lrn_max_pool2d_backward(
     if norm is not None and x is not None and _lrn_chunks.fits(x, norm, groups, window):
         sums = _lrn_chunks.backward(x, dy, argmax, dx, norm, groups, mask)
         return result if sums is None else hand_over(result, sums)
-    blocks = _blocks(W * N, GC // groups)
+    # A program leaves one row of sums: fewer, larger ones where they take few registers.
+    blocks = _blocks(W * N, GC // groups, 4 if norm is not None else 16)
     grid = (triton.cdiv(W * N, blocks["BLOCK_M"]), H, groups)
     sums = dx.new_empty((grid[0] * H if mask else 0, GC), dtype=torch.float32)
     launch(

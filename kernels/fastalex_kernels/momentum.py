@@ -114,6 +114,14 @@ class MomentumUpdate:
         apart = interpreted() and self.operand is not None and self.operand.dtype == torch.bfloat16
         return None if apart else self.operand
 
+    def written(self, programs: int) -> tuple[torch.Tensor, ...]:
+        """What a kernel of so many programs writes: parameter, velocity, operand, squares.
+
+        Where it writes no operand, the parameter stands in its place.
+        """
+        w, operand = self.parameter.detach(), self.written_operand()
+        return w, self.velocity, w if operand is None else operand, self.squares_of(programs)
+
     def changed(self) -> None:
         """Tell autograd, and whoever holds a copy, that a kernel wrote the parameter."""
         written = self.written_operand()
@@ -153,6 +161,8 @@ class Updates(NamedTuple):
             if parameter is not (None if update is None else update.parameter):
                 raise ValueError(f"update: expected the update of this {name}, got another's")
             if update is not None:
+                if update.rule != self.weight.rule:
+                    raise ValueError(f"update: expected one rule, got {update.rule!r} for {name}")
                 read = update.parameter if update.operand is None else update.operand
                 check_like(f"update of {name}", read, input)
 
@@ -203,6 +213,25 @@ def momentum_step(w, v, g, rate_ptr, PAPER: tl.constexpr):
 
 
 @triton.jit
+def update_by(
+    g, w_ptr, v_ptr, operand_ptr, square_ptr, rate_ptr, at, mask, offs, inside,
+    PAPER: tl.constexpr, HAS_OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Update a parameter ``at`` some places, and its copy at ``offs``, by a block of its gradient.
+
+    Where ``mask`` is False, g is zero and only the copy has a place, with a zero in it.
+    """
+    w = tl.load(w_ptr + at, mask=mask, other=0.0)
+    v = tl.load(v_ptr + at, mask=mask, other=0.0)
+    w, v = momentum_step(w, v, g, rate_ptr, PAPER)
+    tl.store(w_ptr + at, w, mask=mask)
+    tl.store(v_ptr + at, v, mask=mask)
+    if HAS_OPERAND:
+        tl.store(operand_ptr + offs, w.to(operand_ptr.dtype.element_ty), mask=inside)
+    tl.store(square_ptr, tl.sum(g * g))
+
+
+@triton.jit
 def sum_parts(part_ptr, parts, numel, offs, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of part[0..parts - 1, offs], float32, in an order that only the shape decides.
 
@@ -221,9 +250,24 @@ def sum_parts(part_ptr, parts, numel, offs, PARTS: tl.constexpr, BLOCK: tl.const
 
 def blocks(parts: int, numel: int) -> dict[str, int]:
     """PARTS and BLOCK for ``sum_parts``: 16 bytes of a weight a thread, or many parts of a bias."""
-    most = 4 if numel > 1 << 15 else 64
+    most = 4 if numel > 1 << 15 else 256
     at_once = min(int(triton.next_power_of_2(max(parts, 1))), most)
     return {"PARTS": at_once, "BLOCK": (65536 if interpreted() else 2048) // at_once}
+
+
+@triton.jit
+def _sum_update_bias(
+    part_ptr, w_ptr, v_ptr, operand_ptr, square_ptr, rate_ptr, parts, numel,
+    PAPER: tl.constexpr, HAS_OPERAND: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    offs = program * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    g = sum_parts(part_ptr, parts, numel, offs, PARTS, BLOCK)
+    update_by(
+        g, w_ptr, v_ptr, operand_ptr, square_ptr + program, rate_ptr, offs, mask, offs, mask,
+        PAPER, HAS_OPERAND,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -234,10 +278,19 @@ def _sum_update_kernel(
     operand_ptr,  # [numel], written where HAS_OPERAND
     square_ptr,  # float32 [programs]
     rate_ptr,  # float32 [3]
+    bias_part_ptr,  # the same of a bias, float32 [bias_parts, bias_numel] to begin with
+    bias_w_ptr,
+    bias_v_ptr,
+    bias_operand_ptr,
+    bias_square_ptr,
+    bias_rate_ptr,
     parts,
     numel,
+    bias_parts,
+    bias_numel,
     PAPER: tl.constexpr,
     HAS_OPERAND: tl.constexpr,
+    BIAS_HAS_OPERAND: tl.constexpr,
     MAP: tl.constexpr,  # the operand is [ceil(R / D), ceil(S / D), D, D, C, K], else it lies as w
     D: tl.constexpr,
     R: tl.constexpr,
@@ -250,55 +303,92 @@ def _sum_update_kernel(
     W_K: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BIAS_PROGRAMS: tl.constexpr,  # the first ones: they have many parts and take the longest
+    BIAS_PARTS: tl.constexpr,
+    BIAS_BLOCK: tl.constexpr,
 ):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offs < numel
-    g = sum_parts(part_ptr, parts, numel, offs, PARTS, BLOCK)
-    at = offs
-    mask = inside
-    if MAP:
-        COLUMNS: tl.constexpr = (S + D - 1) // D
-        index = offs.to(tl.int32)  # a convolution's weight is far below 2^31
-        c = index // K % C
-        tap = index // (K * C)  # ((r' * COLUMNS + s') * D + i) * D + j
-        r = tap // (D * D * COLUMNS) * D + tap // D % D
-        s = tap // (D * D) % COLUMNS * D + tap % D
-        mask = inside & (r < R) & (s < S)  # the rest of the last block of taps stays zero
-        at = index % K * W_K + c * W_C + r * W_R + s * W_S
-    g = tl.where(mask, g, 0.0)
-    w = tl.load(w_ptr + at, mask=mask, other=0.0)
-    v = tl.load(v_ptr + at, mask=mask, other=0.0)
-    w, v = momentum_step(w, v, g, rate_ptr, PAPER)
-    tl.store(w_ptr + at, w, mask=mask)
-    tl.store(v_ptr + at, v, mask=mask)
-    if HAS_OPERAND:
-        tl.store(operand_ptr + offs, w.to(operand_ptr.dtype.element_ty), mask=inside)
-    tl.store(square_ptr + tl.program_id(0), tl.sum(g * g))
+    program = tl.program_id(0) - BIAS_PROGRAMS
+    if program < 0:
+        _sum_update_bias(
+            bias_part_ptr, bias_w_ptr, bias_v_ptr, bias_operand_ptr, bias_square_ptr, bias_rate_ptr,
+            bias_parts, bias_numel, PAPER, BIAS_HAS_OPERAND, BIAS_PARTS, BIAS_BLOCK,
+        )  # fmt: skip
+    else:
+        offs = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = offs < numel
+        g = sum_parts(part_ptr, parts, numel, offs, PARTS, BLOCK)
+        at = offs
+        mask = inside
+        if MAP:
+            COLUMNS: tl.constexpr = (S + D - 1) // D
+            index = offs.to(tl.int32)  # a convolution's weight is far below 2^31
+            c = index // K % C
+            tap = index // (K * C)  # ((r' * COLUMNS + s') * D + i) * D + j
+            r = tap // (D * D * COLUMNS) * D + tap // D % D
+            s = tap // (D * D) % COLUMNS * D + tap % D
+            mask = inside & (r < R) & (s < S)  # the rest of the last block of taps stays zero
+            at = index % K * W_K + c * W_C + r * W_R + s * W_S
+            g = tl.where(mask, g, 0.0)
+        update_by(
+            g, w_ptr, v_ptr, operand_ptr, square_ptr + program, rate_ptr, at, mask, offs, inside,
+            PAPER, HAS_OPERAND,
+        )  # fmt: skip
 
 
-def sum_update(part: torch.Tensor, update: MomentumUpdate, stride: int = 1) -> None:
-    """Add ``part`` over its first axis, in order, and update the parameter by the sum.
+def sum_updates(
+    updates: Updates,
+    part: torch.Tensor | None,
+    bias_part: torch.Tensor | None = None,
+    stride: int = 1,
+) -> None:
+    """Add parts of gradients in order and update by the sums, both parameters in one launch.
 
     Args:
-        part: float32 [parts, ...]; behind the first axis, a bias [K], or a packed weight
-            [R', S', stride * stride * C, K] of a parameter [K, C, R, S].
-        update: of the parameter.
+        updates: of weight and bias.
+        part: float32 [parts, R', S', stride * stride * C, K] of the packed weight of a
+            convolution's parameter [K, C, R, S]; None leaves the weight as it is.
+        bias_part: float32 [parts, K], or None.
         stride: of space-to-depth.
     """
-    w = update.parameter
-    mapped = w.dim() == 4 and not (stride == 1 and w.permute(2, 3, 1, 0).is_contiguous())
+    pairs = zip((part, bias_part), updates, strict=True)
+    given = [(p, update) for p, update in pairs if p is not None and update is not None]
+    if not given:
+        return
+    (part, update), (bias_part, bias_update) = given[0], given[-1]
+    tile, programs = _blocks_and_programs(part)
+    written = bias_written = update.written(programs)
+    bias_tile, bias_programs = tile, 0
+    if bias_update is not update:
+        bias_tile, bias_programs = _blocks_and_programs(bias_part)
+        bias_written = bias_update.written(bias_programs)
+    launch(
+        _sum_update_kernel, (bias_programs + programs,),
+        part, *written, update.rate, bias_part, *bias_written, bias_update.rate,
+        part.shape[0], part[0].numel(), bias_part.shape[0], bias_part[0].numel(),
+        PAPER=update.rule == "paper", HAS_OPERAND=update.written_operand() is not None,
+        BIAS_HAS_OPERAND=bias_update.written_operand() is not None,
+        **_order(update.parameter, stride), **tile,
+        BIAS_PROGRAMS=bias_programs, **{f"BIAS_{name}": size for name, size in bias_tile.items()},
+        counted=max(part.shape[0], bias_part.shape[0], part[0].numel() if part.dim() > 2 else 0),
+    )  # fmt: skip
+    for _, one in given:
+        one.changed()
+
+
+def _blocks_and_programs(part: torch.Tensor) -> tuple[dict[str, int], int]:
     numel = part[0].numel()
     tile = blocks(part.shape[0], numel)
-    programs = triton.cdiv(numel, tile["BLOCK"])
-    written = update.written_operand()
-    shape = dict(zip(("K", "C", "R", "S"), w.shape, strict=True)) if mapped else {}
-    strides = dict(zip(("W_K", "W_C", "W_R", "W_S"), w.stride(), strict=True)) if mapped else {}
-    unused = dict.fromkeys(("K", "C", "R", "S", "W_K", "W_C", "W_R", "W_S"), 1)
-    launch(
-        _sum_update_kernel, (programs,), part, w.detach(), update.velocity,
-        part if written is None else written, update.squares_of(programs), update.rate,
-        part.shape[0], numel, PAPER=update.rule == "paper", HAS_OPERAND=written is not None,
-        MAP=mapped, D=stride, **{**unused, **shape, **strides}, **tile,
-        counted=max(part.shape[0], numel if mapped else 0),
-    )  # fmt: skip
-    update.changed()
+    return tile, triton.cdiv(numel, tile["BLOCK"])
+
+
+def _order(w: torch.Tensor, stride: int) -> dict[str, Any]:
+    """How the kernel finds an element of the parameter from its place among the parts."""
+    mapped = w.dim() == 4 and not (stride == 1 and w.permute(2, 3, 1, 0).is_contiguous())
+    names = ("K", "C", "R", "S")
+    sizes, strides = (w.shape, w.stride()) if mapped else ((1,) * 4, (1,) * 4)
+    return {
+        "MAP": mapped,
+        "D": stride,
+        **dict(zip(names, sizes, strict=True)),
+        **{f"W_{name}": step for name, step in zip(names, strides, strict=True)},
+    }

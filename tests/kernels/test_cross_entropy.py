@@ -116,9 +116,10 @@ def test_machine_code(shape: tuple[int, int], dtype: torch.dtype, wide: bool, ta
     load, store = r"LDG\.E(\.CONSTANT)?\.128", r"STG\.E\.128"
     if target == "gfx942":
         load, store = (rf"(global|buffer)_{kind}_dwordx4" for kind in ("load", "store"))
+    both = made[0]
     threads = 8 * (64 if target == "gfx942" else 32)
     each = 4 * 1024 * dtype.itemsize // 16 // threads  # accesses of a thread to a block
     assert [code.count(load) for code in made] == [2 * each, each, 2 * each]
     assert [code.count(store) for code in made] == [each, 0, each]
-    stores = [code.count(r"STG|(global|buffer)_store") for code in made]
-    assert stores == [each + 1, 1, each], "beside them, the loss of a program"
+    # A program's loss is one number.
+    assert both.count(r"STG|(global|buffer)_store") == both.count(store) + 1

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastalex_kernels as fk
+from fastalex_kernels.momentum import MomentumUpdate, Updates
 from fastalex_kernels.reference import TOLERANCES, relative_error
 
 from .. import _losses as losses
@@ -18,7 +19,7 @@ from .._losses import Case, check, make, run
 from ._strict import Strict
 from .conftest import RealTiles
 
-LOSS, SUM = "_cross_entropy_kernel", "_sum_partials_kernel"
+LOSS, SUM, APART = "_cross_entropy_kernel", "_sum_partials_kernel", "_epilogue_bwd_kernel"
 INF = float("inf")
 
 
@@ -150,3 +151,47 @@ def test_an_empty_batch() -> None:
     loss, found = run(logits, target, announced=True)
     assert loss.isnan()
     assert found.shape == (0, 5)
+
+
+def _last_layer(
+    images: int,
+    classes: int,
+    dtype: torch.dtype,
+    updated: bool,
+) -> list[torch.Tensor]:
+    """Gradients of weight, bias and input of the layer before the loss, in that order."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(images, 24, generator=generator).to(dtype).requires_grad_()
+    w, b = (torch.randn(*s, generator=generator) / 4 for s in ((classes, 24), (classes,)))
+    target = torch.randint(0, classes, (images,), generator=generator)
+    leaves = [p.requires_grad_() for p in (w, b)]
+    update, operands = None, [p.to(dtype) for p in leaves]
+    if updated:
+        rate = torch.tensor([0.25, 0.0, 0.0])  # the velocity is the gradient
+        update = Updates(*(
+            MomentumUpdate(p, torch.zeros_like(p), rate, "torch", o.detach())
+            for p, o in zip(leaves, operands, strict=True)
+        ))  # fmt: skip
+        operands = leaves
+    logits = fk.linear_relu_dropout(x, *operands, p=0.0, relu=False, update=update)
+    g = torch.tensor(8.0)
+    fk.cross_entropy(logits, target, g).backward(g)
+    if update is not None:
+        return [update.weight.velocity, update.bias.velocity, x.grad]  # type: ignore[union-attr, list-item]
+    return [p.grad for p in (*leaves, x)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 7), (128, 40), (30, 1000), (9, 1100)], ids=str)
+def test_the_layer_before_is_updated_with_no_pass_between(
+    shape: tuple[int, int], dtype: torch.dtype, real_tiles: RealTiles, strict: Strict
+) -> None:
+    with real_tiles("sm_90"):
+        expected = _last_layer(*shape, dtype, False)
+        assert APART in strict.launches
+        strict.launches.clear()
+        ours = _last_layer(*shape, dtype, True)
+    assert APART not in strict.launches
+    for one, other in zip(ours, expected, strict=True):
+        assert relative_error(one, other) <= TOLERANCES[dtype]
+        assert float(other.norm()) > 0.01

@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 import pytest
 import torch
 
 import fastalex_kernels as fk
-from fastalex_kernels.conv2d_relu import pack_weight
-from fastalex_kernels.momentum import MomentumUpdate, Updates
-from fastalex_kernels.reference import TOLERANCES
+from fastalex_kernels import reference
+from fastalex_kernels._handover import hand_over, masked, taken
+from fastalex_kernels._lrn_chunks import Norm, Window
+from fastalex_kernels.lrn_max_pool2d import lrn_max_pool2d_backward, lrn_max_pool2d_forward
 
-from .._oracle import relative_error
+from .._handover import CONVOLUTIONS, LINEARS, Change, Pair, compare, gradients, make_updates
 from ._strict import Strict
 from .conftest import RealTiles
 
 HALF = torch.float16
 APART = "_epilogue_bwd_kernel"  # the pass over an activation and its gradient
-Change = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _updates(weight: torch.Tensor, bias: torch.Tensor) -> Updates:
-    rate = torch.tensor([0.25, 0.0, 0.0])  # the velocity is the gradient
-    pack = partial(pack_weight, stride=1)
-    operand = torch.empty(pack(weight.detach()).shape, dtype=HALF)
-    zeros = [torch.zeros_like(p.detach()) for p in (weight, bias)]
-    return Updates(
-        MomentumUpdate(weight, zeros[0], rate, "torch", operand, pack),
-        MomentumUpdate(bias, zeros[1], rate, "torch", torch.empty(bias.shape, dtype=HALF)),
-    )
-
-
-def _convolution(y: torch.Tensor) -> torch.Tensor:
-    draw = partial(torch.randn, generator=torch.Generator().manual_seed(1))
-    weight = draw(48, y.shape[1] // 2, 3, 3).mul_(0.1).to(HALF)
-    return fk.conv2d_relu(y, weight, padding=1, groups=2)
-
-
-BEHIND: dict[str, Change] = {
-    "chunks": partial(fk.lrn_max_pool2d, alpha=1.0, groups=2),
-    "any LRN": partial(fk.lrn_max_pool2d, alpha=1.0, size=3, groups=2),
-    "pooling": fk.max_pool2d,
-    "convolution": _convolution,
-}
 KERNELS = {
     "chunks": "_lrn_max_pool2d_chunks_bwd_kernel",
     "any LRN": "_lrn_max_pool2d_bwd_kernel",
@@ -54,36 +25,36 @@ KERNELS = {
 }
 
 
-def _gradients(
-    change: Change,
-    images: int = 3,
-    updated: bool = True,
-    twice: bool = False,
-    behind: str = "chunks",
-) -> list[torch.Tensor]:
-    """Of weight and bias of a convolution; ``change`` sees what goes to the layer ``behind`` it.
-
-    ``twice`` gives the convolution's output a gradient of its own as well.
-    """
-    generator = torch.Generator().manual_seed(0)
-    draw = partial(torch.randn, generator=generator)
-    x = draw(images, 16, 9, 7).to(HALF)
-    w, b = (draw(*s).mul_(0.1).requires_grad_() for s in ((32, 16, 3, 3), (32,)))
-    update = _updates(w, b)
-    narrow: Any = (w, b) if updated else (w.to(HALF), b.to(HALF))
-    y = fk.conv2d_relu(x, *narrow, padding=1, update=update if updated else None)
-    z = BEHIND[behind](change(y))
-    outputs, gradients = [z], [draw(*z.shape).to(HALF)]
-    if twice:
-        outputs.append(y)
-        gradients.append(draw(*y.shape).to(HALF))
-    torch.autograd.backward(outputs, gradients)
-    if updated:
-        return [u.velocity for u in update if u is not None]
-    return [p.grad for p in (w, b) if p.grad is not None]
+@pytest.mark.parametrize("pair", CONVOLUTIONS, ids=str)
+def test_the_layer_behind_masks_and_sums(real_tiles: RealTiles, strict: Strict, pair: Pair) -> None:
+    with real_tiles("sm_90"):
+        expected = gradients(pair, HALF, updated=False)
+        apart = strict.launches.count(APART)
+        strict.launches.clear()
+        ours = gradients(pair, HALF)
+    # The convolution behind undoes its own ReLU.
+    assert strict.launches.count(APART) == apart - 1
+    assert KERNELS[pair.behind] in [name.replace("_tma", "") for name in strict.launches]
+    assert "_sum_partials_kernel" not in strict.launches
+    assert strict.launches.count("_sum_update_kernel") == 1, "for weight and bias"
+    compare(ours, expected, HALF)
 
 
-def _hooked(hook: Callable[[torch.Tensor], torch.Tensor | None]) -> Change:
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize("pair", LINEARS, ids=str)
+def test_the_linear_layer_behind_masks(
+    real_tiles: RealTiles, strict: Strict, pair: Pair, dtype: torch.dtype
+) -> None:
+    with real_tiles("sm_90"):
+        ours = gradients(pair, dtype)
+    split = pair.outputs > 1000
+    assert ("_finish_partials_kernel" in strict.launches) == split
+    for apart in (APART, "_sum_update_kernel", "_sum_partials_kernel"):
+        assert apart not in strict.launches
+    compare(ours, gradients(pair, dtype, updated=False, module=reference), dtype)
+
+
+def _hooked(hook: Change) -> Change:
     def change(y: torch.Tensor) -> torch.Tensor:
         y.register_hook(hook)
         return y
@@ -91,45 +62,8 @@ def _hooked(hook: Callable[[torch.Tensor], torch.Tensor | None]) -> Change:
     return change
 
 
-def _same(y: torch.Tensor) -> torch.Tensor:
-    return y
-
-
 def _doubled_in_place(gradient: torch.Tensor) -> None:
     gradient.mul_(2)
-
-
-def _compare(ours: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for one, other in zip(ours, expected, strict=True):
-        assert relative_error(one, other) <= TOLERANCES[HALF]
-    assert float(expected[1].norm()) > 1
-
-
-@pytest.mark.parametrize(
-    ("behind", "images", "folded"),
-    [
-        ("chunks", 3, False),
-        ("chunks", 64, True),  # sums of more than a thousand rows
-        ("any LRN", 3, False),
-        ("pooling", 5, False),
-        ("convolution", 3, False),
-        ("convolution", 128, False),
-    ],
-)
-def test_the_layer_behind_masks_and_sums(
-    real_tiles: RealTiles, strict: Strict, behind: str, images: int, folded: bool
-) -> None:
-    with real_tiles("sm_90"):
-        expected = _gradients(_same, images, updated=False, behind=behind)
-        assert APART in strict.launches
-        apart = strict.launches.count(APART)
-        strict.launches.clear()
-        ours = _gradients(_same, images, behind=behind)
-    # The convolution behind undoes its own ReLU.
-    assert strict.launches.count(APART) == apart - 1
-    assert KERNELS[behind] in [name.replace("_tma", "") for name in strict.launches]
-    assert ("_sum_partials_kernel" in strict.launches) == folded
-    _compare(ours, expected)
 
 
 @pytest.mark.parametrize(
@@ -140,19 +74,68 @@ def test_the_layer_behind_masks_and_sums(
         pytest.param(_hooked(_doubled_in_place), id="a hook that changes it in place"),
     ],
 )
+@pytest.mark.parametrize("pair", [CONVOLUTIONS[4], LINEARS[0]], ids=str)
 def test_a_gradient_that_changed_is_masked_and_summed_anew(
-    real_tiles: RealTiles, strict: Strict, change: Change
+    real_tiles: RealTiles, strict: Strict, pair: Pair, change: Change
 ) -> None:
     with real_tiles("sm_90"):
-        ours = _gradients(change)
+        ours = gradients(pair, HALF, change=change)
         assert APART in strict.launches
-        _compare(ours, _gradients(change, updated=False))
+        compare(ours, gradients(pair, HALF, change=change, updated=False), HALF)
 
 
+@pytest.mark.parametrize("pair", [CONVOLUTIONS[4], LINEARS[0]], ids=str)
 def test_a_sum_of_two_gradients_is_masked_and_summed_anew(
-    real_tiles: RealTiles, strict: Strict
+    real_tiles: RealTiles, strict: Strict, pair: Pair
 ) -> None:
     with real_tiles("sm_90"):
-        ours = _gradients(_same, twice=True)
+        ours = gradients(pair, HALF, twice=True)
         assert APART in strict.launches
-        _compare(ours, _gradients(_same, updated=False, twice=True))
+        compare(ours, gradients(pair, HALF, updated=False, twice=True), HALF)
+
+
+@pytest.mark.parametrize("pair", [CONVOLUTIONS[4], LINEARS[0]], ids=str)
+def test_the_bias_of_a_frozen_weight_is_updated(strict: Strict, pair: Pair) -> None:
+    _, *ours = gradients(pair, HALF, frozen=True)
+    assert strict.launches.count("_sum_update_kernel") == 1
+    compare(ours, gradients(pair, HALF, updated=False, frozen=True), HALF)
+
+
+def test_dropout_without_a_relu_keeps_its_mask(strict: Strict) -> None:
+    """A zero of such an output may be kept: what lies behind cannot tell."""
+    x, w, b = (torch.randn(*s).requires_grad_() for s in ((4, 16), (24, 16), (24,)))
+    update = make_updates(w, b, HALF)
+    y = fk.linear_relu_dropout(x.half(), w, b, p=0.5, relu=False, update=update)
+    fk.linear_relu_dropout(y, torch.randn(8, 24).half(), p=0.0, relu=False).sum().backward()
+    assert strict.launches.count(APART) == 1
+
+
+def test_too_many_sums_are_folded(strict: Strict) -> None:
+    sums = torch.randn(8448, 24)
+    gradient = hand_over(torch.zeros(2, 24), sums)
+    assert "_sum_partials_kernel" in strict.launches
+    folded = taken(gradient)
+    assert folded is not None
+    assert len(folded) < 1000
+    expected = sums.double().sum(0)
+    assert reference.relative_error(folded.double().sum(0), expected) <= 1e-6
+
+
+def test_a_program_that_holds_less_than_an_image_leaves_no_sums(real_tiles: RealTiles) -> None:
+    with real_tiles("sm_90"):
+        x, norm = torch.rand(3, 3, 2, 2048).half(), Norm(5, 1.0, 0.75, 2.0)
+        _, argmax = lrn_max_pool2d_forward(x, norm, 2, Window(3, 2), (1, 1), save=True)
+        given = (x, torch.ones(1, 1, 2, 2048).half(), argmax, norm, 2, Window(3, 2), (3, 3))
+        dx = lrn_max_pool2d_backward(*given, mask=True)
+        assert not masked(dx)
+        assert torch.equal(dx, lrn_max_pool2d_backward(*given))
+
+
+def test_a_gradient_as_it_came_has_no_sums() -> None:
+    gradient = torch.zeros(2, 3)
+    assert not masked(gradient)
+    assert taken(gradient) is None
+    assert masked(hand_over(gradient))
+    assert taken(gradient) is None
+    gradient += 1
+    assert not masked(gradient)
