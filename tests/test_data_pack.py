@@ -137,7 +137,7 @@ def test_the_statistics_are_those_of_the_training_pixels(made: Set) -> None:
     assert images.mean_image.dtype == np.float32
 
 
-@pytest.mark.parametrize(("count", "size"), [(2 * 257 + 1, 4), (257, 4), (2, 1024)])
+@pytest.mark.parametrize(("count", "size"), [(2 * 257 + 1, 4), (257, 4), (2, 1024), (2, 300)])
 def test_sums_of_white_images_are_exact(tmp_path: Path, count: int, size: int) -> None:
     """The largest there are: where 16 bits or float32 overflow first."""
     adder = _Adder(size)

@@ -119,3 +119,15 @@ def test_a_run_is_the_same_both_ways(
     expected, known = _run(tmp_path / "images")
     assert records == known
     assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+
+
+def test_bytes_to_logits_are_one_compiled_graph() -> None:
+    net = AlexNet(10, variant=_bare("owt")).eval()
+    augment = Augment(_normalization("centre"), 66, CPU, colored=True)
+
+    def logits(*pixels: torch.Tensor) -> torch.Tensor:
+        return net(augment.for_layer(net.features[0], *pixels))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(logits, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*_pixels(2)), logits(*_pixels(2)))
