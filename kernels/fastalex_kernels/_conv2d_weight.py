@@ -24,7 +24,7 @@ import triton.language as tl
 
 from fastalex_kernels._conv2d_arguments import Padding
 from fastalex_kernels._conv2d_tiles import halved_warps, row_blocks, split_channels, tma_fits
-from fastalex_kernels._launch import cut, dot_precision, launch, target, tile_entry
+from fastalex_kernels._launch import PROCESSORS, cut, dot_precision, launch, target, tile_entry
 
 # The weight gradient's M is input channels, its K is rows.
 _WEIGHT_TILES = {
@@ -37,8 +37,7 @@ _WEIGHT_TILES = {
     ("interpreter", 16): (2048, 512, 512, 4, 1),
     ("interpreter", 32): (2048, 512, 512, 4, 1),
 }
-# The weight gradient's reduction is split over programs, of which one runs on a processor.
-_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+# The reduction is split over programs, of which one runs on a processor.
 _PART_STEPS = 16  # what a part costs to store and to sum, in steps of 64 rows
 
 
@@ -266,7 +265,7 @@ def _best_split(x: torch.Tensor, programs: int, steps: int) -> int:
     name = target(x.device)
     if name == "interpreter":
         return 1
-    processors = _PROCESSORS.get(name, 128)
+    processors = PROCESSORS.get(name, 128)
 
     def last_end(split: int) -> int:
         rounds = -(-programs * split // processors)
