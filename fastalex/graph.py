@@ -1,6 +1,6 @@
 """A computation captured once as a CUDA graph, and launched as a whole from then on.
 
-A step of this net is some seventy kernels of a few microseconds; launched one by one, the host is
+A step of this net is some 45 kernels of a few microseconds; launched one by one, the host is
 what they wait for. A captured graph is launched at once, and runs the same kernels on the same
 memory. So nothing in it may depend on the host: what changes from step to step, images, the
 counters of dropout and the learning rate, lies in tensors that are written in place before.

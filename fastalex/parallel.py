@@ -28,6 +28,7 @@ from fastalex.layers import Conv2dReLU, CounterDropout, LinearReLUDropout, LRNMa
 from fastalex.meter import Stopwatch
 from fastalex.model import AlexNet
 from fastalex.nvtx_ranges import nvtx_range
+from fastalex_kernels._handover import hand_over, masked, offers, wanted
 
 TOWERS = 2
 _CHECK_NUMEL = 1 << 20  # elements sent by the start-up check
@@ -100,12 +101,15 @@ class GatherTowers(torch.autograd.Function):
     """Both towers' channels, tower 0's first, of this tower's [N, C, ...].
 
     ``summed`` says whether the two processes' gradients add up: they do before a layer that each
-    process holds half of, not before one that both hold whole.
+    process holds half of, not before one that both hold whole. A ReLU's mask is the same in both,
+    so what each applied it to adds up to a masked gradient: that is handed on, see
+    fastalex_kernels._handover.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, exchange: Swap, summed: bool) -> torch.Tensor:
         ctx.exchange, ctx.summed = exchange, summed
+        offers(ctx, wanted(x), exchange)
         mine, order = _dense(x)
         with nvtx_range("exchange forward"):
             theirs = exchange.swap(mine)
@@ -118,12 +122,12 @@ class GatherTowers(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         halves = grad.chunk(TOWERS, dim=1)
         mine, theirs = halves[ctx.exchange.rank], halves[1 - ctx.exchange.rank]
-        if not ctx.summed:
-            return mine, None, None
-        sent, order = _dense(theirs)
-        with nvtx_range("exchange backward"):
-            received = ctx.exchange.swap(sent)
-        return mine + received.permute([order.index(d) for d in range(grad.dim())]), None, None
+        if ctx.summed:
+            sent, order = _dense(theirs)
+            with nvtx_range("exchange backward"):
+                received = ctx.exchange.swap(sent)
+            mine = mine + received.permute([order.index(d) for d in range(grad.dim())])
+        return hand_over(mine) if masked(grad) else mine, None, None
 
 
 def _dense(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:

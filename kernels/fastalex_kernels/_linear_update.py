@@ -34,14 +34,14 @@ _ROWS = tl.constexpr(64)  # of dz that a bias's sums take in one go
 
 
 @triton.jit
-def _column_sums(x_ptr, rows, columns, offs, BLOCK: tl.constexpr):
-    """float32 sums of the columns ``offs`` of x [rows, columns]."""
+def _column_sums(x_ptr, stride, rows, columns, offs, BLOCK: tl.constexpr):
+    """float32 sums of the columns ``offs`` of x [rows, columns], rows ``stride`` apart."""
     offs_r = tl.arange(0, _ROWS)
-    ptrs = x_ptr + offs_r.to(tl.int64)[:, None] * columns + offs[None, :]
+    ptrs = x_ptr + offs_r.to(tl.int64)[:, None] * stride + offs[None, :]
     total = tl.zeros((_ROWS, BLOCK), tl.float32)
     for first in range(0, rows, _ROWS):
         mask = (offs_r < rows - first)[:, None] & (offs < columns)[None, :]
-        x = tl.load(ptrs + tl.cast(first, tl.int64) * columns, mask=mask, other=0.0)
+        x = tl.load(ptrs + tl.cast(first, tl.int64) * stride, mask=mask, other=0.0)
         total += x.to(tl.float32)
     return tl.sum(total, axis=0)
 
@@ -66,6 +66,7 @@ def _linear_bwd_weight_update_kernel(
     K,
     stride_a,
     stride_x,
+    stride_dz,
     scale,  # of the gradients
     PAPER: tl.constexpr,
     HAS_OPERAND: tl.constexpr,
@@ -87,11 +88,12 @@ def _linear_bwd_weight_update_kernel(
     N = N // ALIGN * ALIGN
     stride_a = stride_a // ALIGN * ALIGN
     stride_x = stride_x // ALIGN * ALIGN
+    stride_dz = stride_dz // ALIGN * ALIGN
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     if BIAS and program < tl.num_programs(1):  # the first to run, whichever weights are theirs
         offs_b = program * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_b = offs_b < M
-        db = scale * _column_sums(dz_ptr, K, M, offs_b, BLOCK_M)
+        db = scale * _column_sums(dz_ptr, stride_dz, K, M, offs_b, BLOCK_M)
         update_by(
             db, bias_w_ptr, bias_v_ptr, bias_operand_ptr, bias_square_ptr + program,
             bias_rate_ptr, offs_b, mask_b, offs_b, mask_b, PAPER, BIAS_HAS_OPERAND,
@@ -125,7 +127,7 @@ def linear_backward_weight_update(
     """Update the weight [N, K] by its gradient, dz [M, N] transposed times x [M, K] / (1 - p).
 
     Args:
-        dz: contiguous.
+        dz: its rows are contiguous.
         x: of any strides.
         update: of the weight.
         bias: the update of the bias beside it, by the same rule, if it is wanted.
@@ -149,10 +151,10 @@ def linear_backward_weight_update(
     bias_written = written if bias is None else bias.written(grid[1])
     launch(
         _linear_bwd_weight_update_kernel, grid, *given.args[:2], *written, update.rate,
-        dz, *bias_written, beside.rate, *sizes, 1.0 / (1.0 - p),
+        dz, *bias_written, beside.rate, *sizes, dz.stride(0), 1.0 / (1.0 - p),
         PAPER=update.rule == "paper", HAS_OPERAND=update.written_operand() is not None,
         BIAS=bias is not None, BIAS_HAS_OPERAND=beside.written_operand() is not None,
-        ALIGN=math.gcd(8, sizes[0], sizes[1], sizes[3], sizes[4]), **given.flags,
+        ALIGN=math.gcd(8, sizes[0], sizes[1], sizes[3], sizes[4], dz.stride(0)), **given.flags,
         counted=max(N, K, M),
     )  # fmt: skip
     update.changed()

@@ -285,10 +285,11 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         update = ctx.update
         updated = update is not None and need_w  # the kernel that does so sums the bias's, too
-        dz, sums, p = grad.contiguous(), None, 0.0
+        dz, sums, p = grad if grad.stride(1) == 1 else grad.contiguous(), None, 0.0
         if updated and masked(grad):
             p = ctx.dropout["p"]  # the products scale, as what is masked may be masked again
         else:
+            dz = grad.contiguous()
             flat, sums = epilogue_backward(
                 dz,
                 output,
