@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from fastalex.checkpoint import replacing
 from fastalex.cost import Floor
+from fastalex.files import replacing
 from fastalex.provenance import device_name, provenance, results_name
 
 from ._timing import Images, Rates, Times, rate

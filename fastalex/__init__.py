@@ -1,11 +1,24 @@
 """fastalex: the AlexNet of 2012, two towers and all, on Triton kernels written for it."""
 
+from typing import TYPE_CHECKING, Any
+
 from fastalex import interrupts
 
 if interrupts.command_line_starts():
     interrupts.end_quietly()
 
 from fastalex._version import __version__
-from fastalex.model import AlexNet
+
+if TYPE_CHECKING:
+    from fastalex.model import AlexNet
 
 __all__ = ["AlexNet", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """The net when it is asked for: a process that packs images starts without torch."""
+    if name == "AlexNet":
+        from fastalex.model import AlexNet
+
+        return AlexNet
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,9 +13,10 @@ from typing import Any
 
 from fastalex import resume
 from fastalex.ablations import ABLATIONS, LOSSES, edit
-from fastalex.checkpoint import load_model, replacing
+from fastalex.checkpoint import load_model
 from fastalex.command_line import Parser, guarded
 from fastalex.evaluate import table
+from fastalex.files import replacing
 from fastalex.options import parse_arguments
 from fastalex.published import is_imagenet
 from fastalex.recipes import NO_RECIPE, RECIPES

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastalex.data.normalization import MeanImage
+from fastalex.files import replacing
 from fastalex.model import AlexNet
 
 FORMAT = "fastalex-weights-1"
@@ -95,24 +96,6 @@ def _metadata_hash(metadata: Mapping[str, Any]) -> str:
     """SHA-256 of what is not a checksum, as JSON gives it back."""
     rest = {k: v for k, v in metadata.items() if k not in ("format", "sha256", "metadata_sha256")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of ``path``, on disk, when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-import torch
-
 from fastalex import interrupts
 from fastalex.interrupts import INTERRUPTED
 
@@ -68,7 +66,9 @@ def guarded(name: str, command: Callable[[], int], nothing: str = "nothing was w
     except (ValueError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return REFUSED
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which not every command imports
+            raise
         print(f"{name}: error: out of GPU memory, try a smaller --batch-size", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt as stop:

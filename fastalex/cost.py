@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastalex.data.augment import Augment
 from fastalex.gpus import GPU
 from fastalex.layers import Conv2dReLU, LRNMaxPool2d, MaxPool2d
 from fastalex.recorded_step import Layer
@@ -76,7 +77,11 @@ def floors(layers: Mapping[str, Layer], itemsize: int, train: bool) -> dict[tupl
     result: dict[tuple[str, str], Floor] = {}
     ordered = list(layers.values())
     for layer, following in zip(ordered, [*ordered[1:], None], strict=True):
-        if isinstance(layer.module, MaxPool2d):
+        if isinstance(layer.module, Augment):
+            # A byte for each value of a crop, and what the first layer reads of them.
+            size = _numel(layer.input) + itemsize * _numel(layer.output)
+            passes = {"forward": Floor(0.0, size)}
+        elif isinstance(layer.module, MaxPool2d):
             passes = _pooling(layer, itemsize, train)
         elif layer.weight is None:
             continue

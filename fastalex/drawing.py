@@ -6,7 +6,8 @@ screen: figures are made without pyplot and rendered by Agg.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastalex.checkpoint import replacing
 from fastalex.data.base import Pixels
+from fastalex.files import replacing
 
 DPI = 300
 KERNEL_SCALE = 8  # pixels of the PNG for each weight of a conv1 kernel
 _COLUMNS = 16  # kernels in a row, as in Figure 3
+_LINES = 3  # of a name
+_TITLE, _NAME, _SMALL = 7.5, 6.5, 5.5  # points
 _DOTTED = 40  # epochs up to which each is marked
 _GREY, _RED, _BLUE, _ORANGE = "#b8c4d6", "#e07a6a", "#2f5d9b", "#c8641e"
 _STYLE: dict[Any, Any] = {
@@ -164,7 +167,10 @@ def draw_predictions(predictions: Sequence[Prediction], columns: int = 4) -> Any
     columns = min(columns, len(predictions))
     rows = -(-len(predictions) // columns)
     bars = max(len(p.guesses) for p in predictions)
-    wide, gap, label, bar = 1.55, 0.18, 0.2, 0.135  # inches
+    wide, gap = 1.55, 0.18  # inches
+    labels = [_wrapped(p.label or "", wide, _TITLE) for p in predictions]
+    names = [_wrapped(name, wide, _NAME) for p in predictions for name, _ in p.guesses]
+    label, bar = 0.08 + 0.12 * _lines(labels), 0.03 + 0.105 * _lines(names)
     tall = wide + label + bars * bar
     width, height = columns * (wide + gap) + gap, rows * (tall + gap) + gap
     figure = new_figure(width, height)
@@ -174,14 +180,14 @@ def draw_predictions(predictions: Sequence[Prediction], columns: int = 4) -> Any
         picture = _axes(figure, left, top - wide, wide, wide)
         picture.imshow(prediction.pixels, interpolation="antialiased")
         _frame(picture)
-        text = prediction.label or ""
         figure.text(
             (left + wide / 2) / width,
             (top - wide - label / 2) / height,
-            _short(text, wide, 7.5),
+            labels[i],
             ha="center",
             va="center",
-            fontsize=7.5,
+            fontsize=_TITLE,
+            linespacing=1.0,
             fontweight="bold",
         )
         below = len(prediction.guesses) * bar
@@ -195,7 +201,9 @@ def _bars(axes: Any, prediction: Prediction, width: float) -> None:
     colours = [_RED if name == prediction.label else _GREY for name in names]
     axes.barh(places, shares, height=0.86, color=colours)
     for place, name in zip(places, names, strict=True):
-        axes.text(0.02, place, _short(name, width, 6.5), va="center_baseline", fontsize=6.5)
+        text = _wrapped(name, width, _NAME)
+        va = "center" if "\n" in text else "center_baseline"
+        axes.text(0.02, place, text, va=va, fontsize=_NAME, linespacing=1.0)
     axes.set_xlim(0, 1)
     axes.set_ylim(len(names) - 0.5, -0.5)
     _frame(axes)
@@ -222,7 +230,9 @@ def draw_neighbours(rows: Sequence[Neighbours]) -> Any:
         The figure.
     """
     count = len(rows[0].nearest)
-    side, gap, label, apart = 0.86, 0.07, 0.15, 0.22  # inches
+    side, gap, apart = 0.86, 0.07, 0.22  # inches
+    names = [name for row in rows for name in (row.label, *(name for _, name in row.nearest))]
+    label = 0.06 + 0.09 * _lines(_wrapped(name, side, _SMALL) for name in names)
     width = 2 * gap + side + apart + count * (side + gap)
     heading = 0.22
     height = len(rows) * (side + label) + heading + gap
@@ -238,10 +248,11 @@ def draw_neighbours(rows: Sequence[Neighbours]) -> Any:
             figure.text(
                 (left + side / 2) / width,
                 (bottom - label / 2) / height,
-                _short(name, side, 5.5),
+                _wrapped(name, side, _SMALL),
                 ha="center",
                 va="center",
-                fontsize=5.5,
+                fontsize=_SMALL,
+                linespacing=1.0,
                 color="black" if name == row.label else "#c0392b",
             )
     for left, what in ((gap, "test image"), (2 * gap + side + apart, "nearest training images")):
@@ -317,8 +328,15 @@ def _frame(axes: Any) -> None:
     axes.set_yticks([])
 
 
-def _short(text: str, inches: float, points: float) -> str:
-    """``text`` with spaces for underscores, cut to a width; a letter is 0.58 of its size wide."""
-    text = text.replace("_", " ")
+def _wrapped(text: str, inches: float, points: float) -> str:
+    """``text`` with spaces for underscores, in lines of a width; a letter is 0.58 of its size wide.
+
+    Only what is left after ``_LINES`` lines is cut.
+    """
     room = int(inches * 72 / (0.58 * points))
-    return text if len(text) <= room else text[: room - 1] + "…"
+    lines = textwrap.wrap(text.replace("_", " "), room, max_lines=_LINES, placeholder="…")
+    return "\n".join(lines)
+
+
+def _lines(texts: Iterable[str]) -> int:
+    return max(text.count("\n") for text in texts) + 1

@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+import fastalex_kernels as kernels
 from fastalex import resume
 from fastalex._version import __version__
 from fastalex.checkpoint import save_weights
@@ -87,6 +87,7 @@ class Trainer:
             self.epochs = -(-self.steps // len(self.train_batches))
         self.schedule = Schedule(settings, self.steps)
         self.scaler = LossScaler(team, enabled=settings.precision == "fp16")
+        self.one = torch.ones((), device=team.device)
         self.folder = RunFolder(plan.folder)
         self._build(plan.start)
         self._restore({} if plan.start is None else plan.start.state)
@@ -279,11 +280,13 @@ class Trainer:
     def _compute(self, labels: torch.Tensor, *pixels: torch.Tensor) -> torch.Tensor:
         """The loss of a batch, and its gradients: the part of a step that a graph can hold."""
         with autocast(self.settings.precision, self.team.device):
-            logits = self.model(self.train_batches.augment(*pixels))
-        loss = F.cross_entropy(logits.float(), labels)
+            first = self.model.features[0]
+            logits = self.model(self.train_batches.augment.for_layer(first, *pixels))
+        scale = self.scaler.scale(self.one)
+        loss = kernels.cross_entropy(logits, labels, gradient=scale)
         self.optimizer.zero_grad()
         with nvtx_range("backward"):
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            loss.backward(scale)  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _read_losses(self) -> None:

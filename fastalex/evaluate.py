@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fastalex.ablations import split_name
-from fastalex.checkpoint import replacing
 from fastalex.command_line import Parser, guarded, whole_number
 from fastalex.data import ImageSource
 from fastalex.evaluation import CROPS, TOP, Ensemble, Scores, evaluate, open_validation
+from fastalex.files import replacing
 from fastalex.published import RESULTS, Published, is_imagenet
 
 _CROPS = {1: "centre crop", 10: "ten crops"}

@@ -32,6 +32,7 @@ from fastalex.data.background import map_ahead
 from fastalex.data.base import Pixels
 from fastalex.data.decode import read_image, try_read
 from fastalex.data.folder import class_folders
+from fastalex.layers import SpaceToDepth
 from fastalex.model import AlexNet
 
 CROPS = (1, 10)
@@ -106,7 +107,7 @@ class Ensemble:
         places = crop_places(images.shape[1] - self.image_size, crops)
         for member, augment in zip(self.members, self._augments, strict=True):
             for place in places:
-                crop = _cut(augment, images, *place)
+                crop = _cut(augment, member.model, images, *place)
                 softmax = member.model(crop).double().softmax(1)
                 if not bool(softmax.isfinite().all()):
                     raise ValueError(f"{member.path}: its net's output is not finite")
@@ -128,8 +129,8 @@ class Ensemble:
         member = self.members[0]
         images = torch.from_numpy(pixels).to(self.device)
         (place,) = crop_places(images.shape[1] - self.image_size, 1)
-        crop = _cut(self._augments[0], images, *place)
         model = member.model
+        crop = _cut(self._augments[0], model, images, *place)
         maps = model.avgpool(model.features(crop)).flatten(1)
         hidden: torch.Tensor = model.classifier[:-1](maps)
         return hidden.float().cpu()
@@ -160,14 +161,14 @@ def _load(path: Path, device: torch.device) -> Member:
 
 
 def _cut(
-    augment: Augment, images: torch.Tensor, top: int, left: int, mirrored: bool
-) -> torch.Tensor:
-    """The same crop of every image, normalised: float32 [n, 3, size, size]."""
+    augment: Augment, model: AlexNet, images: torch.Tensor, top: int, left: int, mirrored: bool
+) -> torch.Tensor | SpaceToDepth:
+    """The same crop of every image, normalised, as ``model`` reads it."""
     count = (len(images),)
     tops, lefts, mirrors = (
         images.new_full(count, v, dtype=torch.int32) for v in (top, left, mirrored)
     )
-    return augment(images, tops, lefts, mirrors.bool())
+    return augment.for_layer(model.features[0], images, tops, lefts, mirrors.bool())
 
 
 def crop_places(spare: int, crops: int) -> list[tuple[int, int, bool]]:

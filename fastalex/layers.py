@@ -6,6 +6,7 @@ A fused layer is a subclass of the torch layer whose parameters it holds, so tha
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -30,6 +31,34 @@ class Updated:
     def update_now(self) -> Updates | None:
         """The update that belongs to a pass that begins now: none unless the layer trains."""
         return self.update if self.training else None
+
+
+BLOCK = 4  # pixels between the windows of a layer that can read blocks, and the side of a block
+
+Sides = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
+
+
+@dataclass(frozen=True)
+class SpaceToDepth:
+    """Images as the blocks of ``BLOCK`` x ``BLOCK`` pixels that one convolution reads.
+
+    A ``Conv2dReLU`` takes it in place of the images that it was made of, and so does a net whose
+    first layer that is.
+
+    Attributes:
+        blocks: [N, 48, P, Q], from ``fastalex_kernels.augment``.
+        shape: of the images, [N, 3, H, W].
+        kernel_size, padding: of the convolution; the blocks hold the padding.
+    """
+
+    blocks: torch.Tensor
+    shape: torch.Size
+    kernel_size: int
+    padding: Sides
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.blocks.requires_grad
 
 
 class Conv2dReLU(Updated, nn.Conv2d):
@@ -69,18 +98,46 @@ class Conv2dReLU(Updated, nn.Conv2d):
         span = size + 2 * int(self.padding[0]) - self.kernel_size[0]
         return -span % self.stride[0] if self.ceil_mode and span >= 0 else 0
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def _sides(self, height: int, width: int) -> Sides:
+        """Zeros around images of this size."""
         pad = int(self.padding[0])
-        bottom, right = (pad + self._missing(size) for size in input.shape[2:])
+        return (pad, pad + self._missing(height)), (pad, pad + self._missing(width))
+
+    def block_padding(self, size: int) -> Sides | None:
+        """The padding in a ``SpaceToDepth`` of ``size`` x ``size`` images, None if it takes none.
+
+        The one rule of which layers read blocks: those of images, whose windows are ``BLOCK``
+        pixels apart and of which one fits. All others take images alone.
+        """
+        images = self.in_channels == 3 and self.groups == 1
+        if images and self.stride == (BLOCK, BLOCK) and self.output_size(size) > 0:
+            return self._sides(size, size)
+        return None
+
+    def forward(self, input: torch.Tensor | SpaceToDepth) -> torch.Tensor:
+        sides = self._sides(*input.shape[2:])
+        if isinstance(input, SpaceToDepth):
+            return self._of_blocks(input, sides)
         return kernels.conv2d_relu(
             input,
             self.weight,
             self.bias,
             stride=self.stride[0],
-            padding=((pad, bottom), (pad, right)),
+            padding=sides,
             groups=self.groups,
             relu=self.relu,
             update=self.update_now(),
+        )
+
+    def _of_blocks(self, input: SpaceToDepth, sides: Sides) -> torch.Tensor:
+        mine, made = (self.kernel_size[0], sides), (input.kernel_size, input.padding)
+        if self.stride != (BLOCK, BLOCK) or made != mine:
+            raise ValueError(
+                f"input: blocks made for kernel size, padding {made} and stride {BLOCK}, and this "
+                f"layer has {mine} and {self.stride[0]}; give it the images"
+            )
+        return kernels.conv2d_relu_space_to_depth(
+            input.blocks, self.weight, self.bias, BLOCK, self.relu, update=self.update_now()
         )
 
     def extra_repr(self) -> str:

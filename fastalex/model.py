@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fastalex.layers import (
     LinearReLUDropout,
     LRNMaxPool2d,
     MaxPool2d,
+    SpaceToDepth,
     SpatialResponseNorm,
 )
 from fastalex.specification import Convolution, FullyConnected, Variant
@@ -42,7 +44,8 @@ class AlexNet(nn.Module):
 
     Shapes:
         images [N, 3, H, W] to logits [N, num_classes]. Any size from ``smallest_image_size()`` on;
-        published are 224 (227 for caffe).
+        published are 224 (227 for caffe). Instead of images, their ``layers.SpaceToDepth`` for the
+        first layer, which is what training gives on a GPU.
 
     Raises:
         ValueError: for an argument out of range, naming it.
@@ -61,13 +64,14 @@ class AlexNet(nn.Module):
         ):
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
         self.variant: Variant = get_variant(variant)
+        self._counters: _Counters | None = None
         self.features = nn.Sequential(*_feature_layers(self.variant))
         self.avgpool = AdaptiveAvgPool2d((_GRID, _GRID))
         self.classifier = nn.Sequential(*_classifier_layers(self.variant, num_classes, dropout))
         self.init_parameters("published")
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if images.dim() != 4 or images.shape[1] != 3:
+    def forward(self, images: torch.Tensor | SpaceToDepth) -> torch.Tensor:
+        if len(images.shape) != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected [N, 3, H, W], got shape {tuple(images.shape)}")
         if not _reaches(min(images.shape[2:]), self._spatial_layers()):
             smallest = self.smallest_image_size()
@@ -118,16 +122,39 @@ class AlexNet(nn.Module):
     def seed_dropout(self, seed: int, step: int) -> None:
         """Fix what the next pass in training drops: a function of (seed, step, layer, unit, image).
 
-        The counters live in tensors on the layers' device, written in place, so that a captured
-        graph can advance them.
+        The counters live in one tensor on the layers' device, written in place, so that a captured
+        graph can advance them. From step to step that is a single write.
         """
+        layers = [m for m in self.modules() if isinstance(m, CounterDropout)]
         device = next(self.parameters()).device
-        for index, layer in enumerate(m for m in self.modules() if isinstance(m, CounterDropout)):
-            if layer.rng is None or layer.rng.device != device:
-                layer.rng = torch.empty(2, dtype=torch.int64, device=device)
-            # Filled and not copied: a copy from the host's memory waits for the GPU to be done.
-            layer.rng[0].fill_((seed + (index + 1) * _STREAM) % 2**63)
-            layer.rng[1].fill_(step)
+        if self._counters is None or not self._counters.serve(layers, device):
+            self._counters = _Counters(layers, device)
+        self._counters.write(seed, step)
+
+
+class _Counters:
+    """The (seed, offset) of every dropout layer, as rows of one tensor."""
+
+    def __init__(self, layers: Sequence[CounterDropout], device: torch.device) -> None:
+        with torch.inference_mode(False):  # or no pass in training could save them
+            self._held = torch.empty(len(layers), 2, dtype=torch.int64, device=device)
+        self._rows = list(self._held)
+        self._written: tuple[int, int] | None = None  # the seed, and the tensor's version since
+        for layer, row in zip(layers, self._rows, strict=True):
+            layer.rng = row
+
+    def serve(self, layers: Sequence[CounterDropout], device: torch.device) -> bool:
+        """Whether these are the layers that read them, on that device."""
+        known = len(layers) == len(self._rows) and self._held.device == device
+        return known and all(x.rng is row for x, row in zip(layers, self._rows, strict=True))
+
+    def write(self, seed: int, step: int) -> None:
+        # Filled and not copied: a copy from the host's memory waits for the GPU to be done.
+        if self._written != (seed, self._held._version):
+            for index, row in enumerate(self._rows):
+                row[0].fill_((seed + (index + 1) * _STREAM) % 2**63)
+        self._held[:, 1].fill_(step)
+        self._written = (seed, self._held._version)
 
 
 def _feature_layers(variant: Variant) -> list[nn.Module]:

@@ -12,6 +12,7 @@ from fastalex.recipes import MOMENTUM_RULES
 
 VELOCITY = "momentum_buffer"  # where both rules keep it, as torch does
 RATE = "rate"  # of a group, on its device: learning rate, momentum, weight decay
+_WRITTEN = "rate_written"  # what RATE holds
 
 
 class PaperSGD(torch.optim.Optimizer):
@@ -142,9 +143,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Train with ``lr`` from the next step on; biases with their multiple of it, or their own."""
     for group in optimizer.param_groups:
         fixed = group.get("fixed_lr")
-        rate = lr * group["lr_multiplier"] if fixed is None else fixed
-        changed, group["lr"] = rate != group["lr"], rate
-        if changed and RATE in group:
+        group["lr"] = lr * group["lr_multiplier"] if fixed is None else fixed
+        if RATE in group:
             _write_rate(group)
 
 
@@ -152,13 +152,18 @@ def set_rates(optimizer: torch.optim.Optimizer) -> None:
     """Keep each group's rate in device memory too, where kernels read it; from now on."""
     for group in optimizer.param_groups:
         group[RATE] = torch.empty(3, device=group["params"][0].device)
+        group[_WRITTEN] = (None, None, None)
         _write_rate(group)
 
 
 def _write_rate(group: dict[str, Any]) -> None:
-    # Filled and not copied: a copy from the host's memory waits for the GPU to be done.
-    for place, name in enumerate(("lr", "momentum", "weight_decay")):
-        group[RATE][place].fill_(group[name])
+    """Write what is new: a rate that stays costs no launch."""
+    now = (group["lr"], group["momentum"], group["weight_decay"])
+    for place, (value, before) in enumerate(zip(now, group[_WRITTEN], strict=True)):
+        if value != before:
+            # Filled and not copied: a copy from the host's memory waits for the GPU to be done.
+            group[RATE][place].fill_(value)
+    group[_WRITTEN] = now
 
 
 def velocities(model: AlexNet, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

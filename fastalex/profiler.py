@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 import fastalex_kernels as kernels
 from fastalex import profile_chart
-from fastalex.checkpoint import replacing
 from fastalex.command_line import Parser, guarded, whole_number
 from fastalex.evaluate import table
+from fastalex.files import replacing
 from fastalex.gpus import find_gpu
 from fastalex.layer_pairs import (
     check,

@@ -12,21 +12,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import fastalex_kernels as kernels
 from fastalex import offline, parallel
+from fastalex.data import Normalization, decode_size
+from fastalex.data.augment import Augment
 from fastalex.fused_update import fuse_updates, lay_out
-from fastalex.layers import Dropout, LRNMaxPool2d, MaxPool2d, SpatialResponseNorm
+from fastalex.layers import Dropout, LRNMaxPool2d, MaxPool2d, SpaceToDepth, SpatialResponseNorm
 from fastalex.model import AlexNet
 from fastalex.optim import build_optimizer
 from fastalex_kernels._launch import record_launches
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_CHANNELS = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # a mean and a deviation of each
 _NO_WORK = ("empty", "new_empty", "_unsafe_view", "_local_scalar_dense", "set_", "lift_fresh")
 _OVERWRITES = ("copy_", "fill_", "zero_")  # they write their first tensor without reading it
 _CHUNK, _CHUNKS = (
@@ -40,7 +43,8 @@ class Event:
     """One launch of ours or one operator of torch's.
 
     Args:
-        layer: ``"conv1"``, ``"pool1"``, ... ``"fc8"``, ``"loss"``, ``"optimizer"`` or ``"step"``.
+        layer: ``"augment"``, ``"conv1"``, ``"pool1"``, ... ``"fc8"``, ``"loss"``, ``"optimizer"``
+            or ``"step"``.
         phase: ``"forward"``, ``"backward"`` or ``"update"``.
         launch: the launch, None for an operator.
         name: of the kernel or operator.
@@ -63,10 +67,10 @@ class Event:
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer was given and what it made."""
+    """What a layer was given and what it made; of the augmentation, its crops and their blocks."""
 
     name: str
-    module: nn.Module
+    module: nn.Module | Augment
     input: tuple[int, ...]
     output: tuple[int, ...]
     weight: tuple[int, ...] | None
@@ -231,18 +235,52 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
-def _train(recorder: _Recorder, model: AlexNet, optimizer: Any, batch: Any, dtype: Any) -> None:
-    """A step as ``fastalex.engine`` makes it."""
-    images, labels = batch
+@dataclass(frozen=True)
+class _Batch:
+    """Images as bytes with their crops, as ``fastalex.data`` hands them over, and their labels.
+
+    ``one`` is the gradient of the loss.
+    """
+
+    pixels: tuple[torch.Tensor, ...]
+    labels: torch.Tensor
+    one: torch.Tensor
+
+    @classmethod
+    def empty(cls, images: int, size: int) -> _Batch:
+        side = decode_size(size)
+        crops = [torch.empty(images, dtype=torch.int32) for _ in range(2)]
+        mirrors = torch.empty(images, dtype=torch.bool)
+        pixels = torch.empty(images, side, side, 3, dtype=torch.uint8)
+        labels = torch.empty(images, dtype=torch.int64)
+        return cls((pixels, *crops, mirrors), labels, torch.ones(()))
+
+
+def _train(
+    recorder: _Recorder,
+    model: AlexNet,
+    augment: Augment,
+    optimizer: Any,
+    batch: _Batch,
+    dtype: Any,
+    number: int,
+) -> None:
+    """Step ``number`` as ``fastalex.engine`` makes it."""
     recorder.at("step", "forward")
-    model.seed_dropout(0, 1)
+    model.seed_dropout(0, number)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        recorder.at("augment", "forward")
+        images = augment.for_layer(model.features[0], *batch.pixels)
+        made = images.blocks if isinstance(images, SpaceToDepth) else images
+        recorder.step.layers["augment"] = Layer(
+            "augment", augment, tuple(images.shape), tuple(made.shape), None, False
+        )
         logits = model(images)
-        recorder.at("loss", "forward")
-        loss = F.cross_entropy(logits, labels)
+    recorder.at("loss", "forward")
+    loss = kernels.cross_entropy(logits, batch.labels, gradient=batch.one)
     optimizer.zero_grad()
     recorder.at("loss", "backward")
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward(batch.one)  # type: ignore[no-untyped-call]
     recorder.at("optimizer", "update")
     optimizer.step()
 
@@ -262,7 +300,8 @@ def record_step(
         batch: images of the step.
         dtype: of the products, a key of ``DTYPES``. In training the parameters are float32 and
             autocast chooses what runs in ``dtype``; for inference they are in ``dtype``.
-        step: ``"train"`` (forward, loss, backward, optimizer) or ``"infer"`` (forward).
+        step: ``"train"`` (augmentation of bytes, forward, loss, backward, optimizer) or
+            ``"infer"`` (forward, of images).
         towers: 2 records one of the two towers of a net that two GPUs share.
         variant: of ``fastalex.AlexNet``.
 
@@ -279,22 +318,22 @@ def record_step(
             parallel.cut_to_tower(model, _NoPeer(recorded))
         _watch(model, recorder)
         size = model.variant.image_size
-        images = torch.empty(batch, 3, size, size, dtype=kind)
-        labels = torch.empty(batch, dtype=torch.int64)
         with record_launches(target, recorder.launched):
             if step == "infer":
                 model.eval()
                 with torch.no_grad(), recorder:  # inference mode hides copies
-                    model(images)
+                    model(torch.empty(batch, 3, size, size, dtype=kind))
             else:
                 lay_out(model)
+                augment = Augment(_CHANNELS, size, torch.device("cpu"))
+                given = _Batch.empty(batch, size)
                 optimizer = build_optimizer(model, lr=0.01)
                 fuse_updates(model, optimizer, kind)
-                for _ in range(2):  # the first step also copies the weights for the products
+                for number in (1, 2):  # the first step also copies the weights for the products
                     recorded.events.clear()
                     recorded.exchanged.clear()
                     with recorder:
-                        _train(recorder, model, optimizer, (images, labels), kind)
+                        _train(recorder, model, augment, optimizer, given, kind, number)
         recorded.parameters = [p.numel() for p in model.parameters()]
     recorded.events = [_detached(event) for event in recorded.events]
     return recorded

@@ -19,7 +19,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fastalex.checkpoint import read_metadata, replacing
+from fastalex.checkpoint import read_metadata
+from fastalex.files import replacing
 from fastalex.provenance import commit, versions
 
 _LOCK_SECONDS = 10.0  # within which the processes of a killed launcher have ended

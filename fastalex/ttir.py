@@ -60,12 +60,14 @@ class Operation:
 
 @dataclass(frozen=True)
 class Dot:
-    """A product of tiles [m, k] and [k, n]; ``a`` names its first operand."""
+    """A product of tiles [m, k] and [k, n]; a, b and ``to`` name them and what it is added to."""
 
     m: int
     n: int
     k: int
     a: str
+    b: str
+    to: str
 
     @property
     def flops(self) -> int:
@@ -120,7 +122,7 @@ class Code:
         found = _DOT.search(operation.text)
         assert found is not None, operation.text
         m, k, n = map(int, found.groups())
-        return Dot(m, n, k, operation.operands[0])
+        return Dot(m, n, k, *operation.operands[:3])
 
     def _parse(self, text: str) -> list[Operation]:
         body: list[Operation] = []
@@ -225,14 +227,15 @@ class Code:
     def tile(self) -> tuple[int, int] | None:
         """Rows and columns of the result that a program holds; None where it multiplies nothing.
 
-        Products of one first operand stand side by side, those of another one are added.
+        Products of one operand with several stand side by side, or below each other; those that
+        are added to another product are more of the same result.
         """
         if not self.dots:
             return None
-        columns: dict[str, int] = defaultdict(int)
-        for dot in self.dots:
-            columns[dot.a] += dot.n
-        return self.dots[0].m, max(columns.values())
+        products = {o.results[0] for o in self._operations() if o.name == "tt.dot"}
+        first = [dot for dot in self.dots if dot.to not in products]
+        rows, columns = {d.a: d.m for d in first}, {d.b: d.n for d in first}
+        return sum(rows.values()), sum(columns.values())
 
     def work(self, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> Work:
         """What each program of a launch does.

@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from fastalex import layer_pairs, offline, tuning
-from fastalex.checkpoint import replacing
 from fastalex.command_line import Parser, guarded, whole_number
 from fastalex.evaluate import table
+from fastalex.files import replacing
 from fastalex.gpus import GPUS
 from fastalex.provenance import provenance
 from fastalex.recorded_step import DTYPES

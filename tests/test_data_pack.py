@@ -137,7 +137,7 @@ def test_the_statistics_are_those_of_the_training_pixels(made: Set) -> None:
     assert images.mean_image.dtype == np.float32
 
 
-@pytest.mark.parametrize(("count", "size"), [(2 * 257 + 1, 4), (257, 4), (2, 1024)])
+@pytest.mark.parametrize(("count", "size"), [(2 * 257 + 1, 4), (257, 4), (2, 1024), (2, 300)])
 def test_sums_of_white_images_are_exact(tmp_path: Path, count: int, size: int) -> None:
     """The largest there are: where 16 bits or float32 overflow first."""
     adder = _Adder(size)
@@ -182,6 +182,15 @@ def test_packing_again_finds_the_set_there(
     assert run("pack", made.source, made.root) == 0
     assert "images were already in" in capsys.readouterr().out
     assert contents(made.root) == before
+
+
+def test_neither_the_command_nor_its_processes_wait_for_torch(tmp_path: Path) -> None:
+    code = "import sys, fastalex.data.__main__, fastalex.data.processes; print(*sys.modules)"
+    process = _commands.run(["-c", code], tmp_path)
+    assert process.returncode == 0, process.stderr
+    modules = process.stdout.split()
+    assert "fastalex.data.shard" in modules
+    assert "torch" not in modules
 
 
 # Interrupted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -61,6 +62,37 @@ def test_the_bar_of_the_correct_class_is_red_and_as_long_as_it_is_probable() -> 
     assert red > 1.5 * max(green, blue)
     assert [text.get_text() for text in bars.texts] == ["cat", "dog", "cow"]
     assert [text.get_text() for text in figure.texts] == ["dog"]
+
+
+FERRET = "black-footed ferret, ferret, Mustela nigripes"
+
+
+def test_long_names_are_whole_and_stay_in_their_place() -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    guesses = [(FERRET, 0.6), ("dog", 0.3), (FERRET, 0.1)]
+    figure = drawing.draw_predictions([drawing.Prediction(pixels, FERRET, guesses)])
+    figure.draw_without_rendering()
+    picture, bars = figure.axes
+    for text in (*figure.texts, *bars.texts):
+        assert text.get_text().replace("\n", " ") in (FERRET, "dog")
+    frame = bars.get_window_extent()
+    places = [text.get_window_extent() for text in bars.texts]
+    for upper, lower in itertools.pairwise(places):
+        assert upper.y0 > lower.y1
+    assert all(frame.x0 < p.x0 and p.x1 < frame.x1 for p in places)
+    assert places[0].y1 < frame.y1
+    assert places[-1].y0 > frame.y0
+    title = figure.texts[0].get_window_extent()
+    assert frame.y1 < title.y0
+    assert title.y1 < picture.get_window_extent().y0
+
+    row = drawing.Neighbours(pixels, FERRET, [(pixels, FERRET)])
+    figure = drawing.draw_neighbours([row, row])
+    figure.draw_without_rendering()
+    assert [text.get_text().replace("\n", " ") for text in figure.texts].count(FERRET) == 4
+    upper, below = figure.texts[0].get_window_extent(), figure.axes[2].get_window_extent()
+    assert upper.y1 < figure.axes[0].get_window_extent().y0
+    assert upper.y0 > below.y1
 
 
 def test_neighbours_of_another_class_are_red() -> None:

@@ -79,7 +79,7 @@ class _Step:
 
     def compute(self, labels: torch.Tensor, *pixels: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            logits = self.model(self.augment(*pixels))
+            logits = self.model(self.augment.for_layer(self.model.features[0], *pixels))
         loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad()
         loss.backward()
@@ -137,6 +137,7 @@ def test_two_steps_launch_the_same_on_the_same_memory() -> None:
             launches.clear()
             held.append(_held(step))
     assert len(recorded[1]) > 40
+    assert [name for name, *_ in recorded[1][:2]] == ["_augment_kernel", "_conv2d_relu_fwd_kernel"]
     assert recorded[1] == recorded[2]
     assert all(a is b for a, b in zip(held[1], held[2], strict=True)), "memory was allocated anew"
     assert [len(h) for h in held] == [len(held[0])] * 3

@@ -11,7 +11,14 @@ import torch
 
 from fastalex import AlexNet
 from fastalex.config import Settings
-from fastalex.optim import build_optimizer, set_learning_rate, set_velocities, velocities
+from fastalex.optim import (
+    RATE,
+    build_optimizer,
+    set_learning_rate,
+    set_rates,
+    set_velocities,
+    velocities,
+)
 from fastalex.options import parse_arguments
 from fastalex.precision import LossScaler
 from fastalex.schedule import Schedule
@@ -75,6 +82,28 @@ def test_biases_keep_their_rate_where_they_have_their_own(nets: dict[str, AlexNe
     optimizer = build_optimizer(nets["source2012"], 0.01, bias_lr=2.0, bias_schedule=False)
     set_learning_rate(optimizer, 1e-5)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-5, 0.02]
+
+
+def test_rates_are_written_where_kernels_read_them_and_only_if_new(
+    nets: dict[str, AlexNet],
+) -> None:
+    optimizer = build_optimizer(nets["caffe"], 0.5, 0.75, 0.25)
+    set_rates(optimizer)
+    held = [group[RATE] for group in optimizer.param_groups]
+    assert [rate.tolist() for rate in held] == [[0.5, 0.75, 0.25], [1.0, 0.75, 0.0]]
+    versions = [rate._version for rate in held]
+    set_learning_rate(optimizer, 0.5)
+    assert [rate._version for rate in held] == versions
+    set_learning_rate(optimizer, 0.125)
+    assert [rate._version for rate in held] == [version + 1 for version in versions]
+    optimizer.param_groups[0].update(lr=8.0, momentum=0.5)  # by hand
+    set_learning_rate(optimizer, 0.125)
+    assert [rate.tolist() for rate in held] == [[0.125, 0.5, 0.25], [0.25, 0.75, 0.0]]
+    assert all(
+        rate is group[RATE] for rate, group in zip(held, optimizer.param_groups, strict=True)
+    )
+    set_rates(optimizer)  # anew
+    assert optimizer.param_groups[0][RATE].tolist() == [0.125, 0.5, 0.25]
 
 
 def test_every_parameter_is_trained_once(nets: dict[str, AlexNet]) -> None:

@@ -33,12 +33,32 @@ def test_the_steps_of_a_program_are_its_taps_that_touch_the_image() -> None:
     [("h100", 128, 104e3), ("h100", 1024, 147e3), ("a100", 128, 44e3), ("a100", 1024, 55e3)],
 )
 def test_the_floor_of_a_step(gpu: str, batch: int, ceiling: float) -> None:
-    """The ceilings that were computed by hand for these rates."""
+    """The ceilings that were computed by hand for these rates, of the net without its input."""
     step = record_step(GPUS[gpu].target, batch)
-    floors = cost.floors(step.layers, 2, train=True).values()
-    seconds = sum(GPUS[gpu].seconds(f.flops, f.size, "bf16") for f in floors)
+    floors = cost.floors(step.layers, 2, train=True)
+    augment = floors.pop(("augment", "forward"))
+    assert augment.size == batch * (224 * 224 * 3 + 2 * 57 * 57 * 48)  # crops, blocks
+    seconds = sum(GPUS[gpu].seconds(f.flops, f.size, "bf16") for f in floors.values())
     seconds += cost.UPDATE_BYTES * sum(step.parameters) / (1e12 * GPUS[gpu].bandwidth)
     assert batch / seconds == pytest.approx(ceiling, rel=0.01)
+
+
+@pytest.mark.parametrize(("target", "towers"), [("sm_80", 1), ("sm_90", 1), ("sm_90", 2)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_from_bytes_to_the_first_convolution_is_one_kernel(
+    target: str, towers: int, dtype: str
+) -> None:
+    """Nothing of torch's between: what it would rearrange the images with, or cast."""
+    events = record_step(target, 128, dtype, towers=towers).events
+    before = [e for e in events if e.layer in ("augment", "conv1") and e.phase == "forward"]
+    assert [e.layer for e in before] == ["augment", "conv1"]
+    augment, convolution = (e.launch for e in before)
+    assert augment is not None
+    assert convolution is not None
+    assert augment.name == "_augment_kernel"
+    assert augment.named_args["images_ptr"].shape == (128, 256, 256, 3)
+    backward = [e.name for e in events if e.layer == "conv1" and e.phase == "backward"]
+    assert not [name for name in backward if name.startswith("aten")]
 
 
 def test_waves() -> None:

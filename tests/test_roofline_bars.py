@@ -233,14 +233,16 @@ SHORT_PROGRAMS = "a program computes one row more than it keeps, of few"
 SHORT_BACKWARD = "two windows are loaded before the first of few rows"
 SPLIT_SUMS = "float32 sums of split products, and bias sums, stored and read"
 PADDED_WEIGHT = "the copy of conv1's weight that products read is padded to 12 x 12"
-OPERATORS = "the loss, the input and the exchange by torch, small kernels between the products"
+OPERATORS = "the loss and the exchange by torch, small kernels between the products"
 SHORT_SUMS = "of a bias each thread sums many parts of one element; of a weight, copies are 2 bytes"
 FEW_STEPS = "two steps a program at batch 128: bound by 18 bytes a parameter, not by issue"
+LAST_BYTES = "of 12 bytes that start anywhere, two loads of 8 leave up to 4, which are loaded alone"
 MASKED_SUMS = "the bias sums of the ReLU before it, in place of a pass over the activation"
 
 MISSED = [
     Missed(*missed)
     for missed in (
+        ("narrow accesses", "augment forward", 2.0, "*", LAST_BYTES),
         ("narrow accesses", "fc8 forward finish_partials", 8.0, "*", COLUMNS_1000),
         ("narrow accesses", "fc8 backward epilogue_bwd", 8.0, "*", COLUMNS_1000),
         ("narrow accesses", "fc8 backward sum_update", 8.0, "*", COLUMNS_1000),
@@ -280,7 +282,7 @@ MISSED = [
         ("bytes of LRN + pool", "pool1 backward", 1.15, "* 128", MASKED_SUMS),
         ("bytes of fully connected layers", "fc6 fc7 fc8", 1.23, "* 128, * tower *", SPLIT_SUMS),
         ("bytes of the update", "step", 18.05, "*", PADDED_WEIGHT),
-        ("launches", "step", 79, "*", OPERATORS),
+        ("launches", "step", 78, "*", OPERATORS),
     )
 ]
 

@@ -1,12 +1,17 @@
 """Labelled images and the batches a net is trained on."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fastalex.data.base import Batch, DataError, ImageSource
-from fastalex.data.batches import Batches, decode_size
 from fastalex.data.folder import FolderImages
 from fastalex.data.normalization import MeanImage, Normalization
 from fastalex.data.packed import PackedImages
-from fastalex.data.sources import color_noise, mean_image, open_sources
 from fastalex.data.synthetic import TRAIN_COUNT, VAL_COUNT, SyntheticImages
+
+if TYPE_CHECKING:
+    from fastalex.data.batches import Batches, decode_size
+    from fastalex.data.sources import color_noise, mean_image, open_sources
 
 __all__ = [
     "TRAIN_COUNT",
@@ -25,3 +30,18 @@ __all__ = [
     "mean_image",
     "open_sources",
 ]
+
+# These need torch, without which a process that packs images starts.
+_WITH_TORCH = {
+    "Batches": "batches",
+    "decode_size": "batches",
+    "color_noise": "sources",
+    "mean_image": "sources",
+    "open_sources": "sources",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WITH_TORCH:
+        return getattr(importlib.import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastalex.checkpoint import replacing
 from fastalex.data.base import DataError
 from fastalex.data.listing import Listing, class_of
 from fastalex.data.packed import FORMAT, INDEX, MANIFEST, WORK, digest, file_digest, read_manifest
 from fastalex.data.processes import pack_shards
 from fastalex.data.shard import MAX_SIZE, Record, Shard, Sums
+from fastalex.files import replacing
 
 SIZE = 256  # P§2
 _SHARD_IMAGES = 1024  # 200 MB at 256 pixels
-_LEAST_SHARD_IMAGES = 32
+_LEAST_SHARD_IMAGES = 64
 _SHARDS = 64  # that many at least, if they do not get too small, for as many processes
 ODD, LEFT_OUT = "odd.tsv", "left_out.tsv"
 

@@ -115,10 +115,12 @@ def _begin(done: Any, stop: Any) -> None:
     warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
+    counts = done.get_obj()  # each use of ``done`` itself takes the lock once more
+
     def advance(decoded: int, kept: int) -> bool:
         with done.get_lock():
-            done[0] += decoded
-            done[1] += kept
+            counts[0] += decoded
+            counts[1] += kept
         return not stop.value
 
     global _advance

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,11 +20,12 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import as_strided
 
-from fastalex.checkpoint import replacing
 from fastalex.data.base import Pixels
 from fastalex.data.decode import read_whole, try_read
 from fastalex.data.packed import HEADER, WORK, shard_header, shard_path
+from fastalex.files import replacing
 
 MAX_SIZE = 1024
 
@@ -120,31 +122,33 @@ class _Adder:
 
     A line of an image holds r g b r g b ..., so that its product with itself, moved by 0, 1 or 2
     places, holds every product of two channels of a pixel. Added up line by line in float32, no
-    channel has to be taken out of the line first.
+    channel has to be taken out of the line first. A few lines at a time stay in the cache.
     """
 
     _IMAGES = 257  # whose pixels 16 bits can add up
-    _LINES = 256  # whose products are below 2^24, up to where float32 holds every integer
+    _LINES = 128  # of at most 258, whose products stay below 2^24, where float32 is exact
 
     def __init__(self, size: int) -> None:
         self._images = 0
-        self._few = np.zeros((size, size, 3), np.uint16)
-        self._pixels = np.zeros((size, size, 3), np.uint32)
-        self._wide = np.empty((size, size * 3), np.float32)
+        self._few = np.zeros((size, size * 3), np.uint16)
+        self._pixels = np.zeros((size, size * 3), np.uint32)
+        shape = (min(size, self._LINES), size * 3)
+        moved = np.zeros(math.prod(shape) + 2, np.float32)
+        self._lines = moved[:-2].reshape(shape)
+        self._moved = as_strided(moved, (3, *shape), (moved.itemsize, *self._lines.strides))
         self._totals = np.zeros((3, size * 3))  # of products, by shift and place in the line
 
     def add(self, image: Pixels) -> None:
         self._images += 1
-        np.add(self._few, image, out=self._few)
+        image = image.reshape(self._few.shape)
+        for first in range(0, len(image), len(self._lines)):
+            block = slice(first, first + len(self._lines))
+            np.add(self._few[block], image[block], out=self._few[block])
+            lines = self._lines[: len(image) - first]
+            np.copyto(lines, image[block])
+            self._totals += np.einsum("yk,syk->sk", lines, self._moved[:, : len(lines)])
         if self._images % self._IMAGES == 0:
             self._spill()
-        np.copyto(self._wide, image.reshape(self._wide.shape))
-        width = self._wide.shape[1]
-        for first in range(0, len(self._wide), self._LINES):
-            lines = self._wide[first : first + self._LINES]
-            for shift in range(3):
-                left, right = lines[:, : width - shift], lines[:, shift:]
-                self._totals[shift, : width - shift] += np.einsum("yk,yk->k", left, right)
 
     def _spill(self) -> None:
         self._pixels += self._few
@@ -158,7 +162,8 @@ class _Adder:
                 total = self._totals[shift, channel::3].sum()
                 products[channel, channel + shift] = products[channel + shift, channel] = total
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, images=self._images, pixels=self._pixels, products=products)
+            pixels = self._pixels.reshape(len(self._pixels), -1, 3)
+            np.savez(file, images=self._images, pixels=pixels, products=products)
 
 
 def pack_shard(shard: Shard, advance: Callable[[int, int], bool]) -> None:

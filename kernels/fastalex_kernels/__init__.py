@@ -9,6 +9,7 @@ from fastalex_kernels._launch import backend
 from fastalex_kernels.augment import augment
 from fastalex_kernels.conv2d_relu import conv2d_relu
 from fastalex_kernels.conv2d_relu_space_to_depth import conv2d_relu_space_to_depth
+from fastalex_kernels.cross_entropy import cross_entropy
 from fastalex_kernels.linear_relu_dropout import dropout, linear_relu_dropout
 from fastalex_kernels.lrn_max_pool2d import lrn_max_pool2d, max_pool2d, pooled_size
 
@@ -17,6 +18,7 @@ __all__ = [
     "backend",
     "conv2d_relu",
     "conv2d_relu_space_to_depth",
+    "cross_entropy",
     "dropout",
     "linear_relu_dropout",
     "lrn_max_pool2d",

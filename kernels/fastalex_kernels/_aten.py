@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _philox
 
+_NO_LABEL = -(2**63)  # every other one that is no class is an error
 _BLOCK = 1 << 17  # elements of LRN handled at a time on a CPU: they stay in its cache
 
 
@@ -201,6 +202,11 @@ def dropout(
     return torch.where(kept, input / (1.0 - p), input.new_zeros(()))
 
 
+def cross_entropy(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    return F.cross_entropy(wide, target, ignore_index=_NO_LABEL)
+
+
 def augment(
     images: torch.Tensor,
     tops: torch.Tensor,
@@ -209,6 +215,7 @@ def augment(
     colors: torch.Tensor | None,
     mean: torch.Tensor | None,
     scale: torch.Tensor | None,
+    centred: bool,
     size: int,
     padding: tuple[tuple[int, int], tuple[int, int]],
     block: int,
@@ -224,7 +231,9 @@ def augment(
     wide = torch.promote_types(dtype, torch.float32)
     x = x.to(wide).view(N, size, size * 3)
     if mean is not None and mean.dim() == 3:
-        x -= mean[rows, columns].view_as(x)
+        first, start = (H - size) // 2, (W - size) // 2
+        centre = mean[first : first + size, start : start + size].reshape(1, size, size * 3)
+        x -= centre if centred else mean[rows, columns].view_as(x)
         mean = None
     # Repeated along a line: an inner loop over three channels would take several times as long.
     factor = torch.ones(3, dtype=wide, device=x.device) if scale is None else scale.to(wide)

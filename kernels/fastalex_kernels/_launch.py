@@ -22,6 +22,8 @@ BACKENDS = ("auto", "triton", "aten")
 TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
 MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # along the axes of a grid
 MOST_COUNTED = 2**31 - 2**24  # what a block or a program's share counts beyond the end fits, too
+# Of the largest GPU of a target. What is chosen by them is a speed, and the same everywhere.
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels store
 
 

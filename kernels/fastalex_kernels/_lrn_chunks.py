@@ -30,12 +30,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels._launch import MOST_COUNTED, aligned, launch, target
+from fastalex_kernels._launch import MOST_COUNTED, PROCESSORS, aligned, launch, target
 
 CHUNK = 8  # channels
 _STRIP = 3  # pooled columns of a forward program
 _CHUNKS = {"forward": 128, "backward": 128}  # of a program, one a thread: 4 warps
-_PROGRAMS = 1024  # cut the rows until about this many programs run: some eight per SM
+_RESIDENT = 4  # programs that a processor holds: 128 registers of 128 threads
+_EXTRA_ROWS = 1.5  # what a program costs beyond its pooled rows, in rows: those it starts with
 
 
 class Norm(NamedTuple):
@@ -490,11 +491,20 @@ def _scaled_constants(norm: Norm) -> dict[str, float]:
     return {"START": norm.offset / norm.scale, "UNIT": norm.scale**-0.75}
 
 
-def _row_split(rows: int, programs: int) -> tuple[int, int]:
-    """(rows of a program, programs along the rows) for ``programs`` in the other directions."""
-    parts = max(1, min(rows, -(-_PROGRAMS // max(programs, 1))))
-    share = -(-rows // parts)
-    return share, -(-rows // share)
+def _row_split(rows: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """(rows of a program, programs along the rows) for ``programs`` in the other directions.
+
+    Of every cut of the rows, the one whose last program ends first: fewer rows start more programs
+    than run at once, and each computes some rows that its neighbour does too.
+    """
+    resident = _RESIDENT * PROCESSORS.get(target(device), 128)
+
+    def last_end(share: int) -> float:
+        rounds = triton.cdiv(programs * triton.cdiv(rows, share), resident)
+        return int(rounds) * (share + _EXTRA_ROWS)
+
+    share = min(range(1, max(rows, 1) + 1), key=last_end)
+    return share, triton.cdiv(rows, share)
 
 
 def forward(
@@ -509,7 +519,7 @@ def forward(
     (H, W, N, C), (P, Q, _, _) = x.shape, y.shape
     T = _CHUNKS["forward"]
     blocks, strips = triton.cdiv(N * C // CHUNK, T), triton.cdiv(Q, _STRIP)
-    share, parts = _row_split(P, blocks * strips)
+    share, parts = _row_split(P, blocks * strips, x.device)
     launch(
         _lrn_max_pool2d_chunks_fwd_kernel, (blocks, strips, parts), x, y, argmax, N, H, W, P, Q,
         share, C=C, GROUP=C // groups // CHUNK, SIGNED=norm.signed, SAVE=save,
@@ -538,7 +548,7 @@ def backward(
     used = T // group * group
     blocks = triton.cdiv(N * C // CHUNK, used)
     columns = triton.cdiv(W, 2)
-    share, parts = _row_split(triton.cdiv(H, 2), blocks * columns)
+    share, parts = _row_split(triton.cdiv(H, 2), blocks * columns, x.device)
     programs = blocks * columns * parts
     mask = mask and C <= CHUNK * T  # a program sums whole images
     sums = dx.new_empty((programs if mask else 0, C), dtype=torch.float32)

@@ -385,13 +385,14 @@ def augment(
     colors: Tensor | None,
     mean: Tensor | None,
     scale: Tensor | None,
+    centred: bool,
     size: int,
     padding: Sequence[int],
     block: int,
     lines: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    given = (images, tops, lefts, mirrors, colors, mean, scale, size)
+    given = (images, tops, lefts, mirrors, colors, mean, scale, centred, size)
     height, width = lines
     return augment_forward(*given, _sides(padding), block, (height, width), dtype)
 
@@ -405,6 +406,7 @@ def _(
     colors: Tensor | None,
     mean: Tensor | None,
     scale: Tensor | None,
+    centred: bool,
     size: int,
     padding: Sequence[int],
     block: int,

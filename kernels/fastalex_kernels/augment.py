@@ -7,8 +7,8 @@ A mean image is cropped and mirrored with the image it is taken from (P§2). The
 of a crop and writes each value once, and is bound by memory as long as it issues few instructions:
 
 * A thread takes an item: 16 pixels, 48 values, as 4 runs of 4 pixels of a line. The 12 bytes of a
-  run are contiguous, mirrored or not, and start anywhere, so 4 aligned words are read and shifted;
-  what neighbouring items share comes from the cache.
+  run are contiguous, mirrored or not, and start anywhere, so 2 aligned pairs of words are read, a
+  third where it is needed, and shifted; what neighbouring items share comes from the cache.
 * A mirrored run has its pixels exchanged while they are still bytes, 4 to a register.
 * An item's 12 words are its values in the order in which they are stored, so three tiles of
   [items, 16] are widened, scaled and stored, 16 bytes at a time and whole sectors of 32.
@@ -45,36 +45,45 @@ _INTERPRETER_ITEMS = 4096  # where an operation costs the same at any size
 
 
 @triton.jit
-def _load_word(ptr, byte, size, inside, WORDS: tl.constexpr):
-    """Bytes byte .. byte + 3 of an image of ``size`` bytes, and 0 for those beyond it.
+def _load_pair(ptr, byte, size, inside):
+    """Bytes byte .. byte + 7 of an image of ``size`` bytes, and 0 for those beyond it.
 
-    With WORDS, ``byte`` is a multiple of 4.
+    ``byte`` is a multiple of 8.
     """
-    if WORDS:
-        mask = inside & (byte >= 0) & (byte < size)
-        word_ptr = ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
-        word = tl.load(word_ptr + (byte >> 2), mask=mask, other=0)
-    else:
-        word = tl.zeros(byte.shape, tl.uint32)
-        for i in tl.static_range(4):
-            mask = inside & (byte + i >= 0) & (byte + i < size)
-            word |= tl.load(ptr + byte + i, mask=mask, other=0).to(tl.uint32) << (8 * i)
+    mask = inside & (byte >= 0) & (byte < size)
+    pair_ptr = ptr.to(tl.pointer_type(tl.uint64), bitcast=True)
+    return tl.load(pair_ptr + (byte >> 3), mask=mask, other=0)
+
+
+@triton.jit
+def _load_word(ptr, byte, size, inside):
+    """Bytes byte .. byte + 3 of an image of ``size`` bytes, and 0 for those beyond it."""
+    word = tl.zeros(byte.shape, tl.uint32)
+    for i in tl.static_range(4):
+        mask = inside & (byte + i >= 0) & (byte + i < size)
+        word |= tl.load(ptr + byte + i, mask=mask, other=0).to(tl.uint32) << (8 * i)
     return word
 
 
 @triton.jit
-def _load_run(ptr, byte, size, inside, WORDS: tl.constexpr):
+def _load_run(ptr, byte, size, inside, PAIRS: tl.constexpr):
     """The 12 bytes from ``byte`` on, as three words."""
-    first = byte & -4 if WORDS else byte
-    w0 = _load_word(ptr, first, size, inside, WORDS)
-    w1 = _load_word(ptr, first + 4, size, inside, WORDS)
-    w2 = _load_word(ptr, first + 8, size, inside, WORDS)
-    if WORDS:
+    if PAIRS:
+        first = byte & -8
+        p0 = _load_pair(ptr, first, size, inside)
+        p1 = _load_pair(ptr, first + 8, size, inside)
+        p2 = _load_pair(ptr, first + 16, size, inside & ((byte & 7) > 4))
+        odd = (byte & 4) != 0
+        low = tl.where(odd, (p0 >> 32) | (p1 << 32), p0)
+        high = tl.where(odd, (p1 >> 32) | (p2 << 32), p1)
         shift = ((byte & 3) * 8).to(tl.uint64)
-        w3 = _load_word(ptr, first + 12, size, inside, WORDS)
-        w0 = (((w1.to(tl.uint64) << 32) | w0) >> shift).to(tl.uint32)
-        w1 = (((w2.to(tl.uint64) << 32) | w1) >> shift).to(tl.uint32)
-        w2 = (((w3.to(tl.uint64) << 32) | w2) >> shift).to(tl.uint32)
+        w0 = (low >> shift).to(tl.uint32)
+        w1 = (((low >> 32) | (high << 32)) >> shift).to(tl.uint32)
+        w2 = (high >> shift).to(tl.uint32)
+    else:
+        w0 = _load_word(ptr, byte, size, inside)
+        w1 = _load_word(ptr, byte + 4, size, inside)
+        w2 = _load_word(ptr, byte + 8, size, inside)
     return w0, w1, w2
 
 
@@ -161,10 +170,11 @@ def _augment_kernel(
     PAD_TOP: tl.constexpr,
     PAD_LEFT: tl.constexpr,
     COLUMNS: tl.constexpr,  # an item is 16 / COLUMNS lines of this many pixels
-    WORDS: tl.constexpr,  # every aligned word that holds a byte of the images lies inside them
+    PAIRS: tl.constexpr,  # every aligned 8 bytes that hold one of the images' lie inside them
     HAS_COLORS: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     HAS_MEAN_IMAGE: tl.constexpr,
+    CENTRED: tl.constexpr,  # the mean image's centre is subtracted, neither moved nor mirrored
     HAS_SCALE: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
@@ -183,9 +193,9 @@ def _augment_kernel(
     m0, m1, m2 = _load3(mean_ptr, 0, HAS_MEAN, 0.0)
     b0, b1, b2 = (c0 - m0) * s0, (c1 - m1) * s1, (c2 - m2) * s2
 
-    # An image need not start at a multiple of 4 bytes: count from the one before.
+    # An image need not start at a multiple of 8 bytes: count from the one before.
     start = n.to(tl.int64) * (H * W * 3)
-    skip = (start % 4).to(tl.int32) if WORDS else 0
+    skip = (start % 8).to(tl.int32) if PAIRS else 0
     image_ptr = images_ptr + (start - skip)
     words = ()
     means = ()
@@ -195,16 +205,19 @@ def _augment_kernel(
         inside = live & (row >= 0) & (row < SIZE) & (column > -4) & (column < SIZE)
         source = left + tl.where(mirrored, SIZE - 4 - column, column)
         byte = skip + ((top + row) * W + source) * 3
-        w0, w1, w2 = _load_run(image_ptr, byte, skip + H * W * 3, inside, WORDS)
+        w0, w1, w2 = _load_run(image_ptr, byte, skip + H * W * 3, inside, PAIRS)
         v0, v1, v2 = _exchange_pixels(w0, w1, w2)
         w0 = tl.where(mirrored, v0, w0)
         w1 = tl.where(mirrored, v1, w1)
         w2 = tl.where(mirrored, v2, w2)
         words += (w0, w1, w2)  # type: ignore[assignment]
         if HAS_MEAN_IMAGE:
-            source = left + tl.where(mirrored, SIZE - 1 - column, column)
-            step = tl.where(mirrored, -3, 3)
-            first = ((top + row) * W + source) * 3
+            mean_row, source, step = (H - SIZE) // 2 + row, (W - SIZE) // 2 + column, 3
+            if not CENTRED:
+                mean_row = top + row
+                source = left + tl.where(mirrored, SIZE - 1 - column, column)
+                step = tl.where(mirrored, -3, 3)
+            first = (mean_row * W + source) * 3
             means += _load_mean(mean_ptr, first, step, column, inside, SIZE)
 
     if COLUMNS == 4:
@@ -248,6 +261,7 @@ def augment_forward(
     colors: torch.Tensor | None,
     mean: torch.Tensor | None,
     scale: torch.Tensor | None,
+    centred: bool,
     size: int,
     padding: Padding,
     block: int,
@@ -265,10 +279,11 @@ def augment_forward(
         images if colors is None else colors, images if mean is None else mean,
         images if scale is None else scale, out, N, H=H, W=W, SIZE=size, P=P, Q=Q, WIDTH=width,
         PAD_TOP=padding[0][0], PAD_LEFT=padding[1][0], COLUMNS=4 if block == 4 else 16,
-        WORDS=images.numel() % 4 == 0 and aligned(images), HAS_COLORS=colors is not None,
+        PAIRS=images.numel() % 8 == 0 and aligned(images), HAS_COLORS=colors is not None,
         HAS_MEAN=mean is not None and mean.dim() == 1,
         HAS_MEAN_IMAGE=mean is not None and mean.dim() == 3,
-        HAS_SCALE=scale is not None, ITEMS=items, num_warps=4, counted=max(P * Q, H * W * 3),
+        CENTRED=centred, HAS_SCALE=scale is not None, ITEMS=items, num_warps=4,
+        counted=max(P * Q, H * W * 3),
     )  # fmt: skip
     return out
 
@@ -287,6 +302,7 @@ def augment(
     space_to_depth: int = 1,
     kernel_size: int = 11,
     dtype: torch.dtype = torch.bfloat16,
+    centred: bool = False,
 ) -> torch.Tensor:
     """Crop, mirror, colour and normalise a batch of images, ready for the first convolution.
 
@@ -315,6 +331,8 @@ def augment(
             windows reach are left out, as the convolution with a stride leaves lines out. Unused
             where ``space_to_depth`` is 1.
         dtype: float32, bfloat16, float16, or float64, which runs on ATen.
+        centred: whether it is the centre of a mean image that is subtracted from every crop,
+            wherever that was cut and mirrored or not.
 
     Returns:
         [N, 3, size + top + bottom, size + left + right], channels last in memory; or, as blocks,
@@ -345,15 +363,14 @@ def augment(
     lines = _lines(size, sides, space_to_depth, kernel_size)
     if dtype == torch.float64 or not use_triton(images):
         crops = (tops, lefts, mirrors.bool())
-        out = _aten.augment(
-            images, *crops, colors, mean, scale, size, sides, space_to_depth, lines, dtype
-        )
+        given = (images, *crops, colors, mean, scale, centred, size)
+        out = _aten.augment(*given, sides, space_to_depth, lines, dtype)
     else:
         colors, mean, scale = (None if v is None else v.contiguous() for v in (colors, mean, scale))
         crops = (tops.contiguous(), lefts.contiguous(), mirrors.contiguous().view(torch.uint8))
         # The interpreter cannot round to bfloat16.
         stored = torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype
-        given = (images.contiguous(), *crops, colors, mean, scale, size)
+        given = (images.contiguous(), *crops, colors, mean, scale, centred, size)
         if torch.compiler.is_compiling():
             pads = [*sides[0], *sides[1]]
             out = torch.ops.fastalex.augment(*given, pads, space_to_depth, lines, stored)

@@ -21,7 +21,6 @@ becomes 3 x 3 on 48, whose rows load 16 bytes at a time.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -38,17 +37,16 @@ from fastalex_kernels._conv2d_arguments import (
     space_to_depth_weight,
     spell_out,
 )
+from fastalex_kernels._conv2d_tiles import halved_warps, split_channels, tma_fits
+from fastalex_kernels._conv2d_weight import conv2d_relu_backward_weight
 from fastalex_kernels._epilogue import epilogue_backward, sum_partials
 from fastalex_kernels._handover import hand_over, offers, taken, wanted
 from fastalex_kernels._launch import (
     TRITON,
-    aligned,
     autocast,
     cut,
     dot_precision,
-    has_tma,
     interpretable,
-    interpreted,
     launch,
     outside_graphs,
     target,
@@ -72,18 +70,6 @@ _FORWARD_TILES = {
     ("interpreter", 16): (2048, 512, 512, 4, 1),  # where an operation costs the same at any size
     ("interpreter", 32): (2048, 512, 512, 4, 1),
 }
-# The weight gradient's M is input channels, its K is rows.
-_WEIGHT_TILES = {
-    ("sm_80", 16): (128, 128, 64, 8, 3),
-    ("sm_90", 16): (128, 128, 64, 8, 4),
-    ("sm_100", 16): (128, 128, 64, 8, 4),
-    ("gfx942", 16): (64, 64, 32, 4, 2),
-    ("other", 16): (128, 64, 32, 8, 2),
-    ("other", 32): (64, 64, 32, 8, 3),
-    ("interpreter", 16): (2048, 512, 512, 4, 1),
-    ("interpreter", 32): (2048, 512, 512, 4, 1),
-}
-_WEIGHT_PROGRAMS = 528  # split the reduction until about this many programs run: four per SM
 
 
 @triton.jit
@@ -324,8 +310,6 @@ def _conv2d_relu_fwd_tma_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TAIL_N > 0:
         acc_n = tl.zeros((BLOCK_M, TAIL_N), tl.float32)
-    if TAIL_K > 0:
-        acc_k = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     r = r_lo
     s = s_lo
     c = pid * 0
@@ -339,11 +323,9 @@ def _conv2d_relu_fwd_tma_kernel(
             acc_n = tl.dot(a, b, acc_n)
         if TAIL_K > 0:
             b = _load_weight(w_tail_desc, tap, c + BLOCK_K, g, k, C, K, REVERSE)
-            acc_k = tl.dot(x_tail_desc.load([row, g * C + c + BLOCK_K]), b, acc_k)
+            acc = tl.dot(x_tail_desc.load([row, g * C + c + BLOCK_K]), b, acc)
         r, s, c = _next_tap(r, s, c, s_lo, s_hi, BLOCK_K + TAIL_K, C)
 
-    if TAIL_K > 0:
-        acc += acc_k
     first = (p * Q + q) * N + n
     offs_n = k + tl.arange(0, BLOCK_N)
     offs = (first + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None] * (G * K) + g * K
@@ -363,124 +345,6 @@ def _conv2d_relu_fwd_tma_kernel(
         tl.store(y_ptr + offs + tail_n[None, :], acc_n.to(y_ptr.dtype.element_ty))
 
 
-@triton.jit
-def _weight_share(
-    tap, split, N, H, W, P, Q, S: tl.constexpr, R: tl.constexpr, PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """What one program of the weight gradient adds up.
-
-    The output pixels whose tap lies inside the image are p_lo..p_hi by q_lo..q_hi: `run` rows in
-    each line of them, contiguous both in dz and, shifted, in x. Returned are the blocks first..last
-    of this split, the line p and row j of the first, q_lo, and run.
-    """
-    p_lo = tl.maximum(PAD_H - tap // S, 0)
-    p_hi = tl.minimum(H + PAD_H - tap // S, P)
-    q_lo = tl.maximum(PAD_W - tap % S, 0)
-    q_hi = tl.minimum(W + PAD_W - tap % S, Q)
-    run = tl.maximum(q_hi - q_lo, 0) * N
-    blocks = (run + BLOCK_K - 1) // BLOCK_K
-    steps = tl.maximum(p_hi - p_lo, 0) * blocks
-    share = (steps + SPLIT - 1) // SPLIT
-    first = split * share
-    last = tl.minimum(first + share, steps)
-    p = p_lo + first // tl.maximum(blocks, 1)
-    return first, last, p, first % tl.maximum(blocks, 1) * BLOCK_K, q_lo, run
-
-
-@triton.jit
-def _conv2d_bwd_weight_kernel(
-    x_ptr,  # [H, W, N, G * C]
-    dz_ptr,  # [P, Q, N, G * K]
-    part_ptr,  # float32 [SPLIT, R * S, C, G * K]
-    N,
-    H,
-    W,
-    P,
-    Q,
-    G: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    SPLIT: tl.constexpr,
-    EVEN_ROWS: tl.constexpr,  # BLOCK_K divides N: every block of rows is full
-    TMA: tl.constexpr,  # x_ptr and dz_ptr are descriptors of [rows, channels]; EVEN_ROWS holds
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    M_BLOCKS: tl.constexpr = (C + BLOCK_M - 1) // BLOCK_M
-    N_BLOCKS: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    pid = tl.program_id(0)
-    split = tl.program_id(1)
-    g = tl.program_id(2)
-    tap = pid // (M_BLOCKS * N_BLOCKS)
-    c = pid // N_BLOCKS % M_BLOCKS * BLOCK_M
-    k = pid % N_BLOCKS * BLOCK_N
-    first, last, p, j, q_lo, run = _weight_share(
-        tap, split, N, H, W, P, Q, S, R, PAD_H, PAD_W, SPLIT, BLOCK_K
-    )
-    offs_m = c + tl.arange(0, BLOCK_M)
-    offs_n = k + tl.arange(0, BLOCK_N)
-    mask_m = offs_m < C
-    mask_n = offs_n < K
-    if not TMA:
-        offs_k = tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + offs_k[None, :] * (G * C) + (g * C + offs_m)[:, None]  # x transposed
-        dz_ptrs = dz_ptr + offs_k[:, None] * (G * K) + (g * K + offs_n)[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(first, last):
-        x_row = ((p + tap // S - PAD_H) * W + q_lo + tap % S - PAD_W) * N + j
-        dz_row = (p * Q + q_lo) * N + j
-        if TMA:
-            a = x_ptr.load([x_row, g * C + c]).T
-            b = dz_ptr.load([dz_row, g * K + k])
-        else:
-            mask_k = offs_k < run - j
-            a_ptrs = x_ptrs + x_row.to(tl.int64) * (G * C)
-            b_ptrs = dz_ptrs + dz_row.to(tl.int64) * (G * K)
-            if EVEN_ROWS and C % BLOCK_M == 0:
-                a = tl.load(a_ptrs)
-            else:
-                a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            if EVEN_ROWS and K % BLOCK_N == 0:
-                b = tl.load(b_ptrs)
-            else:
-                b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        j += BLOCK_K
-        wrap = j >= run
-        j = tl.where(wrap, 0, j)
-        p = tl.where(wrap, p + 1, p)
-
-    row = ((split * (R * S) + tap) * C + offs_m).to(tl.int64)
-    part_ptrs = part_ptr + row[:, None] * (G * K) + (g * K + offs_n)[None, :]
-    tl.store(part_ptrs, acc, mask=mask_m[:, None] & mask_n[None, :])
-
-
-def _warps(warps: int, block_m: int, block_n: int, bits: int) -> int:
-    """Half the warps for half a tile: each then issues as many products for its bookkeeping.
-
-    Not for float32, which has no tensor cores: four warps of a 64 x 64 tile spill.
-    """
-    return warps if bits == 32 or block_m * block_n > 64 * 128 else min(warps, 4)
-
-
-def _split(block: int, size: int) -> tuple[int, int]:
-    """(block, tail) that fill ``size`` channels exactly where two powers of two can."""
-    for main in (block, block // 2):
-        if main >= 16 and size % main == 0:
-            return main, 0
-        tail = main // 2
-        if tail >= 16 and size % (main + tail) == 0:
-            return main, tail
-    return cut(block, size), 0
-
-
 def _forward_tile(
     x: torch.Tensor, N: int, pixels: int, C: int, K: int, kernel: str, *sizes: int
 ) -> dict[str, int]:
@@ -495,17 +359,17 @@ def _forward_tile(
             "BLOCK_K": cut(block_k, C),
             "TAIL_K": 0,
         }
-    k, tail_k = _split(block_k, C)
+    k, tail_k = split_channels(block_k, C)
     if tail_k and k + tail_k != C:  # a tail ends every tap, so there is one chunk a tap
         k, tail_k = cut(block_k, C), 0
     if tail_k and x.element_size() == 4:  # 32 + 16 spill
         k, tail_k = tail_k, 0
-    n, tail_n = _split(block_n, K)
+    n, tail_n = split_channels(block_n, K)
     if n < block_n // 2 or (tail_n and tail_k):
         n, tail_n = cut(block_n, K), 0
     if tail_n and N % block_m and target(x.device) == "sm_80" and TRITON < (3, 9):
         k = min(k, 32)  # 64 with masked rows spill there
-    warps = _warps(warps, block_m, n + tail_n, 8 * x.element_size())
+    warps = halved_warps(warps, block_m, n + tail_n, 8 * x.element_size())
     return tile | {
         "BLOCK_N": n,
         "TAIL_N": tail_n,
@@ -583,7 +447,7 @@ def _convolve(
         kept = mask
         sums = y.new_empty((m_blocks, groups * K), dtype=torch.float32)
     made = (y, kept, y if sums is None else sums)
-    if one_pixel and _tma_fits(groups, x, w) and C % (tile["BLOCK_K"] + tile["TAIL_K"]) == 0:
+    if one_pixel and tma_fits(groups, x, w) and C % (tile["BLOCK_K"] + tile["TAIL_K"]) == 0:
         descriptors = _forward_descriptors(x, w, tile, reverse)
         launch(
             _conv2d_relu_fwd_tma_kernel, grid, *descriptors, b, *made, *sizes, **constants,
@@ -608,18 +472,6 @@ def _farthest_row(
     return max(P * Q, h * W + w + 1, abs(top) * Q) * N
 
 
-def _tma_fits(groups: int, *operands: torch.Tensor) -> bool:
-    """Whether operands can be described to the tensor memory accelerator: 16-byte rows."""
-    return has_tma(operands[0].device) and all(
-        x.element_size() == 2
-        and x.numel() > 0
-        and x.shape[3] // groups % 8 == 0
-        and aligned(x)
-        and math.prod(x.shape[:3]) < 2**31
-        for x in operands
-    )
-
-
 def _forward_descriptors(
     x: torch.Tensor, w: torch.Tensor, tile: dict[str, int], reverse: bool
 ) -> list[TensorDescriptor]:
@@ -635,42 +487,6 @@ def _forward_descriptors(
     return [TensorDescriptor.from_tensor(rows, b) for b in blocks] + [
         TensorDescriptor.from_tensor(weights, b) for b in w_blocks
     ]
-
-
-def conv2d_relu_backward_weight(
-    x: torch.Tensor, dz: torch.Tensor, kernel_size: tuple[int, int], padding: Padding, groups: int
-) -> torch.Tensor:
-    """dw in float32 parts [parts, R, S, C, G*K], of x [H, W, N, G*C] and dz [P, Q, N, G*K]."""
-    (H, W, N, GC), (P, Q, _, GK), (R, S) = x.shape, dz.shape, kernel_size
-    C, K = GC // groups, GK // groups
-    block_m, block_n, block_k, warps, stages = tile_entry(
-        _WEIGHT_TILES, x, "conv2d weight", N, P, Q, C, K, R, S, groups
-    )
-    block_k = next((k for k in (block_k, block_k // 2) if N % k == 0), block_k)
-    block_m, block_n = cut(block_m, C), cut(block_n, K)
-    programs = R * S * triton.cdiv(C, block_m) * triton.cdiv(K, block_n)
-    split = 1
-    if not interpreted():
-        steps = P * triton.cdiv(Q * N, block_k)
-        split = max(1, min(_WEIGHT_PROGRAMS // (programs * groups), steps // 4))
-    part = x.new_empty((split, R, S, C, GK), dtype=torch.float32)
-    even_rows = N % block_k == 0
-    tma = even_rows and N > 0 and _tma_fits(groups, x, dz)
-    operands: tuple[Any, ...] = (x, dz)
-    if tma:
-        operands = (
-            TensorDescriptor.from_tensor(x.view(-1, GC), [block_k, block_m]),
-            TensorDescriptor.from_tensor(dz.view(-1, GK), [block_k, block_n]),
-        )
-    launch(
-        _conv2d_bwd_weight_kernel, (programs, split, groups), *operands, part, N, H, W, P, Q,
-        G=groups, C=C, K=K, R=R, S=S, PAD_H=padding[0][0], PAD_W=padding[1][0], SPLIT=split,
-        EVEN_ROWS=even_rows, TMA=tma, PRECISION=dot_precision(x.dtype), BLOCK_M=block_m,
-        BLOCK_N=block_n, BLOCK_K=block_k, num_stages=stages,
-        num_warps=_warps(warps, block_m, block_n, 8 * x.element_size()),
-        counted=max(H * W * N, P * Q * N, part[..., 0].numel()),
-    )  # fmt: skip
-    return part
 
 
 def pack_weight(weight: torch.Tensor, stride: int = 1) -> torch.Tensor:
@@ -740,7 +556,7 @@ class Conv2dReLUFunction(torch.autograd.Function):
         else:
             if part is not None:
                 dw = sum_partials(part, x.new_empty(w.shape)).permute(3, 2, 0, 1)
-            if need_b:
+            if sums is not None and need_b:
                 db = sum_partials(sums, torch.empty_like(bias))
         return dx, dw, db, *[None] * 5
 

@@ -290,7 +290,7 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
         if updated and masked(grad):
             p = ctx.dropout["p"]  # the products scale, as what is masked may be masked again
         else:
-            dz, sums = epilogue_backward(
+            flat, sums = epilogue_backward(
                 dz,
                 output,
                 need_dz=need_x or need_w,
@@ -298,6 +298,7 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
                 rng=rng,
                 **ctx.dropout,
             )
+            dz = dz if flat is None else flat
         dx = dw = db = None
         if need_x:
             dx = matmul(dz, weight, p=p, mask=input.contiguous() if ctx.mask else None)

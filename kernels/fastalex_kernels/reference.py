@@ -116,6 +116,18 @@ def linear_relu_dropout(
     return torch.where(kept, output / (1.0 - p), torch.zeros_like(output))
 
 
+def cross_entropy(
+    input: torch.Tensor, target: torch.Tensor, gradient: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Of each row, the logarithm of the softmax's denominator less the label's logit."""
+    chosen = input.gather(1, target[:, None])[:, 0]
+    return (input.logsumexp(1) - chosen).mean()
+
+
+def _part(image: torch.Tensor, top: int, left: int, size: int) -> torch.Tensor:
+    return image[top : top + size, left : left + size]
+
+
 def augment(
     images: torch.Tensor,
     tops: torch.Tensor,
@@ -129,21 +141,27 @@ def augment(
     space_to_depth: int = 1,
     kernel_size: int = 11,
     dtype: torch.dtype = torch.float64,
+    centred: bool = False,
 ) -> torch.Tensor:
-    """Each image by itself: add, subtract, scale, then crop and flip; in float64, then rounded."""
+    """Each image by itself: add, subtract, scale, then crop and flip; in float64, then rounded.
+
+    The centre of a mean image is subtracted from the flipped crop.
+    """
     (top, bottom), (left, right) = _sides(padding)
     crops = torch.zeros(len(images), 3, size, size, dtype=torch.float64, device=images.device)
     for n, image in enumerate(images.double()):
         if colors is not None:
             image = image + colors[n]
-        if mean is not None:
+        if mean is not None and not centred:
             image = image - mean
-        if scale is not None:
-            image = image * scale
         first = min(max(int(tops[n]), 0), image.shape[0] - size)
         start = min(max(int(lefts[n]), 0), image.shape[1] - size)
-        crop = image[first : first + size, start : start + size]
-        crops[n] = (crop.flip(1) if mirrors[n] else crop).permute(2, 0, 1)
+        crop = _part(image, first, start, size)
+        crop = crop.flip(1) if mirrors[n] else crop
+        if mean is not None and centred:
+            middle, centre = ((side - size) // 2 for side in image.shape[:2])
+            crop = crop - (mean if mean.dim() == 1 else _part(mean, middle, centre, size))
+        crops[n] = (crop if scale is None else crop * scale).permute(2, 0, 1)
     output = F.pad(crops, (left, right, top, bottom))
     if space_to_depth > 1:
         s = space_to_depth

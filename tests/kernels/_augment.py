@@ -10,7 +10,7 @@ import torch
 import fastalex_kernels as fk
 from fastalex_kernels.reference import TOLERANCES
 
-MEANS = (None, "channels", "bytes", "floats")
+MEANS = (None, "channels", "bytes", "floats", "centre")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Case:
     Args:
         shape: images, height and width.
         size, padding, space_to_depth: as the function's.
-        mean: one of ``MEANS``: none, one value a channel, or an image of uint8 or float32.
+        mean: one of ``MEANS``: none, one value a channel, an image of uint8 or float32, or the
+            centre of one.
         plain: neither colours nor a scale.
         layout: how images and crops lie in memory: contiguous, unaligned or strided.
     """
@@ -47,6 +48,7 @@ CASES = [
     Case("bytes", (2, 33, 34), 28, PAPER, mean="bytes"),
     Case("odd", (3, 19, 23), 17, ((1, 2), (3, 0)), mean="floats"),
     Case("odd-bytes", (5, 17, 19), 15, ((2, 0), (0, 5)), mean="bytes"),
+    Case("centre", (5, 18, 21), 14, ((1, 2), (3, 0)), mean="centre"),
     Case("batch1", (1, 15, 13), 13, 1),
     Case("whole-image", (2, 16, 16), 16, mean=None),
     Case("bare", (2, 15, 16), 12, mean=None, plain=True),
@@ -56,6 +58,7 @@ CASES = [
     Case("empty", (0, 16, 16), 12),
     Case("plain", (3, 20, 20), 16, space_to_depth=1),
     Case("plain-odd", (3, 19, 21), 17, space_to_depth=1, mean="floats"),
+    Case("plain-centre", (3, 19, 22), 17, space_to_depth=1, mean="centre"),
     Case("plain-padding", (2, 17, 20), 15, ((2, 0), (1, 3)), space_to_depth=1, mean="bytes"),
     Case("plain-one-pixel", (2, 3, 1), 1, space_to_depth=1),
     Case("plain-unaligned", (1, 9, 7), 7, space_to_depth=1, layout="unaligned"),
@@ -82,6 +85,7 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
         "channels": lambda: 255 * torch.rand(3, generator=generator),
         "bytes": lambda: image(H, W, 3),
         "floats": lambda: 255 * torch.rand(H, W, 3, generator=generator),
+        "centre": lambda: 255 * torch.rand(H, W, 3, generator=generator),
     }
     arguments = {
         "images": _lay_out(image(N, H, W, 3), case.layout).to(device),
@@ -98,6 +102,7 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
     moved = {k: v if v is None else v.to(device) for k, v in arguments.items()}
     return moved | {
         "size": case.size, "padding": case.padding, "space_to_depth": case.space_to_depth,
+        "centred": case.mean == "centre",
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ BIAS = torch.zeros(4)
 ROWS = torch.zeros(3, 5)
 MATRIX = torch.zeros(7, 5)
 RNG = torch.tensor([1, 2])
+LABELS = torch.tensor([4, 0, 2])
 BYTES = torch.zeros(2, 14, 15, 3, dtype=torch.uint8)
 CALLS: dict[str, dict[str, Any]] = {
     "conv2d_relu": {"input": IMAGE, "weight": WEIGHT, "bias": BIAS},
@@ -23,6 +24,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "max_pool2d": {"input": IMAGE},
     "linear_relu_dropout": {"input": ROWS, "weight": MATRIX, "bias": torch.zeros(7)},
     "dropout": {"input": ROWS},
+    "cross_entropy": {"input": ROWS, "target": LABELS, "gradient": torch.ones(())},
     "augment": {
         "images": BYTES,
         "tops": torch.tensor([0, 1]),
@@ -136,6 +138,19 @@ WRONG: list[tuple[str, str, Any, type[Exception], str]] = [
         ]
     ],
     ("dropout", "input", ROWS.long(), TypeError, "torch.int64"),
+    ("cross_entropy", "input", None, TypeError, "NoneType"),
+    ("cross_entropy", "input", ROWS.long(), TypeError, "torch.int64"),
+    ("cross_entropy", "input", ROWS[0], ValueError, "(5,)"),
+    ("cross_entropy", "input", ROWS[:, :0], ValueError, "(3, 0)"),
+    ("cross_entropy", "target", [4, 0, 2], TypeError, "list"),
+    ("cross_entropy", "target", LABELS.int(), TypeError, "torch.int32"),
+    ("cross_entropy", "target", ROWS, TypeError, "torch.float32"),
+    ("cross_entropy", "target", LABELS[:2], ValueError, "(2,)"),
+    ("cross_entropy", "target", LABELS.to("meta"), ValueError, "meta"),
+    ("cross_entropy", "gradient", 1.0, TypeError, "float"),
+    ("cross_entropy", "gradient", torch.ones(()).half(), TypeError, "torch.float16"),
+    ("cross_entropy", "gradient", torch.ones(1), ValueError, "(1,)"),
+    ("cross_entropy", "gradient", torch.ones((), device="meta"), ValueError, "meta"),
     ("augment", "images", None, TypeError, "NoneType"),
     ("augment", "images", BYTES.float(), TypeError, "torch.float32"),
     ("augment", "images", BYTES[0], ValueError, "(14, 15, 3)"),

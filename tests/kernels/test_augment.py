@@ -69,15 +69,19 @@ def test_the_formula_value_by_value() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**16), st.sampled_from(augments.CASES))
 def test_mirrored_twice(seed: int, case: Case) -> None:
-    """Mirroring the images, their crops and the flag changes nothing, to the bit."""
+    """Mirroring the images, their crops and the flag changes nothing, to the bit.
+
+    A mean image goes with the images, its centre alone does not.
+    """
     arguments = make(replace(case, seed=seed))
     images, mean, lefts = (arguments[k] for k in ("images", "mean", "lefts"))
     spare = images.shape[2] - case.size
+    follows = case.mean in ("bytes", "floats")
     other = arguments | {
         "images": images.flip(2),
         "lefts": spare - lefts.clamp(0, spare),
         "mirrors": ~arguments["mirrors"],
-        "mean": mean.flip(1) if mean is not None and mean.dim() == 3 else mean,
+        "mean": mean.flip(1) if follows else mean,
     }
     assert torch.equal(fk.augment(**arguments), fk.augment(**other))
 
@@ -141,6 +145,8 @@ def test_blocks_are_what_the_strided_convolution_reads(size: int, padding: Any) 
     [
         ("input", torch.zeros(2, 47, 5, 5), ValueError, "(2, 47, 5, 5)"),
         ("input", torch.zeros(48, 5, 5), ValueError, "(48, 5, 5)"),
+        ("input", torch.zeros(2, 48, 2, 5), ValueError, "height 2 x 4"),
+        ("input", torch.zeros(2, 48, 5, 1), ValueError, "width 1 x 4"),
         ("input", torch.zeros(2, 48, 5, 5).byte(), TypeError, "torch.uint8"),
         ("weight", torch.zeros(4, 3, 11), ValueError, "(4, 3, 11)"),
         ("weight", None, TypeError, "NoneType"),
@@ -164,6 +170,7 @@ PUBLISHED = [
     (Case("paper", (128, 256, 256), 224, augments.PAPER), torch.bfloat16),
     (Case("paper-mean-image", (128, 256, 256), 224, augments.PAPER, mean="floats"), torch.bfloat16),
     (Case("paper-mean-bytes", (128, 256, 256), 224, augments.PAPER, mean="bytes"), torch.bfloat16),
+    (Case("paper-centre", (128, 256, 256), 224, augments.PAPER, mean="centre"), torch.bfloat16),
     (Case("caffe", (128, 256, 256), 227), torch.float16),
     (Case("owt", (128, 256, 256), 224, 2), torch.float32),
     (Case("batch1", (1, 256, 256), 224, 2), torch.bfloat16),
@@ -188,13 +195,14 @@ def _check_code(case: Case, dtype: torch.dtype, target: str) -> None:
     values = 48 * launch.kwargs["ITEMS"] // (4 * (64 if amd else 32))  # of a thread
     if amd:
         stores, wide = r"(global|buffer)_store", r"(global|buffer)_store_dwordx4"
-        words = r"(global|buffer)_load_dword\b"
+        pairs = r"(global|buffer)_load_dwordx2"
     else:
-        stores, wide, words = r"STG", r"STG\.E\.128", r"LDG\.E$"
+        stores, wide, pairs = r"STG", r"STG\.E\.128", r"LDG\.E\.64"
         instructions = sum(code.instructions.values()) - code.count("NOP")
         assert instructions <= MOST_INSTRUCTIONS * values
     assert code.count(wide) == code.count(stores) == values * dtype.itemsize // 16
-    assert code.count(words) >= values // 3, "bytes are not loaded 4 at a time"
+    # Of the third pair of a run 4 bytes are used at most, and the compiler may load those alone.
+    assert code.count(pairs) >= values // 6, "bytes are not loaded 8 at a time"
 
 
 @pytest.mark.skipif(interpreted(), reason="an interpreted kernel has no machine code")

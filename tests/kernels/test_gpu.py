@@ -19,6 +19,7 @@ from fastalex_kernels.reference import TF32_TOLERANCE
 from . import _augment as augments
 from . import _cases as cases
 from . import _handover as handover
+from . import _losses as losses
 from . import _updates as updates
 from ._oracle import (
     Case,
@@ -92,6 +93,12 @@ def test_augment(case: augments.Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", augments.CASES[:4], ids=str)
 def test_augment_to_blocks(case: augments.Case) -> None:
     augments.check(case, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", losses.CASES, ids=str)
+def test_cross_entropy(case: losses.Case, dtype: torch.dtype) -> None:
+    losses.check(case, dtype, "cuda")
 
 
 @pytest.mark.parametrize("case", updates.CASES, ids=str)

@@ -94,6 +94,15 @@ def _augment() -> None:
     fk.augment(images, first, first, mirrors, size=18_000, space_to_depth=4)
 
 
+def _loss(rows: int, classes: int) -> None:
+    """Its gradient made with it, and alone."""
+    for gradient in (torch.empty(()), None):
+        loss = fk.cross_entropy(
+            _leaf(rows, classes), torch.empty(rows, dtype=torch.int64), gradient
+        )
+        loss.backward(torch.empty(()))
+
+
 LARGEST: dict[str, Callable[[], None]] = {
     "convolution": lambda: _convolution(0),
     "convolution, masked": lambda: _convolution(-1),
@@ -102,6 +111,8 @@ LARGEST: dict[str, Callable[[], None]] = {
     "LRN": lambda: _normalisation(MOST_COUNTED // 9, 12),
     "linear": lambda: _linear(65535 * 128),
     "augment": _augment,
+    "loss of many rows": lambda: _loss(MOST_COUNTED, 8),
+    "loss of many classes": lambda: _loss(8, MOST_COUNTED),
 }
 
 

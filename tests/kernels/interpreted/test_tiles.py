@@ -29,6 +29,8 @@ PRODUCTS = [
     linear("rows", 130, 70, 72),
     linear("batch1", 1, 1100, 40),
     linear("unaligned", 20, 64, 136, layout="unaligned"),
+    conv("tails-both-ways", (64, 192, 2, 2), 192, 2),
+    conv("taps-of-a-line", (64, 96, 3, 7), 64, 5, padding=((2, 1), (2, 1)), groups=2),
 ]
 POOLINGS = [
     lrn("groups", (3, 48, 5, 7), alpha=1.0, groups=2),

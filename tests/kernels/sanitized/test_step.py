@@ -8,12 +8,17 @@ import torch
 import torch.nn.functional as F
 
 import fastalex
+import fastalex_kernels as kernels
+from fastalex.data import Normalization
+from fastalex.data.augment import Augment
 from fastalex.fused_update import fuse_updates, lay_out
+from fastalex.layers import SpaceToDepth
 from fastalex.optim import build_optimizer
 from tests._nets import narrow
 
 # Rounding moves a maximum or a sign here and there, a wrong kernel all of its gradient.
 GRADIENT_BOUND = 0.25
+NORMAL = Normalization((127.0,) * 3, (74.0,) * 3)
 LOGITS_BOUND = 4 * 8e-3  # 16 roundings to bfloat16 that add up as a random walk
 
 
@@ -26,19 +31,30 @@ def _model() -> fastalex.AlexNet:
     return model
 
 
-def _batch() -> tuple[torch.Tensor, torch.Tensor]:
-    images = torch.randn(4, 3, 67, 67, generator=torch.Generator().manual_seed(1))
-    return images, torch.arange(4)
+def _batch() -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Bytes with their crops and colours, and labels."""
+    generator = torch.Generator().manual_seed(1)
+    images, places, mirrors = (
+        torch.randint(high, shape, generator=generator)
+        for high, shape in ((256, (4, 76, 76, 3)), (10, (2, 4)), (2, (4,)))
+    )
+    colors = 20 * torch.randn(4, 3, generator=generator)
+    return [images.byte(), *places.int(), mirrors.bool(), colors], torch.arange(4)
 
 
 def _step(model: fastalex.AlexNet, device: str, dtype: torch.dtype) -> torch.Tensor:
     """The logits; the gradients are left in the model, or applied by it."""
     model.to(device)
     model.seed_dropout(3, 1)
-    images, labels = (x.to(device) for x in _batch())
-    with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-        logits = model(images)
-    F.cross_entropy(logits.float(), labels).backward()
+    pixels, labels = _batch()
+    augment = Augment(NORMAL, 67, torch.device(device), colored=True)
+    exact = dtype == torch.float32  # by torch's operators: ttsem runs our kernels on any device
+    with kernels.backend("aten" if exact else "triton"):
+        with torch.autocast(device, dtype=dtype, enabled=not exact):
+            images = augment.for_layer(model.features[0], *(x.to(device) for x in pixels))
+            assert isinstance(images, torch.Tensor if exact else SpaceToDepth)
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels.to(device)).backward()
     return logits.detach().float().cpu()
 
 

@@ -1,0 +1,212 @@
+"""Softmax cross-entropy, the mean over a batch, and its gradient in the same pass.
+
+With m the maximum of a row x, s = sum_c exp(x[c] - m), t its label and g the gradient of the mean,
+
+    loss = 1 / N * sum over the rows of log(s) - (x[t] - m)
+    dx[c] = (exp(x[c] - m) / s - [c = t]) * g / N
+
+m and log(s) are never added up to the logsumexp: where logits are large, it would lose the digits
+in which two of them differ. What g is a training step knows before its forward pass, one or a loss
+scale. Where it says so, one kernel makes losses and gradient, and backward launches nothing.
+
+Layout: x, dx [N, C], contiguous. A program has BLOCK_M rows and goes through their columns in
+blocks of BLOCK_C, twice where it makes a gradient: the second time they come from the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from fastalex_kernels import _aten
+from fastalex_kernels._epilogue import sum_partials
+from fastalex_kernels._launch import (
+    check_floating,
+    interpretable,
+    interpreted,
+    launch,
+    use_triton,
+)
+
+_COLUMNS = 1024  # of a block, at most
+_BLOCK = 4096  # elements a program holds, in 8 warps: 4 rows of 1000 classes
+_INTERPRETER_BLOCK = 1 << 16
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    x_ptr,  # [N, C]
+    target_ptr,  # int64 [N]
+    g_ptr,  # float32, read where GRADIENT
+    loss_ptr,  # float32 [programs], their shares of the mean, written where LOSS
+    dx_ptr,  # [N, C], written where GRADIENT
+    N,
+    C,
+    LOSS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    ALIGN: tl.constexpr,  # divides C, which the compiler cannot see for 1000
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    C = C // ALIGN * ALIGN
+    program = tl.program_id(0)
+    offs_m = program * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < N
+    # Past the end it is the last row over again, neither stored nor added.
+    offs_m = tl.minimum(offs_m, N - 1)
+    target = tl.load(target_ptr + offs_m)
+    rows = offs_m.to(tl.int64)[:, None] * C
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    chosen = tl.zeros((BLOCK_M,), tl.float32)
+    for c in range(0, C, BLOCK_C):
+        offs_c = c + tl.arange(0, BLOCK_C)
+        x = tl.load(
+            x_ptr + rows + offs_c[None, :], mask=(offs_c < C)[None, :], other=float("-inf")
+        ).to(tl.float32)
+        higher = tl.maximum(top, tl.max(x, axis=1))
+        # Nothing but -inf so far: its exponentials are 0, and no difference of infinities.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base[:, None]), axis=1)
+        chosen += tl.sum(tl.where(offs_c[None, :] == target[:, None], x, 0.0), axis=1)
+        top = higher
+    # A label that is no class gets NaN: a kernel cannot raise.
+    valid = (target >= 0) & (target < C)
+    if LOSS:
+        loss = tl.where(valid, tl.log(total) - (chosen - top), float("nan"))
+        tl.store(loss_ptr + program, tl.sum(tl.where(mask_m, loss, 0.0)) / N)
+    if GRADIENT:
+        scale = tl.where(valid, tl.load(g_ptr) / N, float("nan"))
+        share = 1.0 / total
+        for c in range(0, C, BLOCK_C):
+            offs_c = c + tl.arange(0, BLOCK_C)
+            mask = mask_m[:, None] & (offs_c < C)[None, :]
+            offs = rows + offs_c[None, :]
+            x = tl.load(x_ptr + offs, mask=(offs_c < C)[None, :], other=0.0).to(tl.float32)
+            dx = tl.exp(x - top[:, None]) * share[:, None]
+            dx = tl.where(offs_c[None, :] == target[:, None], dx - 1.0, dx) * scale[:, None]
+            tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    loss: torch.Tensor | None,
+    g: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Write the programs' shares into ``loss``, and return the gradient times ``g``."""
+    N, C = x.shape
+    block_m, block_c = _blocks(N, C)
+    dx = None if g is None else torch.empty_like(x)
+    launch(
+        _cross_entropy_kernel, (triton.cdiv(N, block_m),), x, target,
+        *(x if t is None else t for t in (g, loss, dx)), N, C,
+        LOSS=loss is not None, GRADIENT=g is not None,
+        ALIGN=8 if C % 8 == 0 else 1, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=8,
+        counted=max(N, C),
+    )  # fmt: skip
+    return dx
+
+
+def _blocks(rows: int, classes: int) -> tuple[int, int]:
+    """BLOCK_M and BLOCK_C: whole rows, if they are no longer than a block may be."""
+    block_c = min(triton.next_power_of_2(classes), _COLUMNS)
+    most = (_INTERPRETER_BLOCK if interpreted() else _BLOCK) // block_c
+    return min(triton.next_power_of_2(rows), most), block_c
+
+
+def cross_entropy_forward(
+    x: torch.Tensor, target: torch.Tensor, g: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The mean loss, float32, and the gradient of x [N, C] times ``g`` where it is given."""
+    N, C = x.shape
+    part = x.new_empty(triton.cdiv(N, _blocks(N, C)[0]), dtype=torch.float32)
+    dx = _launch(x, target, part, g)
+    return sum_partials(part, part.new_empty(())), dx
+
+
+class CrossEntropyFunction(torch.autograd.Function):
+    """cross_entropy on Triton kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: torch.Tensor, target: torch.Tensor, gradient: torch.Tensor | None
+    ) -> torch.Tensor:
+        input, target = input.contiguous(), target.contiguous()
+        ctx.save_for_backward(input, target)
+        if not ctx.needs_input_grad[0]:
+            gradient = None
+        loss, dx = cross_entropy_forward(input, target, gradient)
+        ctx.made = None if gradient is None else (gradient, gradient._version, dx)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        input, target = ctx.saved_tensors
+        made, ctx.made = ctx.made, None
+        if made is not None and made[0] is grad and made[1] == grad._version:
+            return made[2], None, None
+        return _launch(input, target, None, grad), None, None
+
+
+def cross_entropy(
+    input: torch.Tensor, target: torch.Tensor, gradient: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The mean over a batch of -log softmax(input)[target], differentiable in input.
+
+    Args:
+        input: logits [N, C], float32, bfloat16, float16 or float64, any strides.
+        target: labels [N], int64, on the input's device. A kernel can't raise for a label outside
+            of [0, C): the loss is NaN then, and so is that row of the gradient. On a CPU, torch
+            raises IndexError. No label is ignored, as -100 is by ``F.cross_entropy``.
+        gradient: float32 scalar on the input's device, the very tensor that ``backward`` will be
+            called with, unchanged until then; None where that isn't known. With it the gradient is
+            made here; whatever else backward is called with is right too, and costs a pass more.
+
+    Returns:
+        float32 scalar, float64 of float64; NaN of an empty batch. Sums are float32; the gradient
+        is rounded once, to the input's dtype, after it was multiplied.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what came.
+
+    Source: P§3.5, multinomial logistic regression.
+    """
+    _check(input, target, gradient)
+    if torch.compiler.is_compiling() or not use_triton(input) or input.numel() == 0:
+        return _aten.cross_entropy(input, target)
+    (wide,) = interpretable(input)
+    loss: torch.Tensor = CrossEntropyFunction.apply(wide, target, gradient)
+    return loss
+
+
+def _check(input: torch.Tensor, target: object, gradient: object) -> None:
+    check_floating("input", input)
+    if input.dim() != 2 or input.shape[1] < 1:
+        raise ValueError(f"input: expected [N, classes], got shape {tuple(input.shape)}")
+    if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
+        came = target.dtype if isinstance(target, torch.Tensor) else type(target).__name__
+        raise TypeError(f"target: expected an int64 tensor of labels, got {came}")
+    if target.shape != input.shape[:1]:
+        raise ValueError(
+            f"target: expected shape ({input.shape[0]},), got shape {tuple(target.shape)}"
+        )
+    if target.device != input.device:
+        raise ValueError(
+            f"target: expected device {input.device} as the input's, got {target.device}"
+        )
+    if gradient is None:
+        return
+    if not isinstance(gradient, torch.Tensor) or gradient.dtype != torch.float32:
+        came = gradient.dtype if isinstance(gradient, torch.Tensor) else type(gradient).__name__
+        raise TypeError(f"gradient: expected a float32 tensor, got {came}")
+    if gradient.dim() != 0 or gradient.device != input.device:
+        raise ValueError(
+            f"gradient: expected a scalar on {input.device} as the input, got shape "
+            f"{tuple(gradient.shape)} on {gradient.device}"
+        )
