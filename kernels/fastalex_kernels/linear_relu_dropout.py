@@ -221,7 +221,8 @@ def matmul(
     split = 1
     if not interpreted():
         steps = triton.cdiv(K, tile["BLOCK_K"])
-        split = max(1, min(_PROGRAMS // max(blocks[0] * blocks[1], 1), steps // 8, _MAX_SPLIT))
+        split = min(_PROGRAMS // max(blocks[0] * blocks[1], 1), steps // 8, _MAX_SPLIT)
+        split = split if split > 2 else 1  # halves save less than another launch and its bytes
     y = a.new_empty((M, N))
     out = y if split == 1 else y.new_empty((split, M, N), dtype=torch.float32)
     read = [a if x is None else x for x in (bias, rng, mask)]

@@ -83,7 +83,7 @@ def _linear(spec: tuple[int, int, float], batch: int, dtype: torch.dtype) -> Non
 
 def _updated(
     call: Callable[..., torch.Tensor], x: torch.Tensor, *shape: int, stride: int = 1
-) -> None:
+) -> torch.Tensor:
     """A layer that applies its gradients in backward, with a copy for the products."""
     w, b = _leaf(torch.float32, *shape), _leaf(torch.float32, shape[0])
     if len(shape) == 4 and stride == 1:
@@ -94,20 +94,20 @@ def _updated(
         operand = torch.empty(pack(parameter.detach()).shape, dtype=x.dtype)
         velocity = torch.empty_like(parameter.detach())
         made.append(MomentumUpdate(parameter, velocity, torch.empty(3), "paper", operand, pack))
-    _forward_and_backward(call(x, w, b, update=Updates(*made)))
+    return call(x, w, b, update=Updates(*made))
 
 
-def _updated_convolution(spec: tuple[Any, ...], batch: int, dtype: torch.dtype) -> None:
+def _updated_convolution(spec: tuple[Any, ...], batch: int, dtype: torch.dtype) -> torch.Tensor:
     c, image, k, size, stride, padding, groups = spec
     x = _leaf(dtype, batch, c, image, image).requires_grad_(c != 3)
     call = partial(fk.conv2d_relu, stride=stride, padding=padding, groups=groups)
-    _updated(call, x, k, c // groups, size, size, stride=stride)
+    return _updated(call, x, k, c // groups, size, size, stride=stride)
 
 
-def _updated_linear(spec: tuple[int, int, float], batch: int, dtype: torch.dtype) -> None:
+def _updated_linear(spec: tuple[int, int, float], batch: int, dtype: torch.dtype) -> torch.Tensor:
     inputs, outputs, p = spec
     call = partial(fk.linear_relu_dropout, p=p, relu=p > 0, rng=torch.empty(2, dtype=torch.int64))
-    _updated(call, _leaf(dtype, batch, inputs), outputs, inputs)
+    return _updated(call, _leaf(dtype, batch, inputs), outputs, inputs)
 
 
 def layers(batch: int, dtype: torch.dtype, towers: bool = False) -> dict[str, Step]:
@@ -125,9 +125,43 @@ def layers(batch: int, dtype: torch.dtype, towers: bool = False) -> dict[str, St
     convolutions, linears = tables[0][0], tables[2][0]
     for name in ("conv1", "conv5"):
         spec = convolutions[name]
-        steps[f"{name} updated"] = lambda spec=spec: _updated_convolution(spec, batch, dtype)
+        steps[f"{name} updated"] = lambda spec=spec: _forward_and_backward(
+            _updated_convolution(spec, batch, dtype)
+        )
     for name in ("fc6", "fc8"):
         spec = linears[name]
-        steps[f"{name} updated"] = lambda spec=spec: _updated_linear(spec, batch, dtype)
+        steps[f"{name} updated"] = lambda spec=spec: _forward_and_backward(
+            _updated_linear(spec, batch, dtype)
+        )
     steps["augment"] = lambda: _augmented(maps, batch, dtype)
     return steps
+
+
+def masked(batch: int, dtype: torch.dtype) -> dict[str, Step]:
+    """Layers whose ReLU's mask is applied by the layer behind them, with that one, by its name."""
+
+    def behind(name: str, layer: Callable[[torch.Tensor], torch.Tensor]) -> Step:
+        def step() -> None:
+            if name in LINEARS:
+                y = _updated_linear(LINEARS[name], batch, dtype)
+            else:
+                y = _updated_convolution(CONVOLUTIONS[name], batch, dtype)
+            _forward_and_backward(layer(y))
+
+        return step
+
+    def convolution(y: torch.Tensor) -> torch.Tensor:
+        _, _, k, size, _, padding, groups = CONVOLUTIONS["conv5"]
+        w = _leaf(dtype, k, y.shape[1] // groups, size, size)
+        return fk.conv2d_relu(y, w, padding=padding, groups=groups)
+
+    def linear(outputs: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda y: fk.linear_relu_dropout(y, _leaf(dtype, outputs, y.shape[1]), p=0.0)
+
+    return {
+        "pool2": behind("conv2", partial(fk.lrn_max_pool2d, groups=2)),
+        "conv5": behind("conv4", convolution),
+        "pool5": behind("conv5", fk.max_pool2d),
+        "fc7": behind("fc6", linear(4096)),
+        "fc8": behind("fc7", linear(1000)),
+    }

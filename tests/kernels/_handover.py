@@ -73,8 +73,8 @@ CONVOLUTIONS = [
 LINEARS = [
     Pair("linear", 5, 40, 72, p=0.5),
     Pair("linear", 130, 72, 24, p=0.3),
-    Pair("linear", 3, 104, 1096, p=0.3),  # split over programs
-    Pair("linear", 128, 64, 1024, p=0.5),
+    Pair("linear", 3, 104, 1640, p=0.3),  # split over programs
+    Pair("linear", 128, 64, 1536, p=0.5),
     Pair("linear", 17, 23, 19),  # without dropout
 ]
 

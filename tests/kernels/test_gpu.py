@@ -45,9 +45,9 @@ TILES = [
     lrn("paper-alpha", (5, 16, 6, 5), ceil_mode=True),
     lrn("wide", (3, 72, 5, 5), alpha=1.0, size=3),
     pool("many-channels", (5, 300, 5, 5)),
-    linear("split", 3, 1100, 70, p=0.3),
-    linear("split-batch1", 1, 1024, 72),
-    linear("split-no-relu", 17, 1024, 40, relu=False),
+    linear("split", 3, 1640, 70, p=0.3),
+    linear("split-batch1", 1, 1536, 72),
+    linear("split-no-relu", 17, 1536, 40, relu=False),
     linear("rows", 130, 70, 72),
 ]
 ALEXNET = [

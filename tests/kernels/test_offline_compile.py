@@ -14,11 +14,12 @@ import fastalex_kernels as fk
 from fastalex import offline
 from fastalex_kernels._launch import interpreted
 
-from ._alexnet import layers
+from ._alexnet import layers, masked
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="an interpreted kernel has no machine code")
 
 LAYERS = list(layers(1, torch.float16))
+MASKED = list(masked(1, torch.float16))
 TENSOR_CORES = {
     "sm_80": r"HMMA\.16816\.F32",
     "sm_90": r"HGMMA\.64x\d+x16\.F32",
@@ -35,7 +36,11 @@ Made = list[tuple[offline.Launch, offline.MachineCode]]
 @functools.cache
 def _made(target: str, layer: str, batch: int, dtype: torch.dtype, towers: bool = False) -> Made:
     launches = offline.record(target, layers(batch, dtype, towers)[layer])
-    return [(launch, offline.read(offline.compile_launch(launch, target))) for launch in launches]
+    return [(launch, _read(launch, target)) for launch in launches]
+
+
+def _read(launch: offline.Launch, target: str) -> offline.MachineCode:
+    return offline.read(offline.compile_launch(launch, target))
 
 
 def _check(target: str, made: Made) -> None:
@@ -79,6 +84,16 @@ def test_a_tower_alone(layer: str, target: str) -> None:
     made = _made(target, layer, 128, torch.bfloat16, True)
     _check(target, made)
     _check_products(target, made)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("layer", MASKED)
+def test_masks_from_the_layer_behind(layer: str, target: str) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        launches = offline.record(target, masked(128, dtype)[layer])
+        made = [(launch, _read(launch, target)) for launch in launches]
+        _check(target, made)
+        assert any(launch.kwargs.get("MASK") for launch, _ in made)
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -24,8 +24,8 @@ PRODUCTS = [
     conv("rest-of-channels", (64, 40, 3, 3), 24, 3, padding=1, groups=2),
     conv("many-rows", (3, 16, 11, 10), 16, 2, padding=((0, 1), (1, 0))),
     conv("conv1", (2, 3, 39, 39), 16, 11, stride=4, padding=((0, 3), (0, 3))),
-    linear("split", 3, 1100, 140, p=0.3),
-    linear("split-no-relu", 17, 1024, 64, relu=False),
+    linear("split", 3, 1640, 140, p=0.3),
+    linear("split-no-relu", 17, 1536, 64, relu=False),
     linear("rows", 130, 70, 72),
     linear("batch1", 1, 1100, 40),
     linear("unaligned", 20, 64, 136, layout="unaligned"),
@@ -88,7 +88,7 @@ def test_extreme_constants_of_lrn(
 
 def test_a_long_sum_is_split(real_tiles: RealTiles, strict: Strict) -> None:
     with real_tiles("sm_90"):
-        check(linear("split", 3, 1100, 140), torch.float16)
+        check(linear("split", 3, 1640, 140), torch.float16)
     assert "_finish_partials_kernel" in strict.launches
 
 
