@@ -155,17 +155,26 @@ def weight() -> Picture:
         "rows of all runs are shared out among the splits: nothing is gathered.",
         "",
     )
-    p.text(480, 20, "One step: 64 rows", "bold")
-    p.box(470, 40, 76, 128, "x", "x, taken\ntransposed:\n128 chan-\nnels x 64")
-    p.text(553, 108, "x", "bold")
-    p.box(572, 72, 128, 64, "y", "dz\n64 x 128 outputs")
-    p.text(712, 108, "+=", "bold")
-    p.box(738, 40, 112, 128, "w", "acc\n128 x 128\nfloat32")
-    p.text(10, 300, "dw of a tap, a block of channels, a block of outputs:", "bold")
+    p.text(470, 20, "A step of conv2: 64 rows, the five taps of a line", "bold")
+    for i in range(5):
+        p.box(470, 34 + i * 22, 118, 20, "x", f"tap {i}: 64(48) x 64")
+        p.box(742, 34 + i * 22, 108, 20, "w", "64 x 128")
+    p.box(606, 58, 106, 62, "y", "dz\n64 x 128\noutputs")
+    p.text(719, 93, "+=", "bold")
+    p.text(470, 164, "of conv4: 192 channels by 192 outputs", "bold")
+    for y, rows in ((176, 128), (218, 64)):
+        height = rows * 0.3
+        p.box(470, y, 118, height, "x", f"{rows} x 64")
+        p.box(742, y, 66, height, "w", f"{rows} x 128")
+        p.box(811, y, 42, height, "w", f"x {64}")
+    p.box(606, 190, 68, 32, "y", "64 x 128")
+    p.box(677, 190, 36, 32, "y", "x 64")
+    p.text(719, 210, "+=", "bold")
+    p.text(10, 300, "dw of these taps, channels and outputs:", "bold")
     for i in range(4):
         p.box(30 + i * 112, 314, 104, 34, "p", f"split {i}: float32")
     p.line((480, 331), (520, 331))
-    p.box(526, 314, 200, 34, "w", "sum_partials: in order, once")
+    p.box(526, 314, 200, 34, "w", "sum_update: in order, once")
     return p
 
 

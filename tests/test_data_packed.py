@@ -40,6 +40,12 @@ def write(root: Path, val: str = "ab") -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def several_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small sets in more than one file, as large ones are."""
+    monkeypatch.setattr("fastalex.data.pack._LEAST_SHARD_IMAGES", 32)
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     pack(write(tmp_path / "source"), tmp_path / "set", SIZE, 2, quiet=True)

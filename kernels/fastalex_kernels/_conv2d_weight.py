@@ -296,7 +296,7 @@ def _weight_tile(
         else:
             block_k = min(block_k, 32)
     taps = 1
-    one_pixel = x.shape[2] % block_k == 0
+    one_pixel = x.shape[2] > 0 and x.shape[2] % block_k == 0
     if m <= 64 and S <= 5 and (one_pixel or not any(pads)) and x.element_size() == 2:
         taps = S  # in float32 they spill
     return {
