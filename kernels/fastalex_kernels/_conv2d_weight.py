@@ -38,6 +38,7 @@ _WEIGHT_TILES = {
     ("interpreter", 32): (2048, 512, 512, 4, 1),
 }
 # The reduction is split over programs, of which one runs on a processor.
+_MOST_SUMS = 5 * 64 * 128  # that a program of 8 warps holds: 160 registers a thread
 _PART_STEPS = 16  # what a part costs to store and to sum, in steps of 64 rows
 
 
@@ -297,7 +298,8 @@ def _weight_tile(
             block_k = min(block_k, 32)
     taps = 1
     one_pixel = x.shape[2] > 0 and x.shape[2] % block_k == 0
-    if m <= 64 and S <= 5 and (one_pixel or not any(pads)) and x.element_size() == 2:
+    fits = not tail_m and S <= 5 and S * m * (n + tail_n) <= _MOST_SUMS
+    if m <= 64 and fits and (one_pixel or not any(pads)) and x.element_size() == 2:
         taps = S  # in float32 they spill
     return {
         "TAPS": taps, "BORDER": taps > 1 and any(pads), "BLOCK_M": m, "TAIL_M": tail_m,

@@ -35,6 +35,8 @@ def wanted(input: torch.Tensor) -> bool:
 
 def hand_over(gradient: torch.Tensor, sums: torch.Tensor | None = None) -> torch.Tensor:
     """The masked ``gradient`` with its column sums, float32 [parts, channels], on it."""
+    if sums is not None and len(sums) == 0:  # of an empty batch
+        return gradient
     setattr(gradient, _SUMS, (None if sums is None else _fewer(sums), gradient._version))
     return gradient
 

@@ -10,6 +10,7 @@ from fastalex_kernels import reference
 from fastalex_kernels._handover import hand_over, masked, taken
 from fastalex_kernels._lrn_chunks import Norm, Window
 from fastalex_kernels.lrn_max_pool2d import lrn_max_pool2d_backward, lrn_max_pool2d_forward
+from fastalex_kernels.momentum import MomentumUpdate, Updates
 
 from .._handover import CONVOLUTIONS, LINEARS, Change, Pair, compare, gradients, make_updates
 from ._strict import Strict
@@ -139,3 +140,19 @@ def test_a_gradient_as_it_came_has_no_sums() -> None:
     assert taken(gradient) is None
     gradient += 1
     assert not masked(gradient)
+
+
+def test_an_empty_batch_hands_no_sums_over() -> None:
+    """Its gradients are zero, and so are its updates."""
+    y = x = torch.zeros(0, 8, 5, 5, requires_grad=True)
+    leaves: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for _ in range(2):
+        w, b = torch.randn(8, 8, 3, 3).requires_grad_(), torch.randn(8).requires_grad_()
+        rate = torch.tensor([0.1, 0.9, 0.0])
+        update = Updates(*(MomentumUpdate(p, torch.zeros_like(p), rate, "torch") for p in (w, b)))
+        leaves += [(w, w.detach().clone()), (b, b.detach().clone())]
+        y = fk.conv2d_relu(y, w, b, padding=1, update=update)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    assert all(torch.equal(now, before) for now, before in leaves)

@@ -30,6 +30,7 @@ PRODUCTS = [
     linear("batch1", 1, 1100, 40),
     linear("unaligned", 20, 64, 136, layout="unaligned"),
     conv("tails-both-ways", (64, 192, 2, 2), 192, 2),
+    conv("tail-and-taps", (32, 96, 2, 3), 16, 2, padding=1),
     conv("taps-of-a-line", (64, 96, 3, 7), 64, 5, padding=((2, 1), (2, 1)), groups=2),
 ]
 POOLINGS = [
