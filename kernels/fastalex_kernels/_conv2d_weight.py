@@ -4,8 +4,8 @@
 
 x, dz and the gradient are HWNC, as in conv2d_relu. A program takes a block of channels of one tap,
 or of all taps of a line, and adds up a share of the rows (p, q, n): contiguous runs in both
-operands, for which the tap lies inside the image, so nothing is gathered and no zero of the padding
-is multiplied. What decides its speed is how many rows of x and dz it has to fetch for its products:
+operands, for which a tap lies inside the image, so nothing is gathered. What decides its speed is
+how many rows of x and dz it has to fetch for its products:
 
 * 192 channels are taken as 128 + 64, in accumulators of their own, and nothing is padded.
 * 48 input channels, padded to 64, would make a narrow tile. There the taps of a line share each
@@ -37,8 +37,8 @@ _WEIGHT_TILES = {
     ("interpreter", 16): (2048, 512, 512, 4, 1),
     ("interpreter", 32): (2048, 512, 512, 4, 1),
 }
-# The reduction is split over programs, of which one runs on a processor.
 _MOST_SUMS = 5 * 64 * 128  # that a program of 8 warps holds: 160 registers a thread
+# The reduction is split over programs, of which one runs on a processor.
 _PART_STEPS = 16  # what a part costs to store and to sum, in steps of 64 rows
 
 

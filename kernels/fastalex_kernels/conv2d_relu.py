@@ -11,7 +11,7 @@ row = (p * Q + q) * N + n, and a tap (r, s) of a tile of rows is that tile of x 
   border for the whole tile, which zero padding would multiply;
 * the input gradient is the same kernel, over dz with the taps reversed and the weight's channel
   axes exchanged;
-* the weight gradient takes one tap by a block of channels and reduces over the rows for which the
+* the weight gradient takes a tap, or those of a line, by channels and reduces over rows for which a
   tap lies inside the image: contiguous runs in both operands, so nothing is gathered.
 
 A stride is removed beforehand: space-to-depth by s turns R x R, stride s on C channels into
@@ -37,7 +37,7 @@ from fastalex_kernels._conv2d_arguments import (
     space_to_depth_weight,
     spell_out,
 )
-from fastalex_kernels._conv2d_tiles import halved_warps, split_channels, tma_fits
+from fastalex_kernels._conv2d_tiles import halved_warps, row_blocks, split_channels, tma_fits
 from fastalex_kernels._conv2d_weight import conv2d_relu_backward_weight
 from fastalex_kernels._epilogue import epilogue_backward, sum_partials
 from fastalex_kernels._handover import hand_over, offers, taken, wanted
@@ -479,13 +479,13 @@ def _forward_descriptors(
     m, n, k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     tail_n, tail_k = tile["TAIL_N"], tile["TAIL_K"]
     w_tail = [k, tail_n] if tail_n else [tail_k or k, n]
-    blocks = [[m, k], [m, tail_k or k]]
     w_blocks = [[k, n], w_tail]
     if reverse:
         w_blocks = [b[::-1] for b in w_blocks]
-    rows, weights = x.view(-1, x.shape[3]), w.view(-1, w.shape[3])
-    return [TensorDescriptor.from_tensor(rows, b) for b in blocks] + [
-        TensorDescriptor.from_tensor(weights, b) for b in w_blocks
+    weights = w.view(-1, w.shape[3])
+    return [
+        *row_blocks(x, m, k, tail_k),
+        *(TensorDescriptor.from_tensor(weights, b) for b in w_blocks),
     ]
 
 
