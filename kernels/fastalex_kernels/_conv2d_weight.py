@@ -24,7 +24,15 @@ import triton.language as tl
 
 from fastalex_kernels._conv2d_arguments import Padding
 from fastalex_kernels._conv2d_tiles import halved_warps, row_blocks, split_channels, tma_fits
-from fastalex_kernels._launch import PROCESSORS, cut, dot_precision, launch, target, tile_entry
+from fastalex_kernels._launch import (
+    PROCESSORS,
+    cut,
+    dot_precision,
+    launch,
+    target,
+    tile_entry,
+    tuned,
+)
 
 # The weight gradient's M is input channels, its K is rows.
 _WEIGHT_TILES = {
@@ -322,7 +330,11 @@ def conv2d_relu_backward_weight(
     even_rows = N % block_k == 0
     rows, columns = tile["BLOCK_M"] + tile["TAIL_M"], tile["BLOCK_N"] + tile["TAIL_N"]
     programs = R * S // tile["TAPS"] * triton.cdiv(C, rows) * triton.cdiv(K, columns)
-    split = _best_split(x, programs * groups, P * triton.cdiv(Q * N, block_k))
+    steps = P * triton.cdiv(Q * N, block_k)
+    (split,) = tuned(
+        (_best_split(x, programs * groups, steps),), x, "conv2d weight parts",
+        N, P, Q, C, K, R, S, groups, programs, steps,
+    )  # fmt: skip
     part = x.new_empty((split, R, S, C, GK), dtype=torch.float32)
     tma = even_rows and N > 0 and tma_fits(groups, x, dz)
     operands: tuple[Any, ...] = (x, x, dz, dz)

@@ -128,11 +128,21 @@ def tile_entry(
         kernel: the name that tuned tiles bear.
     """
     name, bits = target(x.device), 8 * x.element_size()
-    tile = tiles.get((name, bits)) or tiles["other", bits]
+    return tuned(tiles.get((name, bits)) or tiles["other", bits], x, kernel, *sizes)
+
+
+def tuned(own: tuple[int, ...], x: torch.Tensor, kernel: str, *sizes: int) -> tuple[int, ...]:
+    """What was found best for a problem of ``sizes`` on this GPU, or ``own``.
+
+    Args:
+        own: what is chosen where nothing was tuned, of the same length: see ``_tuned.FIELDS``.
+        x: an operand.
+        kernel: the name that what was tuned bears.
+    """
     kind = str(x.dtype).removeprefix("torch.")
     if dot_precision(x.dtype) == "tf32":
         kind = "tf32"
-    return tuned_tile((kernel, kind, sizes), tile, _device_name(x.device))
+    return tuned_tile((kernel, kind, sizes), own, _device_name(x.device))
 
 
 def _device_name(device: torch.device) -> str | None:

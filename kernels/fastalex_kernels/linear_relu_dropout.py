@@ -36,6 +36,7 @@ from fastalex_kernels._launch import (
     launch,
     outside_graphs,
     tile_entry,
+    tuned,
     use_triton,
 )
 from fastalex_kernels._linear_update import linear_backward_weight_update
@@ -200,6 +201,19 @@ def _tile(x: torch.Tensor, w: torch.Tensor, m: int, n: int, k: int) -> dict[str,
     }
 
 
+def _split(a: torch.Tensor, w: torch.Tensor, n: int, blocks: int, steps: int) -> int:
+    """In how many parts ``steps`` of a reduction are taken, where N is ``n``."""
+    split = 1
+    if not interpreted():
+        split = min(_PROGRAMS // max(blocks, 1), steps // 8, _MAX_SPLIT)
+        split = split if split > 2 else 1  # halves save less than another launch and its bytes
+    (split,) = tuned(
+        (split,), a, "linear parts", *a.shape, n, int(a.stride(1) != 1), int(w.stride(1) != 1),
+        blocks, steps,
+    )  # fmt: skip
+    return split
+
+
 def matmul(
     a: torch.Tensor,
     w: torch.Tensor,
@@ -218,11 +232,7 @@ def matmul(
     (M, K), N = a.shape, w.shape[1]
     tile = _tile(a, w, M, N, K)
     blocks = (triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(M, tile["BLOCK_M"]))
-    split = 1
-    if not interpreted():
-        steps = triton.cdiv(K, tile["BLOCK_K"])
-        split = min(_PROGRAMS // max(blocks[0] * blocks[1], 1), steps // 8, _MAX_SPLIT)
-        split = split if split > 2 else 1  # halves save less than another launch and its bytes
+    split = _split(a, w, N, blocks[0] * blocks[1], triton.cdiv(K, tile["BLOCK_K"]))
     y = a.new_empty((M, N))
     out = y if split == 1 else y.new_empty((split, M, N), dtype=torch.float32)
     read = [a if x is None else x for x in (bias, rng, mask)]
