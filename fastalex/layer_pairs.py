@@ -15,6 +15,7 @@ from torch import nn
 
 import fastalex_kernels as kernels
 from fastalex.cost import Floor, floors
+from fastalex.exchange import Transfer
 from fastalex.layers import Conv2dReLU, Linear, LinearReLUDropout, MaxPool2d
 from fastalex.model import AlexNet
 from fastalex.parallel import cut_to_tower
@@ -107,7 +108,7 @@ class _NoPeer:
 
     rank = 0
 
-    def swap(self, x: torch.Tensor) -> torch.Tensor:
+    def start(self, x: torch.Tensor) -> Transfer:
         raise AssertionError("a layer was to be called by itself")
 
 
@@ -234,11 +235,23 @@ def make_call(pair: LayerPair, how: str, direction: str) -> Callable[[], object]
     return lambda: torch.autograd.grad(output, tensors, dy, retain_graph=True)
 
 
-def check(pair: LayerPair, backend: str) -> dict[str, float]:
+def as_it_is(x: torch.Tensor) -> torch.Tensor:
+    """``x``, which a layer is given without preparation."""
+    return x
+
+
+def check(
+    pair: LayerPair, backend: str, prepare: Callable[[torch.Tensor], torch.Tensor] = as_it_is
+) -> dict[str, float]:
     """Compare our layer with float64, forward and every gradient, and stock torch's forward.
 
     Where the sign of a sum or the larger of two values is within rounding, either gradient is
     right: those outputs get none.
+
+    Args:
+        pair: what is compared.
+        backend: under which our layer runs.
+        prepare: what our layer's input goes through first.
 
     Returns:
         The largest relative error by direction.
@@ -254,7 +267,7 @@ def check(pair: LayerPair, backend: str) -> dict[str, float]:
     if isinstance(pair.ours, LinearReLUDropout):
         oracle, wide_module = _dropout_oracle(pair.ours)
     with kernels.backend(backend):
-        output = pair.ours(x)
+        output = pair.ours(prepare(x))
     expected = oracle(wide_x)
     settled = (output > 0) == (expected > 0)
     if any(isinstance(module, MaxPool2d) for module in pair.ours.modules()):

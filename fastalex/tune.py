@@ -173,8 +173,8 @@ class _Sweep:
         self._known = offline.TARGETS.get(self._target)
 
     def run(self) -> None:
-        pairs = self._subject.pairs(self._device)
-        by_pass = {(task.layer, task.direction): task for task in tasks(pairs)}
+        todo = tasks(self._subject.pairs(self._device), self._subject.towers)
+        by_pass = {(task.layer, task.direction): task for task in todo}
         for following in (False, True):
             problems = [p for p in self._find() if follows_tile(p.key) is following]
             done = self._time(problems, by_pass)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastalex import layer_pairs, offline
@@ -15,12 +16,15 @@ from fastalex.layers import Linear, LinearReLUDropout
 from fastalex.recorded_step import Layer, default_dtype
 from fastalex.tuning_candidates import candidates, follows_tile
 from fastalex_kernels import backend
+from fastalex_kernels._begun import HALVES, carry
 from fastalex_kernels._launch import record_launches, run
 from fastalex_kernels._linear_update import linear_backward_weight_update
 from fastalex_kernels._tuned import Key, Tile, choosing
+from fastalex_kernels.linear_relu_dropout import begin_linear
 from fastalex_kernels.momentum import MomentumUpdate
 from fastalex_kernels.reference import relative_error, tolerance
 
+Prepare = Callable[[torch.Tensor], torch.Tensor]
 _RATE = (1.0, 0.0, 0.0)  # learning rate, momentum, decay: the velocity becomes the gradient
 
 
@@ -62,29 +66,41 @@ class Problem:
         return [c for c in self.candidates if c.skipped is None]
 
 
-def tasks(pairs: Mapping[str, LayerPair]) -> list[Task]:
-    """The passes of the layers."""
+def tasks(pairs: Mapping[str, LayerPair], towers: int = 1) -> list[Task]:
+    """The passes of the layers, of ``Subject.pairs``."""
     found = []
     for name, pair in pairs.items():
-        check = _checker(pair)
+        connected = isinstance(pair.ours, (Linear, LinearReLUDropout))
+        prepare = _beginning(pair.ours) if connected and towers > 1 else layer_pairs.as_it_is
+        check = _checker(pair, prepare)
         for direction in ("forward", "backward"):
-            found.append(Task(name, direction, _runner(pair, direction), check))
-        if isinstance(pair.ours, (Linear, LinearReLUDropout)) and pair.ours.bias is not None:
+            found.append(Task(name, direction, _runner(pair, direction, prepare), check))
+        if connected and pair.ours.bias is not None:
             found.append(_update_task(pair))
     return found
 
 
-def _checker(pair: LayerPair) -> Callable[[], object]:
-    return lambda: layer_pairs.check(pair, "triton")
+def _checker(pair: LayerPair, prepare: Prepare) -> Callable[[], object]:
+    return lambda: layer_pairs.check(pair, "triton", prepare)
 
 
-def _runner(pair: LayerPair, direction: str) -> Callable[[], object]:
+def _beginning(layer: nn.Module) -> Prepare:
+    """Begins a fully connected layer with tower 0's half of its input, as an exchange does."""
+
+    def prepare(x: torch.Tensor) -> torch.Tensor:
+        half = x.detach().chunk(HALVES, 1)[0].contiguous()
+        return carry(x, begin_linear(half, layer.weight, 0))  # type: ignore[arg-type]
+
+    return prepare
+
+
+def _runner(pair: LayerPair, direction: str, prepare: Prepare) -> Callable[[], object]:
     """One pass, made anew each time: what it launches depends on the tiles at that moment."""
     x = layer_pairs.laid_out(pair.input, "triton")
 
     def forward() -> torch.Tensor:
         with backend("triton"):
-            return pair.ours(x)  # type: ignore[no-any-return]
+            return pair.ours(prepare(x))  # type: ignore[no-any-return]
 
     if direction == "forward":
         return forward
@@ -126,7 +142,7 @@ class Recording:
     """The launches of a pass, by the choices that were looked up before them.
 
     Several that were looked up in a row, such as a tile and the parts of its reduction, share what
-    is launched next.
+    is launched until another is looked up.
     """
 
     def __init__(self, task: Task, target: str, tile: Mapping[Key, Tile], launching: bool) -> None:
@@ -139,9 +155,10 @@ class Recording:
             task.run()
 
     def _choose(self, key: Key, tile: Tile) -> Tile:
-        if self._launched_since:
+        if self._launched_since and key not in self._current:
             self._current, self._launched_since = [], False
-        self._current.append(key)
+        if key not in self._current:
+            self._current.append(key)
         self.own[key] = tile
         return self._tile.get(key, tile)
 
@@ -237,8 +254,8 @@ def fake_problems(
     """
     with FakeTensorMode(allow_non_fake_inputs=True), default_dtype(subject.dtype):
         pairs = subject.pairs("cpu")
-        bits = 8 * subject.dtype.itemsize
-        found = find_problems(tasks(pairs), target, bits, shared, limit, settled or {})
+        todo, bits = tasks(pairs, subject.towers), 8 * subject.dtype.itemsize
+        found = find_problems(todo, target, bits, shared, limit, settled or {})
         layers = {name: layer_pairs.as_layer(pair) for name, pair in pairs.items()}
     for candidate in (c for problem in found for c in problem.candidates):
         candidate.launches = [

@@ -33,6 +33,7 @@ FIELDS = {  # what a tile holds, by kernel
     "conv2d weight parts": ("parts",),  # of the reduction, for the tile taken
     "linear": _PRODUCT,
     "linear parts": ("parts",),
+    "linear half parts": ("parts",),  # of a product of which a half is begun
     "linear update": _PRODUCT,
     "lrn forward": ("chunks", "strip", "rows"),
     "lrn backward": ("chunks", "rows"),

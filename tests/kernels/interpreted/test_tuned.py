@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from fastalex.tuning_candidates import candidates
-from fastalex_kernels import _launch, _lrn_chunks, _tuned
+from fastalex_kernels import _launch, _lrn_chunks, _tuned, reference
+from fastalex_kernels._begun import Begun, carry
 from fastalex_kernels._launch import record_launches
 from fastalex_kernels._lrn_chunks import Norm
-from fastalex_kernels.reference import TOLERANCES, relative_error
+from fastalex_kernels.linear_relu_dropout import begin_linear, linear_relu_dropout
+from fastalex_kernels.reference import TOLERANCES, relative_error, tolerance
 
 from .._oracle import Case, check, conv, linear, lrn, make_inputs, pool, run
+from ._strict import Strict
 from .conftest import RealTiles
 
 GPU, TARGET, HALF = "NVIDIA Test GPU", "sm_90", torch.float16
@@ -89,6 +92,34 @@ def test_every_candidate_is_launched_and_right(
             check(case, HALF)
         _write(table, (*key[:2], (key[2][0] + 1, *key[2][1:])), tried[0])
         assert _launched(case) == seen[0], "taken for another batch"
+
+
+def test_parts_of_a_half_that_is_begun(real_tiles: RealTiles, table: Path, strict: Strict) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(*s, generator=draw).to(HALF) for s in ((3, 3280), (72, 3280), (72,)))
+    expected = reference.linear_relu_dropout(x.double(), w.double(), b.double(), p=0.0)
+
+    def begin() -> Begun:
+        begun = begin_linear(x[:, :1640].contiguous(), w, 0)
+        assert begun is not None
+        return begun
+
+    with real_tiles(TARGET):
+        posed: dict[_tuned.Key, _tuned.Tile] = {}
+        with _tuned.choosing(lambda key, own: posed.setdefault(key, own)):
+            own = begin().each
+        (key,) = (key for key in posed if key[0] == "linear half parts")
+        first, *tried = dict.fromkeys(candidates(key, (own,), TARGET, 16, 0))
+        assert first == (own,)
+        assert tried
+        for tile in tried:
+            _write(table, key, tile)
+            begun = begin()
+            assert (len(begun.parts), begun.each) == (2 * tile[0], tile[0])
+            strict.launches.clear()
+            y = linear_relu_dropout(carry(x, begun), w, b, p=0.0)
+            assert len(strict.launches) == 2  # the other half, and the sums of both
+            assert relative_error(y, expected) <= tolerance(HALF, x.shape[1])
 
 
 @pytest.mark.parametrize("chunks", [64, 256])
