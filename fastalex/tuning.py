@@ -91,7 +91,9 @@ def rank(problem: Problem, layer: Layer, gpu: GPU, dtype: str) -> None:
             for launch in candidate.launches
         ]
         rows = inspect(Step(events, {problem.layer: layer}), gpu, dtype)
-        row = next((row for row in rows if row.mma), rows[0])
+        row = next((row for row in rows if row.mma), next(iter(rows), None))
+        if row is None:
+            continue
         if row.waves and row.issue_ratio:
             useful = 1.0 if row.useful is None else min(row.useful, 1.0)
             candidate.score = row.waves * useful * min(1.0, ISSUE_BAR / row.issue_ratio)
