@@ -221,7 +221,7 @@ def test_a_sweep_settles_tiles_before_parts(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(tuning, "time_candidates", time_candidates)
     monkeypatch.setattr(tuning, "compile_candidates", lambda *_: None)
     monkeypatch.setattr(tune, "target_of", lambda device: "sm_90")
-    options = ["--layer", "fc8", "--batch-size", "16", "--dtype", "fp32", "--candidates", "3"]
+    options = ["--layer", "fc8", "--batch-size", "16", "--dtype", "fp32", "--candidates", "2"]
     sweep = tune._Sweep(tune._parser().parse_args(options), torch.device("cpu"))
     sweep.run()
     first = [key for key, settled in taken if not settled]
@@ -229,6 +229,7 @@ def test_a_sweep_settles_tiles_before_parts(monkeypatch: pytest.MonkeyPatch) -> 
     best = {problem.key: tuning.best(problem).tile for problem in sweep.done}
     parts = [key for key, settled in taken if settled]
     assert [key[0] for key in parts] == ["linear parts"] * 2
+    assert sweep.done[0].own.tile[1] != best[sweep.done[0].key][1]
     for key in parts:
         tile = best["linear", "float32", key[2][:5]]
         assert key[2][5] == -(-key[2][1] // tile[1])
