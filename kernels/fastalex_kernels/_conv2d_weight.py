@@ -16,6 +16,7 @@ how many rows of x and dz it has to fetch for its products:
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -261,9 +262,9 @@ def _conv2d_bwd_weight_kernel(
             _store_part(accs[PARTS + 1], ptr + BLOCK_N, C - c - BLOCK_M, tail_columns, G * K)
 
 
-def _best_split(x: torch.Tensor, programs: int, steps: int) -> int:
-    """In how many parts a reduction of ``steps`` ends first."""
-    name = target(x.device)
+@functools.lru_cache(maxsize=1024)
+def _best_split(name: str, programs: int, steps: int) -> int:
+    """In how many parts a reduction of ``steps`` ends first on the target ``name``."""
     if name == "interpreter":
         return 1
     processors = PROCESSORS.get(name, 128)
@@ -322,7 +323,7 @@ def conv2d_relu_backward_weight(
     even_rows = N % block_k == 0
     rows, columns = tile["BLOCK_M"] + tile["TAIL_M"], tile["BLOCK_N"] + tile["TAIL_N"]
     programs = R * S // tile["TAPS"] * triton.cdiv(C, rows) * triton.cdiv(K, columns)
-    split = _best_split(x, programs * groups, P * triton.cdiv(Q * N, block_k))
+    split = _best_split(target(x.device), programs * groups, P * triton.cdiv(Q * N, block_k))
     part = x.new_empty((split, R, S, C, GK), dtype=torch.float32)
     tma = even_rows and N > 0 and tma_fits(groups, x, dz)
     operands: tuple[Any, ...] = (x, x, dz, dz)

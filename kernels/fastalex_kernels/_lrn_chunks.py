@@ -24,6 +24,7 @@ Layout HWNC: a pixel is N * C contiguous values, cut into N * C / 8 chunks.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -491,13 +492,14 @@ def _scaled_constants(norm: Norm) -> dict[str, float]:
     return {"START": norm.offset / norm.scale, "UNIT": norm.scale**-0.75}
 
 
-def _row_split(rows: int, programs: int, device: torch.device) -> tuple[int, int]:
+@functools.lru_cache(maxsize=1024)
+def _row_split(rows: int, programs: int, name: str) -> tuple[int, int]:
     """(rows of a program, programs along the rows) for ``programs`` in the other directions.
 
     Of every cut of the rows, the one whose last program ends first: fewer rows start more programs
     than run at once, and each computes some rows that its neighbour does too.
     """
-    resident = _RESIDENT * PROCESSORS.get(target(device), 128)
+    resident = _RESIDENT * PROCESSORS.get(name, 128)
 
     def last_end(share: int) -> float:
         rounds = triton.cdiv(programs * triton.cdiv(rows, share), resident)
@@ -519,7 +521,7 @@ def forward(
     (H, W, N, C), (P, Q, _, _) = x.shape, y.shape
     T = _CHUNKS["forward"]
     blocks, strips = triton.cdiv(N * C // CHUNK, T), triton.cdiv(Q, _STRIP)
-    share, parts = _row_split(P, blocks * strips, x.device)
+    share, parts = _row_split(P, blocks * strips, target(x.device))
     launch(
         _lrn_max_pool2d_chunks_fwd_kernel, (blocks, strips, parts), x, y, argmax, N, H, W, P, Q,
         share, C=C, GROUP=C // groups // CHUNK, SIGNED=norm.signed, SAVE=save,
@@ -548,7 +550,7 @@ def backward(
     used = T // group * group
     blocks = triton.cdiv(N * C // CHUNK, used)
     columns = triton.cdiv(W, 2)
-    share, parts = _row_split(triton.cdiv(H, 2), blocks * columns, x.device)
+    share, parts = _row_split(triton.cdiv(H, 2), blocks * columns, target(x.device))
     programs = blocks * columns * parts
     mask = mask and C <= CHUNK * T  # a program sums whole images
     sums = dx.new_empty((programs if mask else 0, C), dtype=torch.float32)
