@@ -164,19 +164,33 @@ def inspect(step: Step, gpu: GPU, dtype: str, progress: Progress = lambda *_: No
             row.launches = event.launches
         else:
             row = _read(event, event.launch, next(compiled), step.layers.get(event.layer), gpu)
-            floor = floors.pop((row.layer, row.role), None) if row.role else None
-            if floor is not None:
-                _hold_against(row, floor, gpu, dtype, step.layers[row.layer])
         row.bound = gpu.seconds(row.flops, row.read + row.written, dtype)
         rows.append(row)
+    for (name, role), floor in floors.items():
+        made_by = [row for row in rows if (row.layer, row.role) == (name, role)]
+        for row, share in _shares(made_by):
+            _hold_against(row, floor, share, gpu, dtype, step.layers[name])
     return rows
 
 
-def _hold_against(row: Row, floor: cost.Floor, gpu: GPU, dtype: str, layer: Layer) -> None:
-    row.floor = gpu.seconds(floor.flops, floor.size, dtype)
-    row.floor_size, row.floor_flops = floor.size, floor.flops
+def _shares(rows: list[Row]) -> list[tuple[Row, float]]:
+    """The launches that make a pass, and the share of it that each makes.
+
+    One does all of it, unless its product is made in pieces.
+    """
+    total = sum(row.flops for row in rows)
+    if not total:
+        return [(row, 1.0) for row in rows[:1]]
+    return [(row, row.flops / total) for row in rows if row.flops]
+
+
+def _hold_against(
+    row: Row, floor: cost.Floor, share: float, gpu: GPU, dtype: str, layer: Layer
+) -> None:
+    row.floor_size, row.floor_flops = share * floor.size, share * floor.flops
+    row.floor = gpu.seconds(row.floor_flops, row.floor_size, dtype)
     if row.flops:
-        row.useful = floor.useful / row.flops
+        row.useful = share * floor.useful / row.flops
     if row.waves is not None and layer.weight is not None and len(layer.weight) == 4:
         row.waves /= cost.tap_share(layer)
 

@@ -159,6 +159,7 @@ def _summary(step: Step, rows: list[Row], gpu: GPU, options: argparse.Namespace)
         if event.launch is None and (event.layer == "optimizer" or set(event.sizes) & sizes):
             moved += event.read + event.written
     bound = sum(row.bound for row in rows)
+    exchanged, waited = _exchange(step, rows)
     return {
         "launches": sum(row.launches for row in rows),
         "our_launches": sum(row.grid is not None for row in rows),
@@ -177,12 +178,23 @@ def _summary(step: Step, rows: list[Row], gpu: GPU, options: argparse.Namespace)
         "update_floor": update_floor,
         "floor": floor,
         "bound": bound,
-        # Two towers share the images of a step; their exchange is taken to be hidden.
+        # Two towers share the images of a step. The floor takes their exchange to be hidden.
         "ceiling_images_per_second": options.batch / floor,
-        "bound_images_per_second": options.batch / bound,
-        "exchanged_bytes": step.exchanged,
-        "exchange_seconds": sum(step.exchanged) / (1e12 * cost.LINK_BANDWIDTH),
+        "bound_images_per_second": options.batch / (bound + sum(waited)),
+        "exchanged_bytes": [swap.size for swap in step.exchanged],
+        "exchange_seconds": exchanged,
+        "exchange_waits": waited,
     }
+
+
+def _exchange(step: Step, rows: list[Row]) -> tuple[list[float], list[float]]:
+    """Of each swap between towers the seconds that it takes, and that nothing else runs meanwhile.
+
+    By its bytes alone: what it takes to begin a swap is not known here.
+    """
+    taken = [swap.size / (1e12 * cost.LINK_BANDWIDTH) for swap in step.exchanged]
+    meanwhile = [sum(r.bound for r in rows[s.begun : s.ended]) for s in step.exchanged]
+    return taken, [max(0.0, t - m) for t, m in zip(taken, meanwhile, strict=True)]
 
 
 _HEAD = (
@@ -322,18 +334,22 @@ def _totals(report: dict[str, Any], total: dict[str, Any]) -> list[str]:
             f"({total['update_floor'] * 1e6:.0f} us)"
         )
     if report["gpus"] == 2:
+        hidden = sum(not seconds for seconds in total["exchange_waits"])
         lines.append(
             f"exchange: {len(total['exchanged_bytes'])} transfers, "
             f"{sum(total['exchanged_bytes']) / 1e6:.1f} MB in each direction, "
-            f"{total['exchange_seconds'] * 1e6:.0f} us at {cost.LINK_BANDWIDTH:g} TB/s, "
-            "taken to be hidden"
+            f"{sum(total['exchange_seconds']) * 1e6:.0f} us at {cost.LINK_BANDWIDTH:g} TB/s; "
+            f"{hidden} of them run behind launches, {sum(total['exchange_waits']) * 1e6:.0f} us "
+            "are waited for"
         )
+    waited = sum(total["exchange_waits"])
     return [
         *lines,
         f"floor of the step: {total['floor'] * 1e6:.0f} us, ceiling "
         f"{total['ceiling_images_per_second']:,.0f} images/s (computed)",
-        f"these launches at the rates assumed: {total['bound'] * 1e6:.0f} us, "
-        f"{total['bound_images_per_second']:,.0f} images/s (computed)",
+        f"these launches at the rates assumed: {total['bound'] * 1e6:.0f} us"
+        + (f" and {waited * 1e6:.0f} us of waiting, " if waited else ", ")
+        + f"{total['bound_images_per_second']:,.0f} images/s (computed)",
     ]
 
 
