@@ -25,6 +25,8 @@ from fastalex_kernels._handover import hand_over, masked, offers, wanted
 
 TOWERS = 2
 _CHECK_NUMEL = 1 << 20  # elements sent by the start-up check
+# Under its name since torch 2.13, which warns of the older one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Transfer(Protocol):
@@ -54,7 +56,7 @@ class _Swap:
         self._both = self._sent.new_empty((TOWERS, *x.shape))
         self._work: Any = None
         if x.numel():
-            self._work = dist.all_gather_into_tensor(
+            self._work = _all_gather(
                 self._both.view(-1), self._sent.view(-1), exchange.group, async_op=True
             )
 

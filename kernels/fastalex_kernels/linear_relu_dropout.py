@@ -203,15 +203,23 @@ def _tile(x: torch.Tensor, w: torch.Tensor, m: int, n: int, k: int) -> dict[str,
     }
 
 
-def _split(blocks: tuple[int, int], steps: int, programs: int) -> int:
-    """Parts of a reduction of ``steps`` that give about so many programs."""
-    if interpreted():
-        return 1
-    return max(1, min(programs // max(blocks[0] * blocks[1], 1), steps // 8, _MAX_SPLIT))
-
-
 def _blocks(tile: dict[str, int], M: int, N: int) -> tuple[int, int]:
     return triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(M, tile["BLOCK_M"])
+
+
+def _split(tile: dict[str, int], M: int, N: int, K: int, programs: int) -> int:
+    """Parts of a reduction over K that give about so many programs, each of some length."""
+    columns, rows = _blocks(tile, M, N)
+    steps: int = triton.cdiv(K, tile["BLOCK_K"])
+    return max(1, min(programs // max(columns * rows, 1), steps // 8, _MAX_SPLIT))
+
+
+def _parts(tile: dict[str, int], M: int, N: int, K: int) -> int:
+    """Parts of the reduction of a whole product."""
+    if interpreted():
+        return 1
+    split = _split(tile, M, N, K, _PROGRAMS)
+    return split if split > 2 else 1  # halves save less than another launch and its bytes
 
 
 @dataclass(frozen=True)
@@ -300,8 +308,8 @@ def matmul(
         _add_up(begun.parts, y, epilogue)
         return y
     tile = _tile(a, w, M, N, K)
-    split = _split(_blocks(tile, M, N), triton.cdiv(K, tile["BLOCK_K"]), _PROGRAMS)
-    if split <= 2:  # halves save less than another launch and its bytes
+    split = _parts(tile, M, N, K)
+    if split == 1:
         _multiply(a, w, tile, y, epilogue)
         return y
     parts = y.new_empty((split, M, N), dtype=torch.float32)
@@ -319,7 +327,8 @@ def begin_linear(input: torch.Tensor, weight: torch.Tensor, half: int) -> Begun 
         half: 0 or 1.
 
     Returns:
-        None where there is nothing to gain: where torch computes, and for another dtype.
+        None where nothing is gained: where torch computes, for another dtype, and where the whole
+        reduction is not split, as of a large batch: its sums would be stored for this alone.
     """
     (input,) = autocast(input)
     if input.dtype != weight.dtype or not use_triton(input):
@@ -329,8 +338,9 @@ def begin_linear(input: torch.Tensor, weight: torch.Tensor, half: int) -> Begun 
         return None
     w = weight.t().chunk(HALVES)[half]
     tile = _tile(input, w, M, N, K)
-    steps = triton.cdiv(K, tile["BLOCK_K"])
-    each = _split(_blocks(tile, M, N), steps, _PROGRAMS // HALVES)
+    if _parts(tile, M, N, HALVES * K) == 1:
+        return None
+    each = _split(tile, M, N, K, _PROGRAMS // HALVES)
     parts = input.new_empty((HALVES * each, M, N), dtype=torch.float32)
     begun = Begun(parts, half, weight)
     _multiply(input, w, tile, begun.of(half), _Epilogue())

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fastalex.exchange import gather_towers
 from fastalex.layers import Linear, LinearReLUDropout
+from fastalex_kernels import conv2d_relu
 from fastalex_kernels.momentum import MomentumUpdate, Updates
 from fastalex_kernels.reference import TOLERANCES, relative_error
 
@@ -50,13 +51,13 @@ class _Reply:
 class _Case:
     """A layer that reads both towers' units, and what stands on either side of it."""
 
-    def __init__(self, rank: int, happened: list[str], dropout: bool = True) -> None:
+    def __init__(self, rank: int, happened: list[str], hidden: bool = True) -> None:
         draw = torch.Generator().manual_seed(rank)
         halves = [torch.randn(ROWS, WIDTH, generator=draw).to(HALF) for _ in range(2)]
         self.mine = halves[rank].clone().requires_grad_()
         self.whole = torch.cat(halves, 1).double().requires_grad_()
         self.layer = (
-            LinearReLUDropout(2 * WIDTH, OUTPUTS, 0.0) if dropout else Linear(2 * WIDTH, OUTPUTS)
+            LinearReLUDropout(2 * WIDTH, OUTPUTS, 0.0) if hidden else Linear(2 * WIDTH, OUTPUTS)
         )
         with torch.no_grad():
             for parameter in self.layer.parameters():
@@ -90,7 +91,8 @@ class _Case:
 
 
 def _is_close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return bool(relative_error(found, wanted) <= TOLERANCES[HALF]) and float(wanted.norm()) > 1
+    error = relative_error(found.detach(), wanted.detach())
+    return bool(error <= TOLERANCES[HALF]) and float(wanted.detach().norm()) > 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -124,15 +126,20 @@ def test_products_run_while_the_halves_are_swapped(
 
 
 def test_parts_are_added_up_alike_in_both_towers(real_tiles: RealTiles) -> None:
-    cases = [_Case(rank, []) for rank in range(2)]
+    cases = [_Case(rank, [], hidden=False) for rank in range(2)]
     cases[1].layer.load_state_dict(cases[0].layer.state_dict())
-    for one, other in (cases, cases[::-1]):
-        one.peer.replies = [other.mine.detach()]
+    for case, other, sign in zip(cases, cases[::-1], (1, -1), strict=True):
+        with torch.no_grad():
+            case.mine[:, :400] = sign * 32768.0  # what is added to their sums is rounded to ones
+            for each in cases:
+                each.layer.weight[:, case.rank * WIDTH :][:, :400] = 1.0
+        other.peer.replies = [case.mine.detach()]
     outputs = []
     for case in cases:
         case.layer.update = case.update()
         with real_tiles("sm_90"):
-            outputs.append(case.layer(gather_towers(case.mine, case.peer, True, case.layer)))
+            outputs.append(case.layer(gather_towers(case.mine, case.peer, False, case.layer)))
+    assert float(outputs[0].detach().abs().max()) > 1
     assert torch.equal(*outputs)  # to the last bit: the last layer's copies must not part
 
 
@@ -182,3 +189,29 @@ def test_a_gradient_that_something_is_added_to_is_sent_anew(
     assert case.mine.grad is not None
     assert _is_close(case.mine.grad, mine + case.reply)
     assert case.peer.replies == []  # the first swap was waited for, as the other tower does
+
+
+def test_a_convolution_sends_a_gradient_before_it_computes_its_weight_s(
+    real_tiles: RealTiles, strict: Strict
+) -> None:
+    draw = torch.Generator().manual_seed(7)
+    mine, theirs, reply = (torch.randn(4, 16, 3, 3, generator=draw).to(HALF) for _ in range(3))
+    weight = (torch.randn(16, 32, 3, 3, generator=draw) / 16).to(HALF).requires_grad_()
+    grad = torch.randn(4, 16, 3, 3, generator=draw).to(HALF)
+    mine.requires_grad_()
+    peer = _Peer(1, strict.launches, [theirs.permute(2, 3, 0, 1), reply.permute(2, 3, 0, 1)])
+    with real_tiles("sm_90"):
+        hwnc = mine.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+        y = conv2d_relu(gather_towers(hwnc, peer, True), weight, padding=1, relu=False)
+        strict.launches.clear()
+        y.backward(grad)
+    sent, weights = strict.launches.index("start"), "_conv2d_bwd_weight_kernel"
+    assert weights in strict.launches[sent : strict.launches.index("wait")]
+    whole = torch.cat([theirs, mine.detach()], 1).double().requires_grad_()
+    wide = weight.detach().double().requires_grad_()
+    dx, dw = torch.autograd.grad(F.conv2d(whole, wide, padding=1), (whole, wide), grad.double())
+    assert mine.grad is not None
+    assert weight.grad is not None
+    assert _is_close(mine.grad, dx[:, 16:] + reply)
+    assert _is_close(peer.sent[1].permute(2, 3, 0, 1), dx[:, :16])
+    assert _is_close(weight.grad, dw)
