@@ -44,7 +44,8 @@ class Begun:
 
 def carry(input: torch.Tensor, begun: Begun | None) -> torch.Tensor:
     """``input`` with what was begun of the product with it."""
-    setattr(input, _BEGUN, None if begun is None else (begun, _versions(input, begun.weight)))
+    if begun is not None and not input.is_inference():  # which has no version
+        setattr(input, _BEGUN, (begun, _versions(input, begun.weight)))
     return input
 
 

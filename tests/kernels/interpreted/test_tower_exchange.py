@@ -227,3 +227,13 @@ def test_a_convolution_sends_a_gradient_before_it_computes_its_weight_s(
     assert _is_close(mine.grad, dx[:, 16:] + reply)
     assert _is_close(peer.sent[1].permute(2, 3, 0, 1), dx[:, :16])
     assert _is_close(weight.grad, dw)
+
+
+def test_in_inference_mode_towers_swap_as_ever(real_tiles: RealTiles, strict: Strict) -> None:
+    """There tensors have no versions by which a change could be told."""
+    case = _Case(0, strict.launches)
+    output, *_ = case.expected()
+    case.layer.update = case.update()
+    with real_tiles("sm_90"), torch.inference_mode():
+        y = case.layer(gather_towers(case.mine, case.peer, True, case.layer))
+    assert _is_close(y, output)
