@@ -50,8 +50,11 @@ def carry(input: torch.Tensor, begun: Begun | None) -> torch.Tensor:
 
 
 def begun_of(input: torch.Tensor, weight: torch.Tensor) -> Begun | None:
-    """What was begun of the product of ``input`` with ``weight``, both unchanged since."""
-    begun, versions = getattr(input, _BEGUN, None) or (None, None)
+    """What was begun of the product of ``input`` with ``weight``, both unchanged since.
+
+    It is handed out once: ``input`` may be kept for backward, and the sums need not be.
+    """
+    begun, versions = input.__dict__.pop(_BEGUN, (None, None))
     same = begun is not None and _place(begun.weight) == _place(weight)
     return begun if same and versions == _versions(input, weight) else None
 
