@@ -44,15 +44,23 @@ class Begun:
 
 def carry(input: torch.Tensor, begun: Begun | None) -> torch.Tensor:
     """``input`` with what was begun of the product with it."""
-    setattr(input, _BEGUN, None if begun is None else (begun, input._version))
+    if begun is not None and not input.is_inference():  # which has no version
+        setattr(input, _BEGUN, (begun, _versions(input, begun.weight)))
     return input
 
 
 def begun_of(input: torch.Tensor, weight: torch.Tensor) -> Begun | None:
-    """What was begun of the product of ``input``, unchanged since, with this very ``weight``."""
-    begun, version = getattr(input, _BEGUN, None) or (None, None)
+    """What was begun of the product of ``input`` with ``weight``, both unchanged since.
+
+    It is handed out once: ``input`` may be kept for backward, and the sums need not be.
+    """
+    begun, versions = input.__dict__.pop(_BEGUN, (None, None))
     same = begun is not None and _place(begun.weight) == _place(weight)
-    return begun if same and version == input._version else None
+    return begun if same and versions == _versions(input, weight) else None
+
+
+def _versions(*tensors: torch.Tensor) -> list[int]:
+    return [x._version for x in tensors]
 
 
 def _place(x: torch.Tensor) -> Any:

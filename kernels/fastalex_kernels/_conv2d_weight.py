@@ -16,6 +16,7 @@ how many rows of x and dz it has to fetch for its products:
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -269,9 +270,9 @@ def _conv2d_bwd_weight_kernel(
             _store_part(accs[PARTS + 1], ptr + BLOCK_N, C - c - BLOCK_M, tail_columns, G * K)
 
 
-def _best_split(x: torch.Tensor, programs: int, steps: int) -> int:
-    """In how many parts a reduction of ``steps`` ends first."""
-    name = target(x.device)
+@functools.lru_cache(maxsize=1024)
+def _best_split(name: str, programs: int, steps: int) -> int:
+    """In how many parts a reduction of ``steps`` ends first on the target ``name``."""
     if name == "interpreter":
         return 1
     processors = PROCESSORS.get(name, 128)
@@ -332,7 +333,7 @@ def conv2d_relu_backward_weight(
     programs = R * S // tile["TAPS"] * triton.cdiv(C, rows) * triton.cdiv(K, columns)
     steps = P * triton.cdiv(Q * N, block_k)
     (split,) = tuned(
-        (_best_split(x, programs * groups, steps),), x, "conv2d weight parts",
+        (_best_split(target(x.device), programs * groups, steps),), x, "conv2d weight parts",
         N, P, Q, C, K, R, S, groups, programs, steps,
     )  # fmt: skip
     part = x.new_empty((split, R, S, C, GK), dtype=torch.float32)

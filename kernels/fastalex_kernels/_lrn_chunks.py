@@ -24,6 +24,7 @@ Layout HWNC: a pixel is N * C contiguous values, cut into N * C / 8 chunks.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -494,13 +495,14 @@ def _scaled_constants(norm: Norm) -> dict[str, float]:
     return {"START": norm.offset / norm.scale, "UNIT": norm.scale**-0.75}
 
 
-def _row_split(rows: int, programs: int, device: torch.device) -> int:
+@functools.lru_cache(maxsize=1024)
+def _row_split(rows: int, programs: int, name: str) -> int:
     """Rows of a program, for ``programs`` in the other directions.
 
     Of every cut of the rows, the one whose last program ends first: fewer rows start more programs
     than run at once, and each computes some rows that its neighbour does too.
     """
-    resident = _RESIDENT * PROCESSORS.get(target(device), 128)
+    resident = _RESIDENT * PROCESSORS.get(name, 128)
 
     def last_end(share: int) -> float:
         rounds = triton.cdiv(programs * triton.cdiv(rows, share), resident)
@@ -520,7 +522,8 @@ def forward(
     """Fill y and, where ``save``, argmax, both [P, Q, N, G*C], from x [H, W, N, G*C]."""
     (H, W, N, C), (P, Q, _, _) = x.shape, y.shape
     T, strip = _CHUNKS["forward"], _STRIP
-    rows = _row_split(P, triton.cdiv(N * C // CHUNK, T) * triton.cdiv(Q, strip), x.device)
+    programs = triton.cdiv(N * C // CHUNK, T) * triton.cdiv(Q, strip)
+    rows = _row_split(P, programs, target(x.device))
     T, strip, rows = tuned((T, strip, rows), x, "lrn forward", N, H, W, P, Q, C, groups)
     grid = (triton.cdiv(N * C // CHUNK, T), triton.cdiv(Q, strip), triton.cdiv(P, rows))
     launch(
@@ -549,7 +552,8 @@ def backward(
     (H, W, N, C), (P, Q, _, _) = x.shape, dy.shape
     T, group = _CHUNKS["backward"], C // groups // CHUNK
     columns, pairs = triton.cdiv(W, 2), triton.cdiv(H, 2)  # of columns and of rows
-    rows = _row_split(pairs, triton.cdiv(N * C // CHUNK, T // group * group) * columns, x.device)
+    programs = triton.cdiv(N * C // CHUNK, T // group * group) * columns
+    rows = _row_split(pairs, programs, target(x.device))
     T, rows = tuned((T, rows), x, "lrn backward", N, H, W, P, Q, C, groups)
     used = T // group * group
     grid = (triton.cdiv(N * C // CHUNK, used), columns, triton.cdiv(pairs, rows))

@@ -342,7 +342,7 @@ def _check_window(
 ) -> tuple[int, int]:
     """Check the arguments of pooling; return the size of its output."""
     check_floating("input", input)
-    if input.dim() != 4:
+    if input.dim() != 4 or input.shape[1] < 1:
         raise ValueError(f"input: expected [N, C, H, W], got shape {tuple(input.shape)}")
     for name, value, most in (
         ("kernel_size", kernel_size, MAX_KERNEL_SIZE),
@@ -448,11 +448,7 @@ def max_pool2d(
         return _aten.max_pool2d(input, kernel_size, stride, ceil_mode)
     channels = input.shape[1]
     # Without a window across channels any split of them will do: take the widest that fits.
-    groups = (
-        next(g for g in range(1, channels + 1) if channels % g == 0 and channels // g <= 256)
-        if channels
-        else 1
-    )
+    groups = next(g for g in range(1, channels + 1) if channels % g == 0 and channels // g <= 256)
     return _apply(input, None, groups, kernel_size, stride, pooled)
 
 

@@ -173,6 +173,18 @@ def test_what_was_begun_with_another_weight_or_input_is_not_used(
         assert _is_close(case.layer(whole), twice)
 
 
+def test_what_was_begun_before_the_weight_changed_is_not_used(
+    real_tiles: RealTiles, strict: Strict
+) -> None:
+    case = _Case(0, strict.launches)
+    case.layer.update = case.update()
+    with real_tiles("sm_90"):
+        whole = gather_towers(case.mine, case.peer, True, case.layer)
+        with torch.no_grad():
+            case.layer.weight.neg_()
+        assert _is_close(case.layer(whole), case.expected()[0])
+
+
 def test_a_gradient_that_something_is_added_to_is_sent_anew(
     real_tiles: RealTiles, strict: Strict
 ) -> None:
@@ -215,3 +227,13 @@ def test_a_convolution_sends_a_gradient_before_it_computes_its_weight_s(
     assert _is_close(mine.grad, dx[:, 16:] + reply)
     assert _is_close(peer.sent[1].permute(2, 3, 0, 1), dx[:, :16])
     assert _is_close(weight.grad, dw)
+
+
+def test_in_inference_mode_towers_swap_as_ever(real_tiles: RealTiles, strict: Strict) -> None:
+    """There tensors have no versions by which a change could be told."""
+    case = _Case(0, strict.launches)
+    output, *_ = case.expected()
+    case.layer.update = case.update()
+    with real_tiles("sm_90"), torch.inference_mode():
+        y = case.layer(gather_towers(case.mine, case.peer, True, case.layer))
+    assert _is_close(y, output)
