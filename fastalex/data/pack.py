@@ -23,7 +23,8 @@ from fastalex.data.base import DataError
 from fastalex.data.listing import Listing, class_of
 from fastalex.data.packed import FORMAT, INDEX, MANIFEST, WORK, digest, file_digest, read_manifest
 from fastalex.data.processes import pack_shards
-from fastalex.data.shard import MAX_SIZE, Record, Shard, Sums
+from fastalex.data.shard import MAX_SIZE, Record, Shard
+from fastalex.data.sums import Sums
 from fastalex.files import replacing
 
 SIZE = 256  # P§2

@@ -16,12 +16,17 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import Any
 
+from PIL import ImageFile
 from tqdm import tqdm
 
 from fastalex.data.base import DataError
 from fastalex.data.shard import Shard, pack_shard
 
 _LINE_SECONDS = 60.0  # between two lines of progress where there is no terminal
+_BLOCK = 1 << 18  # bytes that Pillow reads or copies out at a time: all of an image of 256 pixels
+# Once so much was allocated and freed, glibc keeps what is freed later, up to twice that, instead
+# of giving it back to the system and faulting it in again with each image. Source: mallopt(3).
+_KEPT = 16 << 20
 
 
 class PackingStopped(KeyboardInterrupt):
@@ -38,9 +43,12 @@ def cores() -> int:
 def pack_shards(shards: list[Shard], workers: int | None, quiet: bool) -> int:
     """Make every shard in a few processes; what was done before is not done again.
 
+    There are twice as many processes as work at a time: the others wait for the disk to have what
+    is done, or for their turn.
+
     Args:
         shards: what to make.
-        workers: number of processes; None is one for each core that this process may use.
+        workers: how many work at a time; None is one for each core that this process may use.
         quiet: show no progress.
 
     Returns:
@@ -53,16 +61,18 @@ def pack_shards(shards: list[Shard], workers: int | None, quiet: bool) -> int:
     context = multiprocessing.get_context("forkserver")
     done = context.Array("q", 2)  # files decoded now, and found done before
     stop = context.Value("b", 0, lock=False)
+    workers = workers or cores()
+    turns = context.Semaphore(workers)
     total = sum(len(shard.files) for shard in shards)
     context.set_forkserver_preload([__name__])
     with _ignoring_interrupts():  # which is inherited
         forkserver.ensure_running()
-    workers = min(workers or cores(), len(shards))
+    processes = min(2 * workers, len(shards))
     with (
         _Bar(total, quiet) as bar,
-        ProcessPoolExecutor(workers, context, _begin, (done, stop)) as pool,
+        ProcessPoolExecutor(processes, context, begin, (done, stop, turns)) as pool,
     ):
-        futures = [pool.submit(_pack_shard, shard) for shard in shards]
+        futures = [pool.submit(pack_in_turn, shard) for shard in shards]
         try:
             _wait(futures, lambda: bar.show(done[0], done[1]))
         except (Exception, KeyboardInterrupt) as error:
@@ -104,16 +114,19 @@ def _ignoring_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-# In a process that packs. `_begin` sets what `_pack_shard` uses.
+# In a process that packs. `begin` sets what `pack_in_turn` uses.
 
 _advance: Callable[[int, int], bool]
+_turns: contextlib.AbstractContextManager[object]
 
 
-def _begin(done: Any, stop: Any) -> None:
+def begin(done: Any, stop: Any, turns: Any) -> None:
     """Be quiet, deaf to Ctrl-C, and gone with the parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and says stop
     warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    ImageFile.MAXBLOCK = _BLOCK
+    bytearray(_KEPT)
 
     counts = done.get_obj()  # each use of ``done`` itself takes the lock once more
 
@@ -123,8 +136,8 @@ def _begin(done: Any, stop: Any) -> None:
             counts[1] += kept
         return not stop.value
 
-    global _advance
-    _advance = advance
+    global _advance, _turns
+    _advance, _turns = advance, turns
 
 
 def _die_with_parent() -> None:
@@ -134,8 +147,8 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _pack_shard(shard: Shard) -> None:
-    pack_shard(shard, _advance)
+def pack_in_turn(shard: Shard) -> None:
+    pack_shard(shard, _advance, _turns)
 
 
 class _Bar:
