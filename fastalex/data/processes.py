@@ -24,8 +24,6 @@ from fastalex.data.shard import Shard, pack_shard
 
 _LINE_SECONDS = 60.0  # between two lines of progress where there is no terminal
 _BLOCK = 1 << 18  # bytes that Pillow reads or copies out at a time: all of an image of 256 pixels
-# Once so much was allocated and freed, glibc keeps what is freed later, up to twice that, instead
-# of giving it back to the system and faulting it in again with each image. Source: mallopt(3).
 _KEPT = 16 << 20
 
 
@@ -43,9 +41,6 @@ def cores() -> int:
 def pack_shards(shards: list[Shard], workers: int | None, quiet: bool) -> int:
     """Make every shard in a few processes; what was done before is not done again.
 
-    There are twice as many processes as work at a time: the others wait for the disk to have what
-    is done, or for their turn.
-
     Args:
         shards: what to make.
         workers: how many work at a time; None is one for each core that this process may use.
@@ -58,20 +53,9 @@ def pack_shards(shards: list[Shard], workers: int | None, quiet: bool) -> int:
         DataError: where a process ended or could not go on; says what is kept.
         PackingStopped: likewise, after Ctrl-C.
     """
-    context = multiprocessing.get_context("forkserver")
-    done = context.Array("q", 2)  # files decoded now, and found done before
-    stop = context.Value("b", 0, lock=False)
-    workers = workers or cores()
-    turns = context.Semaphore(workers)
     total = sum(len(shard.files) for shard in shards)
-    context.set_forkserver_preload([__name__])
-    with _ignoring_interrupts():  # which is inherited
-        forkserver.ensure_running()
-    processes = min(2 * workers, len(shards))
-    with (
-        _Bar(total, quiet) as bar,
-        ProcessPoolExecutor(processes, context, begin, (done, stop, turns)) as pool,
-    ):
+    pool, done, stop = packers(workers or cores(), len(shards))
+    with _Bar(total, quiet) as bar, pool:
         futures = [pool.submit(pack_in_turn, shard) for shard in shards]
         try:
             _wait(futures, lambda: bar.show(done[0], done[1]))
@@ -84,6 +68,27 @@ def pack_shards(shards: list[Shard], workers: int | None, quiet: bool) -> int:
             raise _explained(error, shards[0], kept) from error
         bar.show(done[0], done[1])
         return int(done[0])
+
+
+def packers(workers: int, most: int) -> tuple[ProcessPoolExecutor, Any, Any]:
+    """Processes for ``pack_in_turn``, at most ``most``.
+
+    There are twice as many as work at a time: while some wait for the disk to have what is done,
+    as many others are at work.
+
+    Returns:
+        The processes; the numbers of files decoded now and found done before; and what, set to 1,
+        stops them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    done = context.Array("q", 2)
+    stop = context.Value("b", 0, lock=False)
+    turns = context.Semaphore(workers)
+    context.set_forkserver_preload([__name__])
+    with _ignoring_interrupts():  # which is inherited
+        forkserver.ensure_running()
+    count = min(2 * workers, most)
+    return ProcessPoolExecutor(count, context, begin, (done, stop, turns)), done, stop
 
 
 def _explained(error: BaseException, shard: Shard, kept: str) -> BaseException:
@@ -126,7 +131,7 @@ def begin(done: Any, stop: Any, turns: Any) -> None:
     warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
     threading.Thread(target=_die_with_parent, daemon=True).start()
     ImageFile.MAXBLOCK = _BLOCK
-    bytearray(_KEPT)
+    keep_freed_memory()
 
     counts = done.get_obj()  # each use of ``done`` itself takes the lock once more
 
@@ -145,6 +150,14 @@ def _die_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, not give it back and fault it in again with each image.
+
+    It does so once a large piece was freed, up to twice that piece. Source: mallopt(3).
+    """
+    bytearray(_KEPT)
 
 
 def pack_in_turn(shard: Shard) -> None:

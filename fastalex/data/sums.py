@@ -58,7 +58,8 @@ class Sums:
         is added up line by line.
         """
         size = len(self.pixels)
-        images, pixels = images.reshape(-1, size, 3 * size), self.pixels.reshape(size, -1)
+        images = np.asarray(images).reshape(-1, size, 3 * size)  # slices of a memmap are slow
+        pixels = self.pixels.reshape(size, -1)
         room = np.zeros(_IMAGES * _LINES * 3 * size + 2, np.float32)
         totals = np.zeros((3, 3 * size))  # of products, by places moved and place in the line
         for first in range(0, len(images), _IMAGES):
