@@ -24,6 +24,8 @@ from fastalex.data.shard import Shard, pack_shard
 
 _LINE_SECONDS = 60.0  # between two lines of progress where there is no terminal
 _BLOCK = 1 << 18  # bytes that Pillow reads or copies out at a time: all of an image of 256 pixels
+# Once a piece of so many was freed, glibc keeps what is freed, up to twice that, instead of giving
+# it back and faulting it in again with each image. Source: mallopt(3).
 _KEPT = 16 << 20
 
 
@@ -131,7 +133,7 @@ def begin(done: Any, stop: Any, turns: Any) -> None:
     warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
     threading.Thread(target=_die_with_parent, daemon=True).start()
     ImageFile.MAXBLOCK = _BLOCK
-    keep_freed_memory()
+    bytearray(_KEPT)
 
     counts = done.get_obj()  # each use of ``done`` itself takes the lock once more
 
@@ -150,14 +152,6 @@ def _die_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed, not give it back and fault it in again with each image.
-
-    It does so once a large piece was freed, up to twice that piece. Source: mallopt(3).
-    """
-    bytearray(_KEPT)
 
 
 def pack_in_turn(shard: Shard) -> None:
