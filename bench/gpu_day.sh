@@ -98,7 +98,7 @@ else
     step environment 20 bash -c environment
     # The session limits end a run between two tests, so that what was found is reported.
     step tests 140 "${tests[@]}" "${workers[@]}" --session-timeout 130 tests
-    step tune 125 "$python" -m fastalex.tune --candidates 8 --seconds 95
+    step tune 125 "$python" -m fastalex.tune --candidates 6 --seconds 95
     step step 75 "${bench[@]}" --compiled --benchmark-json "$results/step.json" bench/bench_step.py
     step layers 75 "${bench[@]}" --benchmark-json "$results/layers.json" bench/bench_layers.py
     step profile 85 bash -c 'profile "$@"' profile

@@ -3,7 +3,8 @@
     python docs/kernel_figures.py
 
 A table stands between ``<!-- figures KERNEL ... -->`` and ``<!-- end -->``, one row for each launch
-of one of these kernels in a training step; a cell holds the H100's figure and the A100's.
+of one of these kernels in a training step; a cell holds the H100's figure and the A100's. What two
+towers swap, on two H100, stands behind ``<!-- swaps -->``.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ HEAD = (
     "instr", "MB", "over floor",
 )  # fmt: skip
 _TABLE = re.compile(r"(<!-- figures ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SWAP_HEAD = ("before", "pass", "MB each way", "swap us", "meanwhile us", "waited us")
+_SWAPS = re.compile(r"(<!-- swaps -->\n).*?(<!-- end -->)", re.DOTALL)
 _VERSION = re.compile(r"(<!-- version -->).*?(<!-- end -->)", re.DOTALL)
 
 
-def report(gpu: str) -> dict[str, Any]:
+def report(gpu: str, *options: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "fastalex.roofline", "--gpu", gpu, "--batch", "128", "--json"]
+    command += options
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
@@ -57,6 +61,20 @@ def _name(row: dict[str, Any]) -> str:
     return f"{row['layer']} {row['role'] or row['phase']}"
 
 
+def _lines(head: tuple[str, ...]) -> list[str]:
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+
+
+def swaps(report: dict[str, Any]) -> str:
+    """A Markdown table of what two towers swap in a step."""
+    lines = _lines(SWAP_HEAD)
+    for swap in report["swaps"]:
+        times = [f"{swap[name] * 1e6:.1f}" for name in ("seconds", "meanwhile", "waited")]
+        cells = [swap["layer"], swap["phase"], f"{swap['size'] / 1e6:.2f}", *times]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def table(reports: dict[str, dict[str, Any]], kernels: list[str]) -> str:
     """A Markdown table of the launches of ``kernels``, in the order of the step."""
     found: dict[str, dict[str, list[tuple[str, ...]]]] = {}
@@ -64,7 +82,7 @@ def table(reports: dict[str, dict[str, Any]], kernels: list[str]) -> str:
         for row in made["launches"]:
             if (row["name"].strip("_").removesuffix("_kernel")) in kernels:
                 found.setdefault(_name(row), {}).setdefault(gpu, []).append(_cells(row))
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    lines = _lines(HEAD)
     for name, by_gpu in found.items():
         for cells in zip(*(by_gpu[gpu] for gpu in reports), strict=True):
             both = [a if a == b else f"{a} / {b}" for a, b in zip(*cells, strict=True)]
@@ -78,10 +96,13 @@ def main() -> None:
     reports = {gpu: report(gpu) for gpu in GPUS}
     text = PAGE.read_text()
     text = _TABLE.sub(lambda m: m[1] + table(reports, m[2].split()) + m[3], text)
+    towers = report("h100", "--gpus", "2")
+    text = _SWAPS.sub(lambda m: m[1] + swaps(towers) + m[2], text)
     version = f"Triton {reports['h100']['triton']}, torch {reports['h100']['torch']}"
     text = _VERSION.sub(lambda m: m[1] + version + m[2], text)
     PAGE.write_text(text)
-    print(f"filled {len(_TABLE.findall(text))} tables of {PAGE}")
+    filled = len(_TABLE.findall(text)) + len(_SWAPS.findall(text))
+    print(f"filled {filled} tables of {PAGE}")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class Settings:
     tensorboard: bool
 
     @classmethod
-    def choose(cls, arguments: Mapping[str, Any], device_type: str) -> Settings:
+    def choose(cls, arguments: Mapping[str, Any], device_type: str, towers: int = 1) -> Settings:
         """The settings that ``arguments``, from ``parse_arguments``, come to on a device.
 
         What was given wins over the recipe, and the recipe over data and device.
@@ -126,7 +126,7 @@ class Settings:
                     f"{option} has no part in the schedule {values['schedule']}: leave it out, or "
                     f"add --schedule {' or '.join(schedules)}"
                 )
-        values.update(_execution(given, values["precision"], device_type))
+        values.update(_execution(given, values["precision"], device_type, towers))
         if "color_noise" in given and values["augmentation"] != "full":
             raise ValueError(
                 f"--color-noise has no part in the augmentation {values['augmentation']}: leave it "
@@ -165,8 +165,12 @@ class Settings:
         return cls(**{**values, "data": data, "lr_drop": tuple(values["lr_drop"])})
 
 
-def _execution(given: Mapping[str, Any], precision: str, device_type: str) -> dict[str, bool]:
+def _execution(
+    given: Mapping[str, Any], precision: str, device_type: str, towers: int
+) -> dict[str, bool]:
     """How a step is executed; on a GPU as few kernels as can be, in one launch.
+
+    Two towers exchange data within the step. Captured they have not been seen yet: only if asked.
 
     Raises:
         ValueError: for what the device or the precision does not allow.
@@ -181,7 +185,7 @@ def _execution(given: Mapping[str, Any], precision: str, device_type: str) -> di
         raise ValueError("--cuda-graph needs a GPU: leave it out")
     return {
         "fused_update": given.get("fused_update", gpu and not scaled),
-        "cuda_graph": given.get("cuda_graph", gpu),
+        "cuda_graph": given.get("cuda_graph", gpu and towers == 1),
     }
 
 

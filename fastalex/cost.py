@@ -25,6 +25,7 @@ _BLOCKS = 32  # resident programs of a processor
 _RESERVED_SHARED = 1 << 10  # of a program, by the system
 _REGISTERS = 1 << 16  # of a processor
 _OVERHEAD_CYCLES = 1500  # of a program in which the tensor cores have nothing from it
+_SCHEDULERS = 4  # of a processor, each an instruction a cycle
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,30 @@ def wave_efficiency(gpu: GPU, flops: Any, slots: int) -> float:
         flops: of each program.
         slots: programs that a processor holds at once.
     """
+    last = _last_end(gpu, (flops / gpu.tensor_flops).tolist(), slots)
+    return float(flops.sum() / (gpu.tensor_flops * gpu.processors) / last) if last else 0.0
+
+
+def issue_seconds(gpu: GPU, instructions: Any, slots: int) -> float:
+    """Seconds until the last program has issued its instructions, a warp's counted as one.
+
+    The programs fall on the processors as in ``wave_efficiency``; each has four schedulers.
+
+    Args:
+        instructions: of each program.
+        slots: programs that a processor holds at once.
+    """
+    clock = 1e12 * gpu.peak_tflops["bf16"] / (gpu.processors * gpu.tensor_flops)
+    return _last_end(gpu, (instructions / _SCHEDULERS).tolist(), slots) / clock
+
+
+def _last_end(gpu: GPU, cycles: list[float], slots: int) -> float:
+    """The cycle in which the last program ends, of those that have a processor to themselves."""
     free = [0.0] * (gpu.processors * slots)
     heapq.heapify(free)
     last = 0.0
-    for work in flops.tolist():
-        end = heapq.heappop(free) + work / gpu.tensor_flops * slots + _OVERHEAD_CYCLES
+    for work in cycles:
+        end = heapq.heappop(free) + work * slots + _OVERHEAD_CYCLES
         last = max(last, end)
         heapq.heappush(free, end)
-    return float(flops.sum() / (gpu.tensor_flops * gpu.processors) / last) if last else 0.0
+    return last

@@ -133,9 +133,13 @@ class Trainer:
         if speeds is not None:
             set_velocities(self.model, self.optimizer, team.parts(self.model, speeds))
         self.compute: Compute = self._compute
-        # The exchange between towers waits for the other process, which no graph can hold.
-        if settings.cuda_graph and team.device.type == "cuda" and team.towers == 1:
-            self.compute = Graphed(self._compute, team.device, lambda t: self.progress.warn(t))
+        if settings.cuda_graph and team.device.type == "cuda":
+            self.compute = Graphed(
+                self._compute,
+                team.device,
+                lambda text: self.progress.warn(text),
+                agree=team.both_towers,
+            )
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, as ``_state`` returned it; from the beginning where it is empty."""

@@ -33,6 +33,8 @@ class Graphed:
         device: a GPU.
         tell: is told where a capture fails; every call then runs as it is.
         capture: how a call is captured.
+        agree: whether a capture is used, given whether it worked here: of processes that exchange
+            data inside ``compute`` all replay theirs, or none.
     """
 
     def __init__(
@@ -41,10 +43,12 @@ class Graphed:
         device: torch.device,
         tell: Callable[[str], None] = warnings.warn,
         capture: Capture | None = None,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         self._compute = compute
         self._device = device
         self._tell = tell
+        self._agree = agree
         self._capture: Capture | None = capture or _capture_on_gpu
         self._calls = 0
         self._stream: torch.cuda.Stream | None = None
@@ -70,15 +74,18 @@ class Graphed:
 
     def _try_to_capture(self, capture: Capture, inputs: tuple[torch.Tensor, ...]) -> None:
         self._inputs = [torch.empty_like(x) for x in inputs]
+        failure = "not in another process"
         try:
             self._replay, self._output = capture(lambda: self._compute(*self._inputs))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._capture = None  # nothing of it has run
+            failure = str(error).splitlines()[0]
+        if not self._agree(self._replay is not None):
+            self._capture = self._replay = None  # nothing of it has run
             self._tell(
                 "the step can't be captured as a CUDA graph and goes on launch by launch: "
-                f"{str(error).splitlines()[0]}"
+                f"{failure}"
             )
 
     def _beside(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastalex import cost, machine_code, offline, ttir
@@ -45,6 +46,8 @@ class Row:
         useful: operations on real data over those done.
         waves: of the tensor cores' time, over the share of taps that are not skipped.
         instructions: of all threads, for each element of the layer's input.
+        issue_seconds: until the last program has issued its instructions, for a launch without
+            products.
         read, written: bytes.
         updated: of them, those of weights and velocities where a launch applies a gradient.
         flops: done, padding included.
@@ -78,6 +81,7 @@ class Row:
     useful: float | None = None
     waves: float | None = None
     instructions: float | None = None
+    issue_seconds: float | None = None
     read: int = 0
     written: int = 0
     updated: int = 0
@@ -164,19 +168,33 @@ def inspect(step: Step, gpu: GPU, dtype: str, progress: Progress = lambda *_: No
             row.launches = event.launches
         else:
             row = _read(event, event.launch, next(compiled), step.layers.get(event.layer), gpu)
-            floor = floors.pop((row.layer, row.role), None) if row.role else None
-            if floor is not None:
-                _hold_against(row, floor, gpu, dtype, step.layers[row.layer])
         row.bound = gpu.seconds(row.flops, row.read + row.written, dtype)
         rows.append(row)
+    for (name, role), floor in floors.items():
+        made_by = [row for row in rows if (row.layer, row.role) == (name, role)]
+        for row, share in _shares(made_by):
+            _hold_against(row, floor, share, gpu, dtype, step.layers[name])
     return rows
 
 
-def _hold_against(row: Row, floor: cost.Floor, gpu: GPU, dtype: str, layer: Layer) -> None:
-    row.floor = gpu.seconds(floor.flops, floor.size, dtype)
-    row.floor_size, row.floor_flops = floor.size, floor.flops
+def _shares(rows: list[Row]) -> list[tuple[Row, float]]:
+    """The launches that make a pass, and the share of it that each makes.
+
+    One does all of it, unless its product is made in pieces.
+    """
+    total = sum(row.flops for row in rows)
+    if not total:
+        return [(row, 1.0) for row in rows[:1]]
+    return [(row, row.flops / total) for row in rows if row.flops]
+
+
+def _hold_against(
+    row: Row, floor: cost.Floor, share: float, gpu: GPU, dtype: str, layer: Layer
+) -> None:
+    row.floor_size, row.floor_flops = share * floor.size, share * floor.flops
+    row.floor = gpu.seconds(row.floor_flops, row.floor_size, dtype)
     if row.flops:
-        row.useful = floor.useful / row.flops
+        row.useful = share * floor.useful / row.flops
     if row.waves is not None and layer.weight is not None and len(layer.weight) == 4:
         row.waves /= cost.tap_share(layer)
 
@@ -209,22 +227,26 @@ def _read(
     if layer is not None and not amd:
         executed = _executed(len(instructions), loops, work)
         if executed is not None:
-            row.instructions = executed * 32 * row.warps / torch.Size(layer.input).numel()
+            total = 32 * row.warps * float(executed.sum())
+            row.instructions = total / torch.Size(layer.input).numel()
+            if not text.dots:
+                slots = cost.resident(gpu, code.registers, code.shared, row.warps)
+                row.issue_seconds = cost.issue_seconds(gpu, row.warps * executed, slots)
     return row
 
 
-def _executed(total: int, loops: list[machine_code.Loop], work: ttir.Work) -> float | None:
-    """Instructions that one warp of every program runs together; None with several loops.
+def _executed(total: int, loops: list[machine_code.Loop], work: ttir.Work) -> Any:
+    """Instructions that one warp of each program runs; None with several loops.
 
     Both sides of a branch count.
     """
     real = [loop for loop in loops if len(loop) > _WAITING]
+    programs = np.ones(len(work.flops))
     if not real and all(trips.max(initial=0) <= 1 for trips in work.trips):
-        return float(total * len(work.flops))
+        return total * programs
     if len(real) != 1 or len(work.trips) != 1:
         return None
-    straight = total - len(real[0])
-    return float(straight * len(work.flops) + len(real[0]) * work.trips[0].sum())
+    return (total - len(real[0])) * programs + len(real[0]) * work.trips[0]
 
 
 def _add_traffic(row: Row, event: Event, arguments: dict[str, Any], text: ttir.Code) -> None:

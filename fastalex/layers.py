@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastalex_kernels as kernels
+from fastalex_kernels._begun import Begun
+from fastalex_kernels.linear_relu_dropout import begin_linear
 from fastalex_kernels.momentum import Updates
 
 
@@ -262,7 +264,23 @@ class CounterDropout:
         }
 
 
-class Linear(Updated, nn.Linear):
+class FullyConnectedLayer(Updated, nn.Linear):
+    """What both fully connected layers share: they can begin with half of their input."""
+
+    groups: int = 1
+
+    def begin(self, part: torch.Tensor, half: int) -> Begun | None:
+        """A pass in training begun with one half of its inputs, see fastalex_kernels._begun.
+
+        None where that gains nothing, and where the weight in the products' dtype is not at hand.
+        """
+        update = self.update_now()
+        if update is None or self.groups > 1 or torch.compiler.is_compiling():
+            return None
+        return begin_linear(part, update.weight.current(), half)
+
+
+class Linear(FullyConnectedLayer):
     """Fully connected + bias."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -271,7 +289,7 @@ class Linear(Updated, nn.Linear):
         )
 
 
-class LinearReLUDropout(CounterDropout, Updated, nn.Linear):
+class LinearReLUDropout(CounterDropout, FullyConnectedLayer):
     """Fully connected + bias + ReLU, and dropout with probability ``p`` in training (P§4.2).
 
     Args:

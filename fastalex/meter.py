@@ -12,7 +12,10 @@ import torch
 
 
 class Stopwatch:
-    """Seconds spent inside its ``with`` blocks: by the clock, on a GPU by its stream's events."""
+    """Seconds spent inside its ``with`` blocks: by the clock, on a GPU by its stream's events.
+
+    What is captured in a CUDA graph is not counted.
+    """
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -27,6 +30,9 @@ class Stopwatch:
                 yield
             finally:
                 self._seconds += time.monotonic() - since
+            return
+        if torch.cuda.is_current_stream_capturing():
+            yield
             return
         events = _event(), _event()
         events[0].record()

@@ -90,8 +90,8 @@ def _add_processes(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--cuda-graph",
         action=argparse.BooleanOptionalAction,
-        help="launch forward and backward of a step as one captured graph; one GPU per net "
-        "(default: on a GPU)",
+        help="launch forward and backward of a step as one captured graph "
+        "(default: on a GPU, not for a net on two)",
     )
 
 

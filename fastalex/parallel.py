@@ -15,126 +15,18 @@ included, because masks and weights are functions of their place in the whole ne
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fastalex.exchange import TOWERS, Exchange, TowerExchange, check_copies, dense, gather_towers
 from fastalex.fused_update import gradient_norms
 from fastalex.layers import Conv2dReLU, CounterDropout, LinearReLUDropout, LRNMaxPool2d
-from fastalex.meter import Stopwatch
 from fastalex.model import AlexNet
 from fastalex.nvtx_ranges import nvtx_range
-from fastalex_kernels._handover import hand_over, masked, offers, wanted
-
-TOWERS = 2
-_CHECK_NUMEL = 1 << 20  # elements sent by the start-up check
-
-
-class Swap(Protocol):
-    """What a tower needs of the other one."""
-
-    rank: int
-
-    def swap(self, x: torch.Tensor) -> torch.Tensor: ...
-
-
-class TowerExchange:
-    """Swaps tensors of one shape with the process that holds the other tower.
-
-    Args:
-        mesh: with an axis ``"tower"`` of size 2.
-        staged: whether tensors go through host memory, for machines whose GPUs claim peer access
-            and do not have it.
-
-    Attributes:
-        stopwatch: counts the time of the swaps.
-    """
-
-    def __init__(self, mesh: DeviceMesh, staged: bool = False) -> None:
-        self.rank: int = mesh.get_local_rank("tower")
-        self.group: Any = _host_group(mesh) if staged else mesh.get_group("tower")
-        self.peer: int = dist.get_global_rank(mesh.get_group("tower"), 1 - self.rank)
-        self.staged = staged
-        self.stopwatch = Stopwatch()
-
-    def swap(self, x: torch.Tensor) -> torch.Tensor:
-        """Send the contiguous ``x`` to the other tower, return what it sent."""
-        with self.stopwatch.running(x.device):
-            return self._swap(x)
-
-    def _swap(self, x: torch.Tensor) -> torch.Tensor:
-        sent = x.cpu() if self.staged else x
-        received = torch.empty_like(sent)
-        if x.numel():
-            operations = [
-                dist.P2POp(dist.isend, sent, self.peer, self.group),
-                dist.P2POp(dist.irecv, received, self.peer, self.group),
-            ]
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
-        return received.to(x.device)
-
-    def works(self, device: torch.device) -> bool:
-        """Whether a known pattern arrives whole, on both sides."""
-        pattern = torch.arange(_CHECK_NUMEL, dtype=torch.float32, device=device)
-        received = self.swap(pattern * (2 * self.rank - 1) - self.rank)
-        expected = pattern * (1 - 2 * self.rank) - (1 - self.rank)
-        verdict = torch.tensor([float(torch.equal(received, expected))], device=device)
-        return bool(self.swap(verdict).item()) and bool(verdict.item())
-
-
-def _host_group(mesh: DeviceMesh) -> Any:
-    """The tower group on gloo; every process of the world takes part in making each of them."""
-    mine = None
-    for ranks in mesh.mesh.reshape(-1, TOWERS).tolist():
-        group = dist.new_group(ranks, backend="gloo")
-        if dist.get_rank() in ranks:
-            mine = group
-    return mine
-
-
-class GatherTowers(torch.autograd.Function):
-    """Both towers' channels, tower 0's first, of this tower's [N, C, ...].
-
-    ``summed`` says whether the two processes' gradients add up: they do before a layer that each
-    process holds half of, not before one that both hold whole. A ReLU's mask is the same in both,
-    so what each applied it to adds up to a masked gradient: that is handed on, see
-    fastalex_kernels._handover.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, exchange: Swap, summed: bool) -> torch.Tensor:
-        ctx.exchange, ctx.summed = exchange, summed
-        offers(ctx, wanted(x), exchange)
-        mine, order = _dense(x)
-        with nvtx_range("exchange forward"):
-            theirs = exchange.swap(mine)
-        halves = [mine, theirs] if exchange.rank == 0 else [theirs, mine]
-        whole = torch.cat(halves, dim=order.index(1))
-        return whole.permute([order.index(d) for d in range(x.dim())])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        halves = grad.chunk(TOWERS, dim=1)
-        mine, theirs = halves[ctx.exchange.rank], halves[1 - ctx.exchange.rank]
-        if ctx.summed:
-            sent, order = _dense(theirs)
-            with nvtx_range("exchange backward"):
-                received = ctx.exchange.swap(sent)
-            mine = mine + received.permute([order.index(d) for d in range(grad.dim())])
-        return hand_over(mine) if masked(grad) else mine, None, None
-
-
-def _dense(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """``x`` with its axes in memory order, contiguous, and that order."""
-    strides = x.stride()
-    order = sorted(range(x.dim()), key=lambda d: (-strides[d], d))
-    return x.permute(order).contiguous(), order
 
 
 def init_mesh(device_type: str, data: int, tower: int) -> DeviceMesh:
@@ -146,25 +38,6 @@ def init_mesh(device_type: str, data: int, tower: int) -> DeviceMesh:
         tower: 1, or 2 for a net in two halves.
     """
     return init_device_mesh(device_type, (data, tower), mesh_dim_names=("data", "tower"))
-
-
-def check_copies(mesh: DeviceMesh) -> TowerExchange:
-    """An exchange that was seen to work: direct, else through host memory.
-
-    Raises:
-        RuntimeError: where a known pattern arrives by neither way.
-    """
-    device = torch.device(mesh.device_type)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-    for staged in (False, True):
-        exchange = TowerExchange(mesh, staged)
-        if exchange.works(device):
-            return exchange
-    raise RuntimeError(
-        "the towers cannot exchange data: a test pattern arrived damaged, both directly and "
-        "through host memory; check the machine's interconnect, or use one GPU"
-    )
 
 
 def parallelize(model: AlexNet, mesh: DeviceMesh, exchange: TowerExchange | None = None) -> AlexNet:
@@ -193,7 +66,7 @@ def parallelize(model: AlexNet, mesh: DeviceMesh, exchange: TowerExchange | None
     return model
 
 
-def cut_to_tower(model: AlexNet, exchange: Swap) -> None:
+def cut_to_tower(model: AlexNet, exchange: Exchange) -> None:
     """Keep one tower of a whole ``model``, in place, its halves fetched through ``exchange``."""
     for layer in _layers(model):
         reads_both = layer is not model.features[0] and getattr(layer, "groups", 1) == 1
@@ -211,9 +84,9 @@ def _layers(model: AlexNet) -> list[nn.Conv2d | nn.Linear]:
     return [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
 
 
-def _gather_input(exchange: Swap, summed: bool) -> Any:
-    def hook(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (GatherTowers.apply(inputs[0], exchange, summed),)  # type: ignore[no-untyped-call]
+def _gather_input(exchange: Exchange, summed: bool) -> Any:
+    def hook(layer: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (gather_towers(inputs[0], exchange, summed, layer),)
 
     return hook
 
@@ -242,9 +115,9 @@ def _broadcast(model: nn.Module, mesh: DeviceMesh, axis: str) -> None:
         return
     group = mesh.get_group(axis)
     for parameter in model.parameters():
-        dense, order = _dense(parameter.detach())
-        dist.broadcast(dense, dist.get_global_rank(group, 0), group)
-        parameter.data.copy_(dense.permute([order.index(d) for d in range(dense.dim())]))
+        sent, order = dense(parameter.detach())
+        dist.broadcast(sent, dist.get_global_rank(group, 0), group)
+        parameter.data.copy_(sent.permute([order.index(d) for d in range(sent.dim())]))
 
 
 def set_row_offset(model: nn.Module, row: int) -> None:

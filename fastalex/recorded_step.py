@@ -78,6 +78,23 @@ class Layer:
 
 
 @dataclass
+class Swap:
+    """A tensor swapped with the other tower.
+
+    Args:
+        layer, phase: that waits for it.
+        size: bytes in each direction.
+        begun, ended: what stands between these places of the step's events runs meanwhile.
+    """
+
+    layer: str
+    phase: str
+    size: int
+    begun: int
+    ended: int
+
+
+@dataclass
 class Step:
     """A recorded step.
 
@@ -85,13 +102,13 @@ class Step:
         events: in order.
         layers: by name, in order.
         parameters: elements of each of the model's parameters.
-        exchanged: bytes of each tensor sent to the other tower.
+        exchanged: every swap with the other tower, in order.
     """
 
     events: list[Event] = field(default_factory=list)
     layers: dict[str, Layer] = field(default_factory=dict)
     parameters: list[int] = field(default_factory=list)
-    exchanged: list[int] = field(default_factory=list)
+    exchanged: list[Swap] = field(default_factory=list)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -168,12 +185,23 @@ class _NoPeer:
 
     rank = 0
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
+    def __init__(self, recorder: _Recorder) -> None:
+        self.recorder = recorder
 
-    def swap(self, x: torch.Tensor) -> torch.Tensor:
-        self.step.exchanged.append(_size([x]))
-        return torch.empty_like(x)
+    def start(self, x: torch.Tensor) -> _NoTransfer:
+        return _NoTransfer(self.recorder, x)
+
+
+class _NoTransfer:
+    def __init__(self, recorder: _Recorder, x: torch.Tensor) -> None:
+        self.recorder, self.sent = recorder, x
+        self.begun = len(recorder.step.events)
+
+    def wait(self) -> torch.Tensor:
+        step = self.recorder.step
+        swap = Swap(*self.recorder.place, _size([self.sent]), self.begun, len(step.events))
+        step.exchanged.append(swap)
+        return torch.empty_like(self.sent)
 
 
 def layer_names(model: AlexNet) -> dict[str, nn.Module]:
@@ -315,7 +343,7 @@ def record_step(
         with default_dtype(kind if step == "infer" else torch.float32):
             model = AlexNet(variant=variant)
         if towers > 1:
-            parallel.cut_to_tower(model, _NoPeer(recorded))
+            parallel.cut_to_tower(model, _NoPeer(recorder))
         _watch(model, recorder)
         size = model.variant.image_size
         with record_launches(target, recorder.launched):

@@ -113,6 +113,7 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that is printed, as plain data."""
     gpu = GPUS[options.gpu]
     step, rows = rows_of(options)
+    swaps = _swaps(step, rows)
     return {
         "computed": "nothing here was timed",
         "gpu": dataclasses.asdict(gpu),
@@ -121,7 +122,8 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
         **{name: getattr(options, name) for name in ("batch", "gpus", "step", "dtype", "variant")},
         "launches": [dataclasses.asdict(row) for row in rows],
         "layers": _layers(rows),
-        "summary": _summary(step, rows, gpu, options),
+        "swaps": swaps,
+        "summary": _summary(step, rows, swaps, gpu, options),
     }
 
 
@@ -146,7 +148,13 @@ def _layers(rows: list[Row]) -> list[dict[str, Any]]:
     return list(result.values())
 
 
-def _summary(step: Step, rows: list[Row], gpu: GPU, options: argparse.Namespace) -> dict[str, Any]:
+def _summary(
+    step: Step,
+    rows: list[Row],
+    swaps: list[dict[str, Any]],
+    gpu: GPU,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
     parameters = sum(step.parameters)
     floor = sum(row.floor or 0.0 for row in rows)
     update = cost.UPDATE_BYTES * parameters if options.step == "train" else 0
@@ -159,6 +167,7 @@ def _summary(step: Step, rows: list[Row], gpu: GPU, options: argparse.Namespace)
         if event.launch is None and (event.layer == "optimizer" or set(event.sizes) & sizes):
             moved += event.read + event.written
     bound = sum(row.bound for row in rows)
+    waited = sum(swap["waited"] for swap in swaps)
     return {
         "launches": sum(row.launches for row in rows),
         "our_launches": sum(row.grid is not None for row in rows),
@@ -177,12 +186,29 @@ def _summary(step: Step, rows: list[Row], gpu: GPU, options: argparse.Namespace)
         "update_floor": update_floor,
         "floor": floor,
         "bound": bound,
-        # Two towers share the images of a step; their exchange is taken to be hidden.
+        # Two towers share the images of a step. The floor takes their exchange to be hidden.
         "ceiling_images_per_second": options.batch / floor,
-        "bound_images_per_second": options.batch / bound,
-        "exchanged_bytes": step.exchanged,
-        "exchange_seconds": sum(step.exchanged) / (1e12 * cost.LINK_BANDWIDTH),
+        "waited": waited,
+        "bound_images_per_second": options.batch / (bound + waited),
     }
+
+
+def _swaps(step: Step, rows: list[Row]) -> list[dict[str, Any]]:
+    """Each swap between the towers: its seconds, those of what runs meanwhile, and what is left.
+
+    By bytes alone: what it takes to begin a swap is not known here.
+    """
+    result = []
+    for swap in step.exchanged:
+        seconds = swap.size / (1e12 * cost.LINK_BANDWIDTH)
+        meanwhile = sum(row.bound for row in rows[swap.begun : swap.ended])
+        result.append(
+            {
+                "layer": swap.layer, "phase": swap.phase, "size": swap.size, "seconds": seconds,
+                "meanwhile": meanwhile, "waited": max(0.0, seconds - meanwhile),
+            }
+        )  # fmt: skip
+    return result
 
 
 _HEAD = (
@@ -305,7 +331,23 @@ def describe(report: dict[str, Any]) -> list[str]:
         "layer", "pass", "launches", "MB", "floor MB", "GFLOP", "floor GFLOP", "floor us",
         "bound us",
     )  # fmt: skip
-    return [*lines, *_table(head, layers), "", *_totals(report, total), "", *_LEGEND]
+    lines += [*_table(head, layers), "", *_swap_table(report["swaps"])]
+    return [*lines, *_totals(report, total), "", *_LEGEND]
+
+
+def _swap_table(swaps: list[dict[str, Any]]) -> list[str]:
+    """What the towers swap, of which the bytes of one direction; nothing of a whole net."""
+    if not swaps:
+        return []
+    head = ("layer", "pass", "swapped MB", "swap us", "meanwhile us", "waited us")
+    rows = [
+        [
+            swap["layer"], swap["phase"], f"{swap['size'] / 1e6:.2f}",
+            *(f"{swap[name] * 1e6:.1f}" for name in ("seconds", "meanwhile", "waited")),
+        ]
+        for swap in swaps
+    ]  # fmt: skip
+    return [*_table(head, rows), f"(each direction at {cost.LINK_BANDWIDTH:g} TB/s)", ""]
 
 
 def _totals(report: dict[str, Any], total: dict[str, Any]) -> list[str]:
@@ -321,19 +363,14 @@ def _totals(report: dict[str, Any], total: dict[str, Any]) -> list[str]:
             f"of weights and gradients, floor {cost.UPDATE_BYTES} "
             f"({total['update_floor'] * 1e6:.0f} us)"
         )
-    if report["gpus"] == 2:
-        lines.append(
-            f"exchange: {len(total['exchanged_bytes'])} transfers, "
-            f"{sum(total['exchanged_bytes']) / 1e6:.1f} MB in each direction, "
-            f"{total['exchange_seconds'] * 1e6:.0f} us at {cost.LINK_BANDWIDTH:g} TB/s, "
-            "taken to be hidden"
-        )
+    waited = total["waited"]
     return [
         *lines,
         f"floor of the step: {total['floor'] * 1e6:.0f} us, ceiling "
         f"{total['ceiling_images_per_second']:,.0f} images/s (computed)",
-        f"these launches at the rates assumed: {total['bound'] * 1e6:.0f} us, "
-        f"{total['bound_images_per_second']:,.0f} images/s (computed)",
+        f"these launches at the rates assumed: {total['bound'] * 1e6:.0f} us"
+        + (f" and {waited * 1e6:.0f} us of waiting, " if waited else ", ")
+        + f"{total['bound_images_per_second']:,.0f} images/s (computed)",
     ]
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from fastalex import parallel
+from fastalex.exchange import TowerExchange, check_copies
 from fastalex.fused_update import gradient_norms
 from fastalex.launch import TrainingError, World, is_lost_peer
 from fastalex.meter import Stopwatch
@@ -28,6 +29,7 @@ class Team:
         self.replicas, self.towers = world.replicas, world.towers
         self.stopwatch = Stopwatch()
         self._mesh = None
+        self._exchange: TowerExchange | None = None
         if world.processes > 1:
             self._mesh = parallel.init_mesh(world.device_type, world.replicas, world.towers)
         self.replica = 0 if self._mesh is None else self._mesh.get_local_rank("data")
@@ -41,18 +43,26 @@ class Team:
         """
         if self._mesh is None:
             return model
-        exchange = None
+        exchange: TowerExchange | None = None
         if self._mesh["tower"].size() > 1:
             try:
-                exchange = parallel.check_copies(self._mesh)
+                exchange = check_copies(self._mesh)
             except RuntimeError as error:
                 if is_lost_peer(error):
                     raise
                 raise TrainingError(str(error)) from error
             exchange.stopwatch = self.stopwatch
+            self._exchange = exchange
         parallel.parallelize(model, self._mesh, exchange)
         parallel.set_row_offset(model, self.replica * rows)
         return model
+
+    def both_towers(self, verdict: bool) -> bool:
+        """Whether ``verdict`` is true in every tower of this net, each of which asks."""
+        if self._exchange is None:
+            return verdict
+        theirs = self._exchange.swap(torch.tensor([float(verdict)], device=self.device))
+        return verdict and bool(theirs.item())
 
     def reduce_gradients(self, model: AlexNet) -> None:
         if self._mesh is not None and self.replicas > 1:

@@ -22,6 +22,8 @@ from fastalex.gpus import GPUS
 from fastalex.provenance import provenance
 from fastalex.recorded_step import DTYPES
 from fastalex.timing import clock_of
+from fastalex.tuning_candidates import follows_tile
+from fastalex.tuning_problems import Candidate, Problem, Subject, Task, fake_problems, tasks
 from fastalex.variants import VARIANTS
 from fastalex_kernels import _tuned
 from fastalex_kernels._launch import interpreted
@@ -45,9 +47,9 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m fastalex.tune",
         usage="%(prog)s [--batch-size N] [--dtype D] [--layer NAME ...] [options]",
-        description="Compile candidate tiles for every layer and pass, leave out those that spill, "
-        "check the others against float64, time them on the GPU, and write the table that "
-        "fastalex_kernels uses from then on.",
+        description="Compile candidate tiles and splits for every layer and pass, leave out those "
+        "that spill, check the others against float64, time them on the GPU, and write the table "
+        "that fastalex_kernels uses from then on.",
         epilog=f"The table is read from the path in {_tuned.VARIABLE}, or from the user's cache "
         "folder. It holds for this GPU, Triton and these kernels, and for the same batch size.",
         allow_abbrev=False,
@@ -58,6 +60,9 @@ def _parser() -> Parser:
     parser.add_argument("--variant", choices=tuple(VARIANTS), default="paper")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(%(default)s)")
     parser.add_argument("--layer", nargs="+", metavar="NAME", help="conv1, ... fc8 (all of them)")
+    parser.add_argument(
+        "--gpus", type=int, choices=(1, 2), default=1, help="2: one of the two towers (default: 1)"
+    )
     parser.add_argument("--candidates", default=16, help="tiles for each problem (16)", **number)
     parser.add_argument("--seconds", help="start no problem after so many", **number)
     parser.add_argument(
@@ -76,7 +81,9 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError("torch finds no GPU here; --dry-run --gpu h100 ranks tiles without one")
     if interpreted() and not options.dry_run:
         raise ValueError("TRITON_INTERPRET=1 is set, unset it to tune for the GPU")
-    names = [n for n in layer_pairs.layer_names(options.variant) if n[:2] in ("co", "fc")]
+    if options.gpus > 1 and VARIANTS[options.variant].towers != options.gpus:
+        raise ValueError(f"--gpus 2: variant {options.variant} has no two towers, use --gpus 1")
+    names = layer_pairs.layer_names(options.variant)
     wrong = [name for name in options.layer or [] if name not in names]
     if wrong:
         raise ValueError(f"--layer {wrong[0]}: expected some of {', '.join(names)}")
@@ -89,16 +96,14 @@ def _run(options: argparse.Namespace) -> int:
     return _sweep(options, device, torch.cuda.get_device_name(device))
 
 
-def _find(
-    options: argparse.Namespace, target: str, shared: int
-) -> tuple[list[tuning.Problem], dict[str, Any]]:
-    return tuning.fake_problems(
-        options.variant, options.batch_size, DTYPES[options.dtype], options.image_size,
-        options.layer, target, shared, options.candidates,
+def _subject(options: argparse.Namespace) -> Subject:
+    return Subject(
+        options.variant, options.batch_size, DTYPES[options.dtype], options.layer,
+        options.image_size, options.gpus,
     )  # fmt: skip
 
 
-def _compile(problems: list[tuning.Problem], target: str, shared: int) -> None:
+def _compile(problems: list[Problem], target: str, shared: int) -> None:
     total = sum(len(problem.candidates) for problem in problems)
     with tqdm(total=total, desc="compiling", unit=" tiles", leave=False, disable=None) as bar:
         tuning.compile_candidates(problems, target, shared, bar.update)
@@ -109,19 +114,21 @@ def _rank(options: argparse.Namespace) -> int:
     gpu = GPUS[options.gpu]
     offline.check_target(gpu.target)
     shared = offline.TARGETS[gpu.target].shared_limit
-    problems, layers = _find(options, gpu.target, shared)
+    subject = _subject(options)
+    problems, layers = fake_problems(subject, gpu.target, shared, options.candidates)
     _compile(problems, gpu.target, shared)
     for problem in tqdm(problems, desc="reading", leave=False, disable=None):
         tuning.rank(problem, layers[problem.layer], gpu, options.dtype)
     print(f"{gpu.name}, batch {options.batch_size}, {options.dtype}: computed, nothing was timed")
-    print("score: share of the tensor cores' time that real operations can fill\n")
+    print("score: share of the tensor cores' time that real operations can fill; without products,")
+    print("time for the bytes over time to issue the instructions\n")
     lines = [["layer", "pass", "kernel", "tile", "score", ""]]
     for problem in problems:
         left = sorted(problem.left(), key=lambda c: -(c.score or 0.0))
         for candidate in left:
             score = "-" if candidate.score is None else f"{candidate.score:.2f}"
             own = "own" if candidate is problem.own else ""
-            tile = _shown(candidate.tile)
+            tile = _shown(problem, candidate)
             lines.append([problem.layer, problem.direction, problem.key[0], tile, score, own])
     print("\n".join(table(lines, right=2)))
     _name_skipped(problems)
@@ -133,43 +140,79 @@ def _rank(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace, device: torch.device, name: str) -> int:
     """Check and time on ``device``, and write what was found."""
-    target = target_of(device)
-    known = offline.TARGETS.get(target)
-    shared = known.shared_limit if known else 1 << 30  # an unknown GPU refuses for itself
-    started = time.monotonic()
-    problems, _ = _find(options, target, shared)
-    if known:
-        _compile(problems, target, shared)
-    nets = layer_pairs.make_nets(options.variant, device, DTYPES[options.dtype])
-    pairs = layer_pairs.make_pairs(options.batch_size, nets, options.image_size)
-    todo = tuning.tasks({n: pair for n, pair in pairs.items() if n in options.layer})
-    by_pass = {(task.layer, task.direction): task for task in todo}
-    done: list[tuning.Problem] = []
-    rounds = 1 if interpreted() else _ROUNDS
-    broken = None
-    for problem in tqdm(problems, desc="timing", leave=False, disable=None):
-        if options.seconds and time.monotonic() - started > options.seconds:
-            break
-        task = by_pass[problem.layer, problem.direction]
-        try:
-            tuning.time_candidates(problem, task, target, clock_of(device), rounds)
-        except RuntimeError as error:
-            broken = error
-            break
-        done.append(problem)
+    sweep = _Sweep(options, device)
+    sweep.run()
     path: Path = options.output or _tuned.table_path(name)
-    entries = [tuning.entry(problem) for problem in done]
+    entries = [tuning.entry(problem) for problem in sweep.done]
     new = {_key(e) for e in entries}
     entries = [e for e in _known(path, name) if _key(e) not in new] + entries
-    print("\n".join(_describe(done)))
-    _name_skipped(done)
-    if len(done) < len(problems):
-        print(f"{len(problems) - len(done)} of {len(problems)} problems were not reached")
+    print("\n".join(_describe(sweep.done)))
+    _name_skipped(sweep.done)
+    if sweep.missed:
+        total = len(sweep.done) + sweep.missed
+        print(f"{sweep.missed} of {total} problems were not reached")
     _write(path, {"timed": True, **_head(device, name), "tiles": entries})
-    if broken is not None:
-        print(f"tune: error: {broken}", file=sys.stderr)
+    if sweep.broken is not None:
+        print(f"tune: error: {sweep.broken}", file=sys.stderr)
         return 2
     return 0
+
+
+class _Sweep:
+    """Two rounds: tiles, then what follows from the best of them."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.done: list[Problem] = []
+        self.missed = 0
+        self.broken: RuntimeError | None = None
+        self._deadline = time.monotonic() + (options.seconds or float("inf"))
+        self._subject, self._limit = _subject(options), options.candidates
+        self._clock, self._rounds = clock_of(device), 1 if interpreted() else _ROUNDS
+        self._target = target_of(device)
+        self._device = device
+        self._known = offline.TARGETS.get(self._target)
+
+    def run(self) -> None:
+        todo = tasks(self._subject.pairs(self._device), self._subject.towers)
+        by_pass = {(task.layer, task.direction): task for task in todo}
+        for following in (False, True):
+            problems = [p for p in self._find() if follows_tile(p.key) is following]
+            done = self._time(problems, by_pass)
+            self.done += done
+            self.missed += len(problems) - len(done)
+
+    def _settled(self) -> dict[_tuned.Key, _tuned.Tile]:
+        return {problem.key: tuning.best(problem).tile for problem in self.done}
+
+    def _find(self) -> list[Problem]:
+        shared = self._known.shared_limit if self._known else 1 << 30  # it refuses for itself
+        problems, _ = fake_problems(
+            self._subject, self._target, shared, self._limit, self._settled()
+        )
+        return problems
+
+    def _time(self, problems: list[Problem], by_pass: dict[tuple[str, str], Task]) -> list[Problem]:
+        """Those of ``problems`` that were reached."""
+        if self._late():
+            return []
+        if self._known:
+            _compile(problems, self._target, self._known.shared_limit)
+        settled = self._settled()
+        for i, problem in enumerate(tqdm(problems, desc="timing", leave=False, disable=None)):
+            if self._late():
+                return problems[:i]
+            task = by_pass[problem.layer, problem.direction]
+            try:
+                tuning.time_candidates(
+                    problem, task, self._target, self._clock, self._rounds, settled
+                )
+            except RuntimeError as error:
+                self.broken = error
+                return problems[:i]
+        return problems
+
+    def _late(self) -> bool:
+        return self.broken is not None or time.monotonic() > self._deadline
 
 
 def _head(device: torch.device, name: str) -> dict[str, Any]:
@@ -197,35 +240,40 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     print(f"\ntable {path}")
 
 
-def _shown(tile: Sequence[int]) -> str:
-    m, n, k, warps, stages = tile
-    return f"{m}x{n}x{k} {warps}w {stages}s"
+def _shown(problem: Problem, candidate: Candidate) -> str:
+    """A product's tile as MxNxK, warps and stages; anything else by the names of its numbers."""
+    fields, tile = _tuned.FIELDS[problem.key[0]], candidate.tile
+    if len(fields) == 5:
+        m, n, k, warps, stages = tile
+        return f"{m}x{n}x{k} {warps}w {stages}s"
+    named = zip(fields, tile, strict=True)
+    return ", ".join(f"{name.removeprefix('num_')} {n}" for name, n in named)
 
 
-def _describe(problems: list[tuning.Problem]) -> list[str]:
+def _describe(problems: list[Problem]) -> list[str]:
     lines = [["layer", "pass", "kernel", "own tile", "us", "best tile", "us", "gain", "tried"]]
     for problem in problems:
         own, chosen = problem.own, tuning.best(problem)
         gain = own.seconds and chosen.seconds and own.seconds / chosen.seconds
         lines.append(
             [
-                problem.layer, problem.direction, problem.key[0], _shown(own.tile),
-                _microseconds(own), _shown(chosen.tile), _microseconds(chosen),
+                problem.layer, problem.direction, problem.key[0], _shown(problem, own),
+                _microseconds(own), _shown(problem, chosen), _microseconds(chosen),
                 f"{gain:.2f}" if gain else "-", str(len(problem.left())),
             ]
         )  # fmt: skip
     return table(lines, right=6)
 
 
-def _microseconds(candidate: tuning.Candidate) -> str:
+def _microseconds(candidate: Candidate) -> str:
     return "-" if candidate.seconds is None else f"{1e6 * candidate.seconds:.1f}"
 
 
-def _name_skipped(problems: list[tuning.Problem]) -> None:
+def _name_skipped(problems: list[Problem]) -> None:
     for problem in problems:
         for c in problem.candidates:
             if c.skipped:
-                what = f"{problem.layer} {problem.direction} {_shown(c.tile)}"
+                what = f"{problem.layer} {problem.direction} {_shown(problem, c)}"
                 print(f"skipped {what}: {c.skipped}")
 
 

@@ -1,4 +1,4 @@
-"""Sweep of tiles: which problems a net's layers pose, and what each candidate makes of them."""
+"""Sweep of tiles: what each candidate for a problem makes of it, compiled, computed or timed."""
 
 from __future__ import annotations
 
@@ -7,230 +7,22 @@ import multiprocessing
 import os
 import signal
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastalex import layer_pairs, offline
+from fastalex import offline
 from fastalex.gpus import GPU
 from fastalex.inspection import inspect
-from fastalex.layer_pairs import LayerPair, WrongResult
-from fastalex.layers import Linear, LinearReLUDropout
-from fastalex.recorded_step import Event, Layer, Step, default_dtype
+from fastalex.layer_pairs import WrongResult
+from fastalex.recorded_step import Event, Layer, Step
 from fastalex.timing import Clock, take_turns
-from fastalex_kernels import backend
-from fastalex_kernels._launch import record_launches, run
-from fastalex_kernels._linear_update import linear_backward_weight_update
+from fastalex.tuning_problems import Candidate, Problem, Recording, Task
+from fastalex_kernels._launch import run
 from fastalex_kernels._tuned import Key, Tile, choosing
-from fastalex_kernels.momentum import MomentumUpdate
-from fastalex_kernels.reference import relative_error, tolerance
 
 ISSUE_BAR = 0.4  # instructions are issued in less than this share of the products' time
-_RATE = (1.0, 0.0, 0.0)  # learning rate, momentum, decay: the velocity becomes the gradient
-# (BLOCK_M, BLOCK_N, num_warps): at most 128 sums in a thread's registers.
-_SHAPES = {
-    16: [
-        (128, 128, 8), (128, 64, 4), (128, 256, 8), (256, 128, 8), (128, 64, 8), (64, 128, 4),
-        (128, 128, 4), (256, 64, 8), (64, 64, 4), (64, 256, 8),
-    ],
-    32: [(64, 64, 8), (64, 32, 4), (32, 64, 4), (128, 64, 8), (32, 32, 4), (64, 128, 8)],
-}  # fmt: skip
-_DEPTHS = {16: (64, 32, 128), 32: (32, 16)}  # BLOCK_K, the likeliest first
-_STAGES = {16: (4, 3, 5, 2), 32: (3, 2)}
-_INTERPRETED: list[Tile] = [(1024, 512, 512, 4, 1), (512, 256, 256, 4, 1)]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A pass through a layer that launches kernels, and its comparison with float64."""
-
-    layer: str
-    direction: str
-    run: Callable[[], object]
-    check: Callable[[], object]
-
-
-@dataclass
-class Candidate:
-    """A tile for one problem, and what became of it."""
-
-    tile: Tile
-    skipped: str | None = None
-    seconds: float | None = None
-    score: float | None = None  # of the tensor cores' time, at best; computed
-    launches: list[offline.Launch] = field(default_factory=list)
-
-
-@dataclass
-class Problem:
-    """What one kernel is asked in one pass; the first candidate is the tables' own tile."""
-
-    layer: str
-    direction: str
-    key: Key
-    candidates: list[Candidate]
-
-    @property
-    def own(self) -> Candidate:
-        return self.candidates[0]
-
-    def left(self) -> list[Candidate]:
-        return [c for c in self.candidates if c.skipped is None]
-
-
-def tasks(pairs: Mapping[str, LayerPair]) -> list[Task]:
-    """The passes of the layers whose kernels have tile tables."""
-    found = []
-    for name, pair in pairs.items():
-        if not hasattr(pair.ours, "weight"):
-            continue
-        check = _checker(pair)
-        for direction in ("forward", "backward"):
-            found.append(Task(name, direction, _runner(pair, direction), check))
-        if isinstance(pair.ours, (Linear, LinearReLUDropout)) and pair.ours.bias is not None:
-            found.append(_update_task(pair))
-    return found
-
-
-def _checker(pair: LayerPair) -> Callable[[], object]:
-    return lambda: layer_pairs.check(pair, "triton")
-
-
-def _runner(pair: LayerPair, direction: str) -> Callable[[], object]:
-    """One pass, made anew each time: what it launches depends on the tiles at that moment."""
-    x = layer_pairs.laid_out(pair.input, "triton")
-
-    def forward() -> torch.Tensor:
-        with backend("triton"):
-            return pair.ours(x)  # type: ignore[no-any-return]
-
-    if direction == "forward":
-        return forward
-    made: list[Any] = []
-
-    def backward() -> object:
-        if not made:
-            output = forward()
-            made.extend((output, layer_pairs.gradient_like(output)))
-        output, dy = made
-        return torch.autograd.grad(output, pair.tensors(x, pair.ours), dy, retain_graph=True)
-
-    return backward
-
-
-def _update_task(pair: LayerPair) -> Task:
-    """The weight's gradient and update in one kernel, as training on a GPU has it."""
-    x, outputs = pair.input.detach(), pair.ours.weight.shape[0]  # type: ignore[index, union-attr]
-    dz = torch.randn(len(x), int(outputs)).to(x.device, x.dtype)
-    weight = torch.zeros(int(outputs), x.shape[1], dtype=torch.float32, device=x.device)
-    rate = torch.tensor(_RATE, dtype=torch.float32, device=x.device)
-    narrow = torch.empty_like(weight, dtype=x.dtype) if x.dtype != torch.float32 else None
-
-    def update() -> torch.Tensor:
-        velocity = torch.zeros_like(weight)
-        linear_backward_weight_update(dz, x, MomentumUpdate(weight, velocity, rate, operand=narrow))
-        return velocity
-
-    def check() -> None:
-        error = relative_error(update(), dz.double().t() @ x.double())
-        bound = tolerance(x.dtype, len(x))
-        if not error <= bound:
-            raise WrongResult(f"{pair.name}: update is {error:.1e} away, allowed are {bound:.1e}")
-
-    return Task(pair.name, "update", update, check)
-
-
-class _Recording:
-    """The launches of a pass, by the tile that was looked up before them."""
-
-    def __init__(self, task: Task, target: str, tile: Mapping[Key, Tile], launching: bool) -> None:
-        self.own: dict[Key, Tile] = {}
-        self.launches: dict[Key, list[offline.Launch]] = {}
-        self._current: Key | None = None
-        self._tile, self._launching = tile, launching
-        with choosing(self._choose), record_launches(target, self._launched):
-            task.run()
-
-    def _choose(self, key: Key, tile: Tile) -> Tile:
-        self._current = key
-        self.own[key] = tile
-        return self._tile.get(key, tile)
-
-    def _launched(self, kernel: Any, grid: Any, args: Any, kwargs: Any) -> None:
-        if self._current is not None:
-            launch = offline.Launch(kernel, grid, args, kwargs)
-            self.launches.setdefault(self._current, []).append(launch)
-        if self._launching:
-            run(kernel, grid, args, kwargs)
-
-
-def candidate_tiles(own: Tile, bits: int, shared: int) -> Iterator[Tile]:
-    """Tiles to try, the likeliest first: every shape at its deepest pipeline, then shallower ones.
-
-    Args:
-        own: what the tables hold.
-        bits: of an operand.
-        shared: bytes of shared memory that a program can have.
-    """
-    yield own
-    for stage in range(2):
-        for depth in _DEPTHS[bits]:
-            for m, n, warps in _SHAPES[bits]:
-                size = (m + n) * depth * bits // 8
-                fitting = [s for s in _STAGES[bits] if s * size <= shared]
-                if stage < len(fitting):
-                    yield m, n, depth, warps, fitting[stage]
-
-
-def find_problems(
-    todo: Iterable[Task], target: str, bits: int, shared: int, limit: int
-) -> list[Problem]:
-    """The problems that passes on tensors without data pose, each with up to ``limit`` candidates.
-
-    A tile that is cut to the same launches as one before it is left out.
-    """
-    problems: dict[Key, Problem] = {}
-    for task in todo:
-        for key, own in _Recording(task, target, {}, False).own.items():
-            if key in problems:
-                continue
-            if target == "interpreter":
-                tiles: Iterable[Tile] = [own, *_INTERPRETED]
-            else:
-                tiles = candidate_tiles(own, bits, shared)
-            seen: set[str] = set()
-            problem = problems[key] = Problem(task.layer, task.direction, key, [])
-            for tile in tiles:
-                launches = _Recording(task, target, {key: tile}, False).launches.get(key, [])
-                what = repr([(launch.name, launch.grid, launch.kwargs) for launch in launches])
-                if what not in seen and len(problem.candidates) < limit:
-                    seen.add(what)
-                    problem.candidates.append(Candidate(tile, launches=launches))
-    return list(problems.values())
-
-
-def fake_problems(
-    variant: str, batch: int, dtype: torch.dtype, image_size: int | None, names: list[str],
-    target: str, shared: int, limit: int,
-) -> tuple[list[Problem], dict[str, Layer]]:  # fmt: skip
-    """``find_problems`` for layers of a net that takes no memory, and these layers."""
-    with FakeTensorMode(allow_non_fake_inputs=True), default_dtype(dtype):
-        nets = layer_pairs.make_nets(variant, "cpu", dtype)
-        pairs = layer_pairs.make_pairs(batch, nets, image_size)
-        chosen = {name: pair for name, pair in pairs.items() if name in names}
-        bits = 8 * dtype.itemsize
-        found = find_problems(tasks(chosen), target, bits, shared, limit)
-        layers = {name: layer_pairs.as_layer(pair) for name, pair in chosen.items()}
-    for candidate in (c for problem in found for c in problem.candidates):
-        candidate.launches = [
-            replace(launch, args=tuple(map(offline.without_data, launch.args)))
-            for launch in candidate.launches
-        ]
-    return found, layers
-
 
 _waiting: tuple[list[list[offline.Launch]], str] = ([], "")  # what a forked process inherits
 
@@ -282,8 +74,10 @@ def _unfit(candidate: Candidate, target: str, shared: int) -> str | None:
 def rank(problem: Problem, layer: Layer, gpu: GPU, dtype: str) -> None:
     """Score each candidate that is left by its machine code, without running it.
 
-    The score is the share of the tensor cores' time that real operations can fill: the simulated
-    waves, times the useful share of the tile, less what issuing the loop takes beyond the bar.
+    With products the score is the share of the tensor cores' time that real operations can fill:
+    the simulated waves, times the useful share of the tile, less what issuing the loop takes
+    beyond the bar. Without, it is the time that the bytes take over the time to issue the
+    instructions, in simulated waves too, at most 1.
     """
     for candidate in problem.left():
         events = [
@@ -297,25 +91,45 @@ def rank(problem: Problem, layer: Layer, gpu: GPU, dtype: str) -> None:
             for launch in candidate.launches
         ]
         rows = inspect(Step(events, {problem.layer: layer}), gpu, dtype)
-        row = next((row for row in rows if row.mma), None)
-        if row is not None and row.waves and row.issue_ratio:
+        row = next((row for row in rows if row.mma), next(iter(rows), None))
+        if row is None:
+            continue
+        if row.waves and row.issue_ratio:
             useful = 1.0 if row.useful is None else min(row.useful, 1.0)
             candidate.score = row.waves * useful * min(1.0, ISSUE_BAR / row.issue_ratio)
+        elif row.issue_seconds:
+            size = row.read + row.written
+            candidate.score = min(1.0, gpu.seconds(0.0, size, dtype) / row.issue_seconds)
 
 
-def time_candidates(problem: Problem, task: Task, target: str, clock: Clock, rounds: int) -> None:
+def time_candidates(
+    problem: Problem,
+    task: Task,
+    target: str,
+    clock: Clock,
+    rounds: int,
+    settled: Mapping[Key, Tile],
+) -> None:
     """Check each candidate that is left against float64, and time its launches.
+
+    Args:
+        problem: its candidates' times are filled in.
+        task: the pass that poses it.
+        target: as ``fastalex_kernels`` names it.
+        clock: as ``clock_of`` gives it.
+        rounds: times that each is timed.
+        settled: tiles that are taken for other problems.
 
     Raises:
         RuntimeError: where a candidate left the GPU unusable, naming it.
     """
     calls: dict[str, Callable[[], object]] = {}
     for candidate in problem.left():
-        tile = {problem.key: candidate.tile}
+        tile = {**settled, problem.key: candidate.tile}
         try:
             with choosing(lambda key, own, tile=tile: tile.get(key, own)):  # type: ignore[misc]
                 task.check()
-            launches = _Recording(task, target, tile, True).launches[problem.key]
+            launches = Recording(task, target, tile, True).launches[problem.key]
             calls[str(candidate.tile)] = _again(launches)
             calls[str(candidate.tile)]()
         except WrongResult as error:

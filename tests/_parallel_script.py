@@ -23,7 +23,11 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastalex import AlexNet, parallel
-from fastalex.parallel import TowerExchange
+from fastalex.exchange import TowerExchange, check_copies
+from fastalex.fused_update import fuse_updates, lay_out
+from fastalex.optim import build_optimizer
+from fastalex.specification import Variant
+from tests._nets import narrow
 
 ROWS, SIZE = 5, 64
 Tensors = dict[str, torch.Tensor]
@@ -35,7 +39,7 @@ def _batch() -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.arange(ROWS) * 7 % 10
 
 
-def _net(variant: str) -> AlexNet:
+def _net(variant: str | Variant) -> AlexNet:
     """In training, with this process's own weights; what is dropped is everyone's."""
     with torch.device("meta"):
         model = AlexNet(num_classes=10, variant=variant)
@@ -129,7 +133,7 @@ def _check_damaged(mesh: DeviceMesh, damaged: Callable[[TowerExchange], bool]) -
 
     TowerExchange.swap = zeros  # type: ignore[method-assign]
     try:
-        exchange = parallel.check_copies(mesh)
+        exchange = check_copies(mesh)
         return "staged" if exchange.staged else "direct"
     except RuntimeError as error:
         return str(error)
@@ -163,6 +167,38 @@ def four() -> dict[str, Any]:
     return {"paper": _compare("paper", mesh, [0, 3, ROWS])}
 
 
+def _train(model: AlexNet) -> list[float]:
+    """The losses before and after a step whose backward pass updates the weights."""
+    lay_out(model)
+    optimizer = build_optimizer(model, lr=0.05)
+    fuse_updates(model, optimizer)
+    loss, _ = _pass(model, slice(0, ROWS))
+    assert not _gradients(model)
+    images, labels = _batch()
+    with torch.no_grad():
+        return [float(loss), float(F.cross_entropy(model(images), labels))]
+
+
+def updated() -> dict[str, Any]:
+    """A step of the whole net and of its towers, and how far their weights moved."""
+    mesh, small = parallel.init_mesh("cpu", 1, 2), narrow("paper")
+    model, whole = _net(small), _net(small)
+    parallel.parallelize(model, mesh)
+    before = {n: t.clone() for n, t in parallel.full_state_dict(model, mesh).items()}
+    losses = _train(model)
+    after = parallel.full_state_dict(model, mesh)
+    last = [p for n, p in _weights(model).items() if n.startswith("classifier.6")]
+    result: dict[str, Any] = {"losses": losses, "digest": _digest(*after.values(), *last)}
+    if dist.get_rank() == 0:
+        whole.load_state_dict(before)
+        result["whole losses"] = _train(whole)
+        expected = _weights(whole)
+        result["moved"] = {
+            n: _distance(after[n] - before[n], expected[n] - before[n]) for n in after
+        }
+    return result
+
+
 def main() -> None:
     measurement, rank, world, rendezvous, results = sys.argv[1:]
     if sys.platform == "linux":
@@ -175,7 +211,7 @@ def main() -> None:
         world_size=int(world),
         timeout=datetime.timedelta(seconds=120),
     )
-    result = {"two": two, "four": four}[measurement]()
+    result = {"two": two, "four": four, "updated": updated}[measurement]()
     Path(results).write_text(json.dumps(result))
     dist.destroy_process_group()
 

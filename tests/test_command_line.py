@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,20 +30,34 @@ def slow_torch(tmp_path: Path) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def _children_hear_ctrl_c() -> Iterator[None]:
+    """Start children as a terminal does: they inherit that SIGINT is ignored, a handler they don't.
+
+    A script's shell has its background jobs ignore it, these tests among them.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _interrupted(
     slow_torch: Path, folder: Path, arguments: list[str], variables: dict[str, str]
 ) -> tuple[int, str, str]:
     """How ``python *arguments`` ends on Ctrl-C while it imports torch."""
     environment = {**_commands.environment(), **variables}
     environment["PYTHONPATH"] = os.pathsep.join([str(slow_torch), environment["PYTHONPATH"]])
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with _children_hear_ctrl_c():
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     try:
         _commands.wait_until((folder / "importing").exists, "torch is being imported")
         process.send_signal(signal.SIGINT)

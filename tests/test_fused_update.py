@@ -122,6 +122,11 @@ def test_how_a_step_is_executed(
     assert (settings.fused_update, settings.cuda_graph) == expected
 
 
+def test_two_towers_are_captured_only_if_asked() -> None:
+    chosen = [Settings.choose(parse_arguments(o), "cuda", 2) for o in ([], ["--cuda-graph"])]
+    assert [settings.cuda_graph for settings in chosen] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

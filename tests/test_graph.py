@@ -182,6 +182,25 @@ def test_a_capture_that_fails_is_told_and_the_steps_go_on() -> None:
     assert line.endswith("goes on launch by launch: operation not permitted")
 
 
+def test_a_capture_that_another_process_lacks_is_not_used() -> None:
+    asked, told = [], []
+
+    def other_failed(captured: bool) -> bool:
+        asked.append(captured)
+        return False
+
+    total = torch.zeros(())
+    capture = Captured()
+    graphed = Graphed(total.add_, CPU, told.append, capture, other_failed)
+    for _ in range(WARM_UP + 3):
+        graphed(torch.ones(()))
+    assert float(total) == WARM_UP + 3
+    assert asked == [True]
+    assert capture.captures == 1
+    assert len(told) == 1
+    assert "another process" in told[0]
+
+
 def test_memory_that_runs_out_in_a_capture_is_not_hidden() -> None:
     def full(call: Callable[[], torch.Tensor]) -> Any:
         raise torch.OutOfMemoryError("out of memory")
@@ -197,6 +216,16 @@ def _weights(folder: Path, *options: str) -> dict[str, torch.Tensor]:
     arguments += ["--precision", "bf16", *options]
     assert train.main([*arguments, "--output", str(folder)]) == 0
     return load_weights(folder / "model.safetensors")[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_towers_in_a_graph_train_bit_for_bit_as_launches_do(tmp_path: Path) -> None:
+    options = ["--gpus", "2", "--image-size", "224"]
+    graph = _weights(tmp_path / "graph", "--cuda-graph", *options)
+    launches = _weights(tmp_path / "launches", "--no-cuda-graph", *options)
+    for name, weight in graph.items():
+        assert torch.equal(weight, launches[name]), name
 
 
 @pytest.mark.gpu

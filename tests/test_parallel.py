@@ -126,3 +126,16 @@ def test_two_replicas_of_two_towers_compute_what_one_process_does(tmp_path: Path
     assert all(result["paper"]["undone"] for result in results)
     digests = [result["paper"]["logits digest"] for result in results]
     assert digests[0] == digests[1] != digests[2] == digests[3]
+
+
+def test_towers_that_swap_while_kernels_run_learn_what_one_process_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # only our kernels begin before a swap is done
+    first, second = _launch("updated", 2, tmp_path)
+    whole = first["whole losses"]
+    assert abs(whole[1] - whole[0]) > 0.1  # what is read next was updated, too
+    assert first["losses"] == second["losses"] == pytest.approx(whole, rel=BOUND)
+    assert len(first["moved"]) == 16
+    assert {n: e for n, e in first["moved"].items() if not e < 10 * BOUND} == {}
+    assert first["digest"] == second["digest"]  # of the last layer each process has its own

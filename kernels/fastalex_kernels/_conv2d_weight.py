@@ -16,6 +16,7 @@ how many rows of x and dz it has to fetch for its products:
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -24,7 +25,15 @@ import triton.language as tl
 
 from fastalex_kernels._conv2d_arguments import Padding
 from fastalex_kernels._conv2d_tiles import halved_warps, row_blocks, split_channels, tma_fits
-from fastalex_kernels._launch import PROCESSORS, cut, dot_precision, launch, target, tile_entry
+from fastalex_kernels._launch import (
+    PROCESSORS,
+    cut,
+    dot_precision,
+    launch,
+    target,
+    tile_entry,
+    tuned,
+)
 
 # The weight gradient's M is input channels, its K is rows.
 _WEIGHT_TILES = {
@@ -261,9 +270,9 @@ def _conv2d_bwd_weight_kernel(
             _store_part(accs[PARTS + 1], ptr + BLOCK_N, C - c - BLOCK_M, tail_columns, G * K)
 
 
-def _best_split(x: torch.Tensor, programs: int, steps: int) -> int:
-    """In how many parts a reduction of ``steps`` ends first."""
-    name = target(x.device)
+@functools.lru_cache(maxsize=1024)
+def _best_split(name: str, programs: int, steps: int) -> int:
+    """In how many parts a reduction of ``steps`` ends first on the target ``name``."""
     if name == "interpreter":
         return 1
     processors = PROCESSORS.get(name, 128)
@@ -322,7 +331,11 @@ def conv2d_relu_backward_weight(
     even_rows = N % block_k == 0
     rows, columns = tile["BLOCK_M"] + tile["TAIL_M"], tile["BLOCK_N"] + tile["TAIL_N"]
     programs = R * S // tile["TAPS"] * triton.cdiv(C, rows) * triton.cdiv(K, columns)
-    split = _best_split(x, programs * groups, P * triton.cdiv(Q * N, block_k))
+    steps = P * triton.cdiv(Q * N, block_k)
+    (split,) = tuned(
+        (_best_split(target(x.device), programs * groups, steps),), x, "conv2d weight parts",
+        N, P, Q, C, K, R, S, groups, programs, steps,
+    )  # fmt: skip
     part = x.new_empty((split, R, S, C, GK), dtype=torch.float32)
     tma = even_rows and N > 0 and tma_fits(groups, x, dz)
     operands: tuple[Any, ...] = (x, x, dz, dz)

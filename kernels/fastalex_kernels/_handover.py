@@ -8,6 +8,9 @@ sums it, and hands the sums over on the tensor itself.
 
 Nothing relies on it: a gradient that was added to another or changed on the way has no sums, and
 masking it once more changes nothing.
+
+A layer's backward also announces its input's gradient as soon as that is written, before it goes on
+to its weight's: what sends it to another GPU begins meanwhile.
 """
 
 from __future__ import annotations
@@ -51,6 +54,18 @@ def taken(gradient: torch.Tensor) -> torch.Tensor | None:
     """The column sums that came with a masked gradient; None where there are none."""
     sums, _ = getattr(gradient, _SUMS, (None, None))
     return sums if masked(gradient) else None
+
+
+def announce(source: Any, gradient: torch.Tensor) -> None:
+    """Tell the node that made a layer's input that the input's gradient is there.
+
+    Args:
+        source: the input's ``grad_fn``; only one with a ``gradient_announced`` listens.
+        gradient: what the layer's backward is going to return.
+    """
+    listener = getattr(source, "gradient_announced", None)
+    if listener is not None:
+        listener(source, gradient)
 
 
 def _fewer(sums: torch.Tensor) -> torch.Tensor:

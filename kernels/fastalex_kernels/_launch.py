@@ -25,6 +25,7 @@ MOST_COUNTED = 2**31 - 2**24  # what a block or a program's share counts beyond 
 # Of the largest GPU of a target. What is chosen by them is a speed, and the same everywhere.
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels store
+_KINDS = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 
 class _Choice(threading.local):
@@ -128,11 +129,19 @@ def tile_entry(
         kernel: the name that tuned tiles bear.
     """
     name, bits = target(x.device), 8 * x.element_size()
-    tile = tiles.get((name, bits)) or tiles["other", bits]
-    kind = str(x.dtype).removeprefix("torch.")
-    if dot_precision(x.dtype) == "tf32":
-        kind = "tf32"
-    return tuned_tile((kernel, kind, sizes), tile, _device_name(x.device))
+    return tuned(tiles.get((name, bits)) or tiles["other", bits], x, kernel, *sizes)
+
+
+def tuned(own: tuple[int, ...], x: torch.Tensor, kernel: str, *sizes: int) -> tuple[int, ...]:
+    """What was found best for a problem of ``sizes`` on this GPU, or ``own``.
+
+    Args:
+        own: what is chosen where nothing was tuned, of the same length: see ``_tuned.FIELDS``.
+        x: an operand.
+        kernel: the name that what was tuned bears.
+    """
+    kind = "tf32" if dot_precision(x.dtype) == "tf32" else _KINDS[x.dtype]
+    return tuned_tile((kernel, kind, sizes), own, _device_name(x.device))
 
 
 def _device_name(device: torch.device) -> str | None:
@@ -156,8 +165,9 @@ def cut(block: int, size: int) -> int:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """``tl.dot``'s input precision: TF32 for float32 where torch's matmul setting allows it."""
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and tf32 else "ieee"
+    # Torch's setting is slow to read, and this runs before every launch.
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, counted: int, **kwargs: Any) -> None:

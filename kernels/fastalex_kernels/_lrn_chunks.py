@@ -24,17 +24,20 @@ Layout HWNC: a pixel is N * C contiguous values, cut into N * C / 8 chunks.
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels._launch import MOST_COUNTED, PROCESSORS, aligned, launch, target
+from fastalex_kernels._launch import MOST_COUNTED, PROCESSORS, aligned, launch, target, tuned
 
 CHUNK = 8  # channels
+# What a program holds unless a table of ``fastalex.tune`` says otherwise.
 _STRIP = 3  # pooled columns of a forward program
-_CHUNKS = {"forward": 128, "backward": 128}  # of a program, one a thread: 4 warps
+_CHUNKS = {"forward": 128, "backward": 128}  # one a thread: 4 warps
 _RESIDENT = 4  # programs that a processor holds: 128 registers of 128 threads
 _EXTRA_ROWS = 1.5  # what a program costs beyond its pooled rows, in rows: those it starts with
 
@@ -200,23 +203,19 @@ def _max3(k0, k1, k2):
 def _row_keys(
     x_ptr, h, w, W, pixel, chunk, mask, left, right,
     START: tl.constexpr, SIGNED: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr,
+    STRIP: tl.constexpr,
 ):  # fmt: skip
-    """The maxima over 3 columns, at the 3 pooled columns that start at column w of row h."""
+    """The maxima over 3 columns, at the STRIP pooled columns that start at column w of row h."""
     row = x_ptr + (h * W).to(tl.int64) * pixel
-    k0 = _column_keys(row + w * pixel, chunk, mask, left, right, START, SIGNED, EVEN, T)
-    x_ptr = row + tl.minimum(w + 1, W - 1) * pixel
-    k1 = _column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T)
-    x_ptr = row + tl.minimum(w + 2, W - 1) * pixel
-    k2 = _column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T)
-    x_ptr = row + tl.minimum(w + 3, W - 1) * pixel
-    k3 = _column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T)
-    x_ptr = row + tl.minimum(w + 4, W - 1) * pixel
-    k4 = _column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T)
-    x_ptr = row + tl.minimum(w + 5, W - 1) * pixel
-    k5 = _column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T)
-    x_ptr = row + tl.minimum(w + 6, W - 1) * pixel
-    k6 = _column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T)
-    return _max3(k0, k1, k2), _max3(k2, k3, k4), _max3(k4, k5, k6)
+    x_ptr = row + w * pixel
+    keys = (_column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T),)
+    for i in tl.static_range(1, 2 * STRIP + 1):
+        x_ptr = row + tl.minimum(w + i, W - 1) * pixel
+        keys += (_column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T),)  # type: ignore[assignment]
+    maxima = ()
+    for i in tl.static_range(STRIP):
+        maxima += (_max3(keys[2 * i], keys[2 * i + 1], keys[2 * i + 2]),)  # type: ignore[assignment]
+    return maxima
 
 
 @triton.jit
@@ -253,6 +252,7 @@ def _lrn_max_pool2d_chunks_fwd_kernel(
     SAVE: tl.constexpr,
     EVEN: tl.constexpr,  # every program is full: only the borders of groups are masked
     T: tl.constexpr,
+    STRIP: tl.constexpr,  # pooled columns of a program
 ):
     chunks = N * (C // 8)
     chunk = tl.program_id(0) * T + tl.arange(0, T)
@@ -260,29 +260,33 @@ def _lrn_max_pool2d_chunks_fwd_kernel(
     place = chunk % GROUP
     left = mask & (place != 0)
     right = mask & (place != GROUP - 1)
-    q = tl.program_id(1) * 3
+    q = tl.program_id(1) * STRIP
     p_first = tl.program_id(2) * rows_per_program
     pixel = tl.cast(N, tl.int64) * C
     offs = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
-    t0, t1, t2 = _row_keys(
-        x_ptr, 2 * p_first, 2 * q, W, pixel, chunk, mask, left, right, START, SIGNED, EVEN, T
+    top = _row_keys(
+        x_ptr, 2 * p_first, 2 * q, W, pixel, chunk, mask, left, right, START, SIGNED, EVEN, T, STRIP
     )
     for p in range(p_first, tl.minimum(p_first + rows_per_program, P)):
         h1 = tl.minimum(2 * p + 1, H - 1)
         h2 = tl.minimum(2 * p + 2, H - 1)
-        m0, m1, m2 = _row_keys(
-            x_ptr, h1, 2 * q, W, pixel, chunk, mask, left, right, START, SIGNED, EVEN, T
+        middle = _row_keys(
+            x_ptr, h1, 2 * q, W, pixel, chunk, mask, left, right, START, SIGNED, EVEN, T, STRIP
         )
-        b0, b1, b2 = _row_keys(
-            x_ptr, h2, 2 * q, W, pixel, chunk, mask, left, right, START, SIGNED, EVEN, T
+        bottom = _row_keys(
+            x_ptr, h2, 2 * q, W, pixel, chunk, mask, left, right, START, SIGNED, EVEN, T, STRIP
         )
         out = (p * Q + q).to(tl.int64) * pixel + offs
-        _store_maximum(y_ptr, argmax_ptr, out, mask, t0, m0, b0, UNIT, SIGNED, SAVE)
-        if q + 1 < Q:
-            _store_maximum(y_ptr, argmax_ptr, out + pixel, mask, t1, m1, b1, UNIT, SIGNED, SAVE)
-        if q + 2 < Q:
-            _store_maximum(y_ptr, argmax_ptr, out + 2 * pixel, mask, t2, m2, b2, UNIT, SIGNED, SAVE)
-        t0, t1, t2 = b0, b1, b2
+        _store_maximum(
+            y_ptr, argmax_ptr, out, mask, top[0], middle[0], bottom[0], UNIT, SIGNED, SAVE
+        )
+        for i in tl.static_range(1, STRIP):
+            if q + i < Q:
+                _store_maximum(
+                    y_ptr, argmax_ptr, out + i * pixel, mask, top[i], middle[i], bottom[i],
+                    UNIT, SIGNED, SAVE,
+                )  # fmt: skip
+        top = bottom
 
 
 @triton.jit
@@ -358,7 +362,7 @@ def _store_sums(sum_ptr, total, chunk, lane, IMAGE: tl.constexpr, T: tl.constexp
 
     IMAGE is the chunks of an image. Of neighbouring images the first takes the sum, in a tree.
     """
-    for half in tl.static_range(6, -1, -1):
+    for half in tl.static_range(7, -1, -1):
         if IMAGE << half < T:
             other = lane + (IMAGE << half)
             index = tl.minimum(other, T - 1)[:, None] + tl.zeros((T, 8), tl.int32)
@@ -491,20 +495,20 @@ def _scaled_constants(norm: Norm) -> dict[str, float]:
     return {"START": norm.offset / norm.scale, "UNIT": norm.scale**-0.75}
 
 
-def _row_split(rows: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """(rows of a program, programs along the rows) for ``programs`` in the other directions.
+@functools.lru_cache(maxsize=1024)
+def _row_split(rows: int, programs: int, name: str) -> int:
+    """Rows of a program, for ``programs`` in the other directions.
 
     Of every cut of the rows, the one whose last program ends first: fewer rows start more programs
     than run at once, and each computes some rows that its neighbour does too.
     """
-    resident = _RESIDENT * PROCESSORS.get(target(device), 128)
+    resident = _RESIDENT * PROCESSORS.get(name, 128)
 
     def last_end(share: int) -> float:
         rounds = triton.cdiv(programs * triton.cdiv(rows, share), resident)
         return int(rounds) * (share + _EXTRA_ROWS)
 
-    share = min(range(1, max(rows, 1) + 1), key=last_end)
-    return share, triton.cdiv(rows, share)
+    return min(range(1, max(rows, 1) + 1), key=last_end)
 
 
 def forward(
@@ -517,14 +521,16 @@ def forward(
 ) -> None:
     """Fill y and, where ``save``, argmax, both [P, Q, N, G*C], from x [H, W, N, G*C]."""
     (H, W, N, C), (P, Q, _, _) = x.shape, y.shape
-    T = _CHUNKS["forward"]
-    blocks, strips = triton.cdiv(N * C // CHUNK, T), triton.cdiv(Q, _STRIP)
-    share, parts = _row_split(P, blocks * strips, x.device)
+    T, strip = _CHUNKS["forward"], _STRIP
+    programs = triton.cdiv(N * C // CHUNK, T) * triton.cdiv(Q, strip)
+    rows = _row_split(P, programs, target(x.device))
+    T, strip, rows = tuned((T, strip, rows), x, "lrn forward", N, H, W, P, Q, C, groups)
+    grid = (triton.cdiv(N * C // CHUNK, T), triton.cdiv(Q, strip), triton.cdiv(P, rows))
     launch(
-        _lrn_max_pool2d_chunks_fwd_kernel, (blocks, strips, parts), x, y, argmax, N, H, W, P, Q,
-        share, C=C, GROUP=C // groups // CHUNK, SIGNED=norm.signed, SAVE=save,
+        _lrn_max_pool2d_chunks_fwd_kernel, grid, x, y, argmax, N, H, W, P, Q,
+        rows, C=C, GROUP=C // groups // CHUNK, SIGNED=norm.signed, SAVE=save,
         EVEN=N * C // CHUNK % T == 0,
-        **_scaled_constants(norm), T=T, num_warps=T // 32,
+        **_scaled_constants(norm), T=T, STRIP=strip, num_warps=T // 32,
         counted=max(N * C, H * W),
     )  # fmt: skip
 
@@ -545,16 +551,18 @@ def backward(
     """
     (H, W, N, C), (P, Q, _, _) = x.shape, dy.shape
     T, group = _CHUNKS["backward"], C // groups // CHUNK
+    columns, pairs = triton.cdiv(W, 2), triton.cdiv(H, 2)  # of columns and of rows
+    programs = triton.cdiv(N * C // CHUNK, T // group * group) * columns
+    rows = _row_split(pairs, programs, target(x.device))
+    T, rows = tuned((T, rows), x, "lrn backward", N, H, W, P, Q, C, groups)
     used = T // group * group
-    blocks = triton.cdiv(N * C // CHUNK, used)
-    columns = triton.cdiv(W, 2)
-    share, parts = _row_split(triton.cdiv(H, 2), blocks * columns, x.device)
-    programs = blocks * columns * parts
+    grid = (triton.cdiv(N * C // CHUNK, used), columns, triton.cdiv(pairs, rows))
+    programs = math.prod(grid)
     mask = mask and C <= CHUNK * T  # a program sums whole images
     sums = dx.new_empty((programs if mask else 0, C), dtype=torch.float32)
     launch(
-        _lrn_max_pool2d_chunks_bwd_kernel, (blocks, columns, parts), x, dy, argmax, dx,
-        sums if mask else dx, N, H, W, P, Q, share, C=C, GROUP=group, USED=used, MASK=mask,
+        _lrn_max_pool2d_chunks_bwd_kernel, grid, x, dy, argmax, dx,
+        sums if mask else dx, N, H, W, P, Q, rows, C=C, GROUP=group, USED=used, MASK=mask,
         EVEN=N * C // CHUNK % T == 0 and used == T, **_scaled_constants(norm), T=T,
         num_warps=T // 32, counted=max(N * C, H * W),
     )  # fmt: skip

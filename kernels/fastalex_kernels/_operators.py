@@ -108,6 +108,7 @@ def _conv2d_relu_backward(
         "update": None,
         "stride": 1,
         "mask": False,
+        "source": None,
     }
     ctx = _Context(input, w, bias, output, needs=needs, **attributes)
     return _wanted(Conv2dReLUFunction.backward(ctx, grad))
@@ -278,7 +279,7 @@ def _linear_relu_dropout_backward(
 ) -> list[Tensor]:
     dropout = {"p": p, "row_offset": row_offset, "feature_offset": feature_offset}
     saved = (input, weight, bias, output, rng)
-    ctx = _Context(*saved, needs=needs, dropout=dropout, update=None, mask=False)
+    ctx = _Context(*saved, needs=needs, dropout=dropout, update=None, mask=False, source=None)
     return _wanted(LinearReLUDropoutFunction.backward(ctx, grad))
 
 

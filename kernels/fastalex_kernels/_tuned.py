@@ -25,6 +25,22 @@ VARIABLE = "FASTALEX_TILES"
 Tile = tuple[int, ...]
 Key = tuple[str, str, tuple[int, ...]]  # kernel, kind of operand, sizes of the problem
 
+_PRODUCT = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+FIELDS = {  # what a tile holds, by kernel
+    "conv2d forward": _PRODUCT,
+    "conv2d input": _PRODUCT,
+    "conv2d weight": _PRODUCT,
+    "conv2d weight parts": ("parts",),  # of the reduction, for the tile taken
+    "linear": _PRODUCT,
+    "linear parts": ("parts",),
+    "linear half parts": ("parts",),  # of a product of which a half is begun
+    "linear update": _PRODUCT,
+    "lrn forward": ("chunks", "strip", "rows"),
+    "lrn backward": ("chunks", "rows"),
+    "pool forward": ("BLOCK_M", "num_warps"),  # with LRN too, where its sizes are not AlexNet's
+    "pool backward": ("BLOCK_M", "num_warps"),
+}
+
 _chooser: Callable[[Key, Tile], Tile] | None = None  # not a context variable: backward has threads
 
 
@@ -110,7 +126,8 @@ def read_table(path: Path, device: str) -> dict[Key, Tile]:
         ]
     except (KeyError, TypeError) as error:
         raise ValueError("it is no table of fastalex.tune") from error
-    for _, tile in entries:
-        if len(tile) != 5 or not all(type(x) is int and x > 0 for x in tile):
-            raise ValueError(f"it holds {tile} for a tile")
+    for (kernel, *_), tile in entries:
+        fields = FIELDS.get(kernel, ())
+        if len(tile) != len(fields) or not all(type(x) is int and x > 0 for x in tile):
+            raise ValueError(f"it holds {tile} for a tile of {kernel}")
     return {key: tuple(tile) for key, tile in entries}

@@ -112,7 +112,7 @@ def _load_mean(mean_ptr, first, step, column, inside, SIZE: tl.constexpr):
     """
     values = ()
     for pixel in tl.static_range(4):
-        mask = inside & (column + pixel >= 0) & (column + pixel < SIZE)
+        mask = inside & ((column + pixel).to(tl.uint32) < SIZE)  # nor negative
         ptrs = mean_ptr + (first + step * pixel)
         for channel in tl.static_range(3):
             mean = tl.load(ptrs + channel, mask=mask, other=0).to(tl.float32)
@@ -132,11 +132,6 @@ def _columns16(v, i: tl.constexpr, ITEMS: tl.constexpr):
     """[ITEMS, 16] of 16 columns, v[i] the first."""
     halves = tl.join(_columns8(v, i, ITEMS), _columns8(v, i + 8, ITEMS))
     return tl.reshape(tl.permute(halves, 0, 2, 1), [ITEMS, 16])
-
-
-@triton.jit
-def _of_channel(channel, v0, v1, v2):
-    return tl.where(channel == 0, v0, tl.where(channel == 1, v1, v2))
 
 
 @triton.jit
@@ -220,6 +215,20 @@ def _augment_kernel(
             first = (mean_row * W + source) * 3
             means += _load_mean(mean_ptr, first, step, column, inside, SIZE)
 
+    # What differs between an item's values, joined as they are: a column's number would be computed
+    # with by every thread, on Triton 3.6.
+    scales = ()
+    biases = ()
+    insides = ()
+    each = tl.zeros([ITEMS], tl.float32)
+    for pixel in tl.static_range(16):
+        row = h + pixel // COLUMNS
+        column = w + pixel % COLUMNS
+        inside = (row >= 0) & (row < SIZE) & (column >= 0) & (column < SIZE)
+        insides += (inside, inside, inside)  # type: ignore[assignment]
+        scales += (each + s0, each + s1, each + s2)  # type: ignore[assignment]
+        biases += (each + b0, each + b1, each + b2)  # type: ignore[assignment]
+
     if COLUMNS == 4:
         offset = (item.to(tl.int64) * N + n) * 48
     else:
@@ -229,16 +238,13 @@ def _augment_kernel(
             words[4 * tile], words[4 * tile + 1], words[4 * tile + 2], words[4 * tile + 3], ITEMS
         )
         value = tile * 16 + tl.arange(0, 16)
-        channel = (value % 3)[None, :]
-        row = h[:, None] + (value // 3 // COLUMNS)[None, :]
-        column = w[:, None] + (value // 3 % COLUMNS)[None, :]
-        inside = (row >= 0) & (row < SIZE) & (column >= 0) & (column < SIZE)
         if HAS_MEAN_IMAGE:
             x -= _columns16(means, 16 * tile, ITEMS)
-        y = x * _of_channel(channel, s0, s1, s2) + _of_channel(channel, b0, b1, b2)
-        y = tl.where(inside, y, 0.0).to(out_ptr.dtype.element_ty)
+        y = x * _columns16(scales, 16 * tile, ITEMS) + _columns16(biases, 16 * tile, ITEMS)
+        y = tl.where(_columns16(insides, 16 * tile, ITEMS), y, 0.0).to(out_ptr.dtype.element_ty)
         mask = live[:, None]
         if WIDTH % COLUMNS != 0:
+            column = w[:, None] + (value // 3 % COLUMNS)[None, :]
             mask = mask & (column < WIDTH - PAD_LEFT)
         tl.store(out_ptr + offset[:, None] + value[None, :], y, mask=mask)
 

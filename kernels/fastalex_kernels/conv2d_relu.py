@@ -40,7 +40,7 @@ from fastalex_kernels._conv2d_arguments import (
 from fastalex_kernels._conv2d_tiles import halved_warps, row_blocks, split_channels, tma_fits
 from fastalex_kernels._conv2d_weight import conv2d_relu_backward_weight
 from fastalex_kernels._epilogue import epilogue_backward, sum_partials
-from fastalex_kernels._handover import hand_over, offers, taken, wanted
+from fastalex_kernels._handover import announce, hand_over, offers, taken, wanted
 from fastalex_kernels._launch import (
     TRITON,
     autocast,
@@ -511,7 +511,7 @@ class Conv2dReLUFunction(torch.autograd.Function):
         update: Updates | None = None,
         stride: int = 1,  # of the parameter that ``update`` is of; ``input`` is without it
     ) -> torch.Tensor:
-        ctx.mask = wanted(input)
+        ctx.mask, ctx.source = wanted(input), input.grad_fn
         input = lie_as_hwnc(input)
         x = as_hwnc(input)
         if update is None or update.weight.operand is None:
@@ -548,6 +548,7 @@ class Conv2dReLUFunction(torch.autograd.Function):
         if need_x:
             mask = x if ctx.mask else None
             dx = conv2d_relu_backward_input(dz, w, input.shape[2:], padding, groups, mask)
+            announce(ctx.source, dx)
         part = None
         if need_w:
             part = conv2d_relu_backward_weight(x, dz, w.shape[:2], padding, groups)

@@ -180,6 +180,8 @@ def cross_entropy(
     _check(input, target, gradient)
     if torch.compiler.is_compiling() or not use_triton(input) or input.numel() == 0:
         return _aten.cross_entropy(input, target)
+    if not torch.is_grad_enabled():  # asked here, as an autograd.Function runs without
+        gradient = None
     (wide,) = interpretable(input)
     loss: torch.Tensor = CrossEntropyFunction.apply(wide, target, gradient)
     return loss

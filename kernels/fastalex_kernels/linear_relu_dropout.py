@@ -16,6 +16,7 @@ float32 partial sums, and a second small kernel adds them in order and runs the 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _aten, _philox
+from fastalex_kernels._begun import HALVES, Begun, begun_of
 from fastalex_kernels._epilogue import epilogue_backward, sum_partials
-from fastalex_kernels._handover import hand_over, masked, offers, wanted
+from fastalex_kernels._handover import announce, hand_over, masked, offers, wanted
 from fastalex_kernels._launch import (
     autocast,
     check_floating,
@@ -36,6 +38,7 @@ from fastalex_kernels._launch import (
     launch,
     outside_graphs,
     tile_entry,
+    tuned,
     use_triton,
 )
 from fastalex_kernels._linear_update import linear_backward_weight_update
@@ -99,7 +102,7 @@ def _linear_relu_dropout_fwd_kernel(
     b_ptr,  # [N], read where HAS_BIAS
     rng_ptr,  # int64 [2], read where DROPOUT
     mask_ptr,  # [M, N], read where MASK
-    y_ptr,  # [M, N], or float32 partial sums [SPLIT, M, N] where SPLIT > 1
+    y_ptr,  # [M, N] where FINISH, else float32 partial sums [SPLIT, M, N]
     M,
     N,
     K,
@@ -114,6 +117,7 @@ def _linear_relu_dropout_fwd_kernel(
     DROPOUT: tl.constexpr,
     MASK: tl.constexpr,  # y is the gradient of a ReLU's output: mask it
     SPLIT: tl.constexpr,
+    FINISH: tl.constexpr,  # SPLIT is 1, and the sums are whole
     TMA: tl.constexpr,  # a_ptr and w_ptr are descriptors of the operands as they lie in memory
     A_COLUMNS: tl.constexpr,
     W_COLUMNS: tl.constexpr,
@@ -143,7 +147,7 @@ def _linear_relu_dropout_fwd_kernel(
     )  # fmt: skip
     offs = (split * M + offs_m).to(tl.int64)[:, None] * N + offs_n[None, :]
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    if SPLIT == 1:
+    if FINISH:
         acc = _finish(
             acc, offs_m, offs_n, mask, N, b_ptr, rng_ptr, mask_ptr + offs, p, scale, row_offset,
             feature_offset, HAS_BIAS, RELU, DROPOUT, MASK,
@@ -200,6 +204,95 @@ def _tile(x: torch.Tensor, w: torch.Tensor, m: int, n: int, k: int) -> dict[str,
     }
 
 
+def _blocks(tile: dict[str, int], M: int, N: int) -> tuple[int, int]:
+    return triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(M, tile["BLOCK_M"])
+
+
+def _split(tile: dict[str, int], M: int, N: int, K: int, programs: int) -> int:
+    """Parts of a reduction over K that give about so many programs, each of some length."""
+    columns, rows = _blocks(tile, M, N)
+    steps: int = triton.cdiv(K, tile["BLOCK_K"])
+    return max(1, min(programs // max(columns * rows, 1), steps // 8, _MAX_SPLIT))
+
+
+def _parts(tile: dict[str, int], M: int, N: int, K: int) -> int:
+    """Parts of the reduction of a whole product."""
+    if interpreted():
+        return 1
+    split = _split(tile, M, N, K, _PROGRAMS)
+    return split if split > 2 else 1  # halves save less than another launch and its bytes
+
+
+def _tuned_parts(
+    own: int, kernel: str, a: torch.Tensor, w: torch.Tensor, tile: dict[str, int]
+) -> int:
+    (M, K), N = a.shape, w.shape[1]
+    columns, rows = _blocks(tile, M, N)
+    sizes = (M, N, K, int(a.stride(1) != 1), int(w.stride(1) != 1))
+    steps = triton.cdiv(K, tile["BLOCK_K"])
+    (parts,) = tuned((own,), a, kernel, *sizes, columns * rows, steps)
+    return parts
+
+
+@dataclass(frozen=True)
+class _Epilogue:
+    """What is done to sums: see ``matmul``."""
+
+    bias: torch.Tensor | None = None
+    relu: bool = False
+    p: float = 0.0
+    rng: torch.Tensor | None = None
+    row_offset: int = 0
+    feature_offset: int = 0
+    mask: torch.Tensor | None = None
+
+    def tensors(self, a: torch.Tensor) -> list[torch.Tensor]:
+        """Bias, counter and mask, ``a`` in the place of what is not read."""
+        return [a if x is None else x for x in (self.bias, self.rng, self.mask)]
+
+    def scalars(self) -> tuple[float, float, int, int]:
+        return self.p, 1.0 / (1.0 - self.p), self.row_offset, self.feature_offset
+
+    def flags(self) -> dict[str, bool]:
+        return {
+            "HAS_BIAS": self.bias is not None,
+            "RELU": self.relu,
+            "DROPOUT": self.rng is not None,
+            "MASK": self.mask is not None,
+        }
+
+
+def _multiply(
+    a: torch.Tensor,
+    w: torch.Tensor,
+    tile: dict[str, int],
+    out: torch.Tensor,
+    epilogue: _Epilogue,
+) -> None:
+    """a [M, K] @ w [K, N] into y [M, N], or into float32 sums [parts, M, N] of parts of K."""
+    M, N = a.shape[0], w.shape[1]
+    split = len(out) if out.dim() == 3 else 1
+    given = operands(a, w, tile, split)
+    launch(
+        _linear_relu_dropout_fwd_kernel, (*_blocks(tile, M, N), split), *given.args[:2],
+        *epilogue.tensors(a), out, *given.args[2:], *epilogue.scalars(), SPLIT=split,
+        FINISH=out.dim() == 2, ALIGN=math.gcd(8, *given.args[2:]), **given.flags,
+        **epilogue.flags(), counted=max(split * M, N, w.shape[0]),
+    )  # fmt: skip
+
+
+def _add_up(parts: torch.Tensor, y: torch.Tensor, epilogue: _Epilogue) -> None:
+    """The epilogue on the sums of ``parts`` [parts, M, N]."""
+    M, N = y.shape
+    block_m, block_n = 8, 128
+    grid = (triton.cdiv(N, block_n), triton.cdiv(M, block_m))
+    launch(
+        _finish_partials_kernel, grid, parts, *epilogue.tensors(y), y, len(parts), M, N,
+        *epilogue.scalars(), **epilogue.flags(), BLOCK_M=block_m, BLOCK_N=block_n,
+        counted=max(M, N),
+    )  # fmt: skip
+
+
 def matmul(
     a: torch.Tensor,
     w: torch.Tensor,
@@ -210,43 +303,61 @@ def matmul(
     row_offset: int = 0,
     feature_offset: int = 0,
     mask: torch.Tensor | None = None,
+    begun: Begun | None = None,
 ) -> torch.Tensor:
     """y [M, N] = epilogue(a [M, K] @ w [K, N]) / (1 - p), either operand of any strides.
 
-    ``mask`` [M, N], contiguous, makes y zero where it is, see _handover.
+    ``mask`` [M, N], contiguous, makes y zero where it is, see _handover. ``begun`` is half of the
+    product.
     """
     (M, K), N = a.shape, w.shape[1]
-    tile = _tile(a, w, M, N, K)
-    blocks = (triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(M, tile["BLOCK_M"]))
-    split = 1
-    if not interpreted():
-        steps = triton.cdiv(K, tile["BLOCK_K"])
-        split = min(_PROGRAMS // max(blocks[0] * blocks[1], 1), steps // 8, _MAX_SPLIT)
-        split = split if split > 2 else 1  # halves save less than another launch and its bytes
+    epilogue = _Epilogue(bias, relu, p, rng, row_offset, feature_offset, mask)
     y = a.new_empty((M, N))
-    out = y if split == 1 else y.new_empty((split, M, N), dtype=torch.float32)
-    read = [a if x is None else x for x in (bias, rng, mask)]
-    scalars = (p, 1.0 / (1.0 - p), row_offset, feature_offset)
-    epilogue = {
-        "HAS_BIAS": bias is not None,
-        "RELU": relu,
-        "DROPOUT": rng is not None,
-        "MASK": mask is not None,
-    }
-    given = operands(a, w, tile, split)
-    launch(
-        _linear_relu_dropout_fwd_kernel, (*blocks, split), *given.args[:2], *read, out,
-        *given.args[2:], *scalars, SPLIT=split, ALIGN=math.gcd(8, *given.args[2:]),
-        **given.flags, **epilogue, counted=max(split * M, N, K),
-    )  # fmt: skip
-    if split > 1:
-        block_m, block_n = 8, 128
-        grid = (triton.cdiv(N, block_n), triton.cdiv(M, block_m))
-        launch(
-            _finish_partials_kernel, grid, out, *read, y, split, M, N, *scalars,
-            **epilogue, BLOCK_M=block_m, BLOCK_N=block_n, counted=max(M, N),
-        )  # fmt: skip
+    if begun is not None:
+        rest = 1 - begun.half
+        a, w = (x.chunk(HALVES, axis)[rest] for axis, x in ((1, a), (0, w)))
+        _multiply(a, w, _tile(a, w, M, N, K // HALVES), begun.of(rest), _Epilogue())
+        _add_up(begun.parts, y, epilogue)
+        return y
+    tile = _tile(a, w, M, N, K)
+    split = _tuned_parts(_parts(tile, M, N, K), "linear parts", a, w, tile)
+    if split == 1:
+        _multiply(a, w, tile, y, epilogue)
+        return y
+    parts = y.new_empty((split, M, N), dtype=torch.float32)
+    _multiply(a, w, tile, parts, _Epilogue())
+    _add_up(parts, y, epilogue)
     return y
+
+
+def begin_linear(input: torch.Tensor, weight: torch.Tensor, half: int) -> Begun | None:
+    """Begin ``linear_relu_dropout`` with one half of its input; for ``_begun.carry``.
+
+    Args:
+        input: [M, K / 2], the first half of the whole one's columns or the second.
+        weight: [N, K], in the dtype of the products.
+        half: 0 or 1.
+
+    Returns:
+        None where nothing is gained: where torch computes, for another dtype, and where the whole
+        reduction is not split, as of a large batch: its sums would be stored for this alone.
+    """
+    (input,) = autocast(input)
+    if input.dtype != weight.dtype or not use_triton(input):
+        return None
+    (M, K), N = input.shape, weight.shape[0]
+    if weight.shape[1] != HALVES * K:
+        return None
+    w = weight.t().chunk(HALVES)[half]
+    tile = _tile(input, w, M, N, K)
+    if _parts(tile, M, N, HALVES * K) == 1:
+        return None
+    each = _split(tile, M, N, K, _PROGRAMS // HALVES)
+    each = _tuned_parts(each, "linear half parts", input, w, tile)
+    parts = input.new_empty((HALVES * each, M, N), dtype=torch.float32)
+    begun = Begun(parts, half, weight)
+    _multiply(input, w, tile, begun.of(half), _Epilogue())
+    return begun
 
 
 class LinearReLUDropoutFunction(torch.autograd.Function):
@@ -265,12 +376,15 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
         feature_offset: int,
         update: Updates | None = None,
     ) -> torch.Tensor:
-        ctx.mask = wanted(input)
+        ctx.mask, ctx.source = wanted(input), input.grad_fn
         if update is not None:
             weight, bias = interpretable(*update.operands())
         bias = None if bias is None else bias.contiguous()
         rng = None if rng is None else rng.contiguous()
-        output = matmul(input, weight.t(), bias, relu, p, rng, row_offset, feature_offset)
+        begun = begun_of(input, weight)
+        output = matmul(
+            input, weight.t(), bias, relu, p, rng, row_offset, feature_offset, begun=begun
+        )
         # With ReLU the output is the mask. Without, the caller may advance rng before backward.
         kept_rng = None if relu or rng is None else rng.clone()
         ctx.save_for_backward(input, weight, bias, output if relu else None, kept_rng)
@@ -304,6 +418,7 @@ class LinearReLUDropoutFunction(torch.autograd.Function):
         if need_x:
             dx = matmul(dz, weight, p=p, mask=input.contiguous() if ctx.mask else None)
             dx = hand_over(dx) if ctx.mask else dx
+            announce(ctx.source, dx)
         if updated:  # after dx, which reads the old weight
             linear_backward_weight_update(
                 dz, input, update.weight, update.bias if need_b else None, p

@@ -30,7 +30,14 @@ from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _aten, _lrn_chunks
 from fastalex_kernels._handover import hand_over, wanted
-from fastalex_kernels._launch import check_floating, interpretable, interpreted, launch, use_triton
+from fastalex_kernels._launch import (
+    check_floating,
+    interpretable,
+    interpreted,
+    launch,
+    tuned,
+    use_triton,
+)
 from fastalex_kernels._layout import as_hwnc, empty_nchw, lie_as_hwnc
 from fastalex_kernels._lrn_chunks import Norm, Window
 
@@ -214,10 +221,13 @@ def _constants(norm: Norm | None, window: Window, channels: int) -> dict[str, An
     }
 
 
-def _blocks(rows: int, channels: int, warps: int = 4) -> dict[str, int]:
+def _blocks(
+    x: torch.Tensor, rows: int, channels: int, warps: int, kernel: str, *sizes: int
+) -> dict[str, int]:
     block_c = triton.next_power_of_2(channels)
     block = _INTERPRETER_BLOCK if interpreted() else _BLOCK * warps
     block_m = max(1, min(triton.next_power_of_2(max(rows, 1)), block // block_c))
+    block_m, warps = tuned((block_m, warps), x, kernel, *sizes)
     return {"BLOCK_M": block_m, "BLOCK_C": block_c, "num_warps": warps}
 
 
@@ -247,7 +257,8 @@ def lrn_max_pool2d_forward(
     if norm is not None and _lrn_chunks.fits(x, norm, groups, window):
         _lrn_chunks.forward(x, y, argmax, norm, groups, save)
         return output, argmax
-    blocks = _blocks(Q * N, GC // groups)
+    sizes = (N, H, W, P, Q, GC, groups, *window, int(norm is not None))
+    blocks = _blocks(x, Q * N, GC // groups, 4, "pool forward", *sizes)
     grid = (triton.cdiv(Q * N, blocks["BLOCK_M"]), P, groups)
     launch(
         _lrn_max_pool2d_fwd_kernel, grid, x, y, argmax, N, H, W, Q,
@@ -280,7 +291,9 @@ def lrn_max_pool2d_backward(
         sums = _lrn_chunks.backward(x, dy, argmax, dx, norm, groups, mask)
         return result if sums is None else hand_over(result, sums)
     # A program leaves one row of sums: fewer, larger ones where they take few registers.
-    blocks = _blocks(W * N, GC // groups, 4 if norm is not None else 16)
+    warps = 4 if norm is not None else 16
+    sizes = (N, H, W, P, Q, GC, groups, *window, int(norm is not None))
+    blocks = _blocks(dy, W * N, GC // groups, warps, "pool backward", *sizes)
     grid = (triton.cdiv(W * N, blocks["BLOCK_M"]), H, groups)
     sums = dx.new_empty((grid[0] * H if mask else 0, GC), dtype=torch.float32)
     launch(
@@ -329,7 +342,7 @@ def _check_window(
 ) -> tuple[int, int]:
     """Check the arguments of pooling; return the size of its output."""
     check_floating("input", input)
-    if input.dim() != 4:
+    if input.dim() != 4 or input.shape[1] < 1:
         raise ValueError(f"input: expected [N, C, H, W], got shape {tuple(input.shape)}")
     for name, value, most in (
         ("kernel_size", kernel_size, MAX_KERNEL_SIZE),
@@ -435,11 +448,7 @@ def max_pool2d(
         return _aten.max_pool2d(input, kernel_size, stride, ceil_mode)
     channels = input.shape[1]
     # Without a window across channels any split of them will do: take the widest that fits.
-    groups = (
-        next(g for g in range(1, channels + 1) if channels % g == 0 and channels // g <= 256)
-        if channels
-        else 1
-    )
+    groups = next(g for g in range(1, channels + 1) if channels % g == 0 and channels // g <= 256)
     return _apply(input, None, groups, kernel_size, stride, pooled)
 
 

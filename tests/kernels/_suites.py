@@ -87,6 +87,12 @@ def missing_ttsem() -> str:
     return "" if found else "ttsem is not installed (pip install --no-deps ttsem==0.1.0)"
 
 
+def ttsem_cache() -> str:
+    """A folder for ttsem beside Triton's cache: nobody else can read the code that it leaves."""
+    cache = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
+    return str(cache.with_name(f"{cache.name}-ttsem"))
+
+
 class Children:
     """Runs suites in child processes, as many at once as there are processors."""
 
@@ -124,9 +130,7 @@ class Children:
             environment["TRITON_INTERPRET"] = "1"
         options = ["-q", "-o", "addopts=-ra", "-p", "no:cacheprovider", "--tb=short"]
         if suite.runner[0].startswith("ttsem"):
-            # It keeps the intermediate code in another form, which nobody else can read.
-            cache = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
-            environment["TRITON_CACHE_DIR"] = str(cache.with_name(f"{cache.name}-ttsem"))
+            environment["TRITON_CACHE_DIR"] = ttsem_cache()
         command = [suite.python, "-m", *suite.runner, *options, *suite.tests]
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True,

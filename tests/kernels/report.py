@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # ttsem runs this file as a s
 
 from fastalex import offline  # noqa: E402
 from tests.kernels import _alexnet, _oracle  # noqa: E402
-from tests.kernels._suites import TTSEM_PYTHON, missing_ttsem  # noqa: E402
+from tests.kernels._suites import TTSEM_PYTHON, missing_ttsem, ttsem_cache  # noqa: E402
 
 RESULTS = ("output", "input", "weight", "bias")
 TARGETS = ("sm_80", "sm_90")
@@ -62,7 +62,8 @@ def error_table() -> list[str]:
     single = _errors([sys.executable, script, "float32", "cpu"], TRITON_INTERPRET="1")
     half = {}
     if not missing_ttsem():
-        half = _errors([TTSEM_PYTHON, "-m", "ttsem.sanitize", script, "bfloat16", "cuda"])
+        command = [TTSEM_PYTHON, "-m", "ttsem.sanitize", script, "bfloat16", "cuda"]
+        half = _errors(command, TRITON_CACHE_DIR=ttsem_cache())
     lines = ["| layer | result | float32 | bfloat16 |", "|---|---|---|---|"]
     for layer, errors in single.items():
         for result in filter(errors.__contains__, RESULTS):

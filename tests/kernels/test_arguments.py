@@ -77,6 +77,7 @@ WRONG: list[tuple[str, str, Any, type[Exception], str]] = [
             (name, "input", None, TypeError, "NoneType"),
             (name, "input", IMAGE.to(torch.uint8), TypeError, "torch.uint8"),
             (name, "input", IMAGE[0, 0], ValueError, "(8, 9)"),
+            (name, "input", IMAGE[:, :0], ValueError, "(2, 0, 8, 9)"),
             (name, "input", IMAGE[:, :, :2], ValueError, "2 x 9"),
             (name, "kernel_size", 0, ValueError, "0"),
             (name, "kernel_size", 16, ValueError, "16"),

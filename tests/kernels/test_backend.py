@@ -11,9 +11,12 @@ import pytest
 import torch
 
 import fastalex_kernels as fk
+from fastalex import offline
 from fastalex_kernels import _launch
+from fastalex_kernels._conv2d_weight import _best_split
+from fastalex_kernels._lrn_chunks import _row_split
 
-from ._oracle import call, conv, linear, lrn, make_inputs, pool
+from ._oracle import call, conv, linear, lrn, make_inputs, pool, run
 
 ONE_OF_EACH = [
     conv("one", (2, 4, 5, 5), 6, 3),
@@ -100,6 +103,23 @@ def test_import_asks_no_driver() -> None:
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.skipif(_launch.interpreted(), reason="the interpreter splits nothing")
+@pytest.mark.parametrize("search", [_best_split, _row_split])
+def test_how_to_split_is_searched_once_for_each_size(search) -> None:
+    def step() -> None:
+        for case in (conv("once", (128, 64, 9, 9), 64, 3), lrn("once", (128, 64, 9, 9))):
+            run(case, make_inputs(case, torch.float16))
+
+    search.cache_clear()
+    first = [launch.grid for launch in offline.record("sm_90", step)]
+    searched = search.cache_info().misses
+    assert searched > 0
+    assert [launch.grid for launch in offline.record("sm_90", step)] == first
+    assert search.cache_info().misses == searched
+    offline.record("sm_80", step)
+    assert search.cache_info().misses > searched, "another GPU has other splits"
 
 
 def test_autocast_chooses_the_dtype_of_a_product() -> None:

@@ -78,6 +78,20 @@ def test_the_host_reads_no_value() -> None:
     assert launches == ["_cross_entropy_kernel", "_sum_partials_kernel"]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_gradient_is_made_that_nobody_can_ask_for(mode: Any) -> None:
+    logits, target = make(losses.CASES[0], torch.bfloat16)
+
+    def step() -> None:
+        with mode():
+            fk.cross_entropy(logits, target, torch.empty(()))
+        fk.cross_entropy(logits.detach(), target, torch.empty(()))
+        fk.cross_entropy(logits, target, torch.empty(()))
+
+    launches = [x for x in offline.record("sm_90", step) if "cross_entropy" in x.name]
+    assert [x.kwargs["GRADIENT"] for x in launches] == [False, False, True]
+
+
 # Shape, dtype, and whether 16 bytes are what every access to logits and gradient can have.
 PUBLISHED = [
     ((128, 1000), torch.bfloat16, True),

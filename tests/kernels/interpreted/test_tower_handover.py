@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastalex_kernels as fk
-from fastalex.parallel import GatherTowers
+from fastalex.exchange import gather_towers
 from fastalex_kernels.momentum import MomentumUpdate, Updates
 from fastalex_kernels.reference import TOLERANCES, relative_error
 
@@ -29,11 +29,14 @@ class _Peer:
         self.mine: torch.Tensor | None = None
         self.sent: list[torch.Tensor] = []
 
-    def swap(self, x: torch.Tensor) -> torch.Tensor:
+    def start(self, x: torch.Tensor) -> _Peer:
         assert x.is_contiguous()
         self.sent.append(x.clone())
+        return self
+
+    def wait(self) -> torch.Tensor:
         if self.mine is None:
-            self.mine = x
+            self.mine = self.sent[0]
             return self.half.clone()
         return torch.where(self.mine > 0, self.gradient, 0.0)  # masked there as it is here
 
@@ -57,7 +60,7 @@ def _gradients(peer: _Peer, summed: bool, updated: bool) -> list[torch.Tensor]:
     update = _update(w, b) if updated else None
     rng = torch.tensor([3, 4])
     y = fk.linear_relu_dropout(x, *operands, p=0.3, rng=rng, update=update)
-    whole = GatherTowers.apply(y, peer, summed)
+    whole = gather_towers(y, peer, summed)
     z = fk.linear_relu_dropout(whole, v, p=0.0, relu=False)
     z.backward(torch.randn(z.shape, generator=draw).to(HALF))
     assert x.grad is not None

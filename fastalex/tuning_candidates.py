@@ -1,0 +1,103 @@
+"""What a sweep tries for each kernel: a few choices around its own, the likeliest first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from fastalex_kernels._tuned import FIELDS, Key, Tile
+
+# (BLOCK_M, BLOCK_N, num_warps): at most 128 sums in a thread's registers.
+_SHAPES = {
+    16: [
+        (128, 128, 8), (128, 64, 4), (128, 256, 8), (256, 128, 8), (128, 64, 8), (64, 128, 4),
+        (128, 128, 4), (256, 64, 8), (64, 64, 4), (64, 256, 8),
+    ],
+    32: [(64, 64, 8), (64, 32, 4), (32, 64, 4), (128, 64, 8), (32, 32, 4), (64, 128, 8)],
+}  # fmt: skip
+_DEPTHS = {16: (64, 32, 128), 32: (32, 16)}  # BLOCK_K, the likeliest first
+_STAGES = {16: (4, 3, 5, 2), 32: (3, 2)}
+_INTERPRETED: list[Tile] = [(1024, 512, 512, 4, 1), (512, 256, 256, 4, 1)]
+_PARTS = " parts"
+_LEAST_STEPS = 4  # of a part of a reduction
+
+
+def follows_tile(key: Key) -> bool:
+    """Whether a problem is posed by the tile that another one takes: a reduction to split."""
+    return key[0].endswith(_PARTS)
+
+
+def candidates(key: Key, own: Tile, target: str, bits: int, shared: int) -> Iterator[Tile]:
+    """Choices for a problem, ``own`` first; some may come to the same launches.
+
+    Args:
+        key: of the problem.
+        own: what the package takes where nothing was tuned.
+        target: as ``fastalex_kernels`` names it.
+        bits: of an operand.
+        shared: bytes of shared memory that a program can have.
+    """
+    yield own
+    kernel, _, sizes = key
+    if follows_tile(key):
+        yield from _splits(own[0], steps=sizes[-1])
+    elif kernel == "lrn forward":
+        yield from _lrn_forward(own, pooled_rows=sizes[3])
+    elif kernel == "lrn backward":
+        yield from _lrn_backward(own, sizes)
+    elif kernel.startswith("pool"):
+        yield from _pooling(own)
+    elif target == "interpreter":
+        yield from _INTERPRETED
+    else:
+        assert len(FIELDS[kernel]) == 5
+        yield from _products(bits, shared)
+
+
+def _products(bits: int, shared: int) -> Iterator[Tile]:
+    """Every shape at its deepest pipeline, then shallower ones."""
+    for stage in range(2):
+        for depth in _DEPTHS[bits]:
+            for m, n, warps in _SHAPES[bits]:
+                size = (m + n) * depth * bits // 8
+                fitting = [s for s in _STAGES[bits] if s * size <= shared]
+                if stage < len(fitting):
+                    yield m, n, depth, warps, fitting[stage]
+
+
+def _splits(own: int, steps: int) -> Iterator[Tile]:
+    """Twice, half and three times as many parts; of few, also one."""
+    for parts in (2 * own, own // 2, 3 * own, *([1] if own <= 4 else [])):
+        if 1 <= parts <= steps // _LEAST_STEPS:
+            yield (parts,)
+
+
+def _shares(rows: int, own: int) -> list[int]:
+    """Rows of a program where one program more, or one less, goes down them."""
+    parts = math.ceil(rows / own)
+    return [math.ceil(rows / p) for p in (parts + 1, parts - 1) if 1 <= p <= rows]
+
+
+def _lrn_forward(own: Tile, pooled_rows: int) -> Iterator[Tile]:
+    chunks, strip, rows = own
+    yield chunks // 2, strip, rows
+    for share in _shares(pooled_rows, rows):
+        yield chunks, strip, share
+    yield chunks, strip - 1, rows  # fewer registers, a column more for each that is kept
+
+
+def _lrn_backward(own: Tile, sizes: tuple[int, ...]) -> Iterator[Tile]:
+    (chunks, rows), (_, height, *_, channels, groups) = own, sizes
+    if channels // groups // 8 <= chunks // 2:  # a program holds whole groups
+        yield chunks // 2, rows
+    yield 2 * chunks, rows
+    for share in _shares(math.ceil(height / 2), rows):
+        yield chunks, share
+
+
+def _pooling(own: Tile) -> Iterator[Tile]:
+    """Less and more for a program, in as many registers of a thread and in others."""
+    block, warps = own
+    for tile in ((block // 2, warps // 2), (block // 2, warps), (2 * block, 2 * warps)):
+        if tile[0] >= 1 and 1 <= tile[1] <= 16:
+            yield tile
