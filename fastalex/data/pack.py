@@ -69,7 +69,7 @@ def pack(
         source: ``train/CLASS/*`` and ``val/CLASS/*``, or ``CLASS/*``.
         root: a new or empty folder, or an unfinished packing of the same images.
         size: side in pixels of the packed images.
-        workers: processes; None is one for each core that this process may use.
+        workers: processes at work at a time; None is one for each core that this one may use.
         val_split: see ``Listing.read``.
         quiet: show no progress.
 
