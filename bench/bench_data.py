@@ -1,14 +1,18 @@
 """Packing against Pillow's own rate, and loading against torchvision's and against the step.
 
-All but the last run on one thread of the host: each side can be given more of them.
+Packing runs on every core, loading on one thread of the host: each side can be given more.
 """
 
 from __future__ import annotations
 
-import itertools
+import multiprocessing
+import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +25,12 @@ from fastalex import AlexNet
 from fastalex.data import Batches, FolderImages, Normalization, PackedImages
 from fastalex.data.pack import pack
 from fastalex.data.packed import WORK
-from fastalex.data.shard import Shard, pack_shard
+from fastalex.data.processes import cores, packers
+from fastalex.data.shard import Shard
 from fastalex.validation import fetch
 from tests._packing import picture
 
+from . import _packing
 from ._report import Report
 from ._timing import Images, take_turns
 from .bench_step import BATCH, CLASSES, Trainee
@@ -32,9 +38,9 @@ from .bench_step import BATCH, CLASSES, Trainee
 pytestmark = pytest.mark.benchmark(timer=time.perf_counter)
 
 IMAGES = 64
-REPEATED = 4  # a shard has 1024, over which what it does once is spread
+SHARDS = 4  # for each process, of 64 images, the smallest that files are cut into
 FILE, PACKED, CROP = (500, 375), 256, 224  # pixels; an ordinary file of ImageNet is 500 x 375
-ROUNDS = 5
+ROUNDS = 7
 _declared: list[torch.library.Library] = []
 IMAGENET = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
@@ -63,49 +69,72 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def decode_all(paths: list[Path]) -> list[Image.Image]:
-    """The paper's squares, with Pillow and nothing else."""
-    images = []
-    for path in paths:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-            short = min(image.size)
-            left, top = ((side - short) / 2 for side in image.size)
-            box = (left, top, left + short, top + short)
-            images.append(image.resize((PACKED, PACKED), Image.Resampling.BILINEAR, box))
-    return images
-
-
+@pytest.mark.parametrize("processes", ["others", "same"])
 def test_packing(
-    benchmark: Any, report: Report, folder: Path, tmp_path: Path, one_thread: None
+    benchmark: Any, report: Report, folder: Path, tmp_path: Path, processes: str
 ) -> None:
+    """As many processes at work on each side as there are cores, all of them started before.
+
+    Pillow works in processes of its own, as it is; and in the same as packing, which keep freed
+    memory instead of giving it back to the system and faulting it in again with each image.
+    """
+    workers = cores()
     source = folder / "source"
     paths = sorted(source.glob("train/*/*.jpg"))
-    files = [path.relative_to(source).as_posix() for path in paths] * REPEATED
-    numbers = itertools.count()
+    files = [path.relative_to(source).as_posix() for path in paths]
+    count = SHARDS * workers
+    parts = [(paths * count)[i::workers] for i in range(workers)]
+    root = tmp_path / "set"
+    cpu: dict[str, list[float]] = {"ours": [], "theirs": []}
+    shards = [Shard(source, root, "train", i, files, PACKED) for i in range(count)]
 
-    def ours() -> Shard:
-        root = tmp_path / str(next(numbers))
+    def ours() -> None:
+        shutil.rmtree(root, ignore_errors=True)
         for name in ("train", WORK):
             (root / name).mkdir(parents=True)
-        shard = Shard(source, root, "train", 0, files, PACKED)
-        pack_shard(shard, lambda *_: True)
-        return shard
+        cpu["ours"].append(sum(packing.map(_packing.pack, shards)))
 
-    packed = np.load(ours().path)
-    for found, expected in zip(packed, decode_all(paths) * REPEATED, strict=True):
-        np.testing.assert_array_equal(found, np.asarray(expected))
-    size = sum(path.stat().st_size for path in paths) // IMAGES
-    compare(
+    def theirs() -> None:
+        cpu["theirs"].append(sum(decoding.map(_packing.decode, parts, repeat(PACKED))))
+
+    packing, *_ = packers(workers, len(shards))
+    context = multiprocessing.get_context("forkserver")
+    with packing, ProcessPoolExecutor(workers, context) as others:
+        decoding = packing if processes == "same" else others
+        ours()
+        for shard in shards:
+            for found, path in zip(np.load(shard.path), paths, strict=True):
+                expected = np.asarray(_packing.square(path, PACKED))
+                np.testing.assert_array_equal(found, expected)
+        times = take_turns(benchmark, ours, theirs, ROUNDS, time.perf_counter)
+    if times is None:
+        return
+    timed = {side: seconds[-ROUNDS:] for side, seconds in cpu.items()}
+    report.add(
         benchmark,
-        report,
-        "pack",
-        "pillow",
-        ours,
-        lambda: [decode_all(paths) for _ in range(REPEATED)],
-        images=len(files),
-        file_bytes=size,
+        "data",
+        times,
+        Images(len(paths) * count),
+        layer="pack",
+        direction="packing",
+        against="pillow" if processes == "others" else "pillow same",
+        batch=len(paths) * count,
+        dtype="uint8",
+        processes=workers,
+        file_bytes=sum(path.stat().st_size for path in paths) // IMAGES,
+        **ratios("wall", times.ours, times.theirs),
+        **ratios("cpu", timed["ours"], timed["theirs"]),
     )
+
+
+def ratios(what: str, ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """Median of the rounds' ratios, and each: a busy spell falls into both halves of a round."""
+    each = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return {
+        f"{what} ratio": statistics.median(each),
+        f"{what} ratios": [round(ratio, 3) for ratio in each],
+        f"{what} seconds": {"ours": statistics.median(ours), "theirs": statistics.median(theirs)},
+    }
 
 
 @pytest.mark.parametrize("kind", ["packed", "folder"])
@@ -176,7 +205,6 @@ def compare(
     theirs: Callable[[], object],
     rounds: int = ROUNDS,
     images: int = IMAGES,
-    **row: Any,
 ) -> None:
     times = take_turns(benchmark, ours, theirs, rounds, time.perf_counter)
     report.add(
@@ -185,11 +213,10 @@ def compare(
         times,
         Images(images),
         layer=what,
-        direction="packing" if what == "pack" else "loading",
+        direction="loading",
         against=against,
         batch=images,
         dtype="uint8",
-        **row,
     )
 
 

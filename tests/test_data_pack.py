@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +19,11 @@ from PIL import Image
 
 from fastalex.data import DataError, PackedImages, open_sources
 from fastalex.data.__main__ import main
+from fastalex.data.decode import read_whole
 from fastalex.data.pack import pack
 from fastalex.data.processes import PackingStopped
-from fastalex.data.shard import Shard, _Adder, pack_shard
+from fastalex.data.shard import Shard, pack_shard
+from fastalex.data.sums import Sums
 from tests import _commands
 from tests._packing import ODD, UNREADABLE, oracle, write_folder
 from tests._pictures import save, smooth
@@ -137,23 +140,45 @@ def test_the_statistics_are_those_of_the_training_pixels(made: Set) -> None:
     assert images.mean_image.dtype == np.float32
 
 
-@pytest.mark.parametrize(("count", "size"), [(2 * 257 + 1, 4), (257, 4), (2, 1024), (2, 300)])
+@pytest.mark.parametrize(("count", "size"), [(35, 4), (259, 5), (17, 256), (3, 1024), (2, 300)])
 def test_sums_of_white_images_are_exact(tmp_path: Path, count: int, size: int) -> None:
     """The largest there are: where 16 bits or float32 overflow first."""
-    adder = _Adder(size)
-    image = np.full((size, size, 3), 255, np.uint8)
-    for _ in range(count):
-        adder.add(image)
-    image[..., 1] = 254
-    adder.add(image)
-    adder.save(tmp_path / "sums.npz")
-    with np.load(tmp_path / "sums.npz") as sums:
-        assert sums["images"] == count + 1
-        expected = np.array([255, 255, 255]) * count + [255, 254, 255]
-        assert (sums["pixels"] == expected).all()
-        channels = np.array([255, 254, 255])
-        products = count * 255**2 + np.outer(channels, channels)
-        assert (sums["products"] == size * size * products).all()
+    sums = Sums.zero(size)
+    images = np.full((count, size, size, 3), 255, np.uint8)
+    sums.add(images)
+    images[0, ..., 1] = 254
+    sums.add(images[:1])
+    sums.save(tmp_path / "sums.npz")
+    sums = Sums.load(tmp_path / "sums.npz")
+    assert sums.images == count + 1
+    expected = np.array([255, 255, 255]) * count + [255, 254, 255]
+    assert (sums.pixels == expected).all()
+    channels = np.array([255, 254, 255])
+    products = count * 255**2 + np.outer(channels, channels)
+    assert (sums.products == size * size * products).all()
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (16, 8), (17, 9), (40, 37)])
+def test_sums_of_any_images_are_those_of_integers(count: int, size: int) -> None:
+    """In one piece and in several, to the last digit; the covariance likewise to all that float64
+    has."""
+    images = np.random.default_rng(count).integers(0, 256, (count, size, size, 3), np.uint8)
+    images[..., 2] //= 3  # so that channels that change places are seen
+    whole, several = Sums.zero(size), Sums.zero(size)
+    whole.add(images)
+    for part in (images[:5], images[5:]):
+        some = Sums.zero(size)
+        some.add(part)
+        several.merge(some)
+    channels = images.reshape(-1, 3).astype(object)  # Python's integers
+    for sums in (whole, several):
+        assert sums.images == count
+        assert (sums.pixels == images.astype(object).sum(0)).all()
+        assert (sums.products == channels.T.dot(channels)).all()
+    mean, covariance = whole.moments()
+    np.testing.assert_allclose(mean, images.reshape(-1, 3).mean(0), rtol=1e-13)
+    expected = np.cov(images.reshape(-1, 3).T.astype(float), ddof=0)
+    np.testing.assert_allclose(covariance, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_any_reader_of_npy_files_can_read_a_shard(made: Set) -> None:
@@ -307,6 +332,29 @@ def test_a_shard_killed_before_its_sums_ends_the_same(made: Set, tmp_path: Path)
     pack_shard(broken, lambda now, before: decoded.append(now) is None)
     assert sum(decoded) == 0
     assert contents(broken.root) == contents(whole.root)
+
+
+def test_a_turn_is_held_to_decode_and_not_to_wait_for_the_disk(
+    made: Set, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, seen = threading.Lock(), set()
+
+    def noting(name: str, call: Callable[..., object]) -> Callable[..., object]:
+        def noted(*arguments: object) -> object:
+            seen.add((name, held.locked()))
+            return call(*arguments)
+
+        return noted
+
+    monkeypatch.setattr("fastalex.data.shard.read_whole", noting("decode", read_whole))
+    monkeypatch.setattr(Sums, "add", noting("sums", Sums.add))
+    monkeypatch.setattr(os, "fsync", noting("fsync", os.fsync))
+    shard = a_shard(made, tmp_path)
+    pack_shard(shard, stop_after(3), held)
+    assert not held.locked()
+    pack_shard(shard, lambda *_: True, held)
+    assert shard.is_done()
+    assert seen == {("decode", True), ("sums", True), ("fsync", False)}
 
 
 # Refused

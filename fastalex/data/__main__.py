@@ -62,7 +62,10 @@ def _add_pack(commands: Any) -> None:
         f"are kept for validation (default: {VAL_SPLIT})",
     )
     command.add_argument(
-        "--workers", type=int, metavar="N", help="processes (default: one for each core)"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="images decoded at a time (default: as many as cores)",
     )
     command.set_defaults(run=_pack)
 

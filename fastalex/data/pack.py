@@ -23,7 +23,8 @@ from fastalex.data.base import DataError
 from fastalex.data.listing import Listing, class_of
 from fastalex.data.packed import FORMAT, INDEX, MANIFEST, WORK, digest, file_digest, read_manifest
 from fastalex.data.processes import pack_shards
-from fastalex.data.shard import MAX_SIZE, Record, Shard, Sums
+from fastalex.data.shard import MAX_SIZE, Record, Shard
+from fastalex.data.sums import Sums
 from fastalex.files import replacing
 
 SIZE = 256  # P§2
@@ -68,7 +69,7 @@ def pack(
         source: ``train/CLASS/*`` and ``val/CLASS/*``, or ``CLASS/*``.
         root: a new or empty folder, or an unfinished packing of the same images.
         size: side in pixels of the packed images.
-        workers: processes; None is one for each core that this process may use.
+        workers: processes at work at a time; None is one for each core that this one may use.
         val_split: see ``Listing.read``.
         quiet: show no progress.
 

@@ -16,12 +16,17 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import Any
 
+from PIL import ImageFile
 from tqdm import tqdm
 
 from fastalex.data.base import DataError
 from fastalex.data.shard import Shard, pack_shard
 
 _LINE_SECONDS = 60.0  # between two lines of progress where there is no terminal
+_BLOCK = 1 << 18  # bytes that Pillow reads or copies out at a time: all of an image of 256 pixels
+# Once a piece of so many was freed, glibc keeps what is freed, up to twice that, instead of giving
+# it back and faulting it in again with each image. Source: mallopt(3).
+_KEPT = 16 << 20
 
 
 class PackingStopped(KeyboardInterrupt):
@@ -40,7 +45,7 @@ def pack_shards(shards: list[Shard], workers: int | None, quiet: bool) -> int:
 
     Args:
         shards: what to make.
-        workers: number of processes; None is one for each core that this process may use.
+        workers: how many work at a time; None is one for each core that this process may use.
         quiet: show no progress.
 
     Returns:
@@ -50,19 +55,10 @@ def pack_shards(shards: list[Shard], workers: int | None, quiet: bool) -> int:
         DataError: where a process ended or could not go on; says what is kept.
         PackingStopped: likewise, after Ctrl-C.
     """
-    context = multiprocessing.get_context("forkserver")
-    done = context.Array("q", 2)  # files decoded now, and found done before
-    stop = context.Value("b", 0, lock=False)
     total = sum(len(shard.files) for shard in shards)
-    context.set_forkserver_preload([__name__])
-    with _ignoring_interrupts():  # which is inherited
-        forkserver.ensure_running()
-    workers = min(workers or cores(), len(shards))
-    with (
-        _Bar(total, quiet) as bar,
-        ProcessPoolExecutor(workers, context, _begin, (done, stop)) as pool,
-    ):
-        futures = [pool.submit(_pack_shard, shard) for shard in shards]
+    pool, done, stop = packers(workers or cores(), len(shards))
+    with _Bar(total, quiet) as bar, pool:
+        futures = [pool.submit(pack_in_turn, shard) for shard in shards]
         try:
             _wait(futures, lambda: bar.show(done[0], done[1]))
         except (Exception, KeyboardInterrupt) as error:
@@ -74,6 +70,27 @@ def pack_shards(shards: list[Shard], workers: int | None, quiet: bool) -> int:
             raise _explained(error, shards[0], kept) from error
         bar.show(done[0], done[1])
         return int(done[0])
+
+
+def packers(workers: int, most: int) -> tuple[ProcessPoolExecutor, Any, Any]:
+    """Processes for ``pack_in_turn``, at most ``most``.
+
+    There are twice as many as work at a time: while some wait for the disk to have what is done,
+    as many others are at work.
+
+    Returns:
+        The processes; the numbers of files decoded now and found done before; and what, set to 1,
+        stops them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    done = context.Array("q", 2)
+    stop = context.Value("b", 0, lock=False)
+    turns = context.Semaphore(workers)
+    context.set_forkserver_preload([__name__])
+    with _ignoring_interrupts():  # which is inherited
+        forkserver.ensure_running()
+    count = min(2 * workers, most)
+    return ProcessPoolExecutor(count, context, begin, (done, stop, turns)), done, stop
 
 
 def _explained(error: BaseException, shard: Shard, kept: str) -> BaseException:
@@ -104,16 +121,19 @@ def _ignoring_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-# In a process that packs. `_begin` sets what `_pack_shard` uses.
+# In a process that packs. `begin` sets what `pack_in_turn` uses.
 
 _advance: Callable[[int, int], bool]
+_turns: contextlib.AbstractContextManager[object]
 
 
-def _begin(done: Any, stop: Any) -> None:
+def begin(done: Any, stop: Any, turns: Any) -> None:
     """Be quiet, deaf to Ctrl-C, and gone with the parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and says stop
     warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    ImageFile.MAXBLOCK = _BLOCK
+    bytearray(_KEPT)
 
     counts = done.get_obj()  # each use of ``done`` itself takes the lock once more
 
@@ -123,8 +143,8 @@ def _begin(done: Any, stop: Any) -> None:
             counts[1] += kept
         return not stop.value
 
-    global _advance
-    _advance = advance
+    global _advance, _turns
+    _advance, _turns = advance, turns
 
 
 def _die_with_parent() -> None:
@@ -134,8 +154,8 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _pack_shard(shard: Shard) -> None:
-    pack_shard(shard, _advance)
+def pack_in_turn(shard: Shard) -> None:
+    pack_shard(shard, _advance, _turns)
 
 
 class _Bar:
