@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -184,13 +185,21 @@ def test_hooks_see_it_where_images_would_be(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == [((2, 3, 64, 64), False, (16, 15, 15))]
 
 
+@dataclass
+class _Echo:
+    sent: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        return self.sent
+
+
 class _Alone:
     """In place of the other tower: it sends back what it is sent."""
 
     rank = 1
 
-    def swap(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+    def start(self, x: torch.Tensor) -> _Echo:
+        return _Echo(x)
 
 
 def test_a_tower_takes_blocks() -> None:
