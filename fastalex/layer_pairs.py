@@ -15,7 +15,6 @@ from torch import nn
 
 import fastalex_kernels as kernels
 from fastalex.cost import Floor, floors
-from fastalex.exchange import Transfer
 from fastalex.layers import Conv2dReLU, Linear, LinearReLUDropout, MaxPool2d
 from fastalex.model import AlexNet
 from fastalex.parallel import cut_to_tower
@@ -103,20 +102,9 @@ def make_nets(
     return ours, stock
 
 
-class _NoPeer:
-    """Stands for the process that holds the other tower, with which nothing is exchanged."""
-
-    rank = 0
-
-    def start(self, x: torch.Tensor) -> Transfer:
-        raise AssertionError("a layer was to be called by itself")
-
-
 def _keep_tower(ours: AlexNet, stock: ReferenceAlexNet) -> None:
     """Cut both nets to tower 0, without the exchanges: a layer is given what it reads."""
-    cut_to_tower(ours, _NoPeer())
-    for module in ours.modules():
-        module._forward_pre_hooks.clear()
+    cut_to_tower(ours, None)
     kinds = (nn.Conv2d, nn.Linear)
     layers, references = ([m for m in n.modules() if isinstance(m, kinds)] for n in (ours, stock))
     for layer, reference in zip(layers, references, strict=True):
