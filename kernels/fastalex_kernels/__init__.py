@@ -4,11 +4,10 @@ Every function takes logical NCHW tensors of any strides and is differentiable. 
 Triton kernels, on a CPU torch's own operators; ``backend`` chooses otherwise.
 """
 
-from fastalex_kernels import _operators, reference  # noqa: F401  _operators for torch.compile
+from fastalex_kernels import reference
 from fastalex_kernels._launch import backend
 from fastalex_kernels.augment import augment
 from fastalex_kernels.conv2d_relu import conv2d_relu
-from fastalex_kernels.conv2d_relu_space_to_depth import conv2d_relu_space_to_depth
 from fastalex_kernels.cross_entropy import cross_entropy
 from fastalex_kernels.linear_relu_dropout import dropout, linear_relu_dropout
 from fastalex_kernels.lrn_max_pool2d import lrn_max_pool2d, max_pool2d, pooled_size
@@ -17,7 +16,6 @@ __all__ = [
     "augment",
     "backend",
     "conv2d_relu",
-    "conv2d_relu_space_to_depth",
     "cross_entropy",
     "dropout",
     "linear_relu_dropout",

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _philox
+from fastalex_kernels._launch import operator
 
 _NO_LABEL = -(2**63)  # every other one that is no class is an error
 _BLOCK = 1 << 17  # elements of LRN handled at a time on a CPU: they stay in its cache
@@ -52,12 +52,10 @@ def rows_of_groups(x: torch.Tensor, groups: int) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).reshape(x.numel() // max(channels, 1), channels)
 
 
-def lrn_constants(
-    channels: int, size: int, alpha: float, beta: float, groups: int
-) -> tuple[int, int, float, float, int]:
-    """Neighbours below and above in a window, the scale of the sum, beta, and groups."""
+def lrn_window(channels: int, size: int) -> tuple[int, int]:
+    """Neighbours below and above in a window."""
     below, above = (min(n, max(channels - 1, 0)) for n in (size // 2, (size - 1) // 2))
-    return below, above, alpha / size, beta, groups
+    return below, above
 
 
 def _first(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -102,48 +100,84 @@ def _window_sum(
     return total[: flat.numel()].view(padded.shape)
 
 
-class LRNFunction(torch.autograd.Function):
-    """y = x / d^beta with d = k + alpha / size * (sum of x^2 over the window)."""
+@operator("lrn")
+def _lrn(
+    input: torch.Tensor, size: int, alpha: float, beta: float, k: float, groups: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = x / d^beta and d = k + alpha / size * (sum of x^2 over the window), channels last."""
+    output = torch.empty_like(input)
+    denominator = torch.empty_like(rows_of_groups(input, groups))
+    channels = denominator.shape[1]
+    below, above = lrn_window(channels, size)
+    constant = input.new_full((channels,), k)
+    wholes = (rows_of_groups(input, groups), denominator, rows_of_groups(output, groups))
+    for padded, a, b, x, d, y in _blocks(2, below + above, *wholes):
+        torch.mul(x, x, out=padded[:, below : below + channels])
+        total = _window_sum(padded, below + 1 + above, a, b)[:, :channels]
+        torch.add(constant, total, alpha=alpha / size, out=d)
+        a, b = _first(a, *x.shape), _first(b, *x.shape)
+        torch.div(x, _power(d, beta, out=b, scratch=a), out=y)
+    return output, denominator
 
-    @staticmethod
-    def forward(
-        ctx: Any, input: torch.Tensor, size: int, alpha: float, beta: float, k: float, groups: int
-    ) -> torch.Tensor:
-        input = input.contiguous(memory_format=torch.channels_last)
-        output = torch.empty_like(input)
-        denominator = torch.empty_like(rows_of_groups(input, groups))
-        channels = denominator.shape[1]
-        ctx.constants = lrn_constants(channels, size, alpha, beta, groups)
-        below, above, scale = ctx.constants[:3]
-        constant = input.new_full((channels,), k)
-        wholes = (rows_of_groups(input, groups), denominator, rows_of_groups(output, groups))
-        for padded, a, b, x, d, y in _blocks(2, below + above, *wholes):
-            torch.mul(x, x, out=padded[:, below : below + channels])
-            total = _window_sum(padded, below + 1 + above, a, b)[:, :channels]
-            torch.add(constant, total, alpha=scale, out=d)
-            a, b = _first(a, *x.shape), _first(b, *x.shape)
-            torch.div(x, _power(d, beta, out=b, scratch=a), out=y)
-        ctx.save_for_backward(input, denominator)
-        return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input, denominator = ctx.saved_tensors
-        below, above, scale, beta, groups = ctx.constants
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        result = torch.empty_like(input)
-        channels = denominator.shape[1]
-        wholes = (denominator, *(rows_of_groups(t, groups) for t in (input, grad, result)))
-        for padded, a, b, z, d, x, dy, dx in _blocks(3, below + above, *wholes):
-            z, p, q = (_first(t, *x.shape) for t in (z, a, b))
-            torch.div(dy, _power(d, beta, out=q, scratch=p), out=z)
-            # The scale goes with 1 / d: apart, the largest alpha leaves float32's range.
-            torch.mul(z, x, out=p).mul_(scale)
-            torch.div(p, d, out=padded[:, above : above + channels])
-            neighbours = _window_sum(padded, below + 1 + above, a, b)[:, :channels]
-            torch.addcmul(z, neighbours, x, value=-2.0 * beta, out=dx)
-        return result, None, None, None, None, None
+@_lrn.register_fake
+def _(
+    input: torch.Tensor, size: int, alpha: float, beta: float, k: float, groups: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(input), torch.empty_like(rows_of_groups(input, groups))
+
+
+@operator("lrn_backward")
+def _lrn_backward(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    denominator: torch.Tensor,
+    size: int,
+    alpha: float,
+    beta: float,
+    groups: int,
+) -> torch.Tensor:
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    result = torch.empty_like(input)
+    channels = denominator.shape[1]
+    below, above = lrn_window(channels, size)
+    wholes = (denominator, *(rows_of_groups(t, groups) for t in (input, grad, result)))
+    for padded, a, b, z, d, x, dy, dx in _blocks(3, below + above, *wholes):
+        z, p, q = (_first(t, *x.shape) for t in (z, a, b))
+        torch.div(dy, _power(d, beta, out=q, scratch=p), out=z)
+        # The scale goes with 1 / d: apart, the largest alpha leaves float32's range.
+        torch.mul(z, x, out=p).mul_(alpha / size)
+        torch.div(p, d, out=padded[:, above : above + channels])
+        neighbours = _window_sum(padded, below + 1 + above, a, b)[:, :channels]
+        torch.addcmul(z, neighbours, x, value=-2.0 * beta, out=dx)
+    return result
+
+
+@_lrn_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    denominator: torch.Tensor,
+    size: int,
+    alpha: float,
+    beta: float,
+    groups: int,
+) -> torch.Tensor:
+    return torch.empty_like(input)
+
+
+def _save_lrn(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    input, size, alpha, beta, _, groups = inputs
+    ctx.save_for_backward(input, output[1])
+    ctx.arguments = (size, alpha, beta, groups)
+
+
+def _differentiate_lrn(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    dx = _lrn_backward(grad, *ctx.saved_tensors, *ctx.arguments)
+    return dx, None, None, None, None, None
+
+
+_lrn.register_autograd(_differentiate_lrn, setup_context=_save_lrn)
 
 
 def lrn_max_pool2d(
@@ -159,12 +193,8 @@ def lrn_max_pool2d(
 ) -> torch.Tensor:
     # Rounding before the maximum would make equals of neighbours: stay wide until the end.
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
-    normalised: torch.Tensor
-    if torch.compiler.is_compiling():
-        wide = wide.contiguous(memory_format=torch.channels_last)
-        normalised = torch.ops.fastalex.lrn(wide, size, alpha, beta, k, groups)[0]
-    else:
-        normalised = LRNFunction.apply(wide, size, alpha, beta, k, groups)
+    wide = wide.contiguous(memory_format=torch.channels_last)
+    normalised: torch.Tensor = _lrn(wide, size, alpha, beta, k, groups)[0]
     if (kernel_size, stride) != (1, 1):
         normalised = max_pool2d(normalised, kernel_size, stride, ceil_mode)
     return normalised.to(input.dtype)

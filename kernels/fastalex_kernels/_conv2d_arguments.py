@@ -45,6 +45,16 @@ def space_to_depth_weight(weight: torch.Tensor, stride: tuple[int, int]) -> torc
     return w.reshape(rows, columns, sh * sw * C, K).permute(3, 2, 0, 1)
 
 
+def depth_to_space_weight(
+    packed: torch.Tensor, shape: torch.Size, stride: tuple[int, int]
+) -> torch.Tensor:
+    """A weight of ``shape`` [K, C, R, S] of what ``pack_weight`` made of it with a stride."""
+    (K, C, R, S), (sh, sw) = shape, stride
+    rows, columns = packed.shape[:2]
+    w = packed.reshape(rows, columns, sh, sw, C, K).permute(5, 4, 0, 2, 1, 3)
+    return w.reshape(K, C, rows * sh, columns * sw)[:, :, :R, :S]
+
+
 def spell_out(padding: Any, stride: Any) -> tuple[Padding, tuple[int, int]]:
     """Spell out the accepted forms of padding and stride, or say what is wrong with them."""
     integer = lambda v: isinstance(v, int) and not isinstance(v, bool)  # noqa: E731
@@ -74,12 +84,10 @@ def check(
     bias: torch.Tensor | None,
     padding: Padding,
     groups: int,
-    updated: bool = False,
 ) -> None:
-    """Raise unless the arguments fit; ``updated`` parameters may be wider than the input."""
+    """Raise unless the arguments fit."""
     check_floating("input", input)
-    if not updated:
-        check_like("weight", weight, input)
+    check_like("weight", weight, input)
     if input.dim() != 4:
         raise ValueError(f"input: expected [N, C, H, W], got shape {tuple(input.shape)}")
     if weight.dim() != 4 or min(weight.shape) < 1:

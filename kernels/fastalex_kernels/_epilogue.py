@@ -1,4 +1,4 @@
-"""What the backward of every fused layer begins with, and what every split reduction ends with.
+"""What the backward of every fused layer begins with: ReLU and dropout undone, the bias summed.
 
 With y = dropout(relu(z)) and z = (linear part) + bias, the gradient at z is
 
@@ -6,8 +6,7 @@ With y = dropout(relu(z)) and z = (linear part) + bias, the gradient at z is
 
 and the bias gradient is its column sum. A kept, positive z is exactly a positive y, so with ReLU
 the output itself is the mask, and no random number is drawn again; without ReLU the mask is
-recomputed from its counter. Reductions split over programs leave float32 partial sums that one
-kernel adds in a fixed order: same inputs, same bits, no atomics.
+recomputed from its counter.
 
 Layout: y, dy, dz [rows, features], contiguous; HWNC tensors are [H * W * N, C].
 """
@@ -20,7 +19,6 @@ import triton.language as tl
 
 from fastalex_kernels import _philox
 from fastalex_kernels._launch import interpreted, launch
-from fastalex_kernels.momentum import blocks, sum_parts
 
 _PROGRAMS = 512  # at most this many row chunks, so that the second stage stays short
 
@@ -71,31 +69,6 @@ def _epilogue_bwd_kernel(
             total += tl.sum(tl.where(mask, dz, 0.0), axis=0)
     if WRITE_DB:
         tl.store(part_ptr + chunk.to(tl.int64) * features + offs_n, total, mask=mask_n)
-
-
-@triton.jit
-def _sum_partials_kernel(
-    part_ptr,  # float32 [parts, numel]
-    out_ptr,  # [numel]
-    parts,
-    numel,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = sum_parts(part_ptr, parts, numel, offs, PARTS, BLOCK)
-    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=offs < numel)
-
-
-def sum_partials(part: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Add ``part`` [parts, ...] over its first axis, in order, into ``out``, and return it."""
-    tile = blocks(part.shape[0], out.numel())
-    grid = (triton.cdiv(out.numel(), tile["BLOCK"]),)
-    launch(
-        _sum_partials_kernel, grid, part, out, part.shape[0], out.numel(), **tile,
-        counted=part.shape[0],
-    )  # fmt: skip
-    return out
 
 
 def epilogue_backward(

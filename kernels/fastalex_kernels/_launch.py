@@ -8,17 +8,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensor
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from fastalex_kernels._tuned import tuned_tile
 
-BACKENDS = ("auto", "triton", "aten")
+BACKENDS = ("auto", "triton", "aten", "interpreter")
 TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
 MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # along the axes of a grid
 MOST_COUNTED = 2**31 - 2**24  # what a block or a program's share counts beyond the end fits, too
@@ -37,10 +38,11 @@ class _Choice(threading.local):
 
 _backend = _Choice()
 
-# While set, a launch is handed to this function instead of a GPU, and ``target`` answers with the
-# name beside it. Offline compilation and the roofline report read every launch of a step this way.
-Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+# While set, a launch is handed to this function, and ``target`` answers with the name beside it.
+# Offline compilation and the roofline report read every launch of a step this way.
+Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], Any]
 _recorder: tuple[str, Recorder] | None = None
+_program: Any = None  # the Program that is being recorded, see program.py
 
 
 @triton.jit
@@ -49,8 +51,8 @@ def _probe():
 
 
 def interpreted() -> bool:
-    """Whether the kernels were imported under ``TRITON_INTERPRET=1``."""
-    return not isinstance(_probe, JITFunction)
+    """Whether kernels are interpreted here, by ``backend`` or ``TRITON_INTERPRET=1``."""
+    return _backend.name == "interpreter" or not isinstance(_probe, JITFunction)
 
 
 @contextlib.contextmanager
@@ -59,7 +61,8 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"auto"``, Triton on a GPU and under ``TRITON_INTERPRET=1``, ATen otherwise;
-            ``"triton"``, Triton or an error; ``"aten"``, torch's own operators (oneDNN, cuDNN).
+            ``"triton"``, Triton or an error; ``"aten"``, torch's own operators (oneDNN, cuDNN);
+            ``"interpreter"``, Triton's interpreter, which is slow, on CPU tensors.
 
     Raises:
         ValueError: for another name.
@@ -94,6 +97,8 @@ def use_triton(x: torch.Tensor) -> bool:
         raise ValueError(
             f"backend 'triton' needs a GPU tensor or TRITON_INTERPRET=1, got a tensor on {x.device}"
         )
+    if name == "interpreter" and x.is_cuda:
+        raise ValueError(f"backend 'interpreter' needs a CPU tensor, got one on {x.device}")
     return here
 
 
@@ -109,7 +114,7 @@ def target(device: torch.device) -> str:
     """The name tiles are chosen by: ``"sm_90"``, ``"gfx942"``, ... or ``"interpreter"``."""
     if _recorder is not None:
         return _recorder[0]
-    if interpreted():
+    if interpreted() or device.type == "cpu":
         return "interpreter"
     return _device_target(torch.cuda.current_device() if device.index is None else device.index)
 
@@ -148,7 +153,7 @@ def _device_name(device: torch.device) -> str | None:
     """What a tuned table is looked up by; None where launches are recorded."""
     if _recorder is not None:
         return None
-    if interpreted():
+    if interpreted() or device.type == "cpu":
         return "interpreter"
     return _gpu_name(torch.cuda.current_device() if device.index is None else device.index)
 
@@ -188,20 +193,71 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, counted: int, **kwarg
             f" to {counted} and start {' x '.join(map(str, grid))} programs; the most are "
             f"{MOST_COUNTED} and {' x '.join(map(str, MOST_PROGRAMS))}, split the batch"
         )
-    if _recorder is not None:
-        _recorder[1](kernel, grid, args, kwargs)
+    if _program is None:
+        execute(kernel, grid, args, kwargs)
     else:
-        run(kernel, grid, args, kwargs)
+        _program.launch(kernel, grid, args, kwargs)
+
+
+def execute(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run a launch, or hand it to whoever records; returns what ``run`` does."""
+    if _recorder is None:
+        return run(kernel, grid, args, kwargs)
+    return _recorder[1](kernel, grid, args, kwargs)
+
+
+def call(function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """Call a function of torch's that writes its results into tensors that exist.
+
+    It is part of the program that is being recorded, if one is. Its result is not used.
+    """
+    function(*arguments, **options)
+    if _program is not None:
+        _program.add(function, None, arguments, options)
 
 
 def run(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
-    """What ``launch`` does where nobody records it; a recorder may call it."""
+) -> Any:
+    """What ``launch`` does where nobody records it; a recorder may call it.
+
+    Returns:
+        Triton's compiled kernel; None where it was interpreted.
+    """
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    if device.type == "cpu" and isinstance(kernel, JITFunction):
+        _interpret(kernel, grid, args, kwargs)
+        return None
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[grid](*args, **kwargs)
+        return kernel[grid](*args, **kwargs)
+
+
+_twins: dict[int, InterpretedFunction] = {}  # by id: hashing a kernel would parse what it calls
+
+
+def _interpreted_twin(kernel: JITFunction) -> InterpretedFunction:
+    return _twins.setdefault(id(kernel), InterpretedFunction(kernel.fn))
+
+
+def _interpret(
+    kernel: JITFunction, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Run a kernel that was imported to be compiled in the interpreter.
+
+    What it calls was imported so too, and refuses to be called outside of a compiled kernel: while
+    this one runs, a call of such a function goes to its interpreted twin.
+    """
+    refuse = JITFunction.__call__
+    JITFunction.__call__ = lambda self, *a, **k: _interpreted_twin(self)(*a, **k)
+    try:
+        options = ("num_warps", "num_stages")
+        constants = {name: value for name, value in kwargs.items() if name not in options}
+        _interpreted_twin(kernel)[grid](*args, **constants)
+    finally:
+        JITFunction.__call__ = refuse
 
 
 def aligned(x: torch.Tensor) -> bool:
@@ -211,10 +267,45 @@ def aligned(x: torch.Tensor) -> bool:
     return x.data_ptr() % 16 == 0
 
 
-def outside_graphs(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
-    """Call ``function`` between two compiled graphs: one has no place for what backward updates."""
-    result: torch.Tensor = torch.compiler.disable(function)(*arguments)
-    return result
+@contextlib.contextmanager
+def collecting(program: Any) -> Iterator[None]:
+    """Let ``program`` collect every launch and call inside the ``with`` block; see program.py."""
+    global _program
+    previous, _program = _program, program
+    try:
+        yield
+    finally:
+        _program = previous
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register an implementation as torch's operator ``fastalex::name``, for eager and compiled.
+
+    Its ``register_fake`` says what comes out of tensors without data. While launches are recorded
+    the implementation itself runs on those tensors, as launches need none.
+    """
+
+    def register(implementation: Callable[..., Any]) -> Any:
+        registered = torch.library.custom_op(f"fastalex::{name}", implementation, mutates_args=())
+        register_fake = registered.register_fake
+
+        def fake(shapes: Callable[..., Any]) -> None:
+            def outcome(*args: Any, **kwargs: Any) -> Any:
+                chosen = shapes if _recorder is None else implementation
+                return chosen(*args, **kwargs)
+
+            register_fake(outcome)
+
+        registered.register_fake = fake  # type: ignore[method-assign, assignment]
+        return registered
+
+    return register
+
+
+def placed(results: Sequence[torch.Tensor], needs: Sequence[bool]) -> list[torch.Tensor | None]:
+    """Gradients, of which only those needed were made, each in the place of its argument."""
+    rest = iter(results)
+    return [next(rest) if need else None for need in needs]
 
 
 def check_floating(name: str, x: object) -> None:

@@ -12,7 +12,7 @@ import torch
 
 
 def as_hwnc(x: torch.Tensor) -> torch.Tensor:
-    """View ``x`` [N, C, H, W] as a contiguous [H, W, N, C], copied only where it lies otherwise."""
+    """View ``x`` [N, C, H, W] as a contiguous [H, W, N, C], a copy if its memory differs."""
     return x.permute(2, 3, 0, 1).contiguous()
 
 
@@ -21,8 +21,8 @@ def as_nchw(x: torch.Tensor) -> torch.Tensor:
     return x.permute(2, 3, 0, 1)
 
 
-def lie_as_hwnc(x: torch.Tensor) -> torch.Tensor:
-    """``x`` [N, C, H, W] itself where it lies as HWNC, else a copy that does.
+def hwnc_strided(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [N, C, H, W] itself where its memory is HWNC, else a copy of which that is true.
 
     This is what a function saves for backward, as a view of its input would hide from autograd's
     message what was changed in place.
@@ -32,7 +32,7 @@ def lie_as_hwnc(x: torch.Tensor) -> torch.Tensor:
 
 
 def empty_nchw(like: torch.Tensor, size: tuple[int, int, int, int]) -> torch.Tensor:
-    """Allocate [N, C, H, W] that lies as HWNC, of the dtype and on the device of ``like``.
+    """Allocate [N, C, H, W] with HWNC memory, of the dtype and on the device of ``like``.
 
     The allocation itself and not a view of one: autograd refuses to change a view that a custom
     function returned in place.

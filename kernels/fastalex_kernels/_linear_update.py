@@ -3,8 +3,8 @@
     g [N, K] = dz^T [N, M] x [M, K]        w, v <- momentum(w, v, g)
 
 A tile of g never leaves the registers: the program that made it reads the same tile of the weight
-and its velocity, and writes both and the copy that the products read. A batch of 128 is two steps
-of the product, so the kernel is bound by these 18 bytes a parameter.
+and its momentum buffer, and writes both and the copy that the products read. A batch of 128 is two
+steps of the product, so the kernel is bound by these 18 bytes a parameter.
 """
 
 from __future__ import annotations
@@ -152,11 +152,8 @@ def linear_backward_weight_update(
     launch(
         _linear_bwd_weight_update_kernel, grid, *given.args[:2], *written, update.rate,
         dz, *bias_written, beside.rate, *sizes, dz.stride(0), 1.0 / (1.0 - p),
-        PAPER=update.rule == "paper", HAS_OPERAND=update.written_operand() is not None,
-        BIAS=bias is not None, BIAS_HAS_OPERAND=beside.written_operand() is not None,
+        PAPER=update.rule == "paper", HAS_OPERAND=update.operand is not None,
+        BIAS=bias is not None, BIAS_HAS_OPERAND=beside.operand is not None,
         ALIGN=math.gcd(8, sizes[0], sizes[1], sizes[3], sizes[4], dz.stride(0)), **given.flags,
         counted=max(N, K, M),
     )  # fmt: skip
-    update.changed()
-    if bias is not None:
-        bias.changed()

@@ -33,6 +33,7 @@ from fastalex_kernels._launch import (
     aligned,
     interpreted,
     launch,
+    operator,
     target,
     use_triton,
 )
@@ -294,6 +295,48 @@ def augment_forward(
     return out
 
 
+@operator("augment")
+def _augment(
+    images: torch.Tensor,
+    tops: torch.Tensor,
+    lefts: torch.Tensor,
+    mirrors: torch.Tensor,
+    colors: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    centred: bool,
+    size: int,
+    padding: Sequence[int],
+    block: int,
+    lines: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    given = (images, tops, lefts, mirrors, colors, mean, scale, centred, size)
+    height, width = lines
+    return augment_forward(
+        *given, ((padding[0], padding[1]), (padding[2], padding[3])), block, (height, width), dtype
+    )
+
+
+@_augment.register_fake
+def _(
+    images: torch.Tensor,
+    tops: torch.Tensor,
+    lefts: torch.Tensor,
+    mirrors: torch.Tensor,
+    colors: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    centred: bool,
+    size: int,
+    padding: Sequence[int],
+    block: int,
+    lines: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return augment_output(images, block, lines, dtype)
+
+
 @torch.no_grad()
 def augment(
     images: torch.Tensor,
@@ -318,9 +361,8 @@ def augment(
     hold the call. A crop that would leave its image is moved inside, on every backend.
 
     With ``space_to_depth=4`` blocks of 4 x 4 pixels become channels, (row * 4 + column) * 3 + c of
-    48, in HWNC memory. ``conv2d_relu_space_to_depth(augment(..., padding=padding,
-    space_to_depth=4), weight)`` is ``conv2d_relu(augment(...), weight, stride=4,
-    padding=padding)``, and reads the result as it lies.
+    48, in HWNC memory. A convolution of them at stride 1, its weight
+    rearranged alike, is that of the images at stride 4.
 
     Args:
         images: uint8 [N, H, W, 3]; copied first where not contiguous.
@@ -366,7 +408,7 @@ def augment(
             raise TypeError("mean: expected float32 for a mean of shape (3,), got torch.uint8")
     if scale is not None:
         _check("scale", scale, images, (torch.float32,), (3,))
-    lines = _lines(size, sides, space_to_depth, kernel_size)
+    lines = padded_lines(size, sides, space_to_depth, kernel_size)
     if dtype == torch.float64 or not use_triton(images):
         crops = (tops, lefts, mirrors.bool())
         given = (images, *crops, colors, mean, scale, centred, size)
@@ -377,16 +419,12 @@ def augment(
         # The interpreter cannot round to bfloat16.
         stored = torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype
         given = (images.contiguous(), *crops, colors, mean, scale, centred, size)
-        if torch.compiler.is_compiling():
-            pads = [*sides[0], *sides[1]]
-            out = torch.ops.fastalex.augment(*given, pads, space_to_depth, lines, stored)
-        else:
-            out = augment_forward(*given, sides, space_to_depth, lines, stored)
-        out = out.to(dtype)
+        pads = [*sides[0], *sides[1]]
+        out = _augment(*given, pads, space_to_depth, lines, stored).to(dtype)
     return out.permute(0, 3, 1, 2) if space_to_depth == 1 else as_nchw(out)
 
 
-def _lines(size: int, padding: Padding, block: int, kernel_size: int) -> tuple[int, int]:
+def padded_lines(size: int, padding: Padding, block: int, kernel_size: int) -> tuple[int, int]:
     """Height and width of the padded crop in pixels, in whole blocks that a window reaches."""
     if block == 1:
         return size + sum(padding[0]), size + sum(padding[1])

@@ -21,12 +21,12 @@ becomes 3 x 3 on 48, whose rows load 16 bytes at a time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex_kernels import _aten
@@ -39,8 +39,7 @@ from fastalex_kernels._conv2d_arguments import (
 )
 from fastalex_kernels._conv2d_tiles import halved_warps, row_blocks, split_channels, tma_fits
 from fastalex_kernels._conv2d_weight import conv2d_relu_backward_weight
-from fastalex_kernels._epilogue import epilogue_backward, sum_partials
-from fastalex_kernels._handover import announce, hand_over, offers, taken, wanted
+from fastalex_kernels._epilogue import epilogue_backward
 from fastalex_kernels._launch import (
     TRITON,
     autocast,
@@ -48,13 +47,14 @@ from fastalex_kernels._launch import (
     dot_precision,
     interpretable,
     launch,
-    outside_graphs,
+    operator,
+    placed,
     target,
     tile_entry,
     use_triton,
 )
-from fastalex_kernels._layout import as_hwnc, empty_nchw, lie_as_hwnc
-from fastalex_kernels.momentum import Updates, sum_updates
+from fastalex_kernels._layout import as_hwnc, empty_nchw, hwnc_strided
+from fastalex_kernels._reduce import fold, sum_partials
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width, cut to the layer.
 # What bounds the stages is shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on
@@ -391,7 +391,8 @@ def conv2d_relu_forward(
     (R, S, _, GK), (top, bottom), (left, right) = w.shape, *padding
     H, W = x.shape[:2]
     size = (H + top + bottom - R + 1, W + left + right - S + 1)
-    return _convolve(x, w, bias, size, GK // groups, (top, left), groups, relu, reverse=False)
+    y, _ = _convolve(x, w, bias, size, GK // groups, (top, left), groups, relu, reverse=False)
+    return y
 
 
 def conv2d_relu_backward_input(
@@ -401,11 +402,12 @@ def conv2d_relu_backward_input(
     padding: Padding,
     groups: int,
     mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dx [N, G*C, H, W] of dz [P, Q, N, G*K]: the forward kernel, the weight's roles exchanged.
 
-    ``mask`` [H, W, N, G*C] is the forward's input where it comes from a ReLU whose mask may be
-    applied here, see _handover.
+    Where a ReLU made the forward's input, ``mask`` [H, W, N, G*C], that ReLU's backward can be done
+    here: dx then is the gradient before the ReLU, and what comes with it are partials of its sum
+    over all but the channels, float32 [parts, G*C], the gradient of the bias there.
     """
     (R, S, C, _), (top, _), (left, _) = w.shape, *padding
     pad = (R - 1 - top, S - 1 - left)
@@ -423,7 +425,7 @@ def _convolve(
     relu: bool,
     reverse: bool,
     mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     (H, W, N, GC), (R, S, rows, columns), (P, Q) = x.shape, w.shape, size
     C = GC // groups
     output = empty_nchw(x, (N, groups * K, P, Q))
@@ -460,7 +462,7 @@ def _convolve(
             W_TAP=rows * columns, W_GROUP=columns // groups, W_C=strides[0], W_K=strides[1],
             ONE_PIXEL=one_pixel, PRECISION=dot_precision(x.dtype), counted=counted,
         )  # fmt: skip
-    return output if sums is None else hand_over(output, sums)
+    return output, None if sums is None else fold(sums)
 
 
 def _farthest_row(
@@ -496,70 +498,109 @@ def pack_weight(weight: torch.Tensor, stride: int = 1) -> torch.Tensor:
     return weight.permute(2, 3, 1, 0).contiguous()
 
 
-class Conv2dReLUFunction(torch.autograd.Function):
-    """conv2d_relu at stride 1 on Triton kernels."""
+def _sides(padding: Sequence[int]) -> Padding:
+    top, bottom, left, right = padding
+    return (top, bottom), (left, right)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        padding: Padding,
-        groups: int,
-        relu: bool,
-        update: Updates | None = None,
-        stride: int = 1,  # of the parameter that ``update`` is of; ``input`` is without it
-    ) -> torch.Tensor:
-        ctx.mask, ctx.source = wanted(input), input.grad_fn
-        input = lie_as_hwnc(input)
-        x = as_hwnc(input)
-        if update is None or update.weight.operand is None:
-            w = pack_weight(weight, 1 if update is None else stride)
-        else:
-            (w,) = interpretable(update.weight.current())
-        if update is not None and update.bias is not None:
-            (bias,) = interpretable(update.bias.current())
-        bias = None if bias is None else bias.contiguous()
-        output = conv2d_relu_forward(x, w, bias, padding, groups, relu)
-        ctx.save_for_backward(input, w, bias, output if relu else None)
-        ctx.padding, ctx.groups = padding, groups
-        ctx.update, ctx.stride = update, stride
-        offers(ctx, relu, update)
-        return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input, w, bias, output = ctx.saved_tensors
-        x = as_hwnc(input)
-        need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        dz, sums = as_hwnc(grad), taken(grad)
-        if sums is None:
-            flat, sums = epilogue_backward(
-                dz.view(-1, dz.shape[-1]),
-                None if output is None else as_hwnc(output).view(-1, dz.shape[-1]),
-                need_dz=need_x or need_w,
-                need_sums=need_b,
-            )
-            dz = dz if flat is None else flat.view(dz.shape)
-        padding, groups, update = ctx.padding, ctx.groups, ctx.update
-        dx = dw = db = None
-        if need_x:
-            mask = x if ctx.mask else None
-            dx = conv2d_relu_backward_input(dz, w, input.shape[2:], padding, groups, mask)
-            announce(ctx.source, dx)
-        part = None
-        if need_w:
-            part = conv2d_relu_backward_weight(x, dz, w.shape[:2], padding, groups)
-        if update is not None:  # after dx, which reads the old weight
-            sum_updates(update, part, sums if need_b else None, ctx.stride)
-        else:
-            if part is not None:
-                dw = sum_partials(part, x.new_empty(w.shape)).permute(3, 2, 0, 1)
-            if sums is not None and need_b:
-                db = sum_partials(sums, torch.empty_like(bias))
-        return dx, dw, db, *[None] * 5
+@operator("conv2d_relu")
+def _conv2d_relu(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    padding: Sequence[int],
+    groups: int,
+    relu: bool,
+) -> torch.Tensor:
+    """conv2d_relu at stride 1; ``padding`` is top, bottom, left, right."""
+    bias = None if bias is None else bias.contiguous()
+    return conv2d_relu_forward(
+        as_hwnc(input), pack_weight(weight), bias, _sides(padding), groups, relu
+    )
+
+
+@_conv2d_relu.register_fake
+def _(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    padding: Sequence[int],
+    groups: int,
+    relu: bool,
+) -> torch.Tensor:
+    (N, _, H, W), (K, _, R, S), (top, bottom, left, right) = input.shape, weight.shape, padding
+    return empty_nchw(input, (N, K, H + top + bottom - R + 1, W + left + right - S + 1))
+
+
+@operator("conv2d_relu_backward")
+def _conv2d_relu_backward(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor | None,
+    padding: Sequence[int],
+    groups: int,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Those gradients of input, weight and bias that ``needs`` asks for."""
+    need_x, need_w, need_b = needs
+    x, dy, sides = as_hwnc(input), as_hwnc(grad), _sides(padding)
+    (H, W), (R, S) = input.shape[2:], weight.shape[2:]
+    flat, sums = epilogue_backward(
+        dy.view(-1, dy.shape[-1]),
+        None if output is None else as_hwnc(output).view(-1, dy.shape[-1]),
+        need_dz=need_x or need_w,
+        need_sums=need_b,
+    )
+    dz = dy if flat is None else flat.view(dy.shape)
+    gradients = []
+    if need_x:
+        dx, _ = conv2d_relu_backward_input(dz, pack_weight(weight), (H, W), sides, groups)
+        gradients.append(dx)
+    if need_w:
+        part = conv2d_relu_backward_weight(x, dz, (R, S), sides, groups)
+        gradients.append(sum_partials(part, x.new_empty(part.shape[1:])).permute(3, 2, 0, 1))
+    if sums is not None and bias is not None:
+        gradients.append(sum_partials(sums, torch.empty_like(bias)))
+    return gradients
+
+
+@_conv2d_relu_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor | None,
+    padding: Sequence[int],
+    groups: int,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    K, C, R, S = weight.shape
+    N, GC, H, W = input.shape
+    gradients: list[torch.Tensor] = []
+    if needs[0]:
+        gradients.append(empty_nchw(grad, (N, GC, H, W)))
+    if needs[1]:
+        gradients.append(weight.new_empty((R, S, C, K)).permute(3, 2, 0, 1))
+    if needs[2] and bias is not None:
+        gradients.append(torch.empty_like(bias))
+    return gradients
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    input, weight, bias, ctx.padding, ctx.groups, relu = inputs
+    ctx.save_for_backward(input, weight, bias, output if relu else None)
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = _conv2d_relu_backward(grad, *ctx.saved_tensors, ctx.padding, ctx.groups, needs)
+    return (*placed(gradients, needs), None, None, None)
+
+
+_conv2d_relu.register_autograd(_differentiate, setup_context=_save)
 
 
 def conv2d_relu(
@@ -570,7 +611,6 @@ def conv2d_relu(
     padding: int | tuple[int, int] | Padding = 0,
     groups: int = 1,
     relu: bool = True,
-    update: Updates | None = None,
 ) -> torch.Tensor:
     """Convolution + bias + ReLU in one pass, differentiable in input, weight and bias.
 
@@ -585,8 +625,6 @@ def conv2d_relu(
         padding: zeros around the image: an int, (height, width), or ((top, bottom), (left, right)).
         groups: input and output channels are split into this many independent groups.
         relu: whether negative outputs become zero.
-        update: of ``weight`` and ``bias``, float32 of any input's dtype: backward updates them
-            where their gradients are made, and hands out none.
 
     Returns:
         [N, K, P, Q] with P = (H + top + bottom - R) // stride + 1, and Q likewise. Sums are
@@ -596,37 +634,17 @@ def conv2d_relu(
         TypeError: for a wrong type or dtype.
         ValueError: for a wrong shape, device, or a value out of range.
     """
-    if update is not None and torch.compiler.is_compiling():
-        layer = (input, weight, bias, stride, padding, groups, relu, update)
-        return outside_graphs(conv2d_relu, *layer)
     sides, strides = spell_out(padding, stride)
-    if update is None:
-        input, weight, bias = autocast(input, weight, bias)
-    else:
-        (input,) = autocast(input)
-        update.check(input, weight, bias)
-        if strides[0] != strides[1]:
-            raise ValueError(f"update: expected the same stride both ways, got {strides}")
-    check(input, weight, bias, sides, groups, updated=update is not None)
+    input, weight, bias = autocast(input, weight, bias)
+    check(input, weight, bias, sides, groups)
     if not use_triton(input):
-        if update is not None:
-            weight, bias = update.applied(input.dtype)
         return _aten.conv2d_relu(input, weight, bias, strides, sides, groups, relu)
     dtype = input.dtype
-    (input,) = interpretable(input)
+    input, weight, bias = interpretable(input, weight, bias)
     if strides != (1, 1):
         input = space_to_depth(input, (weight.shape[2], weight.shape[3]), strides, sides, groups)
+        weight = space_to_depth_weight(weight, strides)
         sides = ((0, 0), (0, 0))
-    if update is None:
-        weight, bias = interpretable(weight, bias)
-        if strides != (1, 1):
-            weight = space_to_depth_weight(weight, strides)
-    output: torch.Tensor
-    if torch.compiler.is_compiling():
-        input, pads = lie_as_hwnc(input), [*sides[0], *sides[1]]
-        output = torch.ops.fastalex.conv2d_relu(input, weight, bias, pads, groups, relu)
-    else:
-        output = Conv2dReLUFunction.apply(
-            input, weight, bias, sides, groups, relu, update, strides[0]
-        )
+    pads = [*sides[0], *sides[1]]
+    output: torch.Tensor = _conv2d_relu(hwnc_strided(input), weight, bias, pads, groups, relu)
     return output.to(dtype)

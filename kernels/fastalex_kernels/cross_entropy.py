@@ -6,8 +6,8 @@ With m the maximum of a row x, s = sum_c exp(x[c] - m), t its label and g the gr
     dx[c] = (exp(x[c] - m) / s - [c = t]) * g / N
 
 m and log(s) are never added up to the logsumexp: where logits are large, it would lose the digits
-in which two of them differ. What g is a training step knows before its forward pass, one or a loss
-scale. Where it says so, one kernel makes losses and gradient, and backward launches nothing.
+in which two of them differ. A training step knows g before its forward pass, and has losses and
+gradient from one launch.
 
 Layout: x, dx [N, C], contiguous. A program has BLOCK_M rows and goes through their columns in
 blocks of BLOCK_C, twice where it makes a gradient: the second time they come from the cache.
@@ -20,17 +20,17 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _aten
-from fastalex_kernels._epilogue import sum_partials
 from fastalex_kernels._launch import (
     check_floating,
     interpretable,
     interpreted,
     launch,
+    operator,
     use_triton,
 )
+from fastalex_kernels._reduce import sum_partials
 
 _COLUMNS = 1024  # of a block, at most
 _BLOCK = 4096  # elements a program holds, in 8 warps: 4 rows of 1000 classes
@@ -129,34 +129,42 @@ def cross_entropy_forward(
     return sum_partials(part, part.new_empty(())), dx
 
 
-class CrossEntropyFunction(torch.autograd.Function):
-    """cross_entropy on Triton kernels."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, input: torch.Tensor, target: torch.Tensor, gradient: torch.Tensor | None
-    ) -> torch.Tensor:
-        input, target = input.contiguous(), target.contiguous()
-        ctx.save_for_backward(input, target)
-        if not ctx.needs_input_grad[0]:
-            gradient = None
-        loss, dx = cross_entropy_forward(input, target, gradient)
-        ctx.made = None if gradient is None else (gradient, gradient._version, dx)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        input, target = ctx.saved_tensors
-        made, ctx.made = ctx.made, None
-        if made is not None and made[0] is grad and made[1] == grad._version:
-            return made[2], None, None
-        return _launch(input, target, None, grad), None, None
+@operator("cross_entropy")
+def _cross_entropy(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return cross_entropy_forward(input, target)[0]
 
 
-def cross_entropy(
-    input: torch.Tensor, target: torch.Tensor, gradient: torch.Tensor | None = None
+@_cross_entropy.register_fake
+def _(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return input.new_empty((), dtype=torch.float32)
+
+
+@operator("cross_entropy_backward")
+def _cross_entropy_backward(
+    grad: torch.Tensor, input: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
+    dx = _launch(input, target, None, grad)
+    assert dx is not None
+    return dx
+
+
+@_cross_entropy_backward.register_fake
+def _(grad: torch.Tensor, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(input)
+
+
+def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return _cross_entropy_backward(grad, *ctx.saved_tensors), None
+
+
+_cross_entropy.register_autograd(_differentiate, setup_context=_save)
+
+
+def cross_entropy(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The mean over a batch of -log softmax(input)[target], differentiable in input.
 
     Args:
@@ -164,9 +172,6 @@ def cross_entropy(
         target: labels [N], int64, on the input's device. A kernel can't raise for a label outside
             of [0, C): the loss is NaN then, and so is that row of the gradient. On a CPU, torch
             raises IndexError. No label is ignored, as -100 is by ``F.cross_entropy``.
-        gradient: float32 scalar on the input's device, the very tensor that ``backward`` will be
-            called with, unchanged until then; None where that isn't known. With it the gradient is
-            made here; whatever else backward is called with is right too, and costs a pass more.
 
     Returns:
         float32 scalar, float64 of float64; NaN of an empty batch. Sums are float32; the gradient
@@ -177,17 +182,15 @@ def cross_entropy(
 
     Source: P§3.5, multinomial logistic regression.
     """
-    _check(input, target, gradient)
-    if torch.compiler.is_compiling() or not use_triton(input) or input.numel() == 0:
+    _check(input, target)
+    if not use_triton(input) or input.numel() == 0:
         return _aten.cross_entropy(input, target)
-    if not torch.is_grad_enabled():  # asked here, as an autograd.Function runs without
-        gradient = None
     (wide,) = interpretable(input)
-    loss: torch.Tensor = CrossEntropyFunction.apply(wide, target, gradient)
+    loss: torch.Tensor = _cross_entropy(wide.contiguous(), target.contiguous())
     return loss
 
 
-def _check(input: torch.Tensor, target: object, gradient: object) -> None:
+def _check(input: torch.Tensor, target: object) -> None:
     check_floating("input", input)
     if input.dim() != 2 or input.shape[1] < 1:
         raise ValueError(f"input: expected [N, classes], got shape {tuple(input.shape)}")
@@ -201,14 +204,4 @@ def _check(input: torch.Tensor, target: object, gradient: object) -> None:
     if target.device != input.device:
         raise ValueError(
             f"target: expected device {input.device} as the input's, got {target.device}"
-        )
-    if gradient is None:
-        return
-    if not isinstance(gradient, torch.Tensor) or gradient.dtype != torch.float32:
-        came = gradient.dtype if isinstance(gradient, torch.Tensor) else type(gradient).__name__
-        raise TypeError(f"gradient: expected a float32 tensor, got {came}")
-    if gradient.dim() != 0 or gradient.device != input.device:
-        raise ValueError(
-            f"gradient: expected a scalar on {input.device} as the input, got shape "
-            f"{tuple(gradient.shape)} on {gradient.device}"
         )

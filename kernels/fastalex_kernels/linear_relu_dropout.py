@@ -16,18 +16,16 @@ float32 partial sums, and a second small kernel adds them in order and runs the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _aten, _philox
-from fastalex_kernels._begun import HALVES, Begun, begun_of
-from fastalex_kernels._epilogue import epilogue_backward, sum_partials
-from fastalex_kernels._handover import announce, hand_over, masked, offers, wanted
+from fastalex_kernels._epilogue import epilogue_backward
 from fastalex_kernels._launch import (
     autocast,
     check_floating,
@@ -36,14 +34,14 @@ from fastalex_kernels._launch import (
     interpretable,
     interpreted,
     launch,
-    outside_graphs,
+    operator,
+    placed,
     tile_entry,
     tuned,
     use_triton,
 )
-from fastalex_kernels._linear_update import linear_backward_weight_update
 from fastalex_kernels._product import operands, product
-from fastalex_kernels.momentum import Updates, sum_updates
+from fastalex_kernels._reduce import sum_partials
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
 _TILES = {
@@ -58,6 +56,7 @@ _TILES = {
 }
 _PROGRAMS = 256  # split the reduction until about this many programs run: two per SM
 _MAX_SPLIT = 16
+_HALVES = 2
 
 
 @triton.jit
@@ -303,22 +302,14 @@ def matmul(
     row_offset: int = 0,
     feature_offset: int = 0,
     mask: torch.Tensor | None = None,
-    begun: Begun | None = None,
 ) -> torch.Tensor:
     """y [M, N] = epilogue(a [M, K] @ w [K, N]) / (1 - p), either operand of any strides.
 
-    ``mask`` [M, N], contiguous, makes y zero where it is, see _handover. ``begun`` is half of the
-    product.
+    ``mask`` [M, N], contiguous, is the output of a ReLU whose gradient y is: y is zero where it is.
     """
     (M, K), N = a.shape, w.shape[1]
     epilogue = _Epilogue(bias, relu, p, rng, row_offset, feature_offset, mask)
     y = a.new_empty((M, N))
-    if begun is not None:
-        rest = 1 - begun.half
-        a, w = (x.chunk(HALVES, axis)[rest] for axis, x in ((1, a), (0, w)))
-        _multiply(a, w, _tile(a, w, M, N, K // HALVES), begun.of(rest), _Epilogue())
-        _add_up(begun.parts, y, epilogue)
-        return y
     tile = _tile(a, w, M, N, K)
     split = _tuned_parts(_parts(tile, M, N, K), "linear parts", a, w, tile)
     if split == 1:
@@ -330,106 +321,141 @@ def matmul(
     return y
 
 
-def begin_linear(input: torch.Tensor, weight: torch.Tensor, half: int) -> Begun | None:
-    """Begin ``linear_relu_dropout`` with one half of its input; for ``_begun.carry``.
+class HalvedProduct:
+    """x [M, K] @ w [N, K]^T, made of one half of K and then of the other.
+
+    A tower of two waits for the other one's half of what its next layer reads. The reduction is
+    split over programs in any case, so those of the half that is there run meanwhile, and no byte
+    more is moved. The partials are in the order of K and not of time, so that both towers add
+    them up alike.
 
     Args:
-        input: [M, K / 2], the first half of the whole one's columns or the second.
-        weight: [N, K], in the dtype of the products.
-        half: 0 or 1.
-
-    Returns:
-        None where nothing is gained: where torch computes, for another dtype, and where the whole
-        reduction is not split, as of a large batch: its sums would be stored for this alone.
+        x: [M, K / 2], the first half of the columns or the second, for their shape.
+        w: [N, K].
     """
-    (input,) = autocast(input)
-    if input.dtype != weight.dtype or not use_triton(input):
-        return None
-    (M, K), N = input.shape, weight.shape[0]
-    if weight.shape[1] != HALVES * K:
-        return None
-    w = weight.t().chunk(HALVES)[half]
-    tile = _tile(input, w, M, N, K)
-    if _parts(tile, M, N, HALVES * K) == 1:
-        return None
-    each = _split(tile, M, N, K, _PROGRAMS // HALVES)
-    each = _tuned_parts(each, "linear half parts", input, w, tile)
-    parts = input.new_empty((HALVES * each, M, N), dtype=torch.float32)
-    begun = Begun(parts, half, weight)
-    _multiply(input, w, tile, begun.of(half), _Epilogue())
-    return begun
 
-
-class LinearReLUDropoutFunction(torch.autograd.Function):
-    """linear_relu_dropout on Triton kernels."""
+    def __init__(self, x: torch.Tensor, w: torch.Tensor) -> None:
+        (M, K), N = x.shape, w.shape[0]
+        self.w = w
+        self._tile = _tile(x, w.t().chunk(_HALVES)[0], M, N, K)
+        each = _split(self._tile, M, N, K, _PROGRAMS // _HALVES)
+        operand = w.t().chunk(_HALVES)[0]
+        self._each = _tuned_parts(each, "linear half parts", x, operand, self._tile)
+        shape = (_HALVES * self._each, M, N)
+        self._partials = x.new_empty(shape, dtype=torch.float32)
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        p: float,
-        relu: bool,
-        rng: torch.Tensor | None,
-        row_offset: int,
-        feature_offset: int,
-        update: Updates | None = None,
-    ) -> torch.Tensor:
-        ctx.mask, ctx.source = wanted(input), input.grad_fn
-        if update is not None:
-            weight, bias = interpretable(*update.operands())
-        bias = None if bias is None else bias.contiguous()
-        rng = None if rng is None else rng.contiguous()
-        begun = begun_of(input, weight)
-        output = matmul(
-            input, weight.t(), bias, relu, p, rng, row_offset, feature_offset, begun=begun
-        )
-        # With ReLU the output is the mask. Without, the caller may advance rng before backward.
-        kept_rng = None if relu or rng is None else rng.clone()
-        ctx.save_for_backward(input, weight, bias, output if relu else None, kept_rng)
-        ctx.dropout = {"p": p, "row_offset": row_offset, "feature_offset": feature_offset}
-        ctx.update = update
-        offers(ctx, relu, update)
-        return output
+    def gains(x: torch.Tensor, w: torch.Tensor) -> bool:
+        """Whether the whole product is split, too: else partials are stored for this alone."""
+        (M, K), N = x.shape, w.shape[0]
+        tile = _tile(x, w.t().chunk(_HALVES)[0], M, N, K)
+        return _parts(tile, M, N, _HALVES * K) > 1
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input, weight, bias, output, rng = ctx.saved_tensors
-        need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        update = ctx.update
-        updated = update is not None and need_w  # the kernel that does so sums the bias's, too
-        dz, sums, p = grad if grad.stride(1) == 1 else grad.contiguous(), None, 0.0
-        if updated and masked(grad):
-            p = ctx.dropout["p"]  # the products scale, as what is masked may be masked again
-        else:
-            dz = grad.contiguous()
-            flat, sums = epilogue_backward(
-                dz,
-                output,
-                need_dz=need_x or need_w,
-                need_sums=need_b and not updated,
-                rng=rng,
-                **ctx.dropout,
-            )
-            dz = dz if flat is None else flat
-        dx = dw = db = None
-        if need_x:
-            dx = matmul(dz, weight, p=p, mask=input.contiguous() if ctx.mask else None)
-            dx = hand_over(dx) if ctx.mask else dx
-            announce(ctx.source, dx)
-        if updated:  # after dx, which reads the old weight
-            linear_backward_weight_update(
-                dz, input, update.weight, update.bias if need_b else None, p
-            )
-        elif need_w:
-            dw = matmul(dz.t(), input)
-        if sums is not None and update is not None:
-            sum_updates(update, None, sums)
-        elif sums is not None:
-            db = sum_partials(sums, torch.empty_like(bias))
-        return dx, dw, db, None, None, None, None, None, None
+    def add(self, x: torch.Tensor, half: int) -> None:
+        """Sum the products of ``half``, 0 or 1, of the columns."""
+        partials = self._partials[half * self._each :][: self._each]
+        _multiply(x, self.w.t().chunk(_HALVES)[half], self._tile, partials, _Epilogue())
+
+    def finish(self, **epilogue: Any) -> torch.Tensor:
+        """y [M, N] of both halves; the arguments of ``matmul`` that follow the operands."""
+        y = self.w.new_empty(self._partials.shape[1:])
+        _add_up(self._partials, y, _Epilogue(**epilogue))
+        return y
+
+
+@operator("linear_relu_dropout")
+def _linear_relu_dropout(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    p: float,
+    relu: bool,
+    rng: torch.Tensor | None,
+    row_offset: int,
+    feature_offset: int,
+) -> torch.Tensor:
+    bias = None if bias is None else bias.contiguous()
+    rng = None if rng is None else rng.contiguous()
+    return matmul(input, weight.t(), bias, relu, p, rng, row_offset, feature_offset)
+
+
+@_linear_relu_dropout.register_fake
+def _(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    p: float,
+    relu: bool,
+    rng: torch.Tensor | None,
+    row_offset: int,
+    feature_offset: int,
+) -> torch.Tensor:
+    return input.new_empty((input.shape[0], weight.shape[0]))
+
+
+@operator("linear_relu_dropout_backward")
+def _linear_relu_dropout_backward(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor | None,
+    rng: torch.Tensor | None,
+    p: float,
+    row_offset: int,
+    feature_offset: int,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Those gradients of input, weight and bias that ``needs`` asks for."""
+    need_x, need_w, need_b = needs
+    dy = grad.contiguous()
+    dz, sums = epilogue_backward(
+        dy, output, need_dz=need_x or need_w, need_sums=need_b, p=p, rng=rng,
+        row_offset=row_offset, feature_offset=feature_offset,
+    )  # fmt: skip
+    dz = dy if dz is None else dz
+    gradients = []
+    if need_x:
+        gradients.append(matmul(dz, weight))
+    if need_w:
+        gradients.append(matmul(dz.t(), input))
+    if sums is not None and bias is not None:
+        gradients.append(sum_partials(sums, torch.empty_like(bias)))
+    return gradients
+
+
+@_linear_relu_dropout_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor | None,
+    rng: torch.Tensor | None,
+    p: float,
+    row_offset: int,
+    feature_offset: int,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    arguments = zip((input, weight, bias), needs, strict=True)
+    return [x.new_empty(x.shape) for x, need in arguments if need and x is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    input, weight, bias, p, relu, rng, row_offset, feature_offset = inputs
+    # With ReLU the output is the mask. Without, the caller may advance rng before backward.
+    kept_rng = None if relu or rng is None else rng.clone()
+    ctx.save_for_backward(input, weight, bias, output if relu else None, kept_rng)
+    ctx.dropout = (p, row_offset, feature_offset)
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = _linear_relu_dropout_backward(grad, *ctx.saved_tensors, *ctx.dropout, needs)
+    return (*placed(gradients, needs), None, None, None, None, None)
+
+
+_linear_relu_dropout.register_autograd(_differentiate, setup_context=_save)
 
 
 def _check(
@@ -497,7 +523,6 @@ def linear_relu_dropout(
     rng: torch.Tensor | None = None,
     row_offset: int = 0,
     feature_offset: int = 0,
-    update: Updates | None = None,
 ) -> torch.Tensor:
     """dropout(relu(input @ weight.T + bias)), differentiable in input, weight and bias.
 
@@ -515,8 +540,6 @@ def linear_relu_dropout(
             generator.
         row_offset: this batch's first row in the whole batch.
         feature_offset: this layer's first feature in the whole layer.
-        update: of ``weight`` and ``bias``, float32 of any input's dtype: backward updates them
-            where their gradients are made, and hands out none.
 
     Returns:
         [N, out_features]. Sums are float32 and rounded once; float64 runs on ATen.
@@ -526,16 +549,8 @@ def linear_relu_dropout(
 
     Source: P§4.2; the scaling in training is the same function as halving at test.
     """
-    if update is not None and torch.compiler.is_compiling():
-        layer = (input, weight, bias, p, relu, training, rng, row_offset, feature_offset, update)
-        return outside_graphs(linear_relu_dropout, *layer)
-    if update is None:
-        input, weight, bias = autocast(input, weight, bias)
-        _check(input, weight, bias)
-    else:
-        (input,) = autocast(input)
-        update.check(input, weight, bias)
-        _check(input, *update.operands())
+    input, weight, bias = autocast(input, weight, bias)
+    _check(input, weight, bias)
     _check_dropout(input, weight.shape[0], p, rng, row_offset, feature_offset)
     if not training or p == 0:
         p, rng = 0.0, None
@@ -543,18 +558,10 @@ def linear_relu_dropout(
         rng = draw_rng(input.device)
     arguments = (p, relu, rng, row_offset, feature_offset)
     if not use_triton(input):
-        if update is not None:
-            weight, bias = update.applied(input.dtype)
         return _aten.linear_relu_dropout(input, weight, bias, *arguments)
     dtype = input.dtype
-    (input,) = interpretable(input)
-    if update is None:
-        weight, bias = interpretable(weight, bias)
-    output: torch.Tensor
-    if torch.compiler.is_compiling():
-        output = torch.ops.fastalex.linear_relu_dropout(input, weight, bias, *arguments)
-    else:
-        output = LinearReLUDropoutFunction.apply(input, weight, bias, *arguments, update)
+    input, weight, bias = interpretable(input, weight, bias)
+    output: torch.Tensor = _linear_relu_dropout(input, weight, bias, *arguments)
     return output.to(dtype)
 
 

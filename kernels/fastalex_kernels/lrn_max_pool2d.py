@@ -21,25 +21,26 @@ channels never leaves the program: its sum is `size` shifts along the channel ax
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from fastalex_kernels import _aten, _lrn_chunks
-from fastalex_kernels._handover import hand_over, wanted
 from fastalex_kernels._launch import (
     check_floating,
     interpretable,
     interpreted,
     launch,
+    operator,
     tuned,
     use_triton,
 )
-from fastalex_kernels._layout import as_hwnc, empty_nchw, lie_as_hwnc
+from fastalex_kernels._layout import as_hwnc, empty_nchw, hwnc_strided
 from fastalex_kernels._lrn_chunks import Norm, Window
+from fastalex_kernels._reduce import fold
 
 MAX_KERNEL_SIZE = 15  # the position of a maximum is one byte
 MAX_CHANNELS = 4096  # of one group: they share a program
@@ -278,18 +279,20 @@ def lrn_max_pool2d_backward(
     size: tuple[int, int],
     mask: bool = False,
     y: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dx [N, G*C, H, W] of dy and argmax [P, Q, N, G*C]; x is the forward's input, for LRN.
 
-    ``mask`` says that x comes from a ReLU whose mask may be applied here, see _handover; y is the
-    output, which without LRN is the mask.
+    With ``mask`` a ReLU made the forward's input, and its backward is done here, too: dx is the
+    gradient before the ReLU. With it come partials of its sum over all but the channels, float32
+    [parts, G*C]; None where they take a pass of their own. y is the output, which without LRN tells
+    where the ReLU was open.
     """
     (P, Q, N, GC), (H, W) = dy.shape, size
     result = empty_nchw(dy, (N, GC, H, W))
     dx = as_hwnc(result)
     if norm is not None and x is not None and _lrn_chunks.fits(x, norm, groups, window):
         sums = _lrn_chunks.backward(x, dy, argmax, dx, norm, groups, mask)
-        return result if sums is None else hand_over(result, sums)
+        return result, None if sums is None else fold(sums)
     # A program leaves one row of sums: fewer, larger ones where they take few registers.
     warps = 4 if norm is not None else 16
     sizes = (N, H, W, P, Q, GC, groups, *window, int(norm is not None))
@@ -301,40 +304,91 @@ def lrn_max_pool2d_backward(
         dy if y is None else y, sums if mask else dx, N, W, P, Q, G=groups, C=GC // groups,
         MASK=mask, **_constants(norm, window, GC // groups), **blocks, counted=H * W * N,
     )  # fmt: skip
-    return hand_over(result, sums) if mask else result
+    return result, fold(sums) if mask else None
 
 
-class LRNMaxPool2dFunction(torch.autograd.Function):
-    """lrn_max_pool2d and max_pool2d on Triton kernels."""
+def _norm(numbers: Sequence[float]) -> Norm | None:
+    """The norm of an operator's list of numbers, empty where there is none."""
+    if not numbers:
+        return None
+    size, scale, beta, offset, signed = numbers
+    return Norm(int(size), scale, beta, offset, bool(signed))
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: torch.Tensor,
-        norm: Norm | None,
-        groups: int,
-        window: Window,
-        size: tuple[int, int],
-    ) -> torch.Tensor:
-        mask = wanted(input)
-        input = lie_as_hwnc(input)
-        output, argmax = lrn_max_pool2d_forward(
-            as_hwnc(input), norm, groups, window, size, save=ctx.needs_input_grad[0]
-        )
-        pooled = output if mask and norm is None else None
-        ctx.save_for_backward(None if norm is None else input, argmax, pooled)
-        ctx.arguments = (norm, groups, window, input.shape[2:], mask)
-        return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input, argmax, pooled = ctx.saved_tensors
-        x, y = (None if t is None else as_hwnc(t) for t in (input, pooled))
-        norm, groups, window, size, mask = ctx.arguments
-        dy = as_hwnc(grad)
-        dx = lrn_max_pool2d_backward(x, dy, argmax, norm, groups, window, size, mask, y)
-        return dx, None, None, None, None
+@operator("lrn_max_pool2d")
+def _lrn_max_pool2d(
+    input: torch.Tensor,
+    norm: Sequence[float],
+    groups: int,
+    window: Sequence[int],
+    size: Sequence[int],
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and where each maximum was, if ``save``."""
+    height, width = size
+    return lrn_max_pool2d_forward(
+        as_hwnc(input), _norm(norm), groups, Window(*window), (height, width), save
+    )
+
+
+@_lrn_max_pool2d.register_fake
+def _(
+    input: torch.Tensor,
+    norm: Sequence[float],
+    groups: int,
+    window: Sequence[int],
+    size: Sequence[int],
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    N, C = input.shape[:2]
+    argmax = input.new_empty((*size, N, C) if save else (0,), dtype=torch.uint8)
+    return empty_nchw(input, (N, C, size[0], size[1])), argmax
+
+
+@operator("lrn_max_pool2d_backward")
+def _lrn_max_pool2d_backward(
+    grad: torch.Tensor,
+    input: torch.Tensor | None,
+    argmax: torch.Tensor,
+    norm: Sequence[float],
+    groups: int,
+    window: Sequence[int],
+    size: Sequence[int],
+) -> torch.Tensor:
+    x = None if input is None else as_hwnc(input)
+    height, width = size
+    dx, _ = lrn_max_pool2d_backward(
+        x, as_hwnc(grad), argmax, _norm(norm), groups, Window(*window), (height, width)
+    )
+    return dx
+
+
+@_lrn_max_pool2d_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    input: torch.Tensor | None,
+    argmax: torch.Tensor,
+    norm: Sequence[float],
+    groups: int,
+    window: Sequence[int],
+    size: Sequence[int],
+) -> torch.Tensor:
+    return empty_nchw(grad, (grad.shape[0], grad.shape[1], size[0], size[1]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    input, ctx.norm, ctx.groups, ctx.window, _, _ = inputs
+    ctx.size = input.shape[2:]
+    ctx.save_for_backward(input if ctx.norm else None, output[1])
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    arguments = (ctx.norm, ctx.groups, ctx.window, ctx.size)
+    dx = _lrn_max_pool2d_backward(grad, *ctx.saved_tensors, *arguments)
+    return dx, None, None, None, None, None
+
+
+_lrn_max_pool2d.register_autograd(_differentiate, setup_context=_save)
 
 
 def _check_window(
@@ -446,10 +500,12 @@ def max_pool2d(
     pooled = _check_window(input, kernel_size, stride, ceil_mode)
     if not use_triton(input):
         return _aten.max_pool2d(input, kernel_size, stride, ceil_mode)
-    channels = input.shape[1]
-    # Without a window across channels any split of them will do: take the widest that fits.
-    groups = next(g for g in range(1, channels + 1) if channels % g == 0 and channels // g <= 256)
-    return _apply(input, None, groups, kernel_size, stride, pooled)
+    return _apply(input, None, channel_groups(input.shape[1]), kernel_size, stride, pooled)
+
+
+def channel_groups(channels: int) -> int:
+    """Groups of channels for pooling alone, where any split will do: the widest that fit."""
+    return next(g for g in range(1, channels + 1) if channels % g == 0 and channels // g <= 256)
 
 
 def _apply(
@@ -460,14 +516,10 @@ def _apply(
     stride: int,
     pooled: tuple[int, int],
 ) -> torch.Tensor:
-    window = Window(kernel_size, stride)
     (wide,) = interpretable(input)
-    output: torch.Tensor
-    if torch.compiler.is_compiling():
-        wide, save = lie_as_hwnc(wide), wide.requires_grad and torch.is_grad_enabled()
-        fields = [] if norm is None else list(map(float, norm))
-        pooling = [kernel_size, stride]
-        output, _ = torch.ops.fastalex.lrn_max_pool2d(wide, fields, groups, pooling, pooled, save)
-    else:
-        output = LRNMaxPool2dFunction.apply(wide, norm, groups, window, pooled)
-    return output.to(input.dtype)
+    save = wide.requires_grad and torch.is_grad_enabled()
+    numbers = [] if norm is None else list(map(float, norm))
+    output, _ = _lrn_max_pool2d(
+        hwnc_strided(wide), numbers, groups, [kernel_size, stride], pooled, save
+    )
+    return output.to(input.dtype)  # type: ignore[no-any-return]

@@ -1,14 +1,14 @@
-"""Gradient descent with momentum, applied in the backward pass that makes the gradient.
+"""Gradient descent with momentum, applied by the kernel that makes the gradient.
 
     rule "paper"   v <- m v - lr (g + wd w)      w <- w + v
     rule "torch"   v <- m v + (g + wd w)         w <- w - lr v
 
 A gradient that is applied where it is summed is never written nor read again: of the fully
 connected layers, 59 of the net's 61 million parameters, that is 4 to 8 bytes a parameter. What is
-left is the weight and its velocity, read and written in float32, and the copy of the weight that
-the products of the next step read: 18 bytes.
+left is the weight and its momentum buffer v, read and written in float32, and the copy of the
+weight that the products of the next step read: 18 bytes.
 
-The rate lies in device memory, so that a captured graph follows a schedule.
+The learning rate is in device memory, so that a captured graph follows a schedule.
 """
 
 from __future__ import annotations
@@ -20,24 +20,29 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from fastalex_kernels._launch import check_like, interpreted, launch
+from fastalex_kernels._launch import launch
+from fastalex_kernels._reduce import blocks, sum_parts
 
 RULES = ("paper", "torch")
 
 
+def _itself(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter
+
+
 @dataclass(eq=False)
 class MomentumUpdate:
-    """A parameter that the backward pass updates, and what it needs for that.
+    """A parameter, and what a kernel needs to update it.
 
     Args:
         parameter: float32, changed in place; contiguous, or a convolution's weight in any order.
-        velocity: float32, of the parameter's shape and strides, changed in place.
+        buffer: the momentum buffer, float32, of the parameter's shape and strides, changed in
+            place.
         rate: float32 [3] on the parameter's device: learning rate, momentum, weight decay.
         rule: one of ``RULES``.
         operand: what the products read in place of the parameter: a copy of it in their dtype and
-            layout, kept up to date; None where they read the parameter itself.
+            layout, written with it; None where they read the parameter itself.
         pack: the parameter in the layout of ``operand``.
 
     Attributes:
@@ -45,37 +50,35 @@ class MomentumUpdate:
             before the first.
 
     Raises:
-        ValueError: for another rule, a velocity that does not lie as the parameter does, another
-            device, or memory that the kernels would take for contiguous.
+        ValueError: for another rule, a momentum buffer of other strides, another device, or memory
+            that the kernels would take for contiguous.
     """
 
     parameter: torch.Tensor
-    velocity: torch.Tensor
+    buffer: torch.Tensor
     rate: torch.Tensor
     rule: str = "torch"
     operand: torch.Tensor | None = None
-    pack: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter
+    pack: Callable[[torch.Tensor], torch.Tensor] = _itself
     squares: torch.Tensor | None = field(default=None, init=False)
-    _squares: dict[int, torch.Tensor] = field(default_factory=dict, init=False)
-    _seen: int = field(default=-1, init=False)  # the parameter's version that operand is a copy of
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {self.rule!r}")
-        w, v = self.parameter, self.velocity
+        w, v = self.parameter, self.buffer
         if w.dtype != torch.float32 or v.dtype != torch.float32:
-            raise ValueError(f"velocity: expected float32 on float32, got {v.dtype} on {w.dtype}")
+            raise ValueError(f"buffer: expected float32 on float32, got {v.dtype} on {w.dtype}")
         if v.shape != w.shape or v.stride() != w.stride():
             raise ValueError(
-                f"velocity: expected shape {tuple(w.shape)} and strides {w.stride()} as the "
+                f"buffer: expected shape {tuple(w.shape)} and strides {w.stride()} as the "
                 f"parameter's, got {tuple(v.shape)} and {v.stride()}"
             )
         if self.rate.shape != (3,) or self.rate.dtype != torch.float32:
             raise ValueError(f"rate: expected float32 [3], got {self.rate.dtype} {self.rate.shape}")
-        for name, x in (("velocity", v), ("rate", self.rate), ("operand", self.operand)):
+        for name, x in (("buffer", v), ("rate", self.rate), ("operand", self.operand)):
             if x is not None and x.device != w.device:
                 raise ValueError(f"{name}: expected device {w.device}, got {x.device}")
-        # A convolution's weight may lie in any order, the kernels take its strides.
+        # A convolution's weight may be in any order, the kernels take its strides.
         dense = [("rate", self.rate), ("operand", self.operand)]
         dense += [("parameter", w)] if w.dim() < 4 else []
         for name, x in dense:
@@ -85,58 +88,36 @@ class MomentumUpdate:
                     f"{x.stride()}"
                 )
 
-    def current(self) -> torch.Tensor:
-        """What the products read, copied anew where the parameter was changed from outside.
+    def read(self) -> torch.Tensor:
+        """What the products read."""
+        return self.parameter.detach() if self.operand is None else self.operand
 
-        A change is told by the parameter's version, which a write through ``.data`` leaves as it
-        is, and which nobody looks at while a captured graph is replayed.
-        """
-        if self.operand is None:
-            return self.parameter.detach()
-        if self._seen != self.parameter._version:
-            with torch.no_grad():
-                self.operand.copy_(self.pack(self.parameter))
-            self._seen = self.parameter._version
-        return self.operand
-
-    def squares_of(self, blocks: int) -> torch.Tensor:
-        """Where ``blocks`` programs leave their sums of squares: for each number its own memory.
-
-        A captured graph goes on writing what it was captured with.
-        """
-        if blocks not in self._squares:
-            self._squares[blocks] = self.rate.new_empty(blocks)
-        self.squares = self._squares[blocks]
-        return self.squares
-
-    def written_operand(self) -> torch.Tensor | None:
-        """The operand where a kernel writes it; the interpreter has no bfloat16."""
-        apart = interpreted() and self.operand is not None and self.operand.dtype == torch.bfloat16
-        return None if apart else self.operand
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the parameter, which something else changed, to where the products read it."""
+        if self.operand is not None:
+            self.operand.copy_(self.pack(self.parameter))
 
     def written(self, programs: int) -> tuple[torch.Tensor, ...]:
-        """What a kernel of so many programs writes: parameter, velocity, operand, squares.
+        """What a kernel of so many programs writes: parameter, buffer, operand, squares.
 
         Where it writes no operand, the parameter stands in its place.
         """
-        w, operand = self.parameter.detach(), self.written_operand()
-        return w, self.velocity, w if operand is None else operand, self.squares_of(programs)
-
-    def changed(self) -> None:
-        """Tell autograd, and whoever holds a copy, that a kernel wrote the parameter."""
-        written = self.written_operand()
-        if written is None and self.operand is not None:
-            self.operand.copy_(self.pack(self.parameter.detach()))
-        tensors = [self.parameter, self.velocity, *([] if written is None else [written])]
-        torch.autograd.graph.increment_version(tensors)
-        self._seen = self.parameter._version
+        w = self.parameter.detach()
+        self.squares = self.rate.new_empty(programs)
+        return w, self.buffer, w if self.operand is None else self.operand, self.squares
 
     @torch.no_grad()
-    def apply(self, gradient: torch.Tensor) -> None:
-        """The update by torch's operators, for a gradient of the parameter's shape."""
-        w, v, (lr, momentum, decay) = self.parameter, self.velocity, self.rate.unbind()
+    def apply(self, gradient: torch.Tensor, squares: torch.Tensor) -> None:
+        """The update by torch's operators.
+
+        Args:
+            gradient: of the parameter's shape.
+            squares: float32 [1], gets the gradient's squared norm.
+        """
+        w, v, (lr, momentum, decay) = self.parameter, self.buffer, self.rate.unbind()
         g = gradient.to(torch.float32)
-        self.squares = g.square().sum().reshape(1)
+        squares.copy_(g.square().sum().reshape(1))
         g = g + decay * w
         if self.rule == "paper":
             v.mul_(momentum).sub_(lr * g)
@@ -144,9 +125,7 @@ class MomentumUpdate:
         else:
             v.mul_(momentum).add_(g)
             w.sub_(lr * v)
-        if self.operand is not None:
-            self.operand.copy_(self.pack(w))
-            self._seen = w._version
+        self.refresh()
 
 
 class Updates(NamedTuple):
@@ -155,51 +134,10 @@ class Updates(NamedTuple):
     weight: MomentumUpdate
     bias: MomentumUpdate | None = None
 
-    def check(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Raise unless these are the updates of ``weight`` and ``bias``, for such an input."""
-        for name, parameter, update in zip(("weight", "bias"), (weight, bias), self, strict=True):
-            if parameter is not (None if update is None else update.parameter):
-                raise ValueError(f"update: expected the update of this {name}, got another's")
-            if update is not None:
-                if update.rule != self.weight.rule:
-                    raise ValueError(f"update: expected one rule, got {update.rule!r} for {name}")
-                read = update.parameter if update.operand is None else update.operand
-                check_like(f"update of {name}", read, input)
-
-    def operands(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the products read in place of weight and bias."""
-        return self.weight.current(), None if self.bias is None else self.bias.current()
-
-    def applied(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias in ``dtype`` for torch's operators, updated when they have a gradient."""
-        weight, bias = (
-            None if update is None else Applied.apply(update.parameter, update, dtype)
-            for update in self
-        )
-        assert weight is not None
-        return weight, bias
-
-
-class Applied(torch.autograd.Function):
-    """The operand of a parameter, whose gradient is applied as soon as it is there."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, parameter: torch.Tensor, update: MomentumUpdate, dtype: torch.dtype
-    ) -> torch.Tensor:
-        ctx.update = update
-        return parameter.detach().to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
-        ctx.update.apply(grad)
-        return None, None, None
-
 
 @triton.jit
 def momentum_step(w, v, g, rate_ptr, PAPER: tl.constexpr):
-    """The new weight and velocity, float32."""
+    """The new weight and momentum buffer, float32."""
     lr = tl.load(rate_ptr)
     momentum = tl.load(rate_ptr + 1)
     g += tl.load(rate_ptr + 2) * w
@@ -229,30 +167,6 @@ def update_by(
     if HAS_OPERAND:
         tl.store(operand_ptr + offs, w.to(operand_ptr.dtype.element_ty), mask=inside)
     tl.store(square_ptr, tl.sum(g * g))
-
-
-@triton.jit
-def sum_parts(part_ptr, parts, numel, offs, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of part[0..parts - 1, offs], float32, in an order that only the shape decides.
-
-    Several parts are loaded at once: one after the other, each would wait for the memory.
-    """
-    offs_p = tl.arange(0, PARTS)
-    ptrs = part_ptr + offs_p.to(tl.int64)[:, None] * numel + offs[None, :]
-    mask = (offs < numel)[None, :]
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, parts, PARTS):
-        shift = tl.cast(first, tl.int64) * numel
-        part = tl.load(ptrs + shift, mask=mask & (offs_p < parts - first)[:, None], other=0.0)
-        total += tl.sum(part, axis=0)
-    return total
-
-
-def blocks(parts: int, numel: int) -> dict[str, int]:
-    """PARTS and BLOCK for ``sum_parts``: 16 bytes of a weight a thread, or many parts of a bias."""
-    most = 4 if numel > 1 << 15 else 256
-    at_once = min(int(triton.next_power_of_2(max(parts, 1))), most)
-    return {"PARTS": at_once, "BLOCK": (65536 if interpreted() else 2048) // at_once}
 
 
 @triton.jit
@@ -365,14 +279,12 @@ def sum_updates(
         _sum_update_kernel, (bias_programs + programs,),
         part, *written, update.rate, bias_part, *bias_written, bias_update.rate,
         part.shape[0], part[0].numel(), bias_part.shape[0], bias_part[0].numel(),
-        PAPER=update.rule == "paper", HAS_OPERAND=update.written_operand() is not None,
-        BIAS_HAS_OPERAND=bias_update.written_operand() is not None,
+        PAPER=update.rule == "paper", HAS_OPERAND=update.operand is not None,
+        BIAS_HAS_OPERAND=bias_update.operand is not None,
         **_order(update.parameter, stride), **tile,
         BIAS_PROGRAMS=bias_programs, **{f"BIAS_{name}": size for name, size in bias_tile.items()},
         counted=max(part.shape[0], bias_part.shape[0], part[0].numel() if part.dim() > 2 else 0),
     )  # fmt: skip
-    for _, one in given:
-        one.changed()
 
 
 def _blocks_and_programs(part: torch.Tensor) -> tuple[dict[str, int], int]:

@@ -173,17 +173,3 @@ def augment(
         blocks = output.unflatten(3, (width // s, s)).unflatten(2, (height // s, s))
         output = blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
     return output.to(dtype)
-
-
-def conv2d_relu_space_to_depth(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: int = 4,
-    relu: bool = True,
-) -> torch.Tensor:
-    """conv2d_relu with a stride, of the image that was rearranged into ``input``."""
-    channels, s = weight.shape[1], stride
-    blocks = input.unflatten(1, (s * s, channels)).transpose(1, 2).flatten(1, 2)
-    image = F.pixel_shuffle(blocks, s)
-    return conv2d_relu(image, weight, bias, stride=stride, relu=relu)

@@ -1,0 +1,144 @@
+"""A step as a list of launches in which everything is decided.
+
+A ``Program`` is recorded while the code that decides runs for the first time: each kernel launch
+and each call of torch's joins the list with the very tensors it was given. From then on ``run``
+only goes through the list. No tile is looked up, no shape computed, no memory allocated, and the
+host spends some two microseconds on a launch.
+
+What may change from run to run are the inputs. Everything else is memory that the first run
+allocated and that the list holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastalex_kernels import _launch
+
+
+@dataclass(eq=False)
+class Launch:
+    """One launch of a kernel, or one call of a function of torch's.
+
+    Attributes:
+        layer, phase: whose it is and when: ``"conv1"``, ``"forward"``.
+        kernel: the ``@triton.jit`` function, or the function that is called.
+        grid: programs along up to three axes; None for a call.
+        arguments: positional, as the kernel takes them; what a constexpr is, too.
+        options: of a launch ``num_warps`` and ``num_stages``, of a call its keyword arguments.
+    """
+
+    layer: str
+    phase: str
+    kernel: Any
+    grid: tuple[int, ...] | None
+    arguments: list[Any]
+    options: dict[str, Any]
+    run: Callable[[int | None], object] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.run = self._call if self.grid is None else self._launch
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, or the function's."""
+        function = getattr(self.kernel, "fn", self.kernel)
+        return str(getattr(function, "__qualname__", function))
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """A kernel's arguments by their names, constexprs too."""
+        return dict(zip(self.kernel.arg_names, self.arguments, strict=True))
+
+    def bind(self, compiled: Any) -> None:
+        """From the next run on, hand the arguments to the ``compiled`` kernel as they are.
+
+        ``compiled[grid](*arguments)`` is how Triton's tutorials call a kernel that is compiled; it
+        checks, looks up and specialises nothing. Where this Triton returned no such kernel,
+        as its interpreter does not, the launch goes on as ``kernel[grid](...)``.
+        """
+        if self.grid is None or not hasattr(compiled, "__getitem__"):
+            return
+        start = compiled[(*self.grid, 1, 1)[:3]]
+        arguments = self.arguments
+        self.run = lambda stream: start(*arguments, stream=stream)
+
+    def _launch(self, stream: int | None) -> None:
+        assert self.grid is not None
+        self.bind(_launch.execute(self.kernel, self.grid, tuple(self.arguments), self.options))
+
+    def _call(self, stream: int | None) -> None:
+        self.kernel(*self.arguments, **self.options)
+
+
+class Program:
+    """The launches of a step in order, for inputs of one shape.
+
+    Args:
+        inputs: the tensors that ``run`` may be given others for.
+    """
+
+    def __init__(self, inputs: Sequence[torch.Tensor | None]) -> None:
+        self.launches: list[Launch] = []
+        self.inputs = list(inputs)
+        self._places: list[tuple[int, list[Any], int]] = []  # input, arguments, index
+        self._device = next(x.device for x in inputs if x is not None)
+        self._at = ("step", "forward")
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[Program]:
+        """Collect what runs inside the ``with`` block."""
+        with _launch.collecting(self):
+            yield self
+        for launch in self.launches:
+            for index, argument in enumerate(launch.arguments):
+                for number, given in enumerate(self.inputs):
+                    if given is not None and argument is given:
+                        self._places.append((number, launch.arguments, index))
+
+    def at(self, layer: str, phase: str) -> None:
+        """Say whose launches follow."""
+        self._at = (layer, phase)
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Run a launch and add it; see ``_launch.launch``."""
+        names = kernel.arg_names
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        arguments = [given.pop(name) for name in names]
+        added = self.add(kernel, grid, arguments, given)
+        added.run(None)
+
+    def add(
+        self,
+        function: Callable[..., Any],
+        grid: tuple[int, ...] | None,
+        arguments: Sequence[Any],
+        options: dict[str, Any],
+    ) -> Launch:
+        """Add a launch, or a call where ``grid`` is None, without running it."""
+        launch = Launch(*self._at, function, grid, list(arguments), options)
+        self.launches.append(launch)
+        return launch
+
+    def give(self, inputs: Sequence[torch.Tensor | None]) -> None:
+        """Take ``inputs``, of the recorded ones' shapes, strides and dtypes, from now on."""
+        for number, arguments, index in self._places:
+            arguments[index] = inputs[number]
+
+    def run(self) -> None:
+        """Go through the launches, on the device's current stream."""
+        if self._device.type != "cuda":
+            for launch in self.launches:
+                launch.run(None)
+            return
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream().cuda_stream
+            for launch in self.launches:
+                launch.run(stream)
