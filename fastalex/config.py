@@ -185,7 +185,7 @@ def _execution(
         raise ValueError("--cuda-graph needs a GPU: leave it out")
     return {
         "fused_update": given.get("fused_update", gpu and not scaled),
-        "cuda_graph": given.get("cuda_graph", gpu and towers == 1),
+        "cuda_graph": given.get("cuda_graph", gpu and given.get("fused_update", not scaled)),
     }
 
 

@@ -15,20 +15,25 @@ from fastalex.checkpoint import save_weights
 from fastalex.config import Settings
 from fastalex.curves import Curves
 from fastalex.data import Batch, Batches, DataError, ImageSource, color_noise, open_sources
-from fastalex.fused_update import fuse_updates, lay_out
-from fastalex.graph import Compute, Graphed
 from fastalex.launch import TrainingError
 from fastalex.meter import Meter
 from fastalex.model import AlexNet
 from fastalex.nvtx_ranges import annotate_layers, nvtx_range
-from fastalex.optim import build_optimizer, set_learning_rate, set_velocities, velocities
+from fastalex.optim import (
+    build_optimizer,
+    gradient_norms,
+    momentum_buffers,
+    set_learning_rate,
+    set_momentum_buffers,
+)
 from fastalex.plan import Plan
-from fastalex.precision import LossScaler, autocast, product_dtype
+from fastalex.precision import LossScaler, autocast
 from fastalex.progress import Progress, StuckLoss
 from fastalex.provenance import versions
 from fastalex.run_folder import MetricsLog, RunFolder
 from fastalex.schedule import Schedule
 from fastalex.team import Team
+from fastalex.training.step import TrainStep, Tricks
 from fastalex.validation import TOP, Accuracy, evaluate, fetch
 
 _NAMED = 3  # samples of a bad batch that the message names
@@ -87,16 +92,15 @@ class Trainer:
             self.epochs = -(-self.steps // len(self.train_batches))
         self.schedule = Schedule(settings, self.steps)
         self.scaler = LossScaler(team, enabled=settings.precision == "fp16")
-        self.one = torch.ones((), device=team.device)
         self.folder = RunFolder(plan.folder)
         self._build(plan.start)
         self._restore({} if plan.start is None else plan.start.state)
         self.progress = Progress(self.steps, self.epochs, visible=team.leads, done=self.step)
+        self.train_step = self._make_step()
         # Losses not yet read from the device. Reading waits for it: on a GPU that is done once
         # per record, on a CPU it costs nothing.
         self.unread: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.read_every = settings.log_every if team.device.type == "cuda" else 1
-        self.norm: torch.Tensor | None = None  # of the gradient, as of the last record
         self.metrics: MetricsLog | None = None
         self.curves: Curves | None = None
         if team.leads:
@@ -106,18 +110,13 @@ class Trainer:
         """The net and its optimizer, anew or as the checkpoint has them."""
         settings, team = self.settings, self.team
         model = build_model(settings, len(self.plan.classes))
-        speeds = None
+        buffers = None
         if start is not None and start.path is not None:
-            weights, speeds = start.tensors()
+            weights, buffers = start.tensors()
             model.load_state_dict(weights)
         self.model = team.share(
             model.to(team.device), rows=self.train_batches.batch_size // team.replicas
         )
-        annotate_layers(self.model)
-        # Where replicas share a batch, a gradient is not whole when it is made.
-        fused = settings.fused_update and team.replicas == 1
-        if fused:
-            lay_out(self.model)
         self.optimizer = build_optimizer(
             self.model,
             settings.lr,
@@ -128,18 +127,27 @@ class Trainer:
             settings.bias_decay,
             settings.bias_schedule,
         )
-        if fused:
-            fuse_updates(self.model, self.optimizer, product_dtype(settings.precision))
-        if speeds is not None:
-            set_velocities(self.model, self.optimizer, team.parts(self.model, speeds))
-        self.compute: Compute = self._compute
-        if settings.cuda_graph and team.device.type == "cuda":
-            self.compute = Graphed(
-                self._compute,
-                team.device,
-                lambda text: self.progress.warn(text),
-                agree=team.both_towers,
-            )
+        if buffers is not None:
+            parts = team.parts(self.model, buffers)
+            set_momentum_buffers(self.model, self.optimizer, parts)
+
+    def _make_step(self) -> TrainStep | None:
+        """The step in the open, None where autograd and the optimizer do it."""
+        settings, team = self.settings, self.team
+        if settings.fused_update:
+            alone = team.replicas == 1  # else a gradient is not whole when it is made
+            tricks = Tricks(fused_update=alone, graph=settings.cuda_graph)
+            reduce = None if alone else lambda: team.reduce_gradients(self.model)
+            try:
+                return TrainStep(
+                    self.model, self.optimizer, settings.precision,
+                    augment=self.train_batches.augment, tricks=tricks, reduce=reduce,
+                    tell=self.progress.warn,
+                )  # fmt: skip
+            except ValueError as error:
+                self.progress.warn(f"autograd and the optimizer make each step: {error}")
+        annotate_layers(self.model)
+        return None
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, as ``_state`` returned it; from the beginning where it is empty."""
@@ -233,7 +241,7 @@ class Trainer:
             self._checkpoint()
 
     def close(self) -> None:
-        self.compute = self._compute  # a graph's memory goes with it
+        self.train_step = None  # a graph's memory goes with it
         self.progress.close()
         for log in (self.metrics, self.curves):
             if log is not None:
@@ -271,27 +279,31 @@ class Trainer:
         self.step += 1
         set_learning_rate(self.optimizer, self.schedule.rate(self.step))
         self.model.seed_dropout(self.settings.seed, self.step)
-        loss = self.compute(batch.labels, *batch.pixels)
+        if self.train_step is None:
+            loss = self._step_by_autograd(batch)
+        else:
+            loss = self.train_step(batch.pixels, batch.labels)
+        self.unread.append((loss, batch.indices))
+
+    def _step_by_autograd(self, batch: Batch) -> torch.Tensor:
+        with autocast(self.settings.precision, self.team.device):
+            logits = self.model(self.train_batches.augment(*batch.pixels))
+        loss = kernels.cross_entropy(logits, batch.labels)
+        self.optimizer.zero_grad()
+        with nvtx_range("backward"):
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.team.reduce_gradients(self.model)
         self.scaler.unscale_(self.optimizer)
-        if self._reports(self.step == self.steps):
-            self.norm = self.team.gradient_norm(self.model)
         with nvtx_range("optimizer"):
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.unread.append((loss, batch.indices))
-
-    def _compute(self, labels: torch.Tensor, *pixels: torch.Tensor) -> torch.Tensor:
-        """The loss of a batch, and its gradients: the part of a step that a graph can hold."""
-        with autocast(self.settings.precision, self.team.device):
-            first = self.model.features[0]
-            logits = self.model(self.train_batches.augment.for_layer(first, *pixels))
-        scale = self.scaler.scale(self.one)
-        loss = kernels.cross_entropy(logits, labels, gradient=scale)
-        self.optimizer.zero_grad()
-        with nvtx_range("backward"):
-            loss.backward(scale)  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _gradient_norm(self) -> torch.Tensor:
+        """The norm of the last step's gradient; every process takes part."""
+        step = self.train_step
+        norms = gradient_norms(self.model) if step is None else step.gradient_norms()
+        return self.team.gradient_norm(norms, self.model)
 
     def _read_losses(self) -> None:
         """Take in the losses of the steps since the last reading, over all replicas.
@@ -334,7 +346,7 @@ class Trainer:
         self.stuck = None
 
     def _report_steps(self) -> None:
-        norm = math.nan if self.norm is None else self.norm.item()
+        norm = self._gradient_norm().item()
         record = {
             "kind": "step",
             "step": self.step,
@@ -378,10 +390,10 @@ class Trainer:
         if keep == 0:
             return
         weights = self.team.weights(self.model)
-        speeds = self.team.whole(self.model, velocities(self.model, self.optimizer))
+        buffers = self.team.whole(self.model, momentum_buffers(self.model, self.optimizer))
         if self.metrics is not None:
             self.metrics.sync()  # a checkpoint counts on the records before it
-            resume.save(self.folder, weights, speeds, self._state(), keep)
+            resume.save(self.folder, weights, buffers, self._state(), keep)
 
     def _save(self, accuracy: Accuracy) -> None:
         """Write the weights, which may be the best so far; every process takes part."""

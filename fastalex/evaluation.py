@@ -32,7 +32,6 @@ from fastalex.data.background import map_ahead
 from fastalex.data.base import Pixels
 from fastalex.data.decode import read_image, try_read
 from fastalex.data.folder import class_folders
-from fastalex.layers import SpaceToDepth
 from fastalex.model import AlexNet
 
 CROPS = (1, 10)
@@ -162,13 +161,13 @@ def _load(path: Path, device: torch.device) -> Member:
 
 def _cut(
     augment: Augment, model: AlexNet, images: torch.Tensor, top: int, left: int, mirrored: bool
-) -> torch.Tensor | SpaceToDepth:
+) -> torch.Tensor:
     """The same crop of every image, normalised, as ``model`` reads it."""
     count = (len(images),)
     tops, lefts, mirrors = (
         images.new_full(count, v, dtype=torch.int32) for v in (top, left, mirrored)
     )
-    return augment.for_layer(model.features[0], images, tops, lefts, mirrors.bool())
+    return augment(images, tops, lefts, mirrors.bool())
 
 
 def crop_places(spare: int, crops: int) -> list[tuple[int, int, bool]]:

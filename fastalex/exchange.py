@@ -1,10 +1,8 @@
-"""How the two towers of a net swap tensors.
+"""How the two towers of a net exchange tensors.
 
-A swap is begun and waited for apart, and what needs neither of its tensors runs meanwhile: on a GPU
-the copy has a stream of its own. Forward, a fully connected layer begins with the half of its input
-that is there; backward, the other tower's half of a gradient is sent before the weights' gradients
-are computed. What is left to wait for is before conv3, whose sums would cost more to store than the
-copy takes.
+A transfer is started and waited for apart, so that what needs neither of its tensors runs
+meanwhile: on a GPU the copy has a stream of its own. What runs meanwhile is decided where the step
+is written, in fastalex.training; the autograd Function here waits at once.
 """
 
 from __future__ import annotations
@@ -13,15 +11,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastalex.layers import FullyConnectedLayer
 from fastalex.meter import Stopwatch
 from fastalex.nvtx_ranges import nvtx_range
-from fastalex_kernels._begun import carry
-from fastalex_kernels._handover import hand_over, masked, offers, wanted
 
 TOWERS = 2
 _CHECK_NUMEL = 1 << 20  # elements sent by the start-up check
@@ -30,9 +24,19 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class Transfer(Protocol):
-    """A swap on its way."""
+    """A tensor that is sent to the other tower, and the one that comes back.
 
-    def wait(self) -> torch.Tensor: ...
+    It can be started and waited for again and again: both tensors keep their memory.
+
+    Attributes:
+        received: of the sent tensor's shape; valid after ``wait``.
+    """
+
+    received: torch.Tensor
+
+    def start(self) -> None: ...
+
+    def wait(self) -> None: ...
 
 
 class Exchange(Protocol):
@@ -40,36 +44,69 @@ class Exchange(Protocol):
 
     rank: int
 
-    def start(self, x: torch.Tensor) -> Transfer: ...
+    def transfer(self, sent: torch.Tensor) -> Transfer: ...
 
 
-class _Swap:
-    """A tensor that was sent and the one that is received for it, held until both are done.
+class _GatherTransfer:
+    """A transfer as an all-gather of two, which a CUDA graph can hold, unlike send and receive."""
 
-    An all-gather of two: each sends all of its tensor and gets the other's. Unlike a pair of send
-    and receive it can be captured in a CUDA graph.
-    """
-
-    def __init__(self, x: torch.Tensor, exchange: TowerExchange) -> None:
-        self._device, self._exchange = x.device, exchange
-        self._sent = x.cpu() if exchange.staged else x
-        self._both = self._sent.new_empty((TOWERS, *x.shape))
+    def __init__(self, sent: torch.Tensor, exchange: TowerExchange) -> None:
+        self._sent, self._exchange = sent, exchange
+        self._staged = sent.new_empty(sent.shape, device="cpu") if exchange.staged else sent
+        self._both = self._staged.new_empty((TOWERS, *sent.shape))
+        theirs = self._both[1 - exchange.rank]
+        self.received = torch.empty_like(sent) if exchange.staged else theirs
+        self._theirs = theirs
         self._work: Any = None
-        if x.numel():
+
+    def start(self) -> None:
+        """Begin to send; the sent tensor must not change until ``wait``."""
+        with self._exchange.stopwatch.running(self._sent.device):
+            if self._sent.numel() == 0:
+                return
+            if self._exchange.staged:
+                self._staged.copy_(self._sent)
             self._work = _all_gather(
-                self._both.view(-1), self._sent.view(-1), exchange.group, async_op=True
+                self._both.view(-1), self._staged.view(-1), self._exchange.group, async_op=True
             )
 
-    def wait(self) -> torch.Tensor:
-        """What was received; on a GPU its stream waits, and not the host."""
-        with self._exchange.stopwatch.running(self._device):
+    def wait(self) -> None:
+        """Until what the other tower sent is there; on a GPU its stream waits, not the host."""
+        with self._exchange.stopwatch.running(self._sent.device):
             if self._work is not None:
                 self._work.wait()
-            return self._both[1 - self._exchange.rank].to(self._device)
+                self._work = None
+            if self._exchange.staged:
+                self.received.copy_(self._theirs)
+
+
+class LoopbackExchange:
+    """Stands for the exchange where there is no other tower: what is sent comes back.
+
+    For a look at one tower's step alone: reports, benchmarks and tuning.
+    """
+
+    rank = 0
+
+    def transfer(self, sent: torch.Tensor) -> Transfer:
+        return LoopbackTransfer(sent)
+
+
+class LoopbackTransfer:
+    """A transfer that goes nowhere."""
+
+    def __init__(self, sent: torch.Tensor) -> None:
+        self.sent, self.received = sent, torch.empty_like(sent)
+
+    def start(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        self.received.copy_(self.sent)
 
 
 class TowerExchange:
-    """Swaps tensors of one shape with the process that holds the other tower.
+    """Exchanges tensors of one shape with the process that holds the other tower.
 
     Args:
         mesh: with an axis ``"tower"`` of size 2.
@@ -77,7 +114,7 @@ class TowerExchange:
             and do not have it.
 
     Attributes:
-        stopwatch: counts the time that is spent on starting swaps and on waiting for them.
+        stopwatch: counts the time that is spent on starting transfers and on waiting for them.
     """
 
     def __init__(self, mesh: DeviceMesh, staged: bool = False) -> None:
@@ -86,25 +123,24 @@ class TowerExchange:
         self.staged = staged
         self.stopwatch = Stopwatch()
 
-    def start(self, x: torch.Tensor) -> _Swap:
-        """Begin to send the contiguous ``x``, which must not change until the swap is waited for.
+    def transfer(self, sent: torch.Tensor) -> Transfer:
+        """A transfer of the contiguous ``sent``; both towers start theirs in the same order."""
+        return _GatherTransfer(sent, self)
 
-        Both towers start their swaps in the same order.
-        """
-        with self.stopwatch.running(x.device):
-            return _Swap(x, self)
-
-    def swap(self, x: torch.Tensor) -> torch.Tensor:
+    def both(self, x: torch.Tensor) -> torch.Tensor:
         """Send the contiguous ``x`` to the other tower, return what it sent."""
-        return self.start(x).wait()
+        transfer = self.transfer(x)
+        transfer.start()
+        transfer.wait()
+        return transfer.received
 
     def works(self, device: torch.device) -> bool:
         """Whether a known pattern arrives whole, on both sides."""
         pattern = torch.arange(_CHECK_NUMEL, dtype=torch.float32, device=device)
-        received = self.swap(pattern * (2 * self.rank - 1) - self.rank)
+        received = self.both(pattern * (2 * self.rank - 1) - self.rank)
         expected = pattern * (1 - 2 * self.rank) - (1 - self.rank)
         verdict = torch.tensor([float(torch.equal(received, expected))], device=device)
-        return bool(self.swap(verdict).item()) and bool(verdict.item())
+        return bool(self.both(verdict).item()) and bool(verdict.item())
 
 
 def _host_group(mesh: DeviceMesh) -> Any:
@@ -136,24 +172,22 @@ def check_copies(mesh: DeviceMesh) -> TowerExchange:
     )
 
 
-class GatherTowers(torch.autograd.Function):
-    """Both towers' channels, tower 0's first, of this tower's [N, C, ...]: see ``gather_towers``.
+def _received(exchange: Exchange, sent: torch.Tensor) -> torch.Tensor:
+    transfer = exchange.transfer(sent)
+    transfer.start()
+    transfer.wait()
+    return transfer.received
 
-    A ReLU's mask is the same in both gradients, so what each applied it to adds up to a masked one:
-    that is handed on, see fastalex_kernels._handover.
-    """
+
+class GatherTowers(torch.autograd.Function):
+    """Both towers' channels of this tower's [N, C, ...]: see ``gather_towers``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, transfer: Transfer, exchange: Exchange, summed: bool
-    ) -> torch.Tensor:
-        ctx.exchange, ctx.summed, ctx.early = exchange, summed, None
-        offers(ctx, wanted(x), exchange)
-        if summed:
-            ctx.gradient_announced = _send_early
+    def forward(ctx: Any, x: torch.Tensor, exchange: Exchange, summed: bool) -> torch.Tensor:
+        ctx.exchange, ctx.summed = exchange, summed
         mine, order = dense(x)
         with nvtx_range("exchange forward"):
-            theirs = transfer.wait()
+            theirs = _received(exchange, mine)
         halves = [mine, theirs] if exchange.rank == 0 else [theirs, mine]
         whole = torch.cat(halves, dim=order.index(1))
         return whole.permute([order.index(d) for d in range(x.dim())])
@@ -161,43 +195,17 @@ class GatherTowers(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        mine = grad.chunk(TOWERS, dim=1)[ctx.exchange.rank]
+        halves = grad.chunk(TOWERS, dim=1)
+        mine = halves[ctx.exchange.rank]
         if ctx.summed:
-            order = _memory_order(grad)
+            theirs, order = dense(halves[1 - ctx.exchange.rank])
             with nvtx_range("exchange backward"):
-                received = _in_flight(ctx, grad).wait()
+                received = _received(ctx.exchange, theirs)
             mine = mine + received.permute([order.index(d) for d in range(grad.dim())])
-        return hand_over(mine) if masked(grad) else mine, None, None, None
+        return mine, None, None
 
 
-def _send(node: Any, grad: torch.Tensor) -> Transfer:
-    """Begin to swap the other tower's half of a gradient for this one's."""
-    theirs, _ = dense(grad.chunk(TOWERS, dim=1)[1 - node.exchange.rank])
-    with nvtx_range("exchange backward"):
-        transfer: Transfer = node.exchange.start(theirs)
-    return transfer
-
-
-def _send_early(node: Any, grad: torch.Tensor) -> None:
-    """What the layer behind calls while it has weights' gradients to compute."""
-    if node.early is None:
-        node.early = (grad, grad._version, _send(node, grad))
-
-
-def _in_flight(node: Any, grad: torch.Tensor) -> Transfer:
-    """The swap of ``grad``, which was begun early unless something was added to it since."""
-    early, node.early = node.early, None
-    if early is not None:
-        sent, version, transfer = early
-        if sent is grad and version == grad._version:
-            return transfer  # type: ignore[no-any-return]
-        transfer.wait()
-    return _send(node, grad)
-
-
-def gather_towers(
-    x: torch.Tensor, exchange: Exchange, summed: bool, layer: nn.Module | None = None
-) -> torch.Tensor:
+def gather_towers(x: torch.Tensor, exchange: Exchange, summed: bool) -> torch.Tensor:
     """Both towers' channels, tower 0's first, of this tower's [N, C, ...].
 
     Args:
@@ -205,19 +213,9 @@ def gather_towers(
         exchange: with the other tower.
         summed: whether the two processes' gradients add up: they do before a layer that each
             process holds half of, not before one that both hold whole.
-        layer: what reads the result, and may begin with ``x`` alone.
     """
-    with torch.no_grad():
-        mine, _ = dense(x)
-        with nvtx_range("exchange forward"):
-            transfer = exchange.start(mine)
-        begun = None
-        if isinstance(layer, FullyConnectedLayer):
-            begun = layer.begin(x, exchange.rank)
-    whole: torch.Tensor = GatherTowers.apply(  # type: ignore[no-untyped-call]
-        x, transfer, exchange, summed
-    )
-    return carry(whole, begun)
+    whole: torch.Tensor = GatherTowers.apply(x, exchange, summed)  # type: ignore[no-untyped-call]
+    return whole
 
 
 def dense(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:

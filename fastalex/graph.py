@@ -1,116 +1,117 @@
-"""A computation captured once as a CUDA graph, and launched as a whole from then on.
+"""A recorded step as a CUDA graph: launched as a whole, its kernels don't wait for the host.
 
-A step of this net is some 45 kernels of a few microseconds; launched one by one, the host is
-what they wait for. A captured graph is launched at once, and runs the same kernels on the same
-memory. So nothing in it may depend on the host: what changes from step to step, images, the
-counters of dropout and the learning rate, lies in tensors that are written in place before.
+A graph runs the same kernels on the same memory. So nothing in it may depend on the host: what
+changes from step to step, images, the counters of dropout and the learning rate, is in tensors
+that are written in place before.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-Compute = Callable[..., torch.Tensor]
-Replay = Callable[[], None]
-# Captures a call, without running it: what runs it, and the tensor in which its result will be.
-Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
+from fastalex.exchange import Exchange
+from fastalex_kernels.program import Program
 
-WARM_UP = 3  # calls that compile kernels, choose algorithms and allocate what stays
+Replay = Callable[[], object]
+Inputs = Sequence[torch.Tensor | None]
+
+WARM_UP = 3  # runs before the capture: they load kernels and open connections
+_CAPTURES = 2  # a loader alternates between two buffers
 
 
-class Graphed:
-    """``compute``, called as it is for ``WARM_UP`` times, then captured and replayed.
+class Graph:
+    """A program that is captured for the two sets of inputs that follow the warm-up.
 
-    Every call does the work once, in the order of the current stream: warming up is part of the
-    training and no extra. Inputs keep their shapes from the captured call on.
+    Inputs in other memory are copied into the first set's. Two towers capture in the same runs, and
+    both replay or neither.
 
     Args:
-        compute: of tensors on ``device``, to one tensor. It may neither read a value on the host
-            nor keep its inputs or its result; what else it changes, it changes in place.
-        device: a GPU.
-        tell: is told where a capture fails; every call then runs as it is.
-        capture: how a call is captured.
-        agree: whether a capture is used, given whether it worked here: of processes that exchange
-            data inside ``compute`` all replay theirs, or none.
+        program: on a GPU; recorded, and so run once.
+        exchange: with the other tower, or None.
+        tell: is told where a capture fails; from then on each run goes launch by launch.
+        capture: makes of a function on the GPU one that replays it.
     """
 
     def __init__(
         self,
-        compute: Compute,
-        device: torch.device,
-        tell: Callable[[str], None] = warnings.warn,
-        capture: Capture | None = None,
-        agree: Callable[[bool], bool] = bool,
+        program: Program,
+        exchange: Exchange | None,
+        tell: Callable[[str], object],
+        capture: Callable[[Callable[[], None]], Replay] | None = None,
     ) -> None:
-        self._compute = compute
-        self._device = device
-        self._tell = tell
-        self._agree = agree
-        self._capture: Capture | None = capture or _capture_on_gpu
-        self._calls = 0
-        self._stream: torch.cuda.Stream | None = None
-        self._inputs: list[torch.Tensor] = []
-        self._replay: Replay | None = None
-        self._output: torch.Tensor | None = None
+        self._program, self._exchange, self._tell = program, exchange, tell
+        self._capture = capture or capture_on_gpu
+        self._runs = 1
+        self._captured: list[tuple[Inputs, Replay]] = []
+        self._failed = False
 
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The result, in a tensor that no later call changes."""
-        self._calls += 1
-        if self._calls <= WARM_UP:
-            return self._beside(inputs)
-        if self._replay is None and self._capture is not None:
-            self._try_to_capture(self._capture, inputs)
-        if self._replay is None:
-            return self._compute(*inputs)
-        for held, given in zip(self._inputs, inputs, strict=True):
-            assert held.shape == given.shape, "a graph holds one shape"
-            held.copy_(given)
-        self._replay()
-        assert self._output is not None
-        return self._output.clone()
+    def run(self, inputs: Inputs) -> None:
+        """Run the program with ``inputs``, of the shapes it was recorded with."""
+        self._runs += 1
+        wanted = self._runs > WARM_UP and len(self._captured) < _CAPTURES
+        if wanted and not self._failed:
+            self._program.give(inputs)
+            self._try_to_capture(inputs)
+        replay = next((r for held, r in self._captured if _same_memory(held, inputs)), None)
+        if replay is None and self._captured:
+            held, replay = self._captured[0]
+            for mine, given in zip(held, inputs, strict=True):
+                if mine is not None and given is not None:
+                    mine.copy_(given)
+        if replay is not None:
+            replay()
+        else:
+            self._program.give(inputs)
+            self._program.run()
 
-    def _try_to_capture(self, capture: Capture, inputs: tuple[torch.Tensor, ...]) -> None:
-        self._inputs = [torch.empty_like(x) for x in inputs]
-        failure = "not in another process"
+    def _try_to_capture(self, inputs: Inputs) -> None:
+        failure, replay = "not in another process", None
         try:
-            self._replay, self._output = capture(lambda: self._compute(*self._inputs))
+            replay = self._capture(self._program.run)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             failure = str(error).splitlines()[0]
-        if not self._agree(self._replay is not None):
-            self._capture = self._replay = None  # nothing of it has run
-            self._tell(
-                "the step can't be captured as a CUDA graph and goes on launch by launch: "
-                f"{failure}"
-            )
+        if self._agree(replay is not None):
+            assert replay is not None
+            self._captured.append((list(inputs), replay))
+            return
+        self._failed = True
+        self._captured.clear()
+        self._tell(
+            f"the step can't be captured as a CUDA graph and goes on launch by launch: {failure}"
+        )
 
-    def _beside(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """A call on another stream than the default one, which can't be captured later on."""
-        if self._device.type != "cuda":
-            return self._compute(*inputs)
-        current = torch.cuda.current_stream(self._device)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            output = self._compute(*inputs)
-        current.wait_stream(self._stream)
-        output.record_stream(current)
-        return output
+    def _agree(self, verdict: bool) -> bool:
+        """Whether the capture worked in both towers."""
+        if self._exchange is None:
+            return verdict
+        device = next(x.device for x in self._program.inputs if x is not None)
+        transfer = self._exchange.transfer(torch.tensor([float(verdict)], device=device))
+        transfer.start()
+        transfer.wait()
+        return verdict and bool(transfer.received.item())
 
 
-def _capture_on_gpu(call: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
+def _same_memory(one: Inputs, other: Inputs) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(
+        a is b or (a is not None and b is not None and a.data_ptr() == b.data_ptr())
+        for a, b in pairs
+    )
+
+
+def capture_on_gpu(run: Callable[[], None]) -> Replay:
+    """``run``, captured and not run."""
     graph = torch.cuda.CUDAGraph()
     failure: BaseException | None = None
 
-    def watched() -> torch.Tensor:
+    def watched() -> None:
         nonlocal failure
         try:
-            return call()
+            run()
         except BaseException as error:
             failure = error
             raise
@@ -120,7 +121,7 @@ def _capture_on_gpu(call: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Ten
     try:
         # Whatever becomes of the capture, the stream is the one it was before.
         with torch.cuda.stream(torch.cuda.current_stream()), captured:
-            output = watched()
+            watched()
     except RuntimeError as error:
         raise failure or error from None  # ending a broken capture raises an error of its own
-    return graph.replay, output
+    return graph.replay

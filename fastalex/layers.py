@@ -6,7 +6,6 @@ A fused layer is a subclass of the torch layer whose parameters it holds, so tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -15,55 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastalex_kernels as kernels
-from fastalex_kernels._begun import Begun
-from fastalex_kernels.linear_relu_dropout import begin_linear
-from fastalex_kernels.momentum import Updates
-
-
-class Updated:
-    """What the layers with parameters share: who applies their gradients.
-
-    ``update`` is None for a layer whose gradients an optimizer reads. Otherwise each backward pass
-    in training applies them where they are made, and leaves none; see fastalex.fused_update.
-    """
-
-    update: Updates | None = None
-    training: bool
-
-    def update_now(self) -> Updates | None:
-        """The update that belongs to a pass that begins now: none unless the layer trains."""
-        return self.update if self.training else None
-
-
-BLOCK = 4  # pixels between the windows of a layer that can read blocks, and the side of a block
 
 Sides = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
 
 
-@dataclass(frozen=True)
-class SpaceToDepth:
-    """Images as the blocks of ``BLOCK`` x ``BLOCK`` pixels that one convolution reads.
-
-    A ``Conv2dReLU`` takes it in place of the images that it was made of, and so does a net whose
-    first layer that is.
-
-    Attributes:
-        blocks: [N, 48, P, Q], from ``fastalex_kernels.augment``.
-        shape: of the images, [N, 3, H, W].
-        kernel_size, padding: of the convolution; the blocks hold the padding.
-    """
-
-    blocks: torch.Tensor
-    shape: torch.Size
-    kernel_size: int
-    padding: Sides
-
-    @property
-    def requires_grad(self) -> bool:
-        return self.blocks.requires_grad
-
-
-class Conv2dReLU(Updated, nn.Conv2d):
+class Conv2dReLU(nn.Conv2d):
     """Convolution + bias + ReLU.
 
     Args:
@@ -100,46 +55,20 @@ class Conv2dReLU(Updated, nn.Conv2d):
         span = size + 2 * int(self.padding[0]) - self.kernel_size[0]
         return -span % self.stride[0] if self.ceil_mode and span >= 0 else 0
 
-    def _sides(self, height: int, width: int) -> Sides:
+    def sides(self, height: int, width: int) -> Sides:
         """Zeros around images of this size."""
         pad = int(self.padding[0])
         return (pad, pad + self._missing(height)), (pad, pad + self._missing(width))
 
-    def block_padding(self, size: int) -> Sides | None:
-        """The padding in a ``SpaceToDepth`` of ``size`` x ``size`` images, None if it takes none.
-
-        The one rule of which layers read blocks: those of images, whose windows are ``BLOCK``
-        pixels apart and of which one fits. All others take images alone.
-        """
-        images = self.in_channels == 3 and self.groups == 1
-        if images and self.stride == (BLOCK, BLOCK) and self.output_size(size) > 0:
-            return self._sides(size, size)
-        return None
-
-    def forward(self, input: torch.Tensor | SpaceToDepth) -> torch.Tensor:
-        sides = self._sides(*input.shape[2:])
-        if isinstance(input, SpaceToDepth):
-            return self._of_blocks(input, sides)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         return kernels.conv2d_relu(
             input,
             self.weight,
             self.bias,
             stride=self.stride[0],
-            padding=sides,
+            padding=self.sides(*input.shape[2:]),
             groups=self.groups,
             relu=self.relu,
-            update=self.update_now(),
-        )
-
-    def _of_blocks(self, input: SpaceToDepth, sides: Sides) -> torch.Tensor:
-        mine, made = (self.kernel_size[0], sides), (input.kernel_size, input.padding)
-        if self.stride != (BLOCK, BLOCK) or made != mine:
-            raise ValueError(
-                f"input: blocks made for kernel size, padding {made} and stride {BLOCK}, and this "
-                f"layer has {mine} and {self.stride[0]}; give it the images"
-            )
-        return kernels.conv2d_relu_space_to_depth(
-            input.blocks, self.weight, self.bias, BLOCK, self.relu, update=self.update_now()
         )
 
     def extra_repr(self) -> str:
@@ -264,32 +193,14 @@ class CounterDropout:
         }
 
 
-class FullyConnectedLayer(Updated, nn.Linear):
-    """What both fully connected layers share: they can begin with half of their input."""
-
-    groups: int = 1
-
-    def begin(self, part: torch.Tensor, half: int) -> Begun | None:
-        """A pass in training begun with one half of its inputs, see fastalex_kernels._begun.
-
-        None where that gains nothing, and where the weight in the products' dtype is not at hand.
-        """
-        update = self.update_now()
-        if update is None or self.groups > 1 or torch.compiler.is_compiling():
-            return None
-        return begin_linear(part, update.weight.current(), half)
-
-
-class Linear(FullyConnectedLayer):
+class Linear(nn.Linear):
     """Fully connected + bias."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return kernels.linear_relu_dropout(
-            input, self.weight, self.bias, p=0.0, relu=False, update=self.update_now()
-        )
+        return kernels.linear_relu_dropout(input, self.weight, self.bias, p=0.0, relu=False)
 
 
-class LinearReLUDropout(CounterDropout, FullyConnectedLayer):
+class LinearReLUDropout(CounterDropout, nn.Linear):
     """Fully connected + bias + ReLU, and dropout with probability ``p`` in training (P§4.2).
 
     Args:
@@ -307,7 +218,7 @@ class LinearReLUDropout(CounterDropout, FullyConnectedLayer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.groups == 1:  # chunk's backward would copy the gradients, of one chunk too
-            return self._block(input, self.weight, self.bias, 0, self.update_now())
+            return self._block(input, self.weight, self.bias, 0)
         each = self.out_features // self.groups
         blocks = zip(
             input.chunk(self.groups, 1),
@@ -319,18 +230,13 @@ class LinearReLUDropout(CounterDropout, FullyConnectedLayer):
         return torch.cat(outputs, dim=1)
 
     def _block(
-        self,
-        input: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        first: int,
-        update: Updates | None = None,
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, first: int
     ) -> torch.Tensor:
         """The outputs from number ``first`` on, whose weights these are."""
         place = self.place()
         place["feature_offset"] += first
         return kernels.linear_relu_dropout(
-            input, weight, bias, p=self.p, training=self.training, **place, update=update
+            input, weight, bias, p=self.p, training=self.training, **place
         )
 
     def extra_repr(self) -> str:

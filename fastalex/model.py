@@ -18,7 +18,6 @@ from fastalex.layers import (
     LinearReLUDropout,
     LRNMaxPool2d,
     MaxPool2d,
-    SpaceToDepth,
     SpatialResponseNorm,
 )
 from fastalex.specification import Convolution, FullyConnected, Variant
@@ -44,8 +43,7 @@ class AlexNet(nn.Module):
 
     Shapes:
         images [N, 3, H, W] to logits [N, num_classes]. Any size from ``smallest_image_size()`` on;
-        published are 224 (227 for caffe). Instead of images, their ``layers.SpaceToDepth`` for the
-        first layer, which is what training gives on a GPU.
+        published are 224 (227 for caffe).
 
     Raises:
         ValueError: for an argument out of range, naming it.
@@ -70,7 +68,7 @@ class AlexNet(nn.Module):
         self.classifier = nn.Sequential(*_classifier_layers(self.variant, num_classes, dropout))
         self.init_parameters("published")
 
-    def forward(self, images: torch.Tensor | SpaceToDepth) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         if len(images.shape) != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected [N, 3, H, W], got shape {tuple(images.shape)}")
         if not _reaches(min(images.shape[2:]), self._spatial_layers()):
@@ -81,6 +79,21 @@ class AlexNet(nn.Module):
             )
         maps = self.avgpool(self.features(images))
         return self.classifier(torch.flatten(maps, 1))  # type: ignore[no-any-return]
+
+    def dropout_counters(self) -> object:
+        """What ``seed_dropout`` writes to; another object where the layers' counters moved."""
+        return self._counters
+
+    def dropout_version(self) -> int:
+        """A number that each ``seed_dropout`` raises, -1 before the first."""
+        return -1 if self._counters is None else self._counters.version()
+
+    def map_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the maps before ``avgpool``, of images of that size."""
+        height, width = image_size
+        for layer in self._spatial_layers():
+            height, width = layer.output_size(height), layer.output_size(width)
+        return height, width
 
     def smallest_image_size(self) -> int:
         """The side in pixels of the smallest square image that reaches the last layer."""
@@ -132,6 +145,25 @@ class AlexNet(nn.Module):
         self._counters.write(seed, step)
 
 
+def layer_names(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers by the names papers use: conv1, pool1, ... fc8; identities are left out."""
+    names: dict[str, nn.Module] = {}
+    number = 0
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            number += 1
+            names[f"{'conv' if isinstance(module, nn.Conv2d) else 'fc'}{number}"] = module
+        elif isinstance(module, LRNMaxPool2d) and module.kernel_size == 1:
+            names[f"norm{number}"] = module
+        elif isinstance(module, MaxPool2d):
+            names[f"pool{number}"] = module
+        elif isinstance(module, SpatialResponseNorm):
+            names[f"spatial-norm{number}"] = module
+        elif isinstance(module, Dropout):
+            names[f"dropout{number}"] = module
+    return names
+
+
 class _Counters:
     """The (seed, offset) of every dropout layer, as rows of one tensor."""
 
@@ -147,6 +179,10 @@ class _Counters:
         """Whether these are the layers that read them, on that device."""
         known = len(layers) == len(self._rows) and self._held.device == device
         return known and all(x.rng is row for x, row in zip(layers, self._rows, strict=True))
+
+    def version(self) -> int:
+        """Of the tensor: how often it was written."""
+        return self._held._version
 
     def write(self, seed: int, step: int) -> None:
         # Filled and not copied: a copy from the host's memory waits for the GPU to be done.

@@ -10,9 +10,7 @@ import torch
 from fastalex.model import AlexNet
 from fastalex.recipes import MOMENTUM_RULES
 
-VELOCITY = "momentum_buffer"  # where both rules keep it, as torch does
-RATE = "rate"  # of a group, on its device: learning rate, momentum, weight decay
-_WRITTEN = "rate_written"  # what RATE holds
+BUFFER = "momentum_buffer"  # where both rules keep it, as torch does
 
 
 class PaperSGD(torch.optim.Optimizer):
@@ -59,9 +57,9 @@ class PaperSGD(torch.optim.Optimizer):
 
     def _update(self, weights: list[torch.Tensor], group: dict[str, Any]) -> None:
         for w in weights:
-            if VELOCITY not in self.state[w]:
-                self.state[w][VELOCITY] = torch.zeros_like(w)
-        velocities = [self.state[w][VELOCITY] for w in weights]
+            if BUFFER not in self.state[w]:
+                self.state[w][BUFFER] = torch.zeros_like(w)
+        velocities = [self.state[w][BUFFER] for w in weights]
         lr, decay = group["lr"], group["weight_decay"]
         torch._foreach_mul_(velocities, group["momentum"])
         if decay:
@@ -134,7 +132,7 @@ def build_optimizer(
     # From zero, not from the first gradient: torch's fused step makes the buffers without filling
     # them, and where the first step overflows in float16 it leaves them like that.
     for parameter in model.parameters():
-        optimizer.state[parameter][VELOCITY] = torch.zeros_like(parameter)
+        optimizer.state[parameter][BUFFER] = torch.zeros_like(parameter)
     set_learning_rate(optimizer, lr)
     return optimizer
 
@@ -144,36 +142,76 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         fixed = group.get("fixed_lr")
         group["lr"] = lr * group["lr_multiplier"] if fixed is None else fixed
-        if RATE in group:
-            _write_rate(group)
 
 
-def set_rates(optimizer: torch.optim.Optimizer) -> None:
-    """Keep each group's rate in device memory too, where kernels read it; from now on."""
+class Rates:
+    """The rates of an optimizer in device memory, where kernels read them.
+
+    Three float32 for each group: learning rate, momentum, weight decay.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._groups = {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+        firsts = [group["params"][0] for group in optimizer.param_groups]
+        self._rates = [torch.empty(3, device=first.device) for first in firsts]
+        self._written: list[tuple[float | None, ...]] = [(None, None, None)] * len(firsts)
+
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The rates of a parameter's group; ``follow`` changes them in place."""
+        return self._rates[self._groups[parameter]]
+
+    def follow(self) -> None:
+        """Write what is new in ``param_groups``: a rate that stays costs no launch."""
+        for i, group in enumerate(self._optimizer.param_groups):
+            now = tuple(float(group[name]) for name in ("lr", "momentum", "weight_decay"))
+            for place, (value, before) in enumerate(zip(now, self._written[i], strict=True)):
+                if value != before:
+                    # Filled and not copied: a copy from the host waits for the GPU to be done.
+                    self._rates[i][place].fill_(value)
+            self._written[i] = now
+
+
+def update_rule(optimizer: torch.optim.Optimizer) -> str:
+    """The rule of ``fastalex_kernels.momentum.RULES`` that an optimizer follows.
+
+    Raises:
+        ValueError: where it follows another, or has an option that this one has not.
+    """
+    if type(optimizer) is PaperSGD:
+        return "paper"
+    if type(optimizer) is not torch.optim.SGD:
+        raise ValueError(
+            f"optimizer: expected torch.optim.SGD or PaperSGD, got {type(optimizer).__name__}"
+        )
     for group in optimizer.param_groups:
-        group[RATE] = torch.empty(3, device=group["params"][0].device)
-        group[_WRITTEN] = (None, None, None)
-        _write_rate(group)
+        for name in ("dampening", "nesterov", "maximize"):
+            if group[name]:
+                raise ValueError(f"optimizer: {name}={group[name]} is not what the kernels apply")
+    return "torch"
 
 
-def _write_rate(group: dict[str, Any]) -> None:
-    """Write what is new: a rate that stays costs no launch."""
-    now = (group["lr"], group["momentum"], group["weight_decay"])
-    for place, (value, before) in enumerate(zip(now, group[_WRITTEN], strict=True)):
-        if value != before:
-            # Filled and not copied: a copy from the host's memory waits for the GPU to be done.
-            group[RATE][place].fill_(value)
-    group[_WRITTEN] = now
+def gradient_norms(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The Euclidean norm of each parameter's ``grad``, float64 scalars.
+
+    torch sums a norm on a CPU one element after the other: in float32 that loses three digits over
+    the 38 million of fc6.
+    """
+    return {
+        name: torch.linalg.vector_norm(p.grad, dtype=torch.float64)
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
 
 
-def velocities(model: AlexNet, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The velocity of each parameter by name, as ``set_velocities`` takes them."""
-    return {name: optimizer.state[p][VELOCITY] for name, p in model.named_parameters()}
+def momentum_buffers(model: AlexNet, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The momentum buffer of each parameter by name, as ``set_momentum_buffers`` takes them."""
+    return {name: optimizer.state[p][BUFFER] for name, p in model.named_parameters()}
 
 
-def set_velocities(
+def set_momentum_buffers(
     model: AlexNet, optimizer: torch.optim.Optimizer, values: dict[str, torch.Tensor]
 ) -> None:
-    """Go on with ``values``, from ``velocities``, in the memory layout of the parameters."""
-    for name, velocity in velocities(model, optimizer).items():
-        velocity.copy_(values[name])
+    """Go on with ``values``, from ``momentum_buffers``, in the memory layout of the parameters."""
+    for name, buffer in momentum_buffers(model, optimizer).items():
+        buffer.copy_(values[name])

@@ -5,17 +5,15 @@ along ``tower`` lie the two halves of one net, along ``data`` copies of it. ``pa
 every layer to this process's tower and puts the exchanges of P§3.5 before the four layers that
 read both towers: conv3, fc6, fc7 and fc8.
 
-An exchange swaps this tower's maps for the other's and sets tower 0's first, so that what follows
-sees what one process would. Backward, each process holds a gradient for both halves; it sends the
-other's half away, and adds the one it receives to its own. The last layer is whole on both
-processes (the authors had it on the first alone): both know the loss, and its exchange needs no
-backward traffic. One process, two towers and any number of replicas agree to rounding, dropout
+An exchange sends this tower's maps and gets the other's, and sets tower 0's first, so that what
+follows sees what one process would. Backward, each process holds a gradient for both halves; it
+sends the other's half away, and adds the one it receives to its own. The last layer is whole on
+both processes (the authors had it on the first alone): both know the loss, and its exchange needs
+no backward traffic. One process, two towers and any number of replicas agree to rounding, dropout
 included, because masks and weights are functions of their place in the whole net.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +21,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastalex.exchange import TOWERS, Exchange, TowerExchange, check_copies, dense, gather_towers
-from fastalex.fused_update import gradient_norms
 from fastalex.layers import Conv2dReLU, CounterDropout, LinearReLUDropout, LRNMaxPool2d
 from fastalex.model import AlexNet
 from fastalex.nvtx_ranges import nvtx_range
@@ -76,7 +73,7 @@ def cut_to_tower(model: AlexNet, exchange: Exchange | None) -> None:
         reads_both = layer is not model.features[0] and getattr(layer, "groups", 1) == 1
         whole = layer is model.classifier[-1]
         if reads_both and exchange is not None:
-            layer.register_forward_pre_hook(_gather_input(exchange, summed=not whole))
+            layer.register_forward_pre_hook(GatherInput(exchange, summed=not whole))
         if not whole:
             _cut(layer, rank)
     for norm in model.features.modules():
@@ -88,11 +85,14 @@ def _layers(model: AlexNet) -> list[nn.Conv2d | nn.Linear]:
     return [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
 
 
-def _gather_input(exchange: Exchange, summed: bool) -> Any:
-    def hook(layer: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (gather_towers(inputs[0], exchange, summed, layer),)
+class GatherInput:
+    """Gives a layer both towers' halves of its input, as a hook before its forward pass."""
 
-    return hook
+    def __init__(self, exchange: Exchange, summed: bool) -> None:
+        self.exchange, self.summed = exchange, summed
+
+    def __call__(self, layer: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (gather_towers(inputs[0], self.exchange, self.summed),)
 
 
 def _cut(layer: nn.Conv2d | nn.Linear, tower: int) -> None:
@@ -152,14 +152,15 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh, share: float | None = N
         gradient.copy_(total.view(gradient.shape))
 
 
-def gradient_norm(model: AlexNet, mesh: DeviceMesh) -> torch.Tensor:
+def gradient_norm(norms: dict[str, torch.Tensor], model: AlexNet, mesh: DeviceMesh) -> torch.Tensor:
     """The Euclidean norm of the whole net's gradient, a scalar; every process takes part.
 
     Args:
-        model: after backward and ``reduce_gradients``.
+        norms: of this process's gradients by parameter, those of the whole batch.
+        model: whose gradients they are.
         mesh: from ``init_mesh``.
     """
-    whole, norms = _whole_names(model), gradient_norms(model)
+    whole = _whole_names(model)
     parts = [g for name, g in norms.items() if name not in whole]
     shared = [g for name, g in norms.items() if name in whole]
     total = torch.nn.utils.get_total_norm(parts).square()

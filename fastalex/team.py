@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from fastalex import parallel
 from fastalex.exchange import TowerExchange, check_copies
-from fastalex.fused_update import gradient_norms
 from fastalex.launch import TrainingError, World, is_lost_peer
 from fastalex.meter import Stopwatch
 from fastalex.model import AlexNet
@@ -57,23 +56,16 @@ class Team:
         parallel.set_row_offset(model, self.replica * rows)
         return model
 
-    def both_towers(self, verdict: bool) -> bool:
-        """Whether ``verdict`` is true in every tower of this net, each of which asks."""
-        if self._exchange is None:
-            return verdict
-        theirs = self._exchange.swap(torch.tensor([float(verdict)], device=self.device))
-        return verdict and bool(theirs.item())
-
     def reduce_gradients(self, model: AlexNet) -> None:
         if self._mesh is not None and self.replicas > 1:
             with self.stopwatch.running(self.device):
                 parallel.reduce_gradients(model, self._mesh)
 
-    def gradient_norm(self, model: AlexNet) -> torch.Tensor:
-        """The norm of the whole net's gradient; every process takes part."""
+    def gradient_norm(self, norms: dict[str, torch.Tensor], model: AlexNet) -> torch.Tensor:
+        """The norm of the whole net's gradient, of each parameter's; every process takes part."""
         if self._mesh is None:
-            return torch.nn.utils.get_total_norm(list(gradient_norms(model).values()))
-        return parallel.gradient_norm(model, self._mesh)
+            return torch.nn.utils.get_total_norm(list(norms.values()))
+        return parallel.gradient_norm(norms, model, self._mesh)
 
     def largest(self, values: torch.Tensor) -> None:
         """Make ``values`` the largest of all processes."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from fastalex_kernels._begun import HALVES, carry
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -16,7 +17,6 @@ from fastalex.layers import Linear, LinearReLUDropout
 from fastalex.recorded_step import Layer, default_dtype
 from fastalex.tuning_candidates import candidates, follows_tile
 from fastalex_kernels import backend
-from fastalex_kernels._begun import HALVES, carry
 from fastalex_kernels._launch import record_launches, run
 from fastalex_kernels._linear_update import linear_backward_weight_update
 from fastalex_kernels._tuned import Key, Tile, choosing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ def evaluate(model: AlexNet, batches: Batches, team: Team) -> Accuracy:
         labels = batch.labels
         if len(labels) == 0:  # a short last batch may leave a replica without images
             continue
-        logits = model(batches.augment.for_layer(model.features[0], *batch.pixels)).float()
+        logits = model(batches.augment(*batch.pixels)).float()
         ranked = logits.topk(min(TOP, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         counts = (loss, ranked[:, 0].sum(), ranked.sum(), logits.new_tensor(len(labels)))
@@ -57,23 +58,46 @@ def fetch(
 
     The wait for each, inside ``waiting()``, is on a profiler's time line.
     """
-    stream = None
     if device.type == "cuda":
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        yield from _copied(_waited(batches, waiting), device)
+    else:
+        yield from _waited(batches, waiting)
+
+
+def _waited(
+    batches: Iterator[Batch], waiting: Callable[[], contextlib.AbstractContextManager[None]]
+) -> Iterator[Batch]:
     while True:
         with nvtx_range("data"), waiting():
             batch = next(batches, None)
         if batch is None:
             return
-        yield batch.to(device) if stream is None else _copied(batch, device, stream)
+        yield batch
 
 
-def _copied(batch: Batch, device: torch.device, stream: torch.cuda.Stream) -> Batch:
-    """The batch on a GPU, copied on a stream of its own, which later work waits for."""
-    with torch.cuda.stream(stream):
-        moved = batch.to(device)
-    current = torch.cuda.current_stream(device)
-    current.wait_stream(stream)
-    for tensor in (*moved.pixels, moved.labels):
-        tensor.record_stream(current)  # its memory is free once that stream is done with it
-    return moved
+def _copied(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on a GPU, in two sets of memory by turns, copied on a stream of its own.
+
+    A set is written again when the work that was given out with it is done.
+    """
+    stream, current = _copy_stream(device), torch.cuda.current_stream(device)
+    places: list[Batch | None] = [None, None]
+    free: list[torch.cuda.Event | None] = [None, None]
+    for number, batch in enumerate(batches):
+        turn = number % 2
+        place, done = places[turn], free[turn]
+        if place is None or place.images.shape != batch.images.shape:
+            place = batch.empty(device)
+            stream.wait_stream(current)
+        elif done is not None:
+            stream.wait_event(done)
+        with torch.cuda.stream(stream):
+            places[turn] = place = batch.copy_to(place)
+        current.wait_stream(stream)
+        yield place
+        free[turn] = current.record_event()
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call,no-any-return]

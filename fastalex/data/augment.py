@@ -7,17 +7,13 @@ batch. ``Augment`` applies them and draws nothing itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 import fastalex_kernels as kernels
 from fastalex.data.normalization import Normalization
-from fastalex.layers import BLOCK, Conv2dReLU, SpaceToDepth
-from fastalex_kernels._launch import use_triton
 
 AUGMENTATIONS = {
     "none": "the centre crop",
@@ -45,6 +41,10 @@ class Augment:
 
     No value of its arguments is read by the host, so that a CUDA graph can hold a call.
 
+    Attributes:
+        size: as given.
+        mean, scale, centred: what ``fastalex_kernels.augment`` takes under these names.
+
     Args:
         normalization: mean and deviation; its mean image, if any, has the side of the images.
         size: side in pixels of what comes out.
@@ -64,19 +64,19 @@ class Augment:
         device: torch.device,
         colored: bool = False,
     ) -> None:
-        self._size = size
+        self.size = size
         std = torch.tensor(normalization.std) * (COLOR_SCALE if colored else 1.0)
-        self._scale = (1 / std).to(device)
-        self._mean = torch.tensor(normalization.mean, device=device)
-        self._centred = False
+        self.scale = (1 / std).to(device)
+        self.mean = torch.tensor(normalization.mean, device=device)
+        self.centred = False
         image = normalization.mean_image
         if image is None:
             return
         spare = len(image.pixels) - size
         if spare < 0:
             raise ValueError(f"size: expected at most the mean image's {size + spare}, got {size}")
-        self._mean = torch.from_numpy(image.pixels).to(device)
-        self._centred = image.centred
+        self.mean = torch.from_numpy(image.pixels).to(device)
+        self.centred = image.centred
 
     def __call__(
         self,
@@ -98,43 +98,11 @@ class Augment:
             [n, 3, size, size], stored channels last; float32, or under autocast its dtype, as the
             first layer would round it.
         """
-        return self._run(images, tops, lefts, mirrors, colors)
-
-    def for_layer(self, layer: nn.Module, *pixels: torch.Tensor) -> torch.Tensor | SpaceToDepth:
-        """The batch as a net reads it that begins with ``layer``.
-
-        Where kernels run, one makes of the bytes what the first convolution reads, if that can
-        read blocks. For any other layer, and for torch's own convolution, it is the images.
-
-        Args:
-            layer: the net's first.
-            pixels: what a call takes.
-        """
-        padding = None
-        if isinstance(layer, Conv2dReLU) and use_triton(pixels[0]):
-            padding = layer.block_padding(self._size)
-        if padding is None:
-            return self(*pixels)
-        assert isinstance(layer, Conv2dReLU)
-        kernel_size = layer.kernel_size[0]
-        blocks = self._run(*pixels, padding=padding, space_to_depth=BLOCK, kernel_size=kernel_size)
-        shape = torch.Size((len(blocks), 3, self._size, self._size))
-        return SpaceToDepth(blocks, shape, kernel_size, padding)
-
-    def _run(
-        self,
-        images: torch.Tensor,
-        tops: torch.Tensor,
-        lefts: torch.Tensor,
-        mirrors: torch.Tensor,
-        colors: torch.Tensor | None = None,
-        **form: Any,
-    ) -> torch.Tensor:
         kind = images.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        normalization = (colors, self._mean, self._scale, self._size)
+        normalization = (colors, self.mean, self.scale, self.size)
         return kernels.augment(
-            images, tops, lefts, mirrors, *normalization, dtype=dtype, centred=self._centred, **form
+            images, tops, lefts, mirrors, *normalization, dtype=dtype, centred=self.centred
         )
 
 

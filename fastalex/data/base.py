@@ -76,14 +76,23 @@ class Batch:
         drawn = (self.images, self.tops, self.lefts, self.mirrors)
         return drawn if self.colors is None else (*drawn, self.colors)
 
-    def to(self, device: torch.device) -> Batch:
-        """The batch on ``device``; the host does not wait for the copy of page-locked memory."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if value is not None and name != "indices"
-        }
-        return replace(self, **moved)
+    def empty(self, device: torch.device) -> Batch:
+        """Memory on ``device`` for a batch of this one's shapes."""
+        import torch
+
+        return replace(self, **{n: torch.empty_like(x, device=device) for n, x in self._moved()})
+
+    def copy_to(self, place: Batch) -> Batch:
+        """This batch, copied into the memory of ``place``.
+
+        The host does not wait for the copy of page-locked memory.
+        """
+        for name, x in self._moved():
+            getattr(place, name).copy_(x, non_blocking=True)
+        return replace(place, indices=self.indices)
+
+    def _moved(self) -> list[tuple[str, torch.Tensor]]:
+        return [(n, x) for n, x in vars(self).items() if x is not None and n != "indices"]
 
 
 class ImageCache:

@@ -1,0 +1,149 @@
+"""What becomes of a layer's gradients in a training step: how its parameters change.
+
+``FusedUpdate`` applies each gradient in the kernel that makes it. ``StoredGradients`` leaves it in
+``parameter.grad`` for the optimizer, which is what a framework does, and what the fused form is
+measured against.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fastalex.layers import Conv2dReLU
+from fastalex_kernels._conv2d_arguments import depth_to_space_weight
+from fastalex_kernels._epilogue import epilogue_backward
+from fastalex_kernels._launch import call
+from fastalex_kernels._linear_update import linear_backward_weight_update
+from fastalex_kernels._reduce import sum_partials
+from fastalex_kernels.conv2d_relu import pack_weight
+from fastalex_kernels.linear_relu_dropout import matmul
+from fastalex_kernels.momentum import MomentumUpdate, Updates, sum_updates
+
+Tensor = torch.Tensor
+
+
+class Update(Protocol):
+    """A layer's parameters in a step: what its products read, and where its gradients go."""
+
+    updates: Updates
+
+    def weight(self) -> Tensor: ...
+
+    def bias(self) -> Tensor | None: ...
+
+    def convolution(self, part: Tensor, bias_partials: Tensor) -> None:
+        """Take partials of the packed weight's gradient [parts, R, S, C, K], and of the bias's."""
+
+    def linear(self, dz: Tensor, x: Tensor, p: float) -> None:
+        """Take the factors of the weight's gradient, dz^T x / (1 - p)."""
+
+    def torch(self, gradients: list[Tensor]) -> None:
+        """Take whole gradients, in the order of the parameters."""
+
+
+def momentum_update(
+    parameter: nn.Parameter,
+    buffer: Tensor,
+    rate: Tensor,
+    rule: str,
+    dtype: torch.dtype,
+    layer: nn.Module | None,
+) -> MomentumUpdate:
+    """The update of a parameter of ``layer``, which has kernels, or else of None.
+
+    The products of kernels read a copy where they need another dtype or another layout.
+    """
+    pack, operand = _itself, None
+    convolution = isinstance(layer, Conv2dReLU) and parameter.dim() == 4
+    stride = layer.stride[0] if isinstance(layer, Conv2dReLU) else 1
+    if convolution:
+        pack = partial(pack_weight, stride=stride)
+    if layer is not None and (dtype != torch.float32 or (convolution and stride > 1)):
+        shape = pack(parameter.detach()).shape
+        operand = parameter.new_empty(shape, dtype=dtype, requires_grad=False)
+    return MomentumUpdate(parameter, buffer, rate, rule, operand, pack)
+
+
+def _itself(parameter: Tensor) -> Tensor:
+    return parameter
+
+
+class FusedUpdate:
+    """Gradients are applied where they are made, and never stored."""
+
+    def __init__(self, layer: nn.Module, updates: Updates) -> None:
+        self.updates = updates
+        self._convolution = isinstance(layer, Conv2dReLU)
+        self._stride = layer.stride[0] if isinstance(layer, Conv2dReLU) else 1
+
+    def weight(self) -> Tensor:
+        update = self.updates.weight
+        if self._convolution and update.operand is None:
+            return pack_weight(update.parameter.detach())  # a view: it is in that order
+        return update.read()
+
+    def bias(self) -> Tensor | None:
+        return None if self.updates.bias is None else self.updates.bias.read()
+
+    def convolution(self, part: Tensor, bias_partials: Tensor) -> None:
+        sum_updates(self.updates, part, bias_partials, self._stride)
+
+    def linear(self, dz: Tensor, x: Tensor, p: float) -> None:
+        linear_backward_weight_update(dz, x, *self.updates, p=p)
+
+    def torch(self, gradients: list[Tensor]) -> None:
+        for update, gradient in zip(self.updates, gradients, strict=False):
+            assert update is not None
+            if update.squares is None:
+                update.squares = update.rate.new_empty(1)
+            update.apply(gradient, update.squares)
+
+
+class StoredGradients(FusedUpdate):
+    """Gradients are left in ``parameter.grad``, float32, for an optimizer."""
+
+    def __init__(self, layer: nn.Module, updates: Updates) -> None:
+        super().__init__(layer, updates)
+        self._gradients = [torch.empty_like(update.parameter) for update in self._present()]
+
+    def attach(self) -> None:
+        """Give the parameters their gradients, which an optimizer may have taken away."""
+        for update, gradient in zip(self._present(), self._gradients, strict=True):
+            update.parameter.grad = gradient
+
+    def _present(self) -> list[MomentumUpdate]:
+        return [update for update in self.updates if update is not None]
+
+    def convolution(self, part: Tensor, bias_partials: Tensor) -> None:
+        packed = sum_partials(part, part.new_empty(part.shape[1:]))
+        weight, bias = self._gradients
+        if self._stride > 1:
+            call(_copy_blocks, weight, packed, weight.shape, (self._stride, self._stride))
+        else:
+            call(weight.copy_, packed.permute(3, 2, 0, 1))
+        sum_partials(bias_partials, bias)
+
+    def linear(self, dz: Tensor, x: Tensor, p: float) -> None:
+        weight, bias = self._gradients
+        call(weight.copy_, matmul(dz.t(), x, p=p))
+        rows = dz
+        if dz.stride(0) != dz.shape[1]:
+            rows = dz.new_empty(dz.shape)
+            call(rows.copy_, dz)
+        _, sums = epilogue_backward(rows, None, need_dz=False, need_sums=True)
+        assert sums is not None
+        sum_partials(sums, bias)
+        if p:
+            call(bias.mul_, 1.0 / (1.0 - p))
+
+    def torch(self, gradients: list[Tensor]) -> None:
+        for stored, gradient in zip(self._gradients, gradients, strict=True):
+            stored.copy_(gradient)
+
+
+def _copy_blocks(out: Any, packed: Tensor, shape: torch.Size, stride: tuple[int, int]) -> None:
+    out.copy_(depth_to_space_weight(packed, shape, stride))
