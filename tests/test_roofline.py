@@ -19,7 +19,7 @@ def test_the_steps_of_a_program_are_its_taps_that_touch_the_image() -> None:
     (event,) = [e for e in step.events if e.layer == "conv2" and e.launch is not None]
     assert event.launch is not None
     compiled = offline.compile_launch(event.launch, "sm_90")
-    work = ttir.read(compiled.asm["ttir"]).work(event.launch.grid, event.launch.named_args)
+    work = ttir.read(compiled.asm["ttir"]).work(event.launch.grid, event.launch.named)
     inside = [sum(0 <= p + r - 2 < 27 for r in range(5)) for p in range(27)]
     expected = sorted(a * b for a in inside for b in inside)
     (trips,) = work.trips
@@ -56,7 +56,7 @@ def test_from_bytes_to_the_first_convolution_is_one_kernel(
     assert augment is not None
     assert convolution is not None
     assert augment.name == "_augment_kernel"
-    assert augment.named_args["images_ptr"].shape == (128, 256, 256, 3)
+    assert augment.named["images_ptr"].shape == (128, 256, 256, 3)
     backward = [e.name for e in events if e.layer == "conv1" and e.phase == "backward"]
     assert not [name for name in backward if name.startswith("aten")]
 

@@ -89,7 +89,7 @@ def test_no_gradient_is_made_that_nobody_can_ask_for(mode: Any) -> None:
         fk.cross_entropy(logits, target, torch.empty(()))
 
     launches = [x for x in offline.record("sm_90", step) if "cross_entropy" in x.name]
-    assert [x.kwargs["GRADIENT"] for x in launches] == [False, False, True]
+    assert [x.named["GRADIENT"] for x in launches] == [False, False, True]
 
 
 # Shape, dtype, and whether 16 bytes are what every access to logits and gradient can have.

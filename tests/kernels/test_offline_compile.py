@@ -95,7 +95,7 @@ def test_masks_from_the_layer_behind(layer: str, target: str) -> None:
         _check(target, made)
         if dtype == torch.bfloat16:
             _check_products(target, made)
-        masking = [launch.name for launch, _ in made if launch.kwargs.get("MASK")]
+        masking = [launch.name for launch, _ in made if launch.named.get("MASK")]
         assert len(masking) == 1, "what writes the gradient, and nothing before it"
         # The last layer undoes its own ReLU, if it has one; the layer before it need not.
         apart = [launch.name for launch, _ in made if "epilogue" in launch.name]
@@ -128,7 +128,7 @@ def test_dropout_inside_a_product(layer: str, target: str) -> None:
     """A large batch fills the GPU without a split, and the product draws the mask itself."""
     made = _made(target, layer, 1024, torch.bfloat16)
     _check(target, made)
-    assert any(launch.kwargs.get("DROPOUT") and launch.kwargs["SPLIT"] == 1 for launch, _ in made)
+    assert any(launch.named.get("DROPOUT") and launch.named["SPLIT"] == 1 for launch, _ in made)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -187,7 +187,7 @@ def _copy_kernel(x_ptr, y_ptr, n, BLOCK: triton.language.constexpr):
 
 def _copy(n: int, offset: int = 0) -> offline.Launch:
     x = torch.empty(n + offset, device="meta")[offset:]
-    return offline.Launch(_copy_kernel, (1,), (x, x, n), {"BLOCK": 512})
+    return offline.Launch("", "", _copy_kernel, (1,), [x, x, n, 512], {})
 
 
 def test_a_launch_is_specialised_as_on_a_gpu() -> None:
@@ -227,7 +227,7 @@ def test_an_unknown_target(function: Any) -> None:
 
 
 def test_named_arguments() -> None:
-    arguments = _copy(4096).named_args
+    arguments = _copy(4096).named
     assert list(arguments) == ["x_ptr", "y_ptr", "n", "BLOCK"]
     assert (arguments["n"], arguments["BLOCK"]) == (4096, 512)
 
@@ -238,7 +238,7 @@ def test_an_expanded_tensor_is_not_described_to_the_memory_accelerator() -> None
             x, w = (torch.empty(n, 64, dtype=torch.bfloat16) for n in (rows, 64))
             fk.linear_relu_dropout(x.expand(128, 64), w, p=0.0)
 
-        return [launch.kwargs["TMA"] for launch in offline.record("sm_90", step)]
+        return [launch.named["TMA"] for launch in offline.record("sm_90", step)]
 
     assert tma(rows=128) == [True]
     assert tma(rows=1) == [False]

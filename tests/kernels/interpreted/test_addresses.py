@@ -33,7 +33,8 @@ def _fill_far_kernel(y_ptr, n, BLOCK: tl.constexpr):
 
 
 def _fill(kernel: object, n: int) -> Launch:
-    return Launch(kernel, (n // 1024,), (torch.empty(n, device="meta"), n), {"BLOCK": 1024})
+    x = torch.empty(n, device="meta")
+    return Launch("", "", kernel, (n // 1024,), [x, n, 1024], {})
 
 
 def test_an_index_that_wraps_is_found() -> None:
