@@ -7,7 +7,7 @@ launches. What each call of torch's among them moves is seen while the step is d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _launched(self, launch: Launch, run: Any) -> None:
         transfer = getattr(launch.kernel, "__self__", None)
         if launch.grid is not None:
-            self._add(Event(launch.layer, launch.phase, launch.name, offline.without_data(launch)))
+            self._add(Event(launch.layer, launch.phase, launch.name, launch))
         elif isinstance(transfer, LoopbackTransfer):
             self._exchanged(launch, transfer)
         else:
@@ -178,7 +178,7 @@ def _size(tensors: Sequence[torch.Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _layers(model: AlexNet, batch: int) -> dict[str, Layer]:
+def layers_of(model: AlexNet, batch: int) -> dict[str, Layer]:
     """The layers by name, in order, as they are given published images."""
     layers: dict[str, Layer] = {}
     made: tuple[int, ...] = (batch, 3, model.variant.image_size, model.variant.image_size)
@@ -242,10 +242,14 @@ def record_step(
             model.seed_dropout(0, 1)
             train_step(images, labels)
         recorded.parameters = [p.numel() for p in model.parameters()]
+    recorded.events = [
+        e if e.launch is None else replace(e, launch=offline.without_data(e.launch))
+        for e in recorded.events
+    ]
     made = next(e.launch for e in recorded.events if e.launch is not None).named["out_ptr"]
     crops = (batch, 3, size, size)
     recorded.layers = {
         "augment": Layer("augment", augment, crops, tuple(made.shape), None, False),
-        **_layers(model, batch),
+        **layers_of(model, batch),
     }
     return recorded
