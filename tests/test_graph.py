@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastalex.fused_update import fuse_updates, lay_out
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,7 +18,6 @@ from fastalex import AlexNet, train
 from fastalex.checkpoint import load_weights
 from fastalex.data.augment import Augment
 from fastalex.data.normalization import Normalization
-from fastalex.fused_update import fuse_updates, lay_out
 from fastalex.graph import WARM_UP, Graphed
 from fastalex.optim import build_optimizer, set_learning_rate
 from fastalex.recorded_step import tensor_of

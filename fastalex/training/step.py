@@ -368,10 +368,15 @@ class TrainStep:
     def _inputs(self, images: Any, labels: torch.Tensor) -> Inputs:
         """The tensors that the program reads: the images, or five of bytes; and the labels."""
         images = getattr(images, "pixels", images)
+        count = len(images if isinstance(images, torch.Tensor) else images[0])
+        if labels.dtype != torch.int64 or labels.shape != (count,):
+            came = f"{labels.dtype} {list(labels.shape)}"
+            raise ValueError(f"labels: expected int64 [{count}], got {came}")
         if isinstance(images, torch.Tensor):
             if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
                 came = f"{images.dtype} {tuple(images.shape)}"
                 raise ValueError(f"images: expected floats [N, 3, H, W], got {came}")
+            self.model.check_image_size(images.shape[2], images.shape[3])
             return [images, labels]
         if self._augment is None:
             raise ValueError("images: bytes need augment=, which says what becomes of them")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from fastalex_kernels._begun import Begun, carry
 
 from fastalex.tuning_candidates import candidates
 from fastalex_kernels import _launch, _lrn_chunks, _tuned, reference
-from fastalex_kernels._begun import Begun, carry
 from fastalex_kernels._launch import record_launches
 from fastalex_kernels._lrn_chunks import Norm
 from fastalex_kernels.linear_relu_dropout import begin_linear, linear_relu_dropout
