@@ -6,8 +6,9 @@ launches. What each call of torch's among them moves is seen while the step is d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,9 +119,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.step, self._infer, self._place = step, infer, ("step", "forward")
         self._started: dict[LoopbackTransfer, int] = {}
         for launch in launches:
-            launch.run = lambda stream, launch=launch, run=launch.run: self._launched(launch, run)
+            launch.run = partial(self._launched, launch, launch.run)
 
-    def _launched(self, launch: Launch, run: Any) -> None:
+    def _launched(self, launch: Launch, run: Callable[[None], object], stream: object) -> None:
         transfer = getattr(launch.kernel, "__self__", None)
         if launch.grid is not None:
             self._add(Event(launch.layer, launch.phase, launch.name, launch))
@@ -158,8 +159,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 read = [x for x in read if not any(x is y for y in written)]
             if read or written:
                 sizes = tuple(x.numel() for x in read)
-                moved = _size(read), _size(written), sizes
-                self._add(Event(*self._place, f"aten.{name}", None, *moved))
+                event = Event(
+                    *self._place, f"aten.{name}", None, _size(read), _size(written), sizes
+                )
+                self._add(event)
         return result
 
 
@@ -224,17 +227,20 @@ def record_step(
         variant: of ``fastalex.AlexNet``.
 
     Raises:
-        ValueError: for 2 towers of a variant that has one.
+        ValueError: for 2 towers of a variant that has one, or float16, which a step does not run.
     """
     recorded = Step()
     with FakeTensorMode(allow_non_fake_inputs=True), record_launches(target, lambda *_: None):
         model = AlexNet(variant=variant).train(step == "train")
+        if towers > model.variant.towers:
+            raise ValueError(f"towers: variant {variant} has {model.variant.towers}, got {towers}")
         if towers > 1:
             parallel.cut_to_tower(model, LoopbackExchange())
         size = model.variant.image_size
         augment = Augment(_CHANNELS, size, torch.device("cpu"))
         optimizer = build_optimizer(model, lr=0.01)
-        train_step = TrainStep(model, optimizer, PRECISIONS[dtype], augment=augment)
+        precision = PRECISIONS.get(dtype, dtype)
+        train_step = TrainStep(model, optimizer, precision, augment=augment)
         images, labels = _batch(batch, size)
         model.seed_dropout(0, 0)
         train_step(images, labels)
