@@ -47,7 +47,6 @@ class Event:
         name: of the kernel or operator.
         launch: the launch, its tensors without data; None for an operator.
         read, written: bytes an operator moves.
-        sizes: elements of the tensors an operator reads.
     """
 
     layer: str
@@ -56,7 +55,6 @@ class Event:
     launch: Launch | None = None
     read: int = 0
     written: int = 0
-    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,11 +156,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if name in _OVERWRITES or "out" in (kwargs or {}):
                 read = [x for x in read if not any(x is y for y in written)]
             if read or written:
-                sizes = tuple(x.numel() for x in read)
-                event = Event(
-                    *self._place, f"aten.{name}", None, _size(read), _size(written), sizes
-                )
-                self._add(event)
+                moved = _size(read), _size(written)
+                self._add(Event(*self._place, f"aten.{name}", None, *moved))
         return result
 
 
