@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import fastalex_kernels as kernels
 from fastalex.data.augment import Augment
@@ -52,7 +53,7 @@ from fastalex.training.passes import (
     images_as_maps,
 )
 from fastalex.training.updates import FusedUpdate, StoredGradients, Update, momentum_update
-from fastalex_kernels._launch import call, interpreted, use_triton
+from fastalex_kernels._launch import aligned, call, interpreted, use_triton
 from fastalex_kernels.augment import augment_forward, padded_lines
 from fastalex_kernels.conv2d_relu import pack_weight
 from fastalex_kernels.cross_entropy import cross_entropy_forward
@@ -193,9 +194,7 @@ class TrainStep:
         """
         self._follow()
         inputs = self._inputs(images, labels)
-        shapes = [
-            (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in inputs if x is not None
-        ]
+        shapes = [(x.shape, x.stride(), x.dtype, aligned(x)) for x in inputs if x is not None]
         key = (self.model.training, *shapes)
         recorded = self._recorded.get(key)
         if recorded is None:
@@ -414,7 +413,7 @@ class TrainStep:
                 with torch.no_grad():
                     update.buffer.zero_() if given is None else update.buffer.copy_(given)
                 held[BUFFER] = update.buffer
-            now = (update.parameter.data_ptr(), update.parameter._version)
+            now = (_address(update.parameter), update.parameter._version)
             if now != self._seen[name]:
                 update.refresh()
                 self._seen[name] = now
@@ -423,7 +422,7 @@ class TrainStep:
         here = dict(self.model.named_parameters())
         return here.keys() == self._updates.keys() and all(
             here[name] is update.parameter
-            and (self._seen[name][0] in (0, update.parameter.data_ptr()))
+            and (self._seen[name][0] in (0, _address(update.parameter)))
             for name, update in self._updates.items()
         )
 
@@ -445,7 +444,7 @@ class TrainStep:
         ]
         torch.autograd.graph.increment_version(written)
         for name, update in self._updates.items():
-            self._seen[name] = (update.parameter.data_ptr(), update.parameter._version)
+            self._seen[name] = (_address(update.parameter), update.parameter._version)
         self._counted = self.model.dropout_version()
 
 
@@ -490,6 +489,11 @@ def _chain(model: AlexNet) -> Iterator[tuple[str, nn.Module | None]]:
     for module in model.classifier.modules():
         if module in names:
             yield names[module], module
+
+
+def _address(x: torch.Tensor) -> int:
+    """Where ``x`` begins; 0 of a tensor without data."""
+    return 0 if isinstance(x, FakeTensor) else x.data_ptr()
 
 
 def _gather_hook(layer: nn.Module) -> GatherInput | None:
