@@ -6,7 +6,7 @@ launches. What each call of torch's among them moves is seen while the step is d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from fastalex.model import AlexNet, layer_names
 from fastalex.optim import build_optimizer
 from fastalex.training import TrainStep
 from fastalex_kernels._launch import record_launches
-from fastalex_kernels.program import Launch
+from fastalex_kernels.program import Launch, Run
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS = {"bf16": "bf16", "fp32": "float32"}  # of TrainStep, by the names that reports use
@@ -119,7 +119,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for launch in launches:
             launch.run = partial(self._launched, launch, launch.run)
 
-    def _launched(self, launch: Launch, run: Callable[[None], object], stream: object) -> None:
+    def _launched(self, launch: Launch, run: Run, stream: int) -> None:
         transfer = getattr(launch.kernel, "__self__", None)
         if launch.grid is not None:
             self._add(Event(launch.layer, launch.phase, launch.name, launch))
@@ -127,7 +127,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._exchanged(launch, transfer)
         else:
             self._place = launch.layer, launch.phase
-            run(None)
+            run(stream)
             self._place = ("step", "forward")
 
     def _exchanged(self, launch: Launch, transfer: LoopbackTransfer) -> None:
