@@ -32,7 +32,6 @@ from fastalex_kernels.program import Launch
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS = {"bf16": "bf16", "fp32": "float32"}  # of TrainStep, by the names that reports use
 _CHANNELS = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # a mean and a deviation of each
-_NO_WORK = ("empty", "new_empty", "_unsafe_view", "_local_scalar_dense", "set_", "lift_fresh")
 _OVERWRITES = ("copy_", "fill_", "zero_")  # they write their first tensor without reading it
 
 
@@ -151,7 +150,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name.split("::")[1]
         aliases = [r.alias_info for r in func._schema.returns]
         looks = any(a is not None and not a.is_write for a in aliases)
-        if func.namespace == "aten" and not looks and not name.startswith(_NO_WORK):
+        if func.namespace == "aten" and not looks:
             read, written = _tensors(args, kwargs), _tensors(result)
             if name in _OVERWRITES or "out" in (kwargs or {}):
                 read = [x for x in read if not any(x is y for y in written)]
