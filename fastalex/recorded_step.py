@@ -118,7 +118,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for launch in launches:
             launch.run = partial(self._launched, launch, launch.run)
 
-    def _launched(self, launch: Launch, run: Callable[[None], object], stream: object) -> None:
+    def _launched(self, launch: Launch, run: Callable[[int], object], stream: int) -> None:
         transfer = getattr(launch.kernel, "__self__", None)
         if launch.grid is not None:
             self._add(Event(launch.layer, launch.phase, launch.name, launch))
@@ -126,7 +126,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._exchanged(launch, transfer)
         else:
             self._place = launch.layer, launch.phase
-            run(None)
+            run(stream)
             self._place = ("step", "forward")
 
     def _exchanged(self, launch: Launch, transfer: LoopbackTransfer) -> None:
