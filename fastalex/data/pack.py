@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastalex.command_line import check_output
 from fastalex.data.base import DataError
 from fastalex.data.fingerprint import digest
 from fastalex.data.listing import Listing, class_of
@@ -91,6 +92,7 @@ def pack(
         return _summary(root, 0, 0.0)
     shards = _shards(listing, root, size)
     _require_space(root, _needed(shards))
+    check_output("DST", root, folder=True)
     (root / WORK).mkdir(parents=True, exist_ok=True)
     with _alone(root):
         with replacing(root / WORK / "plan.json") as temporary:

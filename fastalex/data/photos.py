@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from fastalex.command_line import check_output
 from fastalex.data.base import DataError
 
 TRAIN_CROPS = 240
@@ -193,6 +194,7 @@ def write_photos(
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise DataError(f"{folder}: exists and is not an empty folder; name another one")
+    check_output("DIR", folder.parent, folder=True)
     pictures = _pictures_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
