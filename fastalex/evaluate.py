@@ -13,6 +13,7 @@ from typing import Any
 from fastalex.ablations import split_name
 from fastalex.command_line import Parser, check_output, guarded, whole_number
 from fastalex.data import ImageSource
+from fastalex.data.base import printable
 from fastalex.evaluation import CROPS, TOP, Ensemble, Scores, evaluate, open_validation
 from fastalex.files import replacing
 from fastalex.published import RESULTS, Published, is_imagenet
@@ -113,7 +114,7 @@ def report_unreadable(source: ImageSource) -> None:
     """Name on stderr the files of a folder that were left out."""
     unreadable: list[tuple[str, str]] = getattr(source, "unreadable", [])
     for path, reason in unreadable[:_NAMED]:
-        print(f"{path}: left out: {reason}", file=sys.stderr)
+        print(f"{printable(path)}: left out: {reason}", file=sys.stderr)
     if len(unreadable) > _NAMED:
         print(f"and {len(unreadable) - _NAMED} more images left out", file=sys.stderr)
 

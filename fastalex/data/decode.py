@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from fastalex.data.base import Pixels
+from fastalex.data.base import Pixels, retrying
 
 T = TypeVar("T")
 
@@ -28,6 +30,9 @@ FORMATS = {
     ".ppm": "PPM",
     ".pgm": "PPM",
 }
+_NO_MEMORY = "not enough memory to decode it"
+# What ``why`` says of a disk, a network or a machine, and not of a file.
+PASSING = frozenset({_NO_MEMORY, *(os.strerror(code).lower() for code in errno.errorcode)})
 # The only decoders that a file reaches, whatever its name: others start programs (EPS) or are rare.
 _DECODERS = tuple(dict.fromkeys(FORMATS.values()))
 _MEMORY = 360_000_000  # bytes that decoding one file may take
@@ -110,11 +115,11 @@ def _read_rgb(path: Path) -> tuple[Image.Image, int]:
 
 
 def try_read(read: Callable[[Path, int], T], path: Path, size: int) -> T | str:
-    """``read(path, size)``, or why the file can't be read."""
+    """``read(path, size)``, or why the file can't be read, after some tries if it is the disk."""
     try:
         if path.stat().st_size == 0:
             return "empty file"
-        return read(path, size)
+        return retrying(lambda: read(path, size))
     except Exception as error:  # broken files make Pillow raise nearly anything
         return why(error)
 
@@ -128,7 +133,7 @@ def why(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     if isinstance(error, MemoryError):
-        return "not enough memory to decode it"
+        return _NO_MEMORY
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
