@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -191,7 +192,7 @@ def write_photos(
     ):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise DataError(f"{folder}: exists and is not an empty folder; name another one")
     check_output("DIR", folder.parent, folder=True)
