@@ -19,7 +19,26 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
 
-_NO_OPS = ["cuCtxGetDevice", "cuCtxGetLimit", "cuCtxSetCurrent", "cuCtxSetLimit", "cuDeviceGet", "cuFuncSetAttribute", "cuDevicePrimaryCtxRetain", "cuDriverGetVersion", "cuFuncSetCacheConfig", "cuGetErrorString", "cuModuleLoadData", "cuModuleUnload", "cuOccupancyMaxActiveClusters", "cuPointerGetAttribute", "cuStreamIsCapturing", "cuTensorMapEncodeIm2col", "cuInit", "cuDeviceGetCount"]
+_NO_OPS = [
+    "cuCtxGetDevice",
+    "cuCtxGetLimit",
+    "cuCtxSetCurrent",
+    "cuCtxSetLimit",
+    "cuDeviceGet",
+    "cuFuncSetAttribute",
+    "cuDevicePrimaryCtxRetain",
+    "cuDriverGetVersion",
+    "cuFuncSetCacheConfig",
+    "cuGetErrorString",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuOccupancyMaxActiveClusters",
+    "cuPointerGetAttribute",
+    "cuStreamIsCapturing",
+    "cuTensorMapEncodeIm2col",
+    "cuInit",
+    "cuDeviceGetCount",
+]
 _SOURCE = """
 #include <stdint.h>
 #include <string.h>
