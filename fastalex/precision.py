@@ -9,11 +9,6 @@ from fastalex.team import Team
 _NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def product_dtype(precision: str) -> torch.dtype:
-    """What the operands of products are, for one of ``fastalex.config.PRECISIONS``."""
-    return _NARROW.get(precision, torch.float32)
-
-
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """A context in which a net computes in ``precision``, one of ``fastalex.config.PRECISIONS``."""
     narrow = _NARROW.get(precision)
