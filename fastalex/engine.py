@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import fastalex_kernels as kernels
-from fastalex import resume
+from fastalex import interrupts, resume
 from fastalex._version import __version__
 from fastalex.checkpoint import save_weights
 from fastalex.config import Settings
@@ -17,6 +17,7 @@ from fastalex.curves import Curves
 from fastalex.data import Batch, Batches, DataError, ImageSource, color_noise, open_sources
 from fastalex.fused_update import fuse_updates, lay_out
 from fastalex.graph import Compute, Graphed
+from fastalex.interrupts import Interrupted
 from fastalex.launch import TrainingError
 from fastalex.meter import Meter
 from fastalex.model import AlexNet
@@ -255,6 +256,8 @@ class Trainer:
             self.progress.advance(self.step, self.epoch, self.meter.loss, self.meter.rate)
             if last:
                 break
+            if (signum := interrupts.requested()) is not None:
+                raise Interrupted(signum)
             # At the end of an epoch the checkpoint comes after the validation.
             between = self.batch < len(self.train_batches)
             if between and every is not None and self.step % every == 0:

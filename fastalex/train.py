@@ -295,6 +295,8 @@ def _run_under_torchrun(options: Mapping[str, Any], world: World, start: Start |
     try:
         return launch.in_process(world, _member, options, world, start)
     except TrainingError as error:
+        if isinstance(error, launch.PeerLost):
+            launch.wait_for_end()
         # Each process for itself: the others may have stopped without a word of their own.
         line = f"train: error: rank {launch.rank()}: {error}"
         print(line, file=sys.stderr, flush=True)
@@ -318,7 +320,8 @@ def _member(options: Mapping[str, Any], world: World, start: Start | None) -> in
     folder = RunFolder(plan.folder)
     status = "failed"
     try:
-        engine.train(plan)
+        with interrupts.noticed():
+            engine.train(plan)
         status = "finished"
     finally:
         if launch.rank() == 0:
