@@ -18,7 +18,15 @@ PRECISIONS = {
 }
 
 # Options that a resumed run may be given anew: they change no weight.
-RESUMABLE = ("data", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
+RESUMABLE = (
+    "data",
+    "workers",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "tensorboard",
+    "timeout",
+)
 
 # What an option takes that is not given, where neither recipe nor data have a say.
 _PLAIN = {
@@ -27,6 +35,7 @@ _PLAIN = {
     "seed": 0,
     "log_every": 10,
     "keep_checkpoints": 2,
+    "timeout": 120.0,
     "tensorboard": False,
 }
 _PUBLISHED_SIZE = 224  # stands for the size that the variant was published with
@@ -101,6 +110,7 @@ class Settings:
     checkpoint_every: int | None  # steps; None: at the end of each epoch only
     keep_checkpoints: int
     tensorboard: bool
+    timeout: float  # seconds
 
     @classmethod
     def choose(cls, arguments: Mapping[str, Any], device_type: str, towers: int = 1) -> Settings:

@@ -74,7 +74,7 @@ class Trainer:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.settings = settings = plan.settings
-        self.team = team = Team(plan.world)
+        self.team = team = Team(plan.world, settings.timeout)
         train_source, val_source = plan.sources or open_sources(
             settings.data, settings.seed, settings.image_size, plan.unreadable, quiet=True
         )
@@ -219,7 +219,7 @@ class Trainer:
             self._train_epoch(started)
             self.progress.validating(epoch)
             with autocast(self.settings.precision, self.team.device):
-                accuracy = evaluate(self.model, self.val_batches, self.team)
+                accuracy = evaluate(self.model, self.val_batches, self.team, self.step)
             if not math.isfinite(accuracy.loss):
                 raise TrainingError(
                     f"the validation loss is {accuracy.loss} after step {self.step} "
@@ -247,6 +247,7 @@ class Trainer:
         batches = self.train_batches.epoch(self.epoch - 1, self.batch)
         for batch in fetch(batches, self.team.device, self.meter.waiting):
             self._train_step(batch)
+            self.team.progress(self.step)
             self.batch += 1
             last = self.step == self.steps
             if self.step % self.read_every == 0 or last:
@@ -380,17 +381,20 @@ class Trainer:
         keep = self.settings.keep_checkpoints
         if keep == 0:
             return
+        self.team.progress(self.step, "writing a checkpoint")
         weights = self.team.weights(self.model)
         speeds = self.team.whole(self.model, velocities(self.model, self.optimizer))
         if self.metrics is not None:
             self.metrics.sync()  # a checkpoint counts on the records before it
             resume.save(self.folder, weights, speeds, self._state(), keep)
+        self.team.progress(self.step)
 
     def _save(self, accuracy: Accuracy) -> None:
         """Write the weights, which may be the best so far; every process takes part."""
         best = self.best is None or accuracy.top1 > self.best["top1"]
         if best:
             self.best = {"epoch": self.epoch, "top1": accuracy.top1}
+        self.team.progress(self.step, "writing the weights")
         weights = self.team.weights(self.model)
         if not self.team.leads:
             return

@@ -296,7 +296,7 @@ def _run_under_torchrun(options: Mapping[str, Any], world: World, start: Start |
         return launch.in_process(world, _member, options, world, start)
     except TrainingError as error:
         if isinstance(error, launch.PeerLost):
-            launch.wait_for_end()
+            pass
         # Each process for itself: the others may have stopped without a word of their own.
         line = f"train: error: rank {launch.rank()}: {error}"
         print(line, file=sys.stderr, flush=True)

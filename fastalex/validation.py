@@ -27,14 +27,15 @@ class Accuracy:
 
 
 @torch.no_grad()
-def evaluate(model: AlexNet, batches: Batches, team: Team) -> Accuracy:
-    """Loss, top-1 and top-5 over all of ``batches``; every process takes part.
+def evaluate(model: AlexNet, batches: Batches, team: Team, step: int = 0) -> Accuracy:
+    """Loss, top-1 and top-5 over all of ``batches`` after ``step``; every process takes part.
 
     With fewer than five classes top-5 counts a label among all of them, and is 1.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=team.device)
     for batch in fetch(batches.epoch(0), team.device):
+        team.progress(step)
         labels = batch.labels
         if len(labels) == 0:  # a short last batch may leave a replica without images
             continue
