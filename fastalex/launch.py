@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +26,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from fastalex import interrupts
+from fastalex.interrupts import Interrupted as Interrupted
 from fastalex.variants import get_variant
 
 _PR_SET_PDEATHSIG = 1
@@ -46,18 +47,6 @@ class WorkerFailed(Exception):
     def __init__(self, message: str, traceback: str | None = None) -> None:
         super().__init__(message)
         self.traceback = traceback
-
-
-class Interrupted(BaseException):
-    """A signal asked the run to end, Ctrl-C for one.
-
-    Like KeyboardInterrupt no Exception: it can come anywhere, and ``Thread.start``, for one, undoes
-    the start of a thread that runs already when an Exception comes out of it.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 @dataclass(frozen=True)
@@ -160,7 +149,7 @@ def run(world: World, function: Callable[..., Result], *arguments: Any) -> Resul
         Interrupted: on SIGINT, SIGTERM and the like; all processes have ended.
     """
     if world.processes == 1:
-        with _signals_raise():
+        with interrupts.noticed():
             return in_process(world, function, *arguments)
     config = LaunchConfig(
         min_nodes=1,
@@ -277,22 +266,6 @@ def _interrupts_kept_from_children() -> Iterator[None]:
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         done.set()
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into Interrupted inside the block."""
-
-    def handler(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted(signum)
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(signum, handler) for signum in signals]
-    try:
-        yield
-    finally:
-        for signum, old in zip(signals, previous, strict=True):
-            signal.signal(signum, old)
 
 
 def _kill_children(strangers: list[multiprocessing.process.BaseProcess]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastalex.config import Settings
 from fastalex.data import ImageSource, Normalization
+from fastalex.data.fingerprint import Contents
 from fastalex.launch import World
 from fastalex.resume import Start
 
@@ -24,6 +25,7 @@ class Plan:
         unreadable: files of ``settings.data`` that every process leaves out, with reasons.
         sources: the images to train on and to validate, where they are already open.
         start: where a stopped run goes on; None for a new one.
+        images: what the training and the validation set hold.
     """
 
     settings: Settings
@@ -34,3 +36,4 @@ class Plan:
     unreadable: list[tuple[str, str]]
     sources: tuple[ImageSource, ImageSource] | None = None
     start: Start | None = None
+    images: tuple[Contents, ...] = ()
