@@ -19,7 +19,8 @@ from fastalex.curves import Curves
 from fastalex.data import Batch, Batches, DataError, ImageSource, color_noise, open_sources
 from fastalex.fused_update import fuse_updates, lay_out
 from fastalex.graph import Compute, Graphed
-from fastalex.launch import Interrupted, TrainingError
+from fastalex.interrupts import Interrupted
+from fastalex.launch import TrainingError
 from fastalex.meter import Meter
 from fastalex.model import AlexNet
 from fastalex.nvtx_ranges import annotate_layers, nvtx_range

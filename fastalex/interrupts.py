@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 INTERRUPTED = 130  # exit code
@@ -49,31 +49,29 @@ def noticed() -> Iterator[None]:
     """
     global _requested
     _requested = None
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        for signum in SIGNALS:
-            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
-                previous[signum] = signal.signal(signum, _note)
-    try:
+    with _handled(_note):
         yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Inside the block each of SIGNALS raises Interrupted."""
+    """Inside the block each of SIGNALS raises Interrupted, but for an ignored SIGHUP."""
+    with _handled(_raise):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     previous = {}
     if threading.current_thread() is threading.main_thread():
         for signum in SIGNALS:
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
-                previous[signum] = signal.signal(signum, _raise)
+                previous[signum] = signal.signal(signum, handler)
     try:
         yield
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        for signum, old in previous.items():
+            signal.signal(signum, old)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,8 @@ from fastalex.data import (
 )
 from fastalex.data.fingerprint import Contents, describe_changes
 from fastalex.data.normalization import MEAN_IMAGES
-from fastalex.launch import Interrupted, TrainingError, WorkerFailed, World
+from fastalex.interrupts import Interrupted
+from fastalex.launch import TrainingError, WorkerFailed, World
 from fastalex.model import AlexNet
 from fastalex.options import parse_arguments
 from fastalex.plan import Plan
@@ -377,6 +378,8 @@ def _run_under_torchrun(options: Mapping[str, Any]) -> int:
         if folder is not None:
             _say_and(_stopped_by(stop, folder, options), code)
     except TrainingError as error:
+        if isinstance(error, launch.PeerLost):
+            launch.wait_for_end()
         # Each process for itself: the others may have stopped without a word of their own.
         line = f"train: error: rank {launch.rank()}: {error}"
         print(line, file=sys.stderr, flush=True)

@@ -238,7 +238,8 @@ def test_ctrl_c_ends_one_process_and_says_what_is_kept(images: Path, tmp_path: P
 
 def _assert_interrupted(process: subprocess.Popen[str], stderr: str, folder: Path) -> None:
     assert process.returncode == 130
-    assert len(stderr.splitlines()) == 1
+    # A slow machine says how far it is.
+    assert len([line for line in stderr.splitlines() if not line.startswith("epoch ")]) == 1
     assert "interrupted by SIGINT; run keeps model.safetensors of epoch" in stderr
     assert sorted(path.name for path in folder.iterdir()) == FILES
     assert re.search(r"; --resume run goes on after step \d+$", stderr.strip())
