@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from typing import Any
@@ -12,6 +13,7 @@ import fastalex_kernels as kernels
 from fastalex import interrupts, resume
 from fastalex._version import __version__
 from fastalex.checkpoint import save_weights
+from fastalex.command_line import heard_or_not
 from fastalex.config import Settings
 from fastalex.curves import Curves
 from fastalex.data import Batch, Batches, DataError, ImageSource, color_noise, open_sources
@@ -46,12 +48,17 @@ def train(plan: Plan) -> None:
     Raises:
         TrainingError: where the run can't go on: the loss is not finite, data are gone, the disk
             is full, memory runs out.
+        Interrupted: a signal asked for the end; where it could, the run has saved its state.
     """
     try:
-        trainer = Trainer(plan)
-        try:
-            trainer.run()
-        finally:
+        with heard_or_not():
+            trainer = Trainer(plan)
+            try:
+                trainer.run()
+            except BaseException:
+                with contextlib.suppress(OSError):  # the error above is the one to know
+                    trainer.close()
+                raise
             trainer.close()
     except torch.OutOfMemoryError as error:
         size = plan.settings.batch_size
@@ -69,6 +76,7 @@ class Trainer:
     Attributes:
         step: steps done.
         epoch: the epoch that is being trained, from 1.
+        started: when it began, by the monotonic clock.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -81,17 +89,17 @@ class Trainer:
         self.source = train_source
         self.train_batches = self._batches(train_source, train=True)
         self.val_batches = self._batches(val_source, train=False)
-        self.steps = settings.epochs * len(self.train_batches)
-        self.epochs = settings.epochs
-        if settings.max_steps is not None:
-            self.steps = min(self.steps, settings.max_steps)
-            self.epochs = -(-self.steps // len(self.train_batches))
+        state = {} if plan.start is None else plan.start.state
+        self.steps = resume.last_step(settings, len(self.train_batches), state)
         self.schedule = Schedule(settings, self.steps)
         self.scaler = LossScaler(team, enabled=settings.precision == "fp16")
         self.one = torch.ones((), device=team.device)
         self.folder = RunFolder(plan.folder)
         self._build(plan.start)
-        self._restore({} if plan.start is None else plan.start.state)
+        self._restore(state)
+        left = self.batch + self.steps - self.step
+        self.epochs = self.epoch - 1 + -(-left // len(self.train_batches))
+        self.saved = time.monotonic()  # when the last checkpoint was written
         self.progress = Progress(self.steps, self.epochs, visible=team.leads, done=self.step)
         # Losses not yet read from the device. Reading waits for it: on a GPU that is done once
         # per record, on a CPU it costs nothing.
@@ -146,7 +154,8 @@ class Trainer:
         """Go on from ``state``, as ``_state`` returned it; from the beginning where it is empty."""
         self.step: int = state.get("step", 0)
         self.epoch: int = state.get("epoch", 1)
-        self.batch: int = state.get("batch", 0)  # batches done in this epoch
+        # Batches done in this epoch; fewer images than before may have fewer.
+        self.batch: int = min(state.get("batch", 0), len(self.train_batches))
         self.losses: list[float] = state.get("losses", [])  # of this epoch's steps
         self.epoch_seconds: float = state.get("epoch_seconds", 0.0)  # spent on it by an earlier run
         self.best: dict[str, float] | None = state.get("best")
@@ -180,6 +189,7 @@ class Trainer:
             "versions": versions(),
             "classes": plan.classes,
             "images": [len(self.source), len(self.val_batches.source)],
+            "contents": plan.images,
             "normalization": plan.normalization.to_dict(),
             "unreadable": [path for path, _ in plan.unreadable],
         }
@@ -215,11 +225,12 @@ class Trainer:
     def run(self) -> None:
         for epoch in range(self.epoch, self.epochs + 1):
             self.epoch = epoch
-            started = time.monotonic() - self.epoch_seconds
-            self._train_epoch(started)
+            self.started = time.monotonic() - self.epoch_seconds
+            if self.step < self.steps:  # else only the validation is left
+                self._train_epoch()
             self.progress.validating(epoch)
             with autocast(self.settings.precision, self.team.device):
-                accuracy = evaluate(self.model, self.val_batches, self.team, self.step)
+                accuracy = evaluate(self.model, self.val_batches, self.team, self._heed)
             if not math.isfinite(accuracy.loss):
                 raise TrainingError(
                     f"the validation loss is {accuracy.loss} after step {self.step} "
@@ -229,7 +240,7 @@ class Trainer:
                 self.progress.say("the validation error stopped falling, the learning rate drops")
             self._save(accuracy)
             loss = math.fsum(self.losses) / len(self.losses)
-            self._report_epoch(loss, accuracy, time.monotonic() - started)
+            self._report_epoch(loss, accuracy, time.monotonic() - self.started)
             self.epoch, self.batch, self.losses, self.epoch_seconds = epoch + 1, 0, [], 0.0
             self._checkpoint()
 
@@ -240,14 +251,12 @@ class Trainer:
             if log is not None:
                 log.close()
 
-    def _train_epoch(self, started: float) -> None:
-        """The rest of a pass over the training images, which began at ``started``."""
+    def _train_epoch(self) -> None:
+        """The rest of a pass over the training images."""
         self.meter.start()
-        every = self.settings.checkpoint_every
         batches = self.train_batches.epoch(self.epoch - 1, self.batch)
         for batch in fetch(batches, self.team.device, self.meter.waiting):
             self._train_step(batch)
-            self.team.progress(self.step)
             self.batch += 1
             last = self.step == self.steps
             if self.step % self.read_every == 0 or last:
@@ -257,16 +266,38 @@ class Trainer:
             self.progress.advance(self.step, self.epoch, self.meter.loss, self.meter.rate)
             if last:
                 break
-            if (signum := interrupts.requested()) is not None:
-                raise Interrupted(signum)
-            # At the end of an epoch the checkpoint comes after the validation.
-            between = self.batch < len(self.train_batches)
-            if between and every is not None and self.step % every == 0:
-                self._read_losses()
-                self.epoch_seconds = time.monotonic() - started
-                with self.meter.paused():
-                    self._checkpoint()
+            if self.batch < len(self.train_batches):  # at the end of an epoch, validation does
+                self._heed(self.step, self.settings.checkpoint_every)
         self._read_losses()
+
+    def _heed(self, number: int, every: int | None = None) -> None:
+        """Write a checkpoint if it is time, and end the run if a signal asked for it.
+
+        All processes come here together. They agree on what to do where losses are read, since
+        that waits for the device anyway.
+
+        Args:
+            number: of the step, or of the batch of the validation.
+            every: steps between checkpoints that were asked for.
+
+        Raises:
+            Interrupted: after the checkpoint.
+        """
+        self.team.progress(self.step)
+        signum, late = 0, 0
+        if number % self.read_every == 0:
+            age = time.monotonic() - self.saved
+            late = int(self.team.leads and age > 60 * self.settings.checkpoint_minutes)
+            wishes = torch.tensor([interrupts.requested() or 0, late], device=self.team.device)
+            self.team.largest(wishes)
+            signum, late = wishes.tolist()
+        if signum or late or (every is not None and number % every == 0):
+            self._read_losses()
+            self.epoch_seconds = time.monotonic() - self.started
+            with self.meter.paused():
+                self._checkpoint()
+        if signum:
+            raise Interrupted(signum)
 
     def _reports(self, last: bool) -> bool:
         return last or self.step % self.settings.log_every == 0
@@ -378,6 +409,7 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         """Write what the next step depends on; every process takes part."""
+        self.saved = time.monotonic()
         keep = self.settings.keep_checkpoints
         if keep == 0:
             return

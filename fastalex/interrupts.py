@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 INTERRUPTED = 130  # exit code
@@ -49,16 +49,43 @@ def noticed() -> Iterator[None]:
     """
     global _requested
     _requested = None
+    with _handled(_note):
+        yield
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Inside the block each of SIGNALS raises Interrupted, but for an ignored SIGHUP."""
+    with _handled(_raise):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     previous = {}
     if threading.current_thread() is threading.main_thread():
         for signum in SIGNALS:
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
-                previous[signum] = signal.signal(signum, _note)
+                previous[signum] = signal.signal(signum, handler)
     try:
         yield
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        for signum, old in previous.items():
+            signal.signal(signum, old)
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Keep SIGNALS waiting until the end of the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _raise(signum: int, frame: FrameType | None) -> None:
+    raise Interrupted(signum)
 
 
 def _note(signum: int, frame: FrameType | None) -> None:

@@ -111,9 +111,12 @@ def watch() -> Watch | None:
     return _watch
 
 
-def give_up(line: str) -> None:
-    """Say why this process ends, which waits for another one in vain."""
+def _say(line: str) -> None:
     print(f"train: error: rank {rank()}: {line}", file=sys.stderr, flush=True)
+
+
+# Called in any thread with the reason for which this process ends, just before it does.
+give_up: Callable[[str], object] = _say
 
 
 def find_world(gpus: int | None, variant: str, threads: int | None = None) -> World:
@@ -379,10 +382,7 @@ def _work(
             os.environ.setdefault(name, "lo")
 
     global give_up
-
-    def give_up(line: str) -> None:
-        pipe.send(("failed", WorkerFailed(line)))
-
+    give_up = lambda line: pipe.send(("failed", WorkerFailed(line)))  # noqa: E731
     said: tuple[str, Any]
     try:
         with interrupts.noticed():

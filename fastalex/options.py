@@ -279,19 +279,32 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--output",
         type=Path,
         metavar="DIR",
-        help="new or empty folder for the run (default: the next free runs/VARIANT-SEED-NNN)",
+        help="folder for the run, a new or empty one; where it holds a run of the same options, "
+        "that goes on (default: the next free runs/VARIANT-SEED-NNN)",
     )
     group.add_argument(
         "--resume",
         type=Path,
         metavar="RUN",
-        help="go on with the run in this folder, with its settings, from its last checkpoint",
+        help="go on with the run in this folder, with its settings, from its last checkpoint; with "
+        "--epochs N one that is finished is trained on",
+    )
+    group.add_argument(
+        "--allow-changed-images",
+        action="store_true",
+        help="go on with a run although its images are not the ones it began with",
     )
     group.add_argument(
         "--checkpoint-every",
         type=whole_number(1),
         metavar="STEPS",
         help="steps between two checkpoints, besides those at the end of each epoch",
+    )
+    group.add_argument(
+        "--checkpoint-minutes",
+        type=_number(0, above=True),
+        metavar="M",
+        help="most minutes between two checkpoints: what a kill can cost (default: 10)",
     )
     group.add_argument(
         "--keep-checkpoints",

@@ -27,15 +27,21 @@ class Accuracy:
 
 
 @torch.no_grad()
-def evaluate(model: AlexNet, batches: Batches, team: Team, step: int = 0) -> Accuracy:
-    """Loss, top-1 and top-5 over all of ``batches`` after ``step``; every process takes part.
+def evaluate(
+    model: AlexNet,
+    batches: Batches,
+    team: Team,
+    heed: Callable[[int], None] = lambda number: None,
+) -> Accuracy:
+    """Loss, top-1 and top-5 over all of ``batches``; every process takes part.
 
-    With fewer than five classes top-5 counts a label among all of them, and is 1.
+    With fewer than five classes top-5 counts a label among all of them, and is 1. ``heed`` is
+    called with the number of each batch, from 0, before it is looked at.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=team.device)
-    for batch in fetch(batches.epoch(0), team.device):
-        team.progress(step)
+    for number, batch in enumerate(fetch(batches.epoch(0), team.device)):
+        heed(number)
         labels = batch.labels
         if len(labels) == 0:  # a short last batch may leave a replica without images
             continue

@@ -54,7 +54,7 @@ class Watch:
         give_up: called with the line that names the process that is stuck; this one ends then.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, give_up: Callable[[str], None]) -> None:
+    def __init__(self, store: Any, rank: int, size: int, give_up: Callable[[str], object]) -> None:
         self._store, self._rank, self._give_up = store, rank, give_up
         self._keys = [f"note of rank {number}" for number in range(size)]
         self._mine = Note(socket.gethostname())

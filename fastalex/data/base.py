@@ -10,12 +10,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from fastalex.data.fingerprint import Contents
+
 if TYPE_CHECKING:
     import torch
 
 Pixels = npt.NDArray[np.uint8]
 
 CACHE_BYTES = 1 << 30  # decoded images that one source may keep in memory
+MAX_IMAGE_SIZE = 2048  # largest side in pixels of the images that a net gets
 
 
 class DataError(ValueError):
@@ -46,6 +49,18 @@ class ImageSource(Protocol):
 
         ``size`` is the side for an image that has no size of its own.
         """
+        ...
+
+    def contents(self) -> Contents:
+        """Of each class, in order, how many images it has and a digest of them.
+
+        No image is decoded: files are told apart by name and size, those of a packed set by name
+        and checksum. ``fastalex.data.fingerprint.describe_changes`` compares two.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """SHA-256 of ``contents``, hexadecimal: equal where each index names the same image."""
         ...
 
 

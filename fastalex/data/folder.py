@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fastalex.data.background import map_ahead
 from fastalex.data.base import CACHE_BYTES, DataError, ImageCache, Pixels
 from fastalex.data.decode import FORMATS, read_image, read_upright, try_read, why
+from fastalex.data.fingerprint import Contents, class_contents, fingerprint
 
 T = TypeVar("T")
 
@@ -96,6 +97,16 @@ class FolderImages:
             DataError: as ``image``.
         """
         return self._read(lambda path, _: read_upright(path), index, size)
+
+    def contents(self) -> Contents:
+        """See ``ImageSource``; told by the name and the size in bytes of each file."""
+        images: dict[str, list[tuple[str, int]]] = {name: [] for name in self.classes}
+        for path, label in zip(self._paths, self.labels.tolist(), strict=True):
+            images[self.classes[label]].append((path.name, path.stat().st_size))
+        return class_contents(self.classes, images)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.contents())
 
     def _read(self, read: Callable[[Path, int], T], index: int, size: int) -> T:
         result = try_read(read, self._paths[index], size)

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastalex.data.base import DataError
+from fastalex.data.fingerprint import digest
 from fastalex.data.listing import Listing, class_of
-from fastalex.data.packed import FORMAT, INDEX, MANIFEST, WORK, digest, file_digest, read_manifest
+from fastalex.data.packed import FORMAT, INDEX, MANIFEST, WORK, file_digest, read_manifest
 from fastalex.data.processes import pack_shards
 from fastalex.data.shard import MAX_SIZE, Record, Shard
 from fastalex.data.sums import Sums

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from fastalex.data.background import map_ahead
 from fastalex.data.base import DataError, Pixels
+from fastalex.data.fingerprint import Contents, class_contents, digest, fingerprint
 
 FORMAT = "fastalex-packed-1"
 MANIFEST = "packed.json"
@@ -91,6 +92,20 @@ class PackedImages:
     def whole(self, index: int, size: int) -> Image.Image:
         """RGB, at the packed size, whatever ``size``."""
         return Image.fromarray(self._packed(index))
+
+    def contents(self) -> Contents:
+        """See ``ImageSource``; told by the checksums of the pixels and the names of their files."""
+        _check_file(self._root, f"{self._part}/checksums.npy", self._manifest)
+        checksums = np.load(self._root / self._part / "checksums.npy")
+        images: dict[str, list[tuple[str, int]]] = {name: [] for name in self.classes}
+        for name, label, checksum in zip(
+            self._names, self.labels.tolist(), checksums.tolist(), strict=True
+        ):
+            images[self.classes[label]].append((name, checksum))
+        return class_contents(self.classes, images)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.contents())
 
     @functools.cached_property
     def mean_image(self) -> npt.NDArray[np.float32]:
@@ -176,11 +191,6 @@ def shard_header(count: int, size: int) -> bytes:
     fields = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({count}, {size}, {size}, 3), }}"
     prefix = b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little")
     return prefix + fields.ljust(HEADER - 11).encode() + b"\n"
-
-
-def digest(value: object) -> str:
-    """SHA-256 of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
