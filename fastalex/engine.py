@@ -304,6 +304,7 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> None:
         self.step += 1
+        self.team.progress(self.step)
         set_learning_rate(self.optimizer, self.schedule.rate(self.step))
         self.model.seed_dropout(self.settings.seed, self.step)
         loss = self.compute(batch.labels, *batch.pixels)

@@ -64,11 +64,11 @@ class Team:
         return model
 
     def progress(self, step: int, doing: str = "") -> None:
-        """Note that a piece of work is done, ``step`` training steps so far.
+        """Tell the other processes that this one goes on.
 
         Args:
-            step: training steps done.
-            doing: what comes next, where a disk decides how long that takes.
+            step: of the training.
+            doing: what begins, where a disk decides how long it takes.
         """
         if self._watch is not None:
             self._watch.progress(step, doing)

@@ -442,7 +442,7 @@ def _agree(options: Mapping[str, Any]) -> tuple[RunFolder | None, Plan | None, i
         refused = [i for i in range(size) if launch.receive(store, f"refusal {i}", waiting)]
         if refused and not refusal:
             if folder is not None:
-                _say_and(f"error: rank {refused[0]} can't take part", _REFUSED)
+                _say_and(f"error: rank {refused[0]} can't take part, it says why", _REFUSED)
                 _end(folder, "failed")
             return folder, None, _REFUSED
     return folder, plan, code

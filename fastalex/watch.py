@@ -30,8 +30,8 @@ class Note:
     Attributes:
         host: its machine's name.
         beats: notes written before.
-        done: pieces of work done: batches trained or validated, files written.
-        step: training steps done.
+        done: pieces of work begun or done: batches trained or validated, files written.
+        step: of the training.
         doing: what it does that a disk may delay; empty for anything else.
         state: ``"runs"``, ``"lost a peer"`` or ``"ended"``.
     """
@@ -80,11 +80,11 @@ class Watch:
         self._threads[0].join(_MOST_EVERY)
 
     def limit(self, seconds: float) -> None:
-        """Let no process take longer than this over a piece of work, once the first one is done."""
+        """Let no process take longer than this over a piece of work, after its first step."""
         self._seconds = seconds
 
     def progress(self, step: int, doing: str = "") -> None:
-        """Note that a piece of work is done, and what is done next if a disk may delay it."""
+        """Note that a piece of work begins or is done; ``doing`` is one that a disk may delay."""
         self._mine = replace(self._mine, done=self._mine.done + 1, step=step, doing=doing)
 
     def who_left(self, waiting: Callable[[], bool]) -> str:
@@ -94,7 +94,7 @@ class Watch:
         while time.monotonic() < last and waiting():
             time.sleep(_MOST_EVERY / 20)
             for number, note in enumerate(self._notes):
-                silent = time.monotonic() - self._heard[number] > 3 * _MOST_EVERY
+                silent = time.monotonic() - self._heard[number] > max(1.0, 3 * self._every)
                 if number != self._rank and (note.state == "ended" or silent):
                     return f"lost the connection to {self._name(number)}, at step {note.step}"
         return "lost the connection to another process"
@@ -105,7 +105,7 @@ class Watch:
 
     @property
     def _limit(self) -> float:
-        if not self._seconds or not self._mine.done:
+        if not self._seconds or self._mine.done < 2:  # in the first step kernels compile
             return STARTING
         return self._seconds - 4 * self._every  # so that the line is there in time
 

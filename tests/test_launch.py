@@ -180,6 +180,8 @@ def test_a_process_whose_notes_stop_is_named(theirs: dict[str, str], name: str) 
     watch = Watch(board, 0, 2, print)
     watch.limit(1.0)
     watch.progress(7)
+    assert watch._stuck(time.monotonic() + 100) == ""  # in the first step
+    watch.progress(7)
     watch._take(board.multi_get(watch._keys))
     now = time.monotonic()
     assert watch._stuck(now + 0.5) == ""

@@ -30,6 +30,13 @@ def command(launcher: str, *options: str, script: str = SCRIPT) -> list[str]:
     return [*first, *OPTIONS, "--timeout", str(TIMEOUT), *options]
 
 
+def node(number: int, address: str, *options: str, script: str = SCRIPT) -> list[str]:
+    """torchrun on one of two machines, with one process; ``address`` is machine 0's."""
+    torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    torchrun += ["--node-rank", str(number), "--master-addr", address, "--master-port", "29611"]
+    return [*torchrun, script, *OPTIONS, "--timeout", str(TIMEOUT), *options]
+
+
 def changed(folder: Path, code: str) -> str:
     """A script like SCRIPT that runs ``code`` first in every process, with engine and launch."""
     path = folder / "changed.py"

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests._commands import end, environment, run, wait_until
-from tests.faults._runs import OPTIONS, SCRIPT, TIMEOUT, command, line_after, linux, sha256, steps
+from tests.faults._runs import command, line_after, linux, node, sha256, steps
 
 pytestmark = [pytest.mark.slow, linux]
 
@@ -60,12 +60,9 @@ def machines() -> Iterator[None]:
 
 
 def _start(machine: int, folder: Path) -> subprocess.Popen[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-    torchrun += ["--nproc-per-node", "1", "--node-rank", str(machine)]
-    torchrun += ["--master-addr", ADDRESSES[0], "--master-port", "29611"]
-    options = [*OPTIONS, *EPOCHS, "--timeout", str(TIMEOUT)]
+    python = [sys.executable, *node(machine, ADDRESSES[0], *EPOCHS)]
     return subprocess.Popen(
-        ["ip", "netns", "exec", NAMES[machine], *torchrun, SCRIPT, *options],
+        ["ip", "netns", "exec", NAMES[machine], *python],
         cwd=folder,
         env={**environment(), "GLOO_SOCKET_IFNAME": f"fx{machine}"},
         stdout=subprocess.PIPE,
