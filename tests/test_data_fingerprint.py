@@ -83,8 +83,8 @@ def test_every_change_of_a_folder_is_described(
 
 
 def test_of_many_changes_a_few_are_named(tmp_path: Path) -> None:
-    before = FolderImages(folder(tmp_path / "a", {name: 1 for name in "abcdefgh"}))
-    now = FolderImages(folder(tmp_path / "b", {name: 2 for name in "abcdefgh"}))
+    before = FolderImages(folder(tmp_path / "a", dict.fromkeys("abcdefgh", 1)))
+    now = FolderImages(folder(tmp_path / "b", dict.fromkeys("abcdefgh", 2)))
     said = describe_changes(before.contents(), now.contents())
     assert said.startswith("a: 1 images before, 2 now; ")
     assert said.endswith("; and 5 more classes")
