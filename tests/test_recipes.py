@@ -104,7 +104,7 @@ def test_settings_survive_json(arguments: list[str]) -> None:
 
 def test_settings_of_another_version_are_refused() -> None:
     values = {**_settings().to_dict(), "nesterov": True}
-    with pytest.raises(ValueError, match="another version of fastalex, .* not know: nesterov$"):
+    with pytest.raises(ValueError, match=r"another version of fastalex, .* not know: nesterov$"):
         Settings.from_dict(values)
 
 
