@@ -26,6 +26,7 @@ RESUMABLE = (
     "checkpoint_minutes",
     "keep_checkpoints",
     "tensorboard",
+    "timeout",
 )
 
 # What an option takes that is not given, where neither recipe nor data have a say.
@@ -36,6 +37,7 @@ _PLAIN = {
     "log_every": 10,
     "checkpoint_minutes": 10.0,
     "keep_checkpoints": 2,
+    "timeout": 120.0,
     "tensorboard": False,
 }
 _PUBLISHED_SIZE = 224  # stands for the size that the variant was published with
@@ -111,6 +113,7 @@ class Settings:
     checkpoint_minutes: float  # most that are lost to a kill
     keep_checkpoints: int
     tensorboard: bool
+    timeout: float  # seconds
 
     @classmethod
     def choose(cls, arguments: Mapping[str, Any], device_type: str, towers: int = 1) -> Settings:

@@ -82,7 +82,7 @@ class Trainer:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.settings = settings = plan.settings
-        self.team = team = Team(plan.world)
+        self.team = team = Team(plan.world, settings.timeout)
         train_source, val_source = plan.sources or open_sources(
             settings.data, settings.seed, settings.image_size, plan.unreadable, quiet=True
         )
@@ -283,6 +283,7 @@ class Trainer:
         Raises:
             Interrupted: after the checkpoint.
         """
+        self.team.progress(self.step)
         signum, late = self._wishes() if number % self.read_every == 0 else (0, 0)
         if signum or late or (every is not None and number % every == 0):
             self._read_losses()
@@ -310,6 +311,7 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> None:
         self.step += 1
+        self.team.progress(self.step)
         set_learning_rate(self.optimizer, self.schedule.rate(self.step))
         self.model.seed_dropout(self.settings.seed, self.step)
         loss = self.compute(batch.labels, *batch.pixels)
@@ -419,17 +421,20 @@ class Trainer:
         keep = self.settings.keep_checkpoints
         if keep == 0:
             return
+        self.team.progress(self.step, "writing a checkpoint")
         weights = self.team.weights(self.model)
         speeds = self.team.whole(self.model, velocities(self.model, self.optimizer))
         if self.metrics is not None:
             self.metrics.sync()  # a checkpoint counts on the records before it
             resume.save(self.folder, weights, speeds, self._state(), keep)
+        self.team.progress(self.step)
 
     def _save(self, accuracy: Accuracy) -> None:
         """Write the weights, which may be the best so far; every process takes part."""
         best = self.best is None or accuracy.top1 > self.best["top1"]
         if best:
             self.best = {"epoch": self.epoch, "top1": accuracy.top1}
+        self.team.progress(self.step, "writing the weights")
         weights = self.team.weights(self.model)
         if not self.team.leads:
             return

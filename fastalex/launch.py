@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import multiprocessing
 import os
@@ -17,8 +18,10 @@ import socket
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing import connection, resource_tracker
 from typing import Any, TypeVar
 
@@ -28,15 +31,21 @@ import torch.distributed as dist
 from fastalex import interrupts
 from fastalex.interrupts import Interrupted as Interrupted
 from fastalex.variants import get_variant
+from fastalex.watch import STARTING, Watch
 
 _PR_SET_PDEATHSIG = 1
 _LOOPBACK = "127.0.0.1"
 _LOOK = 0.1  # seconds after which the launcher looks whether a signal came
 _GRACE = 30.0  # seconds that processes have to save and to end after a signal
 _PEER_LOST_WAIT = 20.0  # seconds in which the process that died first is found
+_MEANWHILE, _SAY = 2.0, 60.0  # seconds between two looks, and two lines, while rank 0 prepares
+_SHOWN = "CUDA_VISIBLE_DEVICES"
 _NUMBERS = {1: "one", 2: "two"}
 
 Result = TypeVar("Result")
+_c10d: Any = dist  # exports its stores without saying so to a type checker
+
+_watch: Watch | None = None  # on the other processes, while this one is a member of a world
 
 
 class TrainingError(RuntimeError):
@@ -97,6 +106,19 @@ def rank() -> int:
     return int(os.environ["RANK"]) if under_torchrun() else 0
 
 
+def watch() -> Watch | None:
+    """What tells the other processes of this one's progress; None where it is alone."""
+    return _watch
+
+
+def _say(line: str) -> None:
+    print(f"train: error: rank {rank()}: {line}", file=sys.stderr, flush=True)
+
+
+# Called in any thread with the reason for which this process ends, just before it does.
+give_up: Callable[[str], object] = _say
+
+
 def find_world(gpus: int | None, variant: str, threads: int | None = None) -> World:
     """The processes to run on, from what was asked for and what the machine has.
 
@@ -120,7 +142,7 @@ def find_world(gpus: int | None, variant: str, threads: int | None = None) -> Wo
                 f"leave --gpus out or pass --gpus {processes}"
             )
     devices = torch.cuda.device_count()
-    if 0 < devices < local:
+    if 0 < devices < local and not (devices == 1 and under_torchrun() and _SHOWN in os.environ):
         raise ValueError(
             f"{local} processes need {local} GPUs and there is {_NUMBERS.get(devices, devices)}: "
             "use --gpus 1, or set CUDA_VISIBLE_DEVICES= to run them on the CPU"
@@ -174,25 +196,79 @@ def run(world: World, function: Callable[..., Result], *arguments: Any) -> Resul
 
 
 def in_process(world: World, function: Callable[..., Result], *arguments: Any) -> Result:
-    """Make this process a member of ``world``, call ``function``, and leave it again."""
+    """Make this process a member of ``world``, call ``function``, and leave it again.
+
+    Raises:
+        PeerLost: where an exchange with another process failed.
+    """
+    global _watch
     torch.set_num_threads(world.threads)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = _device_index()
     if world.device_type == "cuda":
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(device)
     if world.processes == 1:
         return function(*arguments)
-    if world.device_type == "cuda":
-        dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
-    else:
-        dist.init_process_group("gloo")
-    try:
-        result = function(*arguments)
-    except Exception as error:
-        if is_lost_peer(error):
-            raise PeerLost("lost the connection to another process") from error
-        raise
+    store, number = meet(world.processes), rank()
+    board = _c10d.PrefixStore("watch", store.clone())
+    with Watch(board, number, world.processes, lambda line: give_up(line)) as watch:
+        dist.init_process_group(
+            "nccl" if world.device_type == "cuda" else "gloo",
+            store=_c10d.PrefixStore("groups", store),
+            rank=number,
+            world_size=world.processes,
+            timeout=timedelta(seconds=STARTING),  # `watch` notices earlier who is missing
+            device_id=torch.device("cuda", device) if world.device_type == "cuda" else None,
+        )
+        _watch = watch
+        if (signum := interrupts.requested()) is not None:
+            raise Interrupted(signum)
+        try:
+            result = function(*arguments)
+        except Exception as error:
+            if is_lost_peer(error):
+                raise PeerLost(watch.who_left(lambda: interrupts.requested() is None)) from error
+            raise
     dist.destroy_process_group()
     return result
+
+
+def _device_index() -> int:
+    """This process's GPU; the only one where a scheduler shows each process its own."""
+    return min(int(os.environ.get("LOCAL_RANK", 0)), max(0, torch.cuda.device_count() - 1))
+
+
+@functools.cache
+def meet(processes: int) -> Any:
+    """The store that all processes share, empty: a torch.distributed.Store; torchrun has one.
+
+    torchrun gives a restarted world the store of the one before, with all that was written to it.
+    So each process writes a name of its own there, and goes on once all have seen the same names.
+    """
+    timeout = timedelta(seconds=STARTING)
+    store: Any
+    store, _, _ = next(_c10d.rendezvous("env://", timeout=timeout))
+    store = _c10d.PrefixStore(f"fastalex {processes}", store)
+    store.set(f"name {rank()}", uuid.uuid4().hex)
+    while True:
+        names = b"".join(store.get(f"name {number}") for number in range(processes))
+        store.set(f"seen {rank()}", names)
+        if all(store.get(f"seen {number}") == names for number in range(processes)):
+            return _c10d.PrefixStore(names.hex(), store)
+        time.sleep(_LOOK)
+
+
+def receive(store: Any, key: str, waiting: str) -> str:
+    """The text under ``key``, whenever it comes; ``waiting`` is said on stderr each minute."""
+    started = said = time.monotonic()
+    while True:
+        with contextlib.suppress(dist.DistStoreError):  # not there yet
+            store.wait([key], timedelta(seconds=_MEANWHILE))
+            return str(store.get(key).decode())
+        if time.monotonic() - said > _SAY:
+            said = time.monotonic()
+            print(
+                f"train: rank {rank()}: {waiting}, for {said - started:.0f} s now", file=sys.stderr
+            )
 
 
 class _Worker:
@@ -231,7 +307,7 @@ class _Worker:
             if -code in interrupts.SIGNALS:
                 return "interrupted", -code
             return "failed", WorkerFailed(f"{who} {_describe_exit(code)}")
-        if kind == "failed":
+        if kind == "bug":
             value = WorkerFailed(f"{who} failed", value)
         return kind, value
 
@@ -243,7 +319,7 @@ class _Worker:
 def _serve() -> Any:
     """Where the processes meet, on a port that nobody outside of this machine can reach."""
     listener = socket.create_server((_LOOPBACK, 0))
-    return dist.TCPStore(  # type: ignore[attr-defined]
+    return _c10d.TCPStore(
         _LOOPBACK,
         listener.getsockname()[1],
         is_master=True,
@@ -273,7 +349,7 @@ def _supervise(workers: list[_Worker]) -> Any:
             elif kind == "interrupted":
                 signum = signum or value
             elif kind == "lost":
-                lost = lost or TrainingError(value)
+                lost = lost or WorkerFailed(value)
                 last = min(last, time.monotonic() + _PEER_LOST_WAIT)
             else:
                 raise value
@@ -304,6 +380,9 @@ def _work(
         # All processes are here, whatever the host's name resolves to.
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
+
+    global give_up
+    give_up = lambda line: pipe.send(("failed", WorkerFailed(line)))  # noqa: E731
     said: tuple[str, Any]
     try:
         with interrupts.noticed():
@@ -314,9 +393,9 @@ def _work(
     except PeerLost as error:
         said = "lost", str(error)
     except TrainingError as error:
-        said = "refused", TrainingError(str(error))
+        said = "failed", TrainingError(str(error))
     except Exception:
-        said = "failed", traceback.format_exc()
+        said = "bug", traceback.format_exc()
     pipe.send(said)
 
 
@@ -327,14 +406,6 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the kernel was asked
         os._exit(1)
-
-
-def wait_for_end() -> None:
-    """After the loss of a peer let torchrun find the process that died first, and end this one."""
-    last = time.monotonic() + _PEER_LOST_WAIT
-    with interrupts.noticed():
-        while interrupts.requested() is None and time.monotonic() < last:
-            time.sleep(_LOOK)
 
 
 def is_lost_peer(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -9,9 +10,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from fastalex import engine, interrupts, launch, resume
 from fastalex.command_line import heard_or_not
@@ -362,47 +360,92 @@ def _run_under_torchrun(options: Mapping[str, Any]) -> int:
     """Be one process of the world that torchrun started."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launch.die_with_parent(os.getppid())
-    world, folder, plan, code = _find_world(options, None), None, None, 0
-    if launch.rank() == 0:  # the others wait for what it finds, without a look at the folder
-        try:
-            folder, plan = prepare(options)
-            code = 0 if plan else _finished(folder)
-        except (ValueError, OSError) as error:
-            code = _fail(str(error), _REFUSED)
-    status = "failed"
+    folder, plan, code = None, None, _FAILED
+    status, line, unwritten = "failed", "", ""
+
+    def give_up(line: str) -> None:
+        unwritten = "" if folder is None else _end(folder, status)
+        _say_of_rank(line, folder, unwritten)
+
+    launch.give_up = give_up
     try:
-        code = launch.in_process(plan.world if plan else world, _member, plan, code)
+        folder, plan, code = _agree(options)
+        if plan is None:
+            return code
+        with interrupts.noticed():
+            launch.in_process(plan.world, engine.train, plan)
         status = "finished"
     except Interrupted as stop:
+        if plan is None or folder is None:
+            raise
         status, code = "interrupted", _exit_code(stop)
-        if folder is not None:
-            _say_and(_stopped_by(stop, folder, options), code)
-    except TrainingError as error:
-        if isinstance(error, launch.PeerLost):
-            launch.wait_for_end()
-        # Each process for itself: the others may have stopped without a word of their own.
-        line = f"train: error: rank {launch.rank()}: {error}"
-        print(line, file=sys.stderr, flush=True)
-        code = _FAILED
+        _say_and(_stopped_by(stop, folder, options), code)
+    except (TrainingError, RuntimeError) as error:
+        if not isinstance(error, TrainingError) and not launch.is_lost_peer(error):
+            raise
+        line, code = str(error), _FAILED
     finally:
-        unwritten = "" if folder is None or plan is None else _end(folder, status)
-    if plan is not None and folder is not None and code == 0:
-        if unwritten:
-            return _fail(unwritten, _FAILED)
+        if folder is not None and plan is not None:
+            unwritten = _end(folder, status)
+    if line:
+        _say_of_rank(line, folder, unwritten)
+    elif unwritten:
+        code = _fail(unwritten, code or _FAILED)
+    elif folder is not None and code == 0:
         _say_where(folder)
     return code
 
 
-def _member(plan: Plan | None, code: int) -> int:
-    decided = [(plan, code)]
-    if int(os.environ["WORLD_SIZE"]) > 1:
-        dist.broadcast_object_list(decided)
-    plan, code = decided[0]
-    if plan is not None:
-        torch.set_num_threads(plan.world.threads)
-        with interrupts.noticed():
-            engine.train(plan)
-    return code
+def _say_of_rank(line: str, folder: RunFolder | None, unwritten: str) -> None:
+    """Say why a process of torchrun's ends; rank 0 alone has the run's folder."""
+    kept = "" if folder is None else f"; {folder.kept()}{_way_on(folder)}"
+    text = f"train: error: rank {launch.rank()}: {line}{kept}"
+    print("\n".join(filter(None, (text, unwritten))), file=sys.stderr, flush=True)
+
+
+def _agree(options: Mapping[str, Any]) -> tuple[RunFolder | None, Plan | None, int]:
+    """Rank 0's folder, the plan, and an exit code where there is none.
+
+    Rank 0 makes the plan, which may take it hours, before any collective waits for it. There is no
+    plan where the run is finished, or where a process can't take part, which says why.
+    """
+    rank, size = launch.rank(), int(os.environ["WORLD_SIZE"])
+    folder, plan, code, refusal = None, None, 0, ""
+    store = launch.meet(size) if size > 1 else None
+    try:
+        if rank == 0:
+            folder, plan = prepare(options)
+            code = 0 if plan else _finished(folder)
+        else:
+            world = _find_world(options, None)
+    except (ValueError, OSError) as error:
+        code, refusal = _REFUSED, str(error)
+    if store is not None and rank == 0:
+        store.set("plan", json.dumps([plan and plan.to_dict(), code]))
+    elif store is not None and not refusal:
+        text = launch.receive(store, "plan", "waits for rank 0, which prepares the data")
+        values, code = json.loads(text)
+        try:
+            plan = Plan.from_dict(values) if values else None
+            if plan is not None and plan.world.device_type != world.device_type:
+                refusal = f"runs on {world.device_type}, rank 0 on {plan.world.device_type}"
+        except (ValueError, OSError) as error:
+            refusal = str(error)
+    if refusal:
+        name = f"rank {rank}: " if rank else ""
+        print(f"train: error: {name}{refusal}", file=sys.stderr, flush=True)
+    if store is not None:
+        store.set(f"refusal {rank}", refusal)
+        if rank and (refusal or plan is None):
+            return None, None, _REFUSED if refusal else code
+        waiting = "waits for the other processes"
+        refused = [i for i in range(size) if launch.receive(store, f"refusal {i}", waiting)]
+        if refused and not refusal:
+            if folder is not None:
+                _say_and(f"error: rank {refused[0]} can't take part, it says why", _REFUSED)
+                _end(folder, "failed")
+            return folder, None, _REFUSED
+    return folder, plan, code
 
 
 def _say_where(folder: RunFolder) -> None:
