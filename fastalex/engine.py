@@ -226,6 +226,9 @@ class Trainer:
         for epoch in range(self.epoch, self.epochs + 1):
             self.epoch = epoch
             self.started = time.monotonic() - self.epoch_seconds
+            signum, _ = self._wishes()
+            if signum:
+                raise Interrupted(signum)  # what was done is in a checkpoint
             if self.step < self.steps:  # else only the validation is left
                 self._train_epoch()
             self.progress.validating(epoch)
@@ -273,9 +276,6 @@ class Trainer:
     def _heed(self, number: int, every: int | None = None) -> None:
         """Write a checkpoint if it is time, and end the run if a signal asked for it.
 
-        All processes come here together. They agree on what to do where losses are read, since
-        that waits for the device anyway.
-
         Args:
             number: of the step, or of the batch of the validation.
             every: steps between checkpoints that were asked for.
@@ -284,13 +284,7 @@ class Trainer:
             Interrupted: after the checkpoint.
         """
         self.team.progress(self.step)
-        signum, late = 0, 0
-        if number % self.read_every == 0:
-            age = time.monotonic() - self.saved
-            late = int(self.team.leads and age > 60 * self.settings.checkpoint_minutes)
-            wishes = torch.tensor([interrupts.requested() or 0, late], device=self.team.device)
-            self.team.largest(wishes)
-            signum, late = wishes.tolist()
+        signum, late = self._wishes() if number % self.read_every == 0 else (0, 0)
         if signum or late or (every is not None and number % every == 0):
             self._read_losses()
             self.epoch_seconds = time.monotonic() - self.started
@@ -298,6 +292,19 @@ class Trainer:
                 self._checkpoint()
         if signum:
             raise Interrupted(signum)
+
+    def _wishes(self) -> tuple[int, int]:
+        """The signal that asked for the end, or 0, and whether a checkpoint is due by the clock.
+
+        All processes ask together and get the same answer, where losses are read: that waits for
+        the device anyway.
+        """
+        age = time.monotonic() - self.saved
+        late = self.team.leads and age > 60 * self.settings.checkpoint_minutes
+        wishes = torch.tensor([interrupts.requested() or 0, int(late)], device=self.team.device)
+        self.team.largest(wishes)
+        signum, due = wishes.tolist()
+        return signum, due
 
     def _reports(self, last: bool) -> bool:
         return last or self.step % self.settings.log_every == 0

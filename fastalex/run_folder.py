@@ -39,6 +39,7 @@ class RunFolder:
         self.path = path
         self._lock: int | None = None
         self._made: list[Path] = []  # the folders that claiming it made, the outermost first
+        self._locked_new = False  # whether claiming it made metrics.jsonl
 
     @property
     def weights(self) -> Path:
@@ -91,6 +92,7 @@ class RunFolder:
                 raise FileExistsError
             if not folder.holds_run:
                 folder._check_empty()
+            folder._locked_new = not folder.metrics.exists()
             folder._lock = _lock(folder.metrics, alone=True)
             folder._clean()
         except FileExistsError:
@@ -116,7 +118,7 @@ class RunFolder:
     def release(self) -> None:
         """Give up the claim; where no run has begun, take away what it made."""
         with contextlib.suppress(OSError):
-            if self._lock is not None and not self.holds_run and _is_empty(self.metrics):
+            if self._locked_new and _is_empty(self.metrics):
                 self.metrics.unlink()
             for made in reversed(self._made):
                 made.rmdir()
@@ -135,9 +137,7 @@ class RunFolder:
 
     def _check_empty(self) -> None:
         for path in filter(self._is_foreign, self.path.iterdir()):
-            text = (
-                f"the folder holds no run and is not empty ({path.name}), name a new or empty one"
-            )
+            text = f"the folder is not empty ({path.name}) and holds no run, name a new one"
             raise OSError(errno.ENOTEMPTY, text)
 
     def _is_foreign(self, path: Path) -> bool:
@@ -244,6 +244,7 @@ class RunFolder:
             raise ValueError(f"{self.report.name} can't be read: {error!r}") from error
 
     def _write_report(self, report: dict[str, Any]) -> None:
+        self._made, self._locked_new = [], False  # what was made is a run's now
         with replacing(self.report) as temporary:
             temporary.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
 

@@ -337,7 +337,7 @@ def _end(folder: RunFolder, status: str) -> str:
 
 def _stopped_by(stop: Interrupted, folder: RunFolder, options: Mapping[str, Any]) -> str:
     step = resume.newest_step(folder)
-    done = "without a checkpoint" if step is None else f"after step {step}"
+    done = "before its first checkpoint" if step is None else f"after step {step}"
     named = options["output"] or options["resume"] or launch.under_torchrun()
     again = "run the same command again" if named else f"use --resume {folder.path}"
     return f"stopped by {stop} {done}; {again} to go on"

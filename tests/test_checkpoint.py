@@ -59,7 +59,7 @@ def test_safetensors_itself_reads_every_type(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
-    with pytest.raises(TypeError, match="'c': .* torch.complex64"):
+    with pytest.raises(TypeError, match=r"'c': .* torch.complex64"):
         save_weights(tmp_path / "other", {"c": torch.zeros(1, dtype=torch.complex64)}, METADATA)
     assert [p.name for p in tmp_path.iterdir()] == ["w"]
 
