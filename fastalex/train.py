@@ -410,42 +410,50 @@ def _agree(options: Mapping[str, Any]) -> tuple[RunFolder | None, Plan | None, i
     plan where the run is finished, or where a process can't take part, which says why.
     """
     rank, size = launch.rank(), int(os.environ["WORLD_SIZE"])
-    folder, plan, code, refusal = None, None, 0, ""
-    store = launch.meet(size) if size > 1 else None
+    folder, plan, code, refusal, store = None, None, 0, "", None
     try:
+        world = _find_world(options, None)
+        store = launch.meet(size) if size > 1 else None
         if rank == 0:
             folder, plan = prepare(options)
             code = 0 if plan else _finished(folder)
         else:
-            world = _find_world(options, None)
+            plan, code = _receive_plan(store, world)
     except (ValueError, OSError) as error:
         code, refusal = _REFUSED, str(error)
-    if store is not None and rank == 0:
-        store.set("plan", json.dumps([plan and plan.to_dict(), code]))
-    elif store is not None and not refusal:
-        text = launch.receive(store, "plan", "waits for rank 0, which prepares the data")
-        values, code = json.loads(text)
-        try:
-            plan = Plan.from_dict(values) if values else None
-            if plan is not None and plan.world.device_type != world.device_type:
-                refusal = f"runs on {world.device_type}, rank 0 on {plan.world.device_type}"
-        except (ValueError, OSError) as error:
-            refusal = str(error)
-    if refusal:
         name = f"rank {rank}: " if rank else ""
         print(f"train: error: {name}{refusal}", file=sys.stderr, flush=True)
-    if store is not None:
-        store.set(f"refusal {rank}", refusal)
-        if rank and (refusal or plan is None):
-            return None, None, _REFUSED if refusal else code
-        waiting = "waits for the other processes"
-        refused = [i for i in range(size) if launch.receive(store, f"refusal {i}", waiting)]
-        if refused and not refusal:
-            if folder is not None:
-                _say_and(f"error: rank {refused[0]} can't take part, it says why", _REFUSED)
-                _end(folder, "failed")
-            return folder, None, _REFUSED
+    if store is None and size > 1 and "MASTER_ADDR" in os.environ:
+        store = launch.meet(size)  # to tell the others
+    if store is None:
+        return folder, plan, code
+    if rank == 0:
+        store.set("plan", json.dumps([plan and plan.to_dict(), code]))
+    store.set(f"refusal {rank}", refusal)
+    if rank and plan is None:
+        return None, None, code
+    waiting = "waits for the other processes"
+    refused = [i for i in range(size) if launch.receive(store, f"refusal {i}", waiting)]
+    if refused and not refusal:
+        if folder is not None:
+            _say_and(f"error: rank {refused[0]} can't take part, it says why", _REFUSED)
+            _end(folder, "failed")
+        return folder, None, _REFUSED
     return folder, plan, code
+
+
+def _receive_plan(store: Any, world: World) -> tuple[Plan | None, int]:
+    """What rank 0 decided: a plan, or an exit code.
+
+    Raises:
+        ValueError: where this process can't follow the plan.
+    """
+    text = launch.receive(store, "plan", "waits for rank 0, which prepares the data")
+    values, code = json.loads(text)
+    plan = Plan.from_dict(values) if values else None
+    if plan is not None and plan.world.device_type != world.device_type:
+        raise ValueError(f"runs on {world.device_type}, rank 0 on {plan.world.device_type}")
+    return plan, code
 
 
 def _say_where(folder: RunFolder) -> None:
