@@ -20,6 +20,7 @@ from typing import Any
 
 STARTING = 1800.0  # seconds until the first step, in which processes start and kernels compile
 _MOST_EVERY = 2.0  # seconds between two notes
+_COMPILED = 2  # pieces of work after which the first step, in which kernels compile, is done
 _PATIENCE = 10  # how much longer may be waited for what a disk does
 
 
@@ -86,6 +87,8 @@ class Watch:
     def progress(self, step: int, doing: str = "") -> None:
         """Note that a piece of work begins or is done; ``doing`` is one that a disk may delay."""
         self._mine = replace(self._mine, done=self._mine.done + 1, step=step, doing=doing)
+        if self._mine.done == _COMPILED:
+            self._forgive(time.monotonic())  # the others may still be in their first step
 
     def who_left(self, waiting: Callable[[], bool]) -> str:
         """After an exchange failed, which process is gone; as long as ``waiting()`` is true."""
@@ -105,7 +108,7 @@ class Watch:
 
     @property
     def _limit(self) -> float:
-        if not self._seconds or self._mine.done < 2:  # in the first step kernels compile
+        if not self._seconds or self._mine.done < _COMPILED:
             return STARTING
         return self._seconds - 4 * self._every  # so that the line is there in time
 
@@ -135,13 +138,17 @@ class Watch:
         while not self._end.wait(self._every):
             now = time.monotonic()
             if now - looked > self._limit / 2:  # this process was stopped itself
-                self._heard, self._moved = ([now] * len(self._keys) for _ in range(2))
-                self._reached = now
+                self._forgive(now)
             looked = now
             reason = self._stuck(now)
             if reason and not self._end.is_set():
                 self._give_up(reason)
                 os._exit(1)
+
+    def _forgive(self, now: float) -> None:
+        """Wait for everything from now on, however long it has been waited for."""
+        self._heard, self._moved = ([now] * len(self._keys) for _ in range(2))
+        self._reached = now
 
     def _stuck(self, now: float) -> str:
         """What keeps this process from going on; empty where nothing does."""

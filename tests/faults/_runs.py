@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -12,21 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from fastalex.checkpoint import load_weights
-from tests._commands import ROOT, alive, end, start, wait_until, workers
+from tests._commands import alive, end, start, wait_until, workers
+from tests._runs import SCRIPT, steps
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
-SCRIPT = str(ROOT / "tests" / "_small_train.py")
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node"]
 OPTIONS = ["--image-size", "64", "--batch-size", "8", "--threads", "1", "--log-every", "1"]
 OPTIONS += ["--checkpoint-every", "3", "--output", "run"]
-TIMEOUT = 6  # seconds of --timeout: steps take some 50 ms
+EPOCHS = ["--epochs", "60"]
+TIMEOUT = 12  # seconds of --timeout: steps take some 50 ms, but on a busy machine
 
 
-def command(launcher: str, *options: str, script: str = SCRIPT) -> list[str]:
-    """Two processes by ``launcher``, which is ``"ours"`` or ``"torchrun"``."""
-    first = [script, "--gpus", "2"] if launcher == "ours" else [*TORCHRUN, script]
+def command(launcher: str, *options: str, script: str = SCRIPT, processes: int = 2) -> list[str]:
+    """Processes of one run by ``launcher``, which is ``"ours"`` or ``"torchrun"``."""
+    number = str(processes)
+    first = [script, "--gpus", number] if launcher == "ours" else [*TORCHRUN, number, script]
     return [*first, *OPTIONS, "--timeout", str(TIMEOUT), *options]
 
 
@@ -52,30 +52,24 @@ def changed(folder: Path, code: str) -> str:
     return str(path)
 
 
-def steps(run: Path) -> list[int]:
-    """The steps of the records in metrics.jsonl."""
-    file = run / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [r["step"] for r in map(json.loads, lines) if r["kind"] == "step"]
-
-
-def sha256(run: Path) -> str:
-    """Of the weights that a run left."""
-    return str(load_weights(run / "model.safetensors")[1]["sha256"])
+def trained(folder: Path, count: int) -> bool:
+    """Whether the run ``folder / "run"`` has done ``count`` steps."""
+    return (folder / "run" / "metrics.jsonl").exists() and len(steps(folder / "run")) >= count
 
 
 @contextmanager
 def training(
-    launcher: str, folder: Path, *options: str, after: int = 4, script: str = SCRIPT
+    launcher: str, folder: Path, *options: str, script: str = SCRIPT, processes: int = 2
 ) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A run that has done ``after`` steps, and its two workers; none is left afterwards."""
-    process = start(command(launcher, "--epochs", "5000", *options, script=script), folder)
+    """A run in its first epochs, and its workers; none of them is left afterwards."""
+    arguments = command(launcher, *EPOCHS, *options, script=script, processes=processes)
+    process = start(arguments, folder)
     word = "spawn_main" if launcher == "ours" else Path(script).name
     pids: list[int] = []
     try:
-        wait_until(lambda: len(steps(folder / "run")) >= after, "trained")
+        wait_until(lambda: trained(folder, 4), "trained")
         pids = workers(process.pid, word)
-        assert len(pids) == 2
+        assert len(pids) == processes
         yield process, pids
         wait_until(lambda: not any(map(alive, pids)), "all processes ended", seconds=10)
     finally:

@@ -2,49 +2,83 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests._commands import end, run, start, wait_until, workers
+from tests._commands import alive, end, run, start, wait_until, workers
+from tests._runs import digest, steps
 from tests.faults._runs import (
+    EPOCHS,
     TIMEOUT,
     changed,
     command,
     line_after,
     linux,
-    sha256,
-    steps,
+    trained,
     training,
 )
+from tests.faults._table import Table
 
 pytestmark = [pytest.mark.slow, linux]
 
 HOST = socket.gethostname()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("launcher", ["ours", "torchrun"])
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
+    """The weights' digest of a run of so many processes to which nothing happened."""
+
+    @functools.cache
+    def digest_of(processes: int) -> str:
+        folder = tmp_path_factory.mktemp("whole")
+        done = run(command("ours", *EPOCHS, processes=processes), folder)
+        assert done.returncode == 0, done.stderr
+        return digest(folder / "run")
+
+    return digest_of
+
+
+@pytest.mark.parametrize(
+    ("launcher", "processes", "rank"),
+    [
+        *[("ours", 2, 0), ("ours", 2, 1), ("torchrun", 2, 0), ("torchrun", 2, 1)],
+        *[("ours", 4, 0), ("ours", 4, 3), ("torchrun", 4, 2)],
+    ],
+)
 def test_a_stopped_process_is_named_within_the_timeout(
-    tmp_path: Path, launcher: str, rank: int
+    tmp_path: Path,
+    whole: Callable[[int], str],
+    fault_table: Table,
+    launcher: str,
+    processes: int,
+    rank: int,
 ) -> None:
-    with training(launcher, tmp_path) as (process, pids):
+    with training(launcher, tmp_path, processes=processes) as (process, pids):
         os.kill(pids[rank], signal.SIGSTOP)
         line, taken = line_after(process, "train: error:", time.monotonic())
-        print(f"{launcher}, rank {rank}: {taken:.1f} s, {line}", end="")
+        print(f"{launcher}, rank {rank} of {processes}: {taken:.1f} s, {line}", end="")
         who = rf"rank {rank} \(host {HOST}\)"
         found = re.search(rf"{who} has not answered for \d+ s, at step (\d+)", line)
         assert found is not None, line
         assert 0 < int(found[1]) <= steps(tmp_path / "run")[-1] + 1
-        if launcher == "ours" or rank == 1:  # rank 0 is who knows the run's folder
-            assert re.search(r"goes on after step \d+$", line.strip())
         process.communicate(timeout=60)  # torchrun itself waits half a minute before it kills
         assert process.returncode == 1
+    again = run(command(launcher, *EPOCHS, processes=processes), tmp_path)
+    assert again.returncode == 0, again.stderr
+    equal = digest(tmp_path / "run") == whole(processes)
+    orphans = sum(map(alive, pids))
+    what = f"SIGSTOP, {launcher}, {processes} processes, until named"
+    fault_table.add(what, equal, 0, orphans, taken)
+    assert equal
+    assert orphans == 0
 
 
 def test_a_process_that_does_not_go_on_is_named(tmp_path: Path) -> None:
@@ -80,19 +114,22 @@ def test_a_run_that_was_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_torchrun_restarts_what_was_killed(tmp_path: Path, rank: int) -> None:
-    epochs = ["--epochs", "3"]
-    (tmp_path / "whole").mkdir()
-    whole = run(command("ours", *epochs), tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    torchrun, rest = command("torchrun", *epochs)[:4], command("torchrun", *epochs)[4:]
-    process = start([*torchrun, "--max-restarts", "2", *rest], tmp_path)
+def test_torchrun_restarts_what_was_killed(
+    tmp_path: Path, whole: Callable[[int], str], fault_table: Table, rank: int
+) -> None:
+    arguments = command("torchrun", *EPOCHS)
+    arguments[4:4] = ["--max-restarts", "2"]
+    process = start(arguments, tmp_path)
     try:
-        wait_until(lambda: len(steps(tmp_path / "run")) >= 4, "trained")
+        wait_until(lambda: trained(tmp_path, 4), "trained")
+        killed = time.monotonic()
         os.kill(workers(process.pid, "_small_train")[rank], signal.SIGKILL)
         stdout, stderr = process.communicate(timeout=120)
     finally:
         end(process)
     assert process.returncode == 0, stderr
     assert stdout.count("resumed: after step") == 1
-    assert sha256(tmp_path / "run") == sha256(tmp_path / "whole" / "run")
+    equal = digest(tmp_path / "run") == whole(2)
+    seconds = time.monotonic() - killed
+    fault_table.add("SIGKILL, torchrun --max-restarts, until done", equal, 0, 0, seconds)
+    assert equal

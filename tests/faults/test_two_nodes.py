@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests._commands import descendants, end, start, wait_until
-from tests.faults._runs import changed, linux, node, steps
+from tests.faults._runs import changed, linux, node, trained
 
 pytestmark = [pytest.mark.slow, linux]
 
@@ -77,7 +77,7 @@ def test_a_machine_without_the_images_says_so(folders: list[Path]) -> None:
 
 def test_a_killed_machine_is_named(folders: list[Path]) -> None:
     with _nodes([folders[0], folders[0]], "--epochs", "5000") as processes:
-        wait_until(lambda: len(steps(folders[0] / "run")) >= 6, "trained")
+        wait_until(lambda: trained(folders[0], 6), "trained")
         for pid in descendants(processes[1].pid):
             os.kill(pid, signal.SIGKILL)
         (line,) = _errors(processes[0])
