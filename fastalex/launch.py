@@ -209,20 +209,22 @@ def in_process(world: World, function: Callable[..., Result], *arguments: Any) -
     if world.processes == 1:
         return function(*arguments)
     store, number = meet(world.processes), rank()
-    board = _c10d.PrefixStore("watch", store.clone())
+    place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    board = _c10d.TCPStore(place, port, wait_for_workers=False)  # another thread has its own
+    board = _c10d.PrefixStore(f"watch {store.get('session').hex()}", board)
     with Watch(board, number, world.processes, lambda line: give_up(line)) as watch:
-        dist.init_process_group(
-            "nccl" if world.device_type == "cuda" else "gloo",
-            store=_c10d.PrefixStore("groups", store),
-            rank=number,
-            world_size=world.processes,
-            timeout=timedelta(seconds=STARTING),  # `watch` notices earlier who is missing
-            device_id=torch.device("cuda", device) if world.device_type == "cuda" else None,
-        )
         _watch = watch
-        if (signum := interrupts.requested()) is not None:
-            raise Interrupted(signum)
         try:
+            dist.init_process_group(
+                "nccl" if world.device_type == "cuda" else "gloo",
+                store=_c10d.PrefixStore("groups", store),
+                rank=number,
+                world_size=world.processes,
+                timeout=timedelta(seconds=STARTING),  # `watch` notices earlier who is missing
+                device_id=torch.device("cuda", device) if world.device_type == "cuda" else None,
+            )
+            if (signum := interrupts.requested()) is not None:
+                raise Interrupted(signum)
             result = function(*arguments)
         except Exception as error:
             if is_lost_peer(error):
@@ -253,7 +255,9 @@ def meet(processes: int) -> Any:
         names = b"".join(store.get(f"name {number}") for number in range(processes))
         store.set(f"seen {rank()}", names)
         if all(store.get(f"seen {number}") == names for number in range(processes)):
-            return _c10d.PrefixStore(names.hex(), store)
+            store = _c10d.PrefixStore(names.hex(), store)
+            store.set("session", names)
+            return store
         time.sleep(_LOOK)
 
 
@@ -410,7 +414,7 @@ def die_with_parent(parent: int) -> None:
 
 def is_lost_peer(error: Exception) -> bool:
     """Whether an operation failed because a process at its other end is gone."""
-    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
+    if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and (
