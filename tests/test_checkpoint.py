@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -62,6 +63,19 @@ def test_safetensors_itself_reads_every_type(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"'c': .* torch.complex64"):
         save_weights(tmp_path / "other", {"c": torch.zeros(1, dtype=torch.complex64)}, METADATA)
     assert [p.name for p in tmp_path.iterdir()] == ["w"]
+
+
+def test_a_full_disk_is_told_how_much_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_safetensors", full)
+    text = r"No space left on device, the file needs 3 MB and \d+ MB are free: '.*/w'$"
+    with pytest.raises(OSError, match=text):
+        save_weights(tmp_path / "w", {"w": torch.zeros(600_000)}, METADATA)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
