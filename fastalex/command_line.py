@@ -103,7 +103,7 @@ class _Stream:
 
 
 @contextlib.contextmanager
-def heard_or_not() -> Iterator[None]:
+def output_may_fail() -> Iterator[None]:
     """Let the block go on when nobody reads its output, or the disk that takes it is full."""
     streams = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     out, err = map(_Stream, streams)

@@ -40,7 +40,7 @@ class Start:
         path: the checkpoint; None where the run stopped before its first one.
         state: what the checkpoint holds besides tensors.
         given: names of the settings that its commands named.
-        unknown: names of the settings that it was begun without, by an older version.
+        unknown: names of the settings that it was started without, by an older version.
         ended: whether run.json calls it finished.
     """
 
@@ -74,7 +74,7 @@ class Start:
         Args:
             arguments: from ``parse_arguments``.
             named: whether the run was named by --resume, which keeps what is not given. Otherwise
-                the command has to come to the settings that the run was begun with.
+                the command has to come to the settings that the run was started with.
 
         Raises:
             ValueError: where the command has other settings than the run; one line with both.
@@ -115,7 +115,7 @@ class Start:
             return line + why
         if named:
             return line + "leave out " + ", ".join("--" + n.replace("_", "-") for n in changed)
-        return line + "give the options that it was begun with, or name another folder"
+        return line + "give the options that it was started with, or name another folder"
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Weights and velocities of the whole net; the file was checked when it was found."""

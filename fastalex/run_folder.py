@@ -37,6 +37,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.running = False  # whether a run has started or gone on here
         self._lock: int | None = None
         self._made: list[Path] = []  # the folders that claiming it made, the outermost first
         self._locked_new = False  # whether claiming it made metrics.jsonl
@@ -116,7 +117,7 @@ class RunFolder:
                 return cls.claim(_ROOT / f"{variant}-{seed}-{number:03d}", new=True)
 
     def release(self) -> None:
-        """Give up the claim; where no run has begun, take away what it made."""
+        """Give up the claim; where no run has started, take away what it made."""
         with contextlib.suppress(OSError):
             if self._locked_new and _is_empty(self.metrics):
                 self.metrics.unlink()
@@ -244,9 +245,9 @@ class RunFolder:
             raise ValueError(f"{self.report.name} can't be read: {error!r}") from error
 
     def _write_report(self, report: dict[str, Any]) -> None:
-        self._made, self._locked_new = [], False  # what was made is a run's now
         with replacing(self.report) as temporary:
             temporary.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+        self.running, self._made, self._locked_new = True, [], False
 
 
 class MetricsLog:

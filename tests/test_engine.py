@@ -254,7 +254,7 @@ def test_only_a_new_or_empty_folder_is_taken_and_given_back_as_it_was(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_what_a_process_killed_before_its_run_began_left_is_no_run(tmp_path: Path) -> None:
+def test_what_a_process_killed_before_its_run_started_left_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / ".run.json.123.tmp").write_text("{")
     folder = RunFolder.claim(tmp_path)
