@@ -46,7 +46,8 @@ def map_ahead(
 
 def _device() -> tuple[int, ...]:
     """The GPU of this thread, of which a process knows only if it uses one; empty where none."""
-    return (torch.cuda.current_device(),) if torch.cuda.is_initialized() else ()
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return (torch.cuda.current_device(),) if used else ()
 
 
 def _take_device(*device: int) -> None:
