@@ -157,8 +157,15 @@ def save(
     folder.checkpoints.mkdir(exist_ok=True)
     path = folder.checkpoints / f"step-{state['step']:08d}.safetensors"
     write_tensors(path, tensors, FORMAT, {"state": dict(state)})
-    for old in _found(folder)[keep:]:
-        old.unlink()
+    drop(folder, path, keep)
+
+
+def drop(folder: RunFolder, newest: Path | None, keep: int) -> None:
+    """Remove all checkpoints but ``keep``, if ``newest`` is the newest of them, and whole."""
+    found = _found(folder)
+    if newest is not None and found[:1] == [newest]:
+        for old in found[max(keep, 1) :]:
+            old.unlink()
 
 
 def last_step(settings: Settings, batches: int, state: Mapping[str, Any]) -> int:

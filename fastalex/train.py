@@ -146,6 +146,7 @@ def _prepare(options: Mapping[str, Any], folder: RunFolder, start: Start | None)
         settings = start.choose(options, named=options["resume"] is not None)
         start = replace(start, settings=settings)
         if start.finished:
+            resume.drop(folder, start.path, settings.keep_checkpoints)
             return None
     _check(settings, world)
     sources = train, val = open_sources(settings.data, settings.seed, settings.image_size)
@@ -180,6 +181,7 @@ def _prepare(options: Mapping[str, Any], folder: RunFolder, start: Start | None)
     if start is None:
         folder.begin(options, settings.to_dict(), vars(world))
     else:
+        resume.drop(folder, start.path, settings.keep_checkpoints)
         folder.resume(options, settings.to_dict(), vars(world), start.step)
     parameters = sum(p.numel() for p in model.parameters())
     for line in _describe(plan, parameters, train, val):
