@@ -91,10 +91,10 @@ class RunFolder:
             folder._make()
             if new and path not in folder._made:
                 raise FileExistsError
-            if not folder.holds_run:
-                folder._check_empty()
             folder._locked_new = not folder.metrics.exists()
             folder._lock = _lock(folder.metrics, alone=True)
+            if not folder.holds_run:
+                folder._check_empty()
             folder._clean()
         except FileExistsError:
             folder.release()
@@ -119,7 +119,7 @@ class RunFolder:
     def release(self) -> None:
         """Give up the claim; where no run has started, take away what it made."""
         with contextlib.suppress(OSError):
-            if self._locked_new and _is_empty(self.metrics):
+            if self._lock is not None and self._locked_new and _is_empty(self.metrics):
                 self.metrics.unlink()
             for made in reversed(self._made):
                 made.rmdir()
