@@ -81,8 +81,8 @@ def test_a_signal_saves_within_an_epoch(
     again = run(command, tmp_path)
     assert again.returncode == 0, again.stderr
     assert f"resumed: after step {found[1]}" in again.stdout
-    fault_table.add(f"{signum.name}, {processes} process(es)", True, 0, orphans, seconds)
     _assert_as(tmp_path / "run", whole)
+    fault_table.add(f"{signum.name}, {processes} process(es)", True, 0, orphans, seconds)
     assert not orphans
 
 
