@@ -13,7 +13,7 @@ import fastalex_kernels as kernels
 from fastalex import interrupts, resume
 from fastalex._version import __version__
 from fastalex.checkpoint import save_weights
-from fastalex.command_line import heard_or_not
+from fastalex.command_line import output_may_fail
 from fastalex.config import Settings
 from fastalex.curves import Curves
 from fastalex.data import Batch, Batches, DataError, ImageSource, color_noise, open_sources
@@ -51,7 +51,7 @@ def train(plan: Plan) -> None:
         Interrupted: a signal asked for the end; where it could, the run has saved its state.
     """
     try:
-        with heard_or_not():
+        with output_may_fail():
             trainer = Trainer(plan)
             try:
                 trainer.run()
@@ -226,14 +226,14 @@ class Trainer:
         for epoch in range(self.epoch, self.epochs + 1):
             self.epoch = epoch
             self.started = time.monotonic() - self.epoch_seconds
-            signum, _ = self._wishes()
+            signum, _ = self._agree()
             if signum:
                 raise Interrupted(signum)  # what was done is in a checkpoint
             if self.step < self.steps:  # else only the validation is left
                 self._train_epoch()
             self.progress.validating(epoch)
             with autocast(self.settings.precision, self.team.device):
-                accuracy = evaluate(self.model, self.val_batches, self.team, self._heed)
+                accuracy = evaluate(self.model, self.val_batches, self.team, self._save_or_stop)
             if not math.isfinite(accuracy.loss):
                 raise TrainingError(
                     f"the validation loss is {accuracy.loss} after step {self.step} "
@@ -270,10 +270,10 @@ class Trainer:
             if last:
                 break
             if self.batch < len(self.train_batches):  # at the end of an epoch, validation does
-                self._heed(self.step, self.settings.checkpoint_every)
+                self._save_or_stop(self.step, self.settings.checkpoint_every)
         self._read_losses()
 
-    def _heed(self, number: int, every: int | None = None) -> None:
+    def _save_or_stop(self, number: int, every: int | None = None) -> None:
         """Write a checkpoint if it is time, and end the run if a signal asked for it.
 
         Args:
@@ -284,7 +284,7 @@ class Trainer:
             Interrupted: after the checkpoint.
         """
         self.team.progress(self.step)
-        signum, late = self._wishes() if number % self.read_every == 0 else (0, 0)
+        signum, late = self._agree() if number % self.read_every == 0 else (0, 0)
         if signum or late or (every is not None and number % every == 0):
             self._read_losses()
             self.epoch_seconds = time.monotonic() - self.started
@@ -293,7 +293,7 @@ class Trainer:
         if signum:
             raise Interrupted(signum)
 
-    def _wishes(self) -> tuple[int, int]:
+    def _agree(self) -> tuple[int, int]:
         """The signal that asked for the end, or 0, and whether a checkpoint is due by the clock.
 
         All processes ask together and get the same answer, where losses are read: that waits for
@@ -301,9 +301,9 @@ class Trainer:
         """
         age = time.monotonic() - self.saved
         late = self.team.leads and age > 60 * self.settings.checkpoint_minutes
-        wishes = torch.tensor([interrupts.requested() or 0, int(late)], device=self.team.device)
-        self.team.largest(wishes)
-        signum, due = wishes.tolist()
+        flags = torch.tensor([interrupts.requested() or 0, int(late)], device=self.team.device)
+        self.team.largest(flags)
+        signum, due = flags.tolist()
         return signum, due
 
     def _reports(self, last: bool) -> bool:

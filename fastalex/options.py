@@ -292,7 +292,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--allow-changed-images",
         action="store_true",
-        help="go on with a run although its images are not the ones it began with",
+        help="go on with a run although its images are not the ones it started with",
     )
     group.add_argument(
         "--checkpoint-every",

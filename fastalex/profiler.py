@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import fastalex_kernels as kernels
 from fastalex import profile_chart
-from fastalex.command_line import Parser, guarded, whole_number
+from fastalex.command_line import Parser, check_output, guarded, whole_number
 from fastalex.evaluate import table
 from fastalex.files import replacing
 from fastalex.gpus import find_gpu
@@ -88,6 +88,7 @@ def _parser() -> Parser:
 def _run(options: argparse.Namespace) -> int:
     _complete(options)
     profile_chart.new_chart()  # before any work: matplotlib may be missing
+    check_output("--output", options.output, folder=True)
     options.output.mkdir(parents=True, exist_ok=True)
     trace, chart, data = (options.output / n for n in ("trace.json", "profile.png", "profile.json"))
     with _kept_graphs():

@@ -40,7 +40,7 @@ class Start:
         path: the checkpoint; None where the run stopped before its first one.
         state: what the checkpoint holds besides tensors.
         given: names of the settings that its commands named.
-        unknown: names of the settings that it was begun without, by an older version.
+        unknown: names of the settings that it was started without, by an older version.
         ended: whether run.json calls it finished.
     """
 
@@ -74,7 +74,7 @@ class Start:
         Args:
             arguments: from ``parse_arguments``.
             named: whether the run was named by --resume, which keeps what is not given. Otherwise
-                the command has to come to the settings that the run was begun with.
+                the command has to come to the settings that the run was started with.
 
         Raises:
             ValueError: where the command has other settings than the run; one line with both.
@@ -115,7 +115,7 @@ class Start:
             return line + why
         if named:
             return line + "leave out " + ", ".join("--" + n.replace("_", "-") for n in changed)
-        return line + "give the options that it was begun with, or name another folder"
+        return line + "give the options that it was started with, or name another folder"
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Weights and velocities of the whole net; the file was checked when it was found."""
@@ -157,8 +157,15 @@ def save(
     folder.checkpoints.mkdir(exist_ok=True)
     path = folder.checkpoints / f"step-{state['step']:08d}.safetensors"
     write_tensors(path, tensors, FORMAT, {"state": dict(state)})
-    for old in _found(folder)[keep:]:
-        old.unlink()
+    drop(folder, path, keep)
+
+
+def drop(folder: RunFolder, newest: Path | None, keep: int) -> None:
+    """Remove all checkpoints but ``keep``, if ``newest`` is the newest of them, and whole."""
+    found = _found(folder)
+    if newest is not None and found[:1] == [newest]:
+        for old in found[max(keep, 1) :]:
+            old.unlink()
 
 
 def last_step(settings: Settings, batches: int, state: Mapping[str, Any]) -> int:

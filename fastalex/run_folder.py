@@ -37,6 +37,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.running = False  # whether a run has started or gone on here
         self._lock: int | None = None
         self._made: list[Path] = []  # the folders that claiming it made, the outermost first
         self._locked_new = False  # whether claiming it made metrics.jsonl
@@ -90,10 +91,10 @@ class RunFolder:
             folder._make()
             if new and path not in folder._made:
                 raise FileExistsError
-            if not folder.holds_run:
-                folder._check_empty()
             folder._locked_new = not folder.metrics.exists()
             folder._lock = _lock(folder.metrics, alone=True)
+            if not folder.holds_run:
+                folder._check_empty()
             folder._clean()
         except FileExistsError:
             folder.release()
@@ -116,9 +117,9 @@ class RunFolder:
                 return cls.claim(_ROOT / f"{variant}-{seed}-{number:03d}", new=True)
 
     def release(self) -> None:
-        """Give up the claim; where no run has begun, take away what it made."""
+        """Give up the claim; where no run has started, take away what it made."""
         with contextlib.suppress(OSError):
-            if self._locked_new and _is_empty(self.metrics):
+            if self._lock is not None and self._locked_new and _is_empty(self.metrics):
                 self.metrics.unlink()
             for made in reversed(self._made):
                 made.rmdir()
@@ -244,9 +245,9 @@ class RunFolder:
             raise ValueError(f"{self.report.name} can't be read: {error!r}") from error
 
     def _write_report(self, report: dict[str, Any]) -> None:
-        self._made, self._locked_new = [], False  # what was made is a run's now
         with replacing(self.report) as temporary:
             temporary.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+        self.running, self._made, self._locked_new = True, [], False
 
 
 class MetricsLog:

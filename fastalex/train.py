@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastalex import engine, interrupts, launch, resume
-from fastalex.command_line import heard_or_not
+from fastalex.command_line import output_may_fail
 from fastalex.config import Settings, describe_setting
 from fastalex.curves import check_tensorboard
 from fastalex.data import (
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         done is saved, and the same command goes on.
     """
     options = parse_arguments(arguments)
-    with heard_or_not(), interrupts.raised():
+    with output_may_fail(), interrupts.raised():
         try:
             interrupts.raise_again()
             if launch.under_torchrun():
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             return _fail(str(error), _REFUSED)
         except Interrupted as stop:
-            line = f"stopped by {stop} before training began, nothing was written"
+            line = f"stopped by {stop} before training started, run the same command again"
             return _say_and(line, _exit_code(stop))
 
 
@@ -97,7 +97,8 @@ def _find(options: Mapping[str, Any]) -> tuple[RunFolder, Start | None]:
 
 def _finished(folder: RunFolder) -> int:
     """Say that there is nothing to go on with; the last process may have died before it could."""
-    print(f"{folder.path} is finished: all of its {resume.newest_step(folder)} steps are done")
+    step = resume.newest_step(folder)  # None without checkpoints
+    print(f"{folder.path} is finished" + (f": all of its {step} steps are done" if step else ""))
     line = _end(folder, "finished")
     if line:
         return _fail(line, _FAILED)
@@ -130,7 +131,9 @@ def prepare(options: Mapping[str, Any]) -> tuple[RunFolder, Plan | None]:
     folder, start = _find(options)
     try:
         return folder, _prepare(options, folder, start)
-    except BaseException:
+    except BaseException as error:
+        if folder.running:
+            _end(folder, "interrupted" if isinstance(error, Interrupted) else "failed")
         folder.release()
         raise
 
@@ -143,6 +146,7 @@ def _prepare(options: Mapping[str, Any], folder: RunFolder, start: Start | None)
         settings = start.choose(options, named=options["resume"] is not None)
         start = replace(start, settings=settings)
         if start.finished:
+            resume.drop(folder, start.path, settings.keep_checkpoints)
             return None
     _check(settings, world)
     sources = train, val = open_sources(settings.data, settings.seed, settings.image_size)
@@ -177,6 +181,7 @@ def _prepare(options: Mapping[str, Any], folder: RunFolder, start: Start | None)
     if start is None:
         folder.begin(options, settings.to_dict(), vars(world))
     else:
+        resume.drop(folder, start.path, settings.keep_checkpoints)
         folder.resume(options, settings.to_dict(), vars(world), start.step)
     parameters = sum(p.numel() for p in model.parameters())
     for line in _describe(plan, parameters, train, val):
@@ -203,7 +208,7 @@ def _check(settings: Settings, world: World) -> None:
 def _check_same_images(
     start: Start, train: ImageSource, images: tuple[Contents, ...], allowed: bool
 ) -> None:
-    """Raise unless the images are those that the run began with, or may be others."""
+    """Raise unless the images are those that the run started with, or may be others."""
     where, before = f"--data of {start.folder}", start.state.get("contents")
     if list(train.classes) != start.state["classes"]:
         raise DataError(f"{where}: the images have other classes than they had")
@@ -217,8 +222,8 @@ def _check_same_images(
         changed = changed if counts != start.state["images"] else []
     if changed and not allowed:
         raise DataError(
-            f"{where}: not what the run began with, {'; '.join(changed)}; put them back, or go on "
-            "all the same with --allow-changed-images"
+            f"{where}: not what the run started with, {'; '.join(changed)}; put them back, or "
+            "go on all the same with --allow-changed-images"
         )
     for line in changed:
         print(f"train: warning: {line}", file=sys.stderr)
@@ -238,7 +243,7 @@ def _kept_normalization(start: Start, image: MeanImage | None) -> Normalization:
         return Normalization.from_dict(values, image.pixels)
     except ValueError as error:
         raise DataError(
-            f"--resume {start.folder}: the packed set has not the mean image that the run began "
+            f"--resume {start.folder}: the packed set has not the mean image that the run started "
             "with; name that set with --data"
         ) from error
 
@@ -289,7 +294,7 @@ def _describe_start(start: Start, world: World) -> list[str]:
     lines = [f"resumed: after step {start.step}, from {start.path}"]
     if start.unknown:
         texts = [describe_setting(n, getattr(start.settings, n)) for n in start.unknown]
-        lines.append(f"note: begun by an older version of fastalex; new here: {', '.join(texts)}")
+        lines.append(f"note: started by an older version of fastalex; new here: {', '.join(texts)}")
     changed = start.differences(world)
     if changed:
         lines.append(

@@ -31,17 +31,17 @@ def evaluate(
     model: AlexNet,
     batches: Batches,
     team: Team,
-    heed: Callable[[int], None] = lambda number: None,
+    on_batch: Callable[[int], None] = lambda number: None,
 ) -> Accuracy:
     """Loss, top-1 and top-5 over all of ``batches``; every process takes part.
 
-    With fewer than five classes top-5 counts a label among all of them, and is 1. ``heed`` is
+    With fewer than five classes top-5 counts a label among all of them, and is 1. ``on_batch`` is
     called with the number of each batch, from 0, before it is looked at.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=team.device)
     for number, batch in enumerate(fetch(batches.epoch(0), team.device)):
-        heed(number)
+        on_batch(number)
         labels = batch.labels
         if len(labels) == 0:  # a short last batch may leave a replica without images
             continue

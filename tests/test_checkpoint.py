@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -64,6 +65,19 @@ def test_safetensors_itself_reads_every_type(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["w"]
 
 
+def test_a_full_disk_is_told_how_much_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_safetensors", full)
+    text = r"No space left on device, the file needs 3 MB and \d+ MB are free: '.*/w'$"
+    with pytest.raises(OSError, match=text):
+        save_weights(tmp_path / "w", {"w": torch.zeros(600_000)}, METADATA)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
@@ -71,6 +85,27 @@ def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "w").stat().st_mode) == 0o640
+
+
+def test_what_was_loaded_can_be_changed_and_saved(tmp_path: Path) -> None:
+    model = AlexNet(3, 0.25, "owt").eval()
+    save_weights(tmp_path / "a", model.state_dict(), METADATA)
+    tensors, metadata = load_weights(tmp_path / "a")
+    tuned = {name: tensor + 1 for name, tensor in tensors.items()}
+    for changed, about in (
+        (tensors, metadata),
+        (tuned, metadata),
+        (tensors, {**metadata, "note": "mine"}),
+        (tuned, {**metadata, "classes": ["x", "y", "z"]}),
+    ):
+        save_weights(tmp_path / "b", changed, about)
+        loaded, found = load_model(tmp_path / "b")
+        assert all(torch.equal(changed[name], t) for name, t in loaded.state_dict().items())
+        sums = ("sha256", "metadata_sha256")
+        assert {k: v for k, v in found.items() if k not in sums} == {
+            k: v for k, v in about.items() if k not in sums
+        }
+    assert (tmp_path / "b").stat().st_size > 0
 
 
 def test_a_model_comes_back_and_computes_the_same(tmp_path: Path) -> None:

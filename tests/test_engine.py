@@ -254,10 +254,34 @@ def test_only_a_new_or_empty_folder_is_taken_and_given_back_as_it_was(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_what_a_process_killed_before_its_run_began_left_is_no_run(tmp_path: Path) -> None:
+def test_what_a_process_killed_before_its_run_started_left_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / ".run.json.123.tmp").write_text("{")
     folder = RunFolder.claim(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     folder.release()
-    assert not list(tmp_path.iterdir())
+
+
+def test_who_loses_a_race_for_a_new_folder_leaves_it_to_the_winner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastalex.run_folder._LOCK_SECONDS", 0.0)
+    winners: list[RunFolder] = []
+    real = RunFolder._make
+
+    def make(self: RunFolder) -> None:
+        real(self)
+        if not winners:  # another process comes between making the folder and locking it
+            winners.append(self)
+            winners[0] = RunFolder.claim(tmp_path / "run")
+
+    monkeypatch.setattr(RunFolder, "_make", make)
+    monkeypatch.setattr(Path, "exists", lambda path: path == tmp_path)  # as it was before
+    with pytest.raises(ValueError, match="another process trains in this folder"):
+        RunFolder.claim(tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setattr("fastalex.run_folder._LOCK_SECONDS", 0.0)
+    assert winners[0].metrics.exists()
+    with pytest.raises(ValueError, match="another process trains in this folder"):
+        RunFolder.claim(tmp_path / "run")
+    winners[0].release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -322,3 +323,25 @@ def test_records_behind_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
     log = MetricsLog(path, 1000)
     assert log.missing == 1000 - path.stat().st_size
     log.close()
+
+
+def test_a_record_that_does_not_fit_leaves_no_part_of_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.append({"step": 1})
+    real, room = os.write, [5, 0]
+
+    def write(file: int, data: bytes) -> int:
+        if room and not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, data[: room.pop(0)] if room else data[:3])
+
+    monkeypatch.setattr("fastalex.run_folder.os.write", write)
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'$"):
+        log.append({"step": 2})
+    room.clear()  # there is room again, three bytes at a time
+    log.append({"step": 3})
+    log.close()
+    assert path.read_text().splitlines() == ['{"step": 1}', '{"step": 3}']

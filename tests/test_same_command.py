@@ -198,6 +198,17 @@ def test_a_finished_run_is_finished_and_more_epochs_train_on(
     assert "finished: all of its 20 steps" in capsys.readouterr().out
 
 
+def test_older_checkpoints_that_a_kill_left_go(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("--output", "run", "--keep-checkpoints", "1")
+    _stop(8, monkeypatch, *command[2:])
+    for step in (8, 15):
+        (newest,) = (here / "run" / "checkpoints").iterdir()
+        assert newest.name == f"step-{step:08d}.safetensors"
+        shutil.copy(newest, newest.with_name("step-00000004.safetensors"))
+        assert _train(*command) == 0
+    assert checkpoints(here / "run") == [15]
+
+
 def test_a_finished_run_without_checkpoints_stays_finished(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 
 from fastalex import train
-from fastalex.data import sources
-from fastalex.variants import VARIANTS
 from tests import _small_train
 
 
@@ -54,8 +52,7 @@ def run(arguments: list[str], state: list[int]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    VARIANTS.update({name: _small_train.thin(variant) for name, variant in VARIANTS.items()})
-    sources.TRAIN_COUNT, sources.VAL_COUNT = _small_train.TRAIN_COUNT, _small_train.VAL_COUNT
+    _small_train.shrink()
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         print(json.dumps(run(*json.loads(line))), file=answers, flush=True)
