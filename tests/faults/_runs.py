@@ -19,7 +19,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node"]
 OPTIONS = ["--image-size", "64", "--batch-size", "8", "--threads", "1", "--log-every", "1"]
 OPTIONS += ["--checkpoint-every", "3", "--output", "run"]
-EPOCHS = ["--epochs", "60"]
+EPOCHS = ["--epochs", "25"]
 TIMEOUT = 12  # seconds of --timeout: steps take some 50 ms, but on a busy machine
 
 
