@@ -57,6 +57,11 @@ def trained(folder: Path, count: int) -> bool:
     return (folder / "run" / "metrics.jsonl").exists() and len(steps(folder / "run")) >= count
 
 
+def leftovers(run: Path) -> int:
+    """How many temporary files a run has left."""
+    return sum(".tmp" in path.name for path in run.rglob("*"))
+
+
 @contextmanager
 def training(
     launcher: str, folder: Path, *options: str, script: str = SCRIPT, processes: int = 2

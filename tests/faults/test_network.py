@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from tests._commands import end, environment, run, wait_until
+from tests._commands import alive, descendants, end, environment, run, wait_until
 from tests._runs import digest
-from tests.faults._runs import EPOCHS, command, line_after, linux, node, trained
+from tests.faults._runs import EPOCHS, command, leftovers, line_after, linux, node, trained
 from tests.faults._table import Table
 
 pytestmark = [pytest.mark.slow, linux]
@@ -91,6 +91,8 @@ def test_both_sides_of_a_cut_link_say_so_and_the_run_goes_on(
     processes = [_start(machine, tmp_path) for machine in (0, 1)]
     try:
         wait_until(lambda: trained(tmp_path, 8), "trained")
+        pids = [pid for process in processes for pid in descendants(process.pid)[1:]]
+        assert len(pids) >= 2
         _device(0, "down")
         cut = time.monotonic()
         lines = [line_after(process, "train: error:", cut) for process in processes]
@@ -117,5 +119,8 @@ def test_both_sides_of_a_cut_link_say_so_and_the_run_goes_on(
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "resumed: after step" in outputs[0][0]
     equal = digest(tmp_path / "run") == digest(tmp_path / "whole" / "run")
-    fault_table.add("link cut, until named", equal, 0, 0, max(taken for _, taken in lines))
+    left, orphans = leftovers(tmp_path / "run"), sum(map(alive, pids))
+    seconds = max(taken for _, taken in lines)
+    fault_table.add("link cut, until named", equal, left, orphans, seconds)
     assert equal
+    assert (left, orphans) == (0, 0)

@@ -20,6 +20,7 @@ from tests.faults._runs import (
     TIMEOUT,
     changed,
     command,
+    leftovers,
     line_after,
     linux,
     trained,
@@ -76,9 +77,10 @@ def test_a_stopped_process_is_named_within_the_timeout(
     equal = digest(tmp_path / "run") == whole(processes)
     orphans = sum(map(alive, pids))
     what = f"SIGSTOP, {launcher}, {processes} processes, until named"
-    fault_table.add(what, equal, 0, orphans, taken)
+    left = leftovers(tmp_path / "run")
+    fault_table.add(what, equal, left, orphans, taken)
     assert equal
-    assert orphans == 0
+    assert (left, orphans) == (0, 0)
 
 
 def test_a_process_that_does_not_go_on_is_named(tmp_path: Path) -> None:
@@ -123,7 +125,8 @@ def test_torchrun_restarts_what_was_killed(
     try:
         wait_until(lambda: trained(tmp_path, 4), "trained")
         killed = time.monotonic()
-        os.kill(workers(process.pid, "_small_train")[rank], signal.SIGKILL)
+        pids = workers(process.pid, "_small_train")
+        os.kill(pids[rank], signal.SIGKILL)
         stdout, stderr = process.communicate(timeout=120)
     finally:
         end(process)
@@ -131,5 +134,8 @@ def test_torchrun_restarts_what_was_killed(
     assert stdout.count("resumed: after step") == 1
     equal = digest(tmp_path / "run") == whole(2)
     seconds = time.monotonic() - killed
-    fault_table.add("SIGKILL, torchrun --max-restarts, until done", equal, 0, 0, seconds)
+    left, orphans = leftovers(tmp_path / "run"), sum(map(alive, pids))
+    what = "SIGKILL, torchrun --max-restarts, until done"
+    fault_table.add(what, equal, left, orphans, seconds)
     assert equal
+    assert (left, orphans) == (0, 0)
