@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastalex import interrupts
 from fastalex.interrupts import INTERRUPTED
@@ -115,3 +116,38 @@ def guarded(name: str, command: Callable[[], int], nothing: str = "nothing was w
     except KeyboardInterrupt as stop:
         print(f"{name}: {str(stop) or f'interrupted, {nothing}'}", file=sys.stderr)
         return INTERRUPTED
+
+
+class _Stream:
+    """A stream of text whose file becomes the null device when it can't be written to."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> Any:
+        return self._keep_going(lambda: self._stream.write(text))
+
+    def flush(self) -> Any:
+        return self._keep_going(self._stream.flush)
+
+    def _keep_going(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+            return call()
+
+
+@contextlib.contextmanager
+def output_may_fail() -> Iterator[None]:
+    """Let the block go on when nobody reads its output, or the disk that takes it is full."""
+    streams = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    out, err = map(_Stream, streams)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # type: ignore[type-var]
+        yield
+        out.flush()

@@ -18,7 +18,16 @@ PRECISIONS = {
 }
 
 # Options that a resumed run may be given anew: they change no weight.
-RESUMABLE = ("data", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
+RESUMABLE = (
+    "data",
+    "workers",
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "keep_checkpoints",
+    "tensorboard",
+    "timeout",
+)
 
 # What an option takes that is not given, where neither recipe nor data have a say.
 _PLAIN = {
@@ -26,7 +35,9 @@ _PLAIN = {
     "color_noise": "published",
     "seed": 0,
     "log_every": 10,
+    "checkpoint_minutes": 10.0,
     "keep_checkpoints": 2,
+    "timeout": 120.0,
     "tensorboard": False,
 }
 _PUBLISHED_SIZE = 224  # stands for the size that the variant was published with
@@ -98,9 +109,11 @@ class Settings:
     seed: int
     log_every: int
     workers: int
-    checkpoint_every: int | None  # steps; None: at the end of each epoch only
+    checkpoint_every: int | None  # steps; None: at the end of each epoch and after a time
+    checkpoint_minutes: float  # most that are lost to a kill
     keep_checkpoints: int
     tensorboard: bool
+    timeout: float  # seconds
 
     @classmethod
     def choose(cls, arguments: Mapping[str, Any], device_type: str) -> Settings:
@@ -112,10 +125,10 @@ class Settings:
             ValueError: for an option that the schedule has no use for.
         """
         recipe = NO_RECIPE if arguments["recipe"] is None else RECIPES[arguments["recipe"]]
-        given = {n: arguments[n] for n in _names() if arguments[n] is not None}
+        given = {n: arguments[n] for n in setting_names() if arguments[n] is not None}
         defaults = dataclasses.asdict(DEFAULTS[arguments["data"] is not None, device_type])
         chosen = {n: v for n, v in vars(recipe).items() if v is not None}
-        values = {**dict.fromkeys(_names()), **defaults, **_PLAIN, **chosen, **given}
+        values = {**dict.fromkeys(setting_names()), **defaults, **_PLAIN, **chosen, **given}
         published = values["image_size"] == _PUBLISHED_SIZE and "image_size" not in given
         if arguments["recipe"] is not None and published:
             values["image_size"] = get_variant(values["variant"]).image_size
@@ -134,35 +147,41 @@ class Settings:
             )
         return cls(**values)
 
-    def resumed(self, arguments: Mapping[str, Any]) -> Settings:
-        """These settings with what ``arguments`` may change of them.
-
-        Raises:
-            ValueError: where more than that was given.
-        """
-        given = {n: arguments[n] for n in _names() if arguments[n] is not None}
-        options = ["--" + n.replace("_", "-") for n in sorted(given) if n not in RESUMABLE]
-        if options:
-            raise ValueError(f"--resume keeps the run's settings: leave out {', '.join(options)}")
-        return dataclasses.replace(self, **given)
-
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; ``from_dict`` undoes it."""
         data = None if self.data is None else str(self.data)
         return {**vars(self), "data": data, "lr_drop": list(self.lr_drop)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
-        """The inverse of ``to_dict``.
+    def from_dict(cls, values: Mapping[str, Any], device_type: str = "cpu") -> Settings:
+        """The inverse of ``to_dict``; what an older version did not know takes its default.
 
         Raises:
-            ValueError: where a setting is missing or unknown.
+            ValueError: where a setting is unknown.
         """
-        odd = sorted(set(values) ^ set(_names()))
-        if odd:
-            raise ValueError(f"written by another version of fastalex: setting {odd[0]!r}")
+        unknown = sorted(set(values) - set(setting_names()))
+        if unknown:
+            raise ValueError(
+                "written by another version of fastalex, whose settings this one does not know: "
+                f"{', '.join(unknown)}"
+            )
+        if set(values) != set(setting_names()):
+            given = {n: values.get(n) for n in ("recipe", "data")}
+            known = {**dict.fromkeys(setting_names()), **given}
+            values = {**cls.choose(known, device_type).to_dict(), **values}
         data = None if values["data"] is None else Path(values["data"])
         return cls(**{**values, "data": data, "lr_drop": tuple(values["lr_drop"])})
+
+
+def describe_setting(name: str, value: Any) -> str:
+    """A setting as its option: ``--lr 0.1``, ``--no-fused-update``, ``no --recipe``."""
+    option = name.replace("_", "-")
+    if value is None:
+        return f"no --{option}"
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return f"--{option} {text}"
 
 
 def _execution(given: Mapping[str, Any], precision: str, device_type: str) -> dict[str, bool]:
@@ -185,5 +204,5 @@ def _execution(given: Mapping[str, Any], precision: str, device_type: str) -> di
     return {"fused_update": fused, "cuda_graph": given.get("cuda_graph", gpu and fused)}
 
 
-def _names() -> list[str]:
+def setting_names() -> list[str]:
     return [field.name for field in dataclasses.fields(Settings)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 
 import fastalex_kernels as kernels
-from fastalex import resume
+from fastalex import interrupts, resume
 from fastalex._version import __version__
 from fastalex.checkpoint import save_weights
+from fastalex.command_line import output_may_fail
 from fastalex.config import Settings
 from fastalex.curves import Curves
 from fastalex.data import Batch, Batches, DataError, ImageSource, color_noise, open_sources
+from fastalex.interrupts import Interrupted
 from fastalex.launch import TrainingError
 from fastalex.meter import Meter
 from fastalex.model import AlexNet
@@ -50,12 +53,17 @@ def train(plan: Plan) -> None:
     Raises:
         TrainingError: where the run can't go on: the loss is not finite, data are gone, the disk
             is full, memory runs out.
+        Interrupted: a signal asked for the end; where it could, the run has saved its state.
     """
     try:
-        trainer = Trainer(plan)
-        try:
-            trainer.run()
-        finally:
+        with output_may_fail():
+            trainer = Trainer(plan)
+            try:
+                trainer.run()
+            except BaseException:
+                with contextlib.suppress(OSError):  # the error above is the one to know
+                    trainer.close()
+                raise
             trainer.close()
     except torch.OutOfMemoryError as error:
         size = plan.settings.batch_size
@@ -73,28 +81,29 @@ class Trainer:
     Attributes:
         step: steps done.
         epoch: the epoch that is being trained, from 1.
+        started: when it began, by the monotonic clock.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.settings = settings = plan.settings
-        self.team = team = Team(plan.world)
+        self.team = team = Team(plan.world, settings.timeout)
         train_source, val_source = plan.sources or open_sources(
             settings.data, settings.seed, settings.image_size, plan.unreadable, quiet=True
         )
         self.source = train_source
         self.train_batches = self._batches(train_source, train=True)
         self.val_batches = self._batches(val_source, train=False)
-        self.steps = settings.epochs * len(self.train_batches)
-        self.epochs = settings.epochs
-        if settings.max_steps is not None:
-            self.steps = min(self.steps, settings.max_steps)
-            self.epochs = -(-self.steps // len(self.train_batches))
+        state = {} if plan.start is None else plan.start.state
+        self.steps = resume.last_step(settings, len(self.train_batches), state)
         self.schedule = Schedule(settings, self.steps)
         self.scaler = LossScaler(team, enabled=settings.precision == "fp16")
         self.folder = RunFolder(plan.folder)
         self._build(plan.start)
-        self._restore({} if plan.start is None else plan.start.state)
+        self._restore(state)
+        left = self.batch + self.steps - self.step
+        self.epochs = self.epoch - 1 + -(-left // len(self.train_batches))
+        self.saved = time.monotonic()  # when the last checkpoint was written
         self.progress = Progress(self.steps, self.epochs, visible=team.leads, done=self.step)
         self.train_step = self._make_step()
         # Losses not yet read from the device. Reading waits for it: on a GPU that is done once
@@ -153,7 +162,8 @@ class Trainer:
         """Go on from ``state``, as ``_state`` returned it; from the beginning where it is empty."""
         self.step: int = state.get("step", 0)
         self.epoch: int = state.get("epoch", 1)
-        self.batch: int = state.get("batch", 0)  # batches done in this epoch
+        # Batches done in this epoch; fewer images than before may have fewer.
+        self.batch: int = min(state.get("batch", 0), len(self.train_batches))
         self.losses: list[float] = state.get("losses", [])  # of this epoch's steps
         self.epoch_seconds: float = state.get("epoch_seconds", 0.0)  # spent on it by an earlier run
         self.best: dict[str, float] | None = state.get("best")
@@ -187,6 +197,7 @@ class Trainer:
             "versions": versions(),
             "classes": plan.classes,
             "images": [len(self.source), len(self.val_batches.source)],
+            "contents": plan.images,
             "normalization": plan.normalization.to_dict(),
             "unreadable": [path for path, _ in plan.unreadable],
         }
@@ -222,11 +233,15 @@ class Trainer:
     def run(self) -> None:
         for epoch in range(self.epoch, self.epochs + 1):
             self.epoch = epoch
-            started = time.monotonic() - self.epoch_seconds
-            self._train_epoch(started)
+            self.started = time.monotonic() - self.epoch_seconds
+            signum, _ = self._agree()
+            if signum:
+                raise Interrupted(signum)  # what was done is in a checkpoint
+            if self.step < self.steps:  # else only the validation is left
+                self._train_epoch()
             self.progress.validating(epoch)
             with autocast(self.settings.precision, self.team.device):
-                accuracy = evaluate(self.model, self.val_batches, self.team)
+                accuracy = evaluate(self.model, self.val_batches, self.team, self._save_or_stop)
             if not math.isfinite(accuracy.loss):
                 raise TrainingError(
                     f"the validation loss is {accuracy.loss} after step {self.step} "
@@ -236,7 +251,7 @@ class Trainer:
                 self.progress.say("the validation error stopped falling, the learning rate drops")
             self._save(accuracy)
             loss = math.fsum(self.losses) / len(self.losses)
-            self._report_epoch(loss, accuracy, time.monotonic() - started)
+            self._report_epoch(loss, accuracy, time.monotonic() - self.started)
             self.epoch, self.batch, self.losses, self.epoch_seconds = epoch + 1, 0, [], 0.0
             self._checkpoint()
 
@@ -247,10 +262,9 @@ class Trainer:
             if log is not None:
                 log.close()
 
-    def _train_epoch(self, started: float) -> None:
-        """The rest of a pass over the training images, which began at ``started``."""
+    def _train_epoch(self) -> None:
+        """The rest of a pass over the training images."""
         self.meter.start()
-        every = self.settings.checkpoint_every
         batches = self.train_batches.epoch(self.epoch - 1, self.batch)
         for batch in fetch(batches, self.team.device, self.meter.waiting):
             self._train_step(batch)
@@ -263,20 +277,49 @@ class Trainer:
             self.progress.advance(self.step, self.epoch, self.meter.loss, self.meter.rate)
             if last:
                 break
-            # At the end of an epoch the checkpoint comes after the validation.
-            between = self.batch < len(self.train_batches)
-            if between and every is not None and self.step % every == 0:
-                self._read_losses()
-                self.epoch_seconds = time.monotonic() - started
-                with self.meter.paused():
-                    self._checkpoint()
+            if self.batch < len(self.train_batches):  # at the end of an epoch, validation does
+                self._save_or_stop(self.step, self.settings.checkpoint_every)
         self._read_losses()
+
+    def _save_or_stop(self, number: int, every: int | None = None) -> None:
+        """Write a checkpoint if it is time, and end the run if a signal asked for it.
+
+        Args:
+            number: of the step, or of the batch of the validation.
+            every: steps between checkpoints that were asked for.
+
+        Raises:
+            Interrupted: after the checkpoint.
+        """
+        self.team.progress(self.step)
+        signum, late = self._agree() if number % self.read_every == 0 else (0, 0)
+        if signum or late or (every is not None and number % every == 0):
+            self._read_losses()
+            self.epoch_seconds = time.monotonic() - self.started
+            with self.meter.paused():
+                self._checkpoint()
+        if signum:
+            raise Interrupted(signum)
+
+    def _agree(self) -> tuple[int, int]:
+        """The signal that asked for the end, or 0, and whether a checkpoint is due by the clock.
+
+        All processes ask together and get the same answer, where losses are read: that waits for
+        the device anyway.
+        """
+        age = time.monotonic() - self.saved
+        late = self.team.leads and age > 60 * self.settings.checkpoint_minutes
+        flags = torch.tensor([interrupts.requested() or 0, int(late)], device=self.team.device)
+        self.team.largest(flags)
+        signum, due = flags.tolist()
+        return signum, due
 
     def _reports(self, last: bool) -> bool:
         return last or self.step % self.settings.log_every == 0
 
     def _train_step(self, batch: Batch) -> None:
         self.step += 1
+        self.team.progress(self.step)
         set_learning_rate(self.optimizer, self.schedule.rate(self.step))
         self.model.seed_dropout(self.settings.seed, self.step)
         if self.train_step is None:
@@ -386,20 +429,24 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         """Write what the next step depends on; every process takes part."""
+        self.saved = time.monotonic()
         keep = self.settings.keep_checkpoints
         if keep == 0:
             return
+        self.team.progress(self.step, "writing a checkpoint")
         weights = self.team.weights(self.model)
         buffers = self.team.whole(self.model, momentum_buffers(self.model, self.optimizer))
         if self.metrics is not None:
             self.metrics.sync()  # a checkpoint counts on the records before it
             resume.save(self.folder, weights, buffers, self._state(), keep)
+        self.team.progress(self.step)
 
     def _save(self, accuracy: Accuracy) -> None:
         """Write the weights, which may be the best so far; every process takes part."""
         best = self.best is None or accuracy.top1 > self.best["top1"]
         if best:
             self.best = {"epoch": self.epoch, "top1": accuracy.top1}
+        self.team.progress(self.step, "writing the weights")
         weights = self.team.weights(self.model)
         if not self.team.leads:
             return

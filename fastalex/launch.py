@@ -1,43 +1,59 @@
-"""Where a run's processes come from: this one alone, torch's elastic launcher, or torchrun.
+"""Where a run's processes come from: this one alone, its children, or torchrun.
 
 No process outlives the others. The launcher stops all when one fails; each of them asks the
-kernel to be killed when the launcher dies, however it dies.
+kernel to be killed when the launcher dies, however it dies. They meet on loopback, and nothing that
+comes from a socket is unpickled: what they tell their launcher goes through pipes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
+import functools
+import math
 import multiprocessing
 import os
 import signal
+import socket
 import sys
-import threading
 import time
+import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
-from types import FrameType
+from datetime import timedelta
+from multiprocessing import connection, resource_tracker
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from fastalex import interrupts
+from fastalex.interrupts import Interrupted as Interrupted
 from fastalex.variants import get_variant
+from fastalex.watch import STARTING, Watch
 
 _PR_SET_PDEATHSIG = 1
-_PEER_LOST_WAIT = 20.0  # seconds in which the launcher finds the process that died first
+_LOOPBACK = "127.0.0.1"
+_LOOK = 0.1  # seconds after which the launcher looks whether a signal came
+_GRACE = 30.0  # seconds that processes have to save and to end after a signal
+_PEER_LOST_WAIT = 20.0  # seconds in which the process that died first is found
+_MEANWHILE, _SAY = 2.0, 60.0  # seconds between two looks, and two lines, while rank 0 prepares
+_SHOWN = "CUDA_VISIBLE_DEVICES"
 _NUMBERS = {1: "one", 2: "two"}
 
 Result = TypeVar("Result")
+_c10d: Any = dist  # exports its stores without saying so to a type checker
+
+_watch: Watch | None = None  # on the other processes, while this one is a member of a world
 
 
 class TrainingError(RuntimeError):
     """A run can't go on, for a reason that the user can act on; the message is for the user."""
+
+
+class PeerLost(TrainingError):
+    """The process at the other end of an exchange is gone, for a reason that it may tell."""
 
 
 class WorkerFailed(Exception):
@@ -46,18 +62,6 @@ class WorkerFailed(Exception):
     def __init__(self, message: str, traceback: str | None = None) -> None:
         super().__init__(message)
         self.traceback = traceback
-
-
-class Interrupted(BaseException):
-    """A signal asked the run to end, Ctrl-C for one.
-
-    Like KeyboardInterrupt no Exception: it can come anywhere, and ``Thread.start``, for one, undoes
-    the start of a thread that runs already when an Exception comes out of it.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,19 @@ def rank() -> int:
     return int(os.environ["RANK"]) if under_torchrun() else 0
 
 
+def watch() -> Watch | None:
+    """What tells the other processes of this one's progress; None where it is alone."""
+    return _watch
+
+
+def _say(line: str) -> None:
+    print(f"train: error: rank {rank()}: {line}", file=sys.stderr, flush=True)
+
+
+# Called in any thread with the reason for which this process ends, just before it does.
+give_up: Callable[[str], object] = _say
+
+
 def find_world(gpus: int | None, variant: str, threads: int | None = None) -> World:
     """The processes to run on, from what was asked for and what the machine has.
 
@@ -125,7 +142,7 @@ def find_world(gpus: int | None, variant: str, threads: int | None = None) -> Wo
                 f"leave --gpus out or pass --gpus {processes}"
             )
     devices = torch.cuda.device_count()
-    if 0 < devices < local:
+    if 0 < devices < local and not (devices == 1 and under_torchrun() and _SHOWN in os.environ):
         raise ValueError(
             f"{local} processes need {local} GPUs and there is {_NUMBERS.get(devices, devices)}: "
             "use --gpus 1, or set CUDA_VISIBLE_DEVICES= to run them on the CPU"
@@ -150,79 +167,240 @@ def _threads(processes: int) -> int:
 def run(world: World, function: Callable[..., Result], *arguments: Any) -> Result:
     """Call ``function(*arguments)`` in every process of ``world`` and return rank 0's result.
 
+    ``interrupts.requested`` tells each of them of the first signal that any of them or this
+    process gets. They have ``_GRACE`` seconds to end then, and no time after a second signal.
+
     Args:
-        world: more than one process are started here, through torch's elastic launcher.
+        world: more than one process are started here, each a child of this one.
         function: importable by name, as are the classes of its arguments and result.
 
     Raises:
         TrainingError: as the function raised it.
         WorkerFailed: where a process died or raised anything else.
-        Interrupted: on SIGINT, SIGTERM and the like; all processes have ended.
+        Interrupted: after a signal; all processes have ended.
     """
-    if world.processes == 1:
-        with _signals_raise():
+    with interrupts.noticed():
+        if world.processes == 1:
             return in_process(world, function, *arguments)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world.processes,
-        run_id=f"fastalex-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-    )
-    _silence_launcher()
-    strangers = multiprocessing.active_children()
-    try:
-        with _interrupts_kept_from_children():
-            results = elastic_launch(config, _worker)(os.getpid(), world, function, *arguments)
-    except ChildFailedError as error:
-        raise _explain(*error.get_first_failure()) from None
-    except SignalException as error:
-        raise Interrupted(error.sigval) from None
-    except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT) from None
-    finally:
-        _kill_children(strangers)
-    result: Result = results[0]
-    return result
+        store = _serve()
+        workers: list[_Worker] = []
+        try:
+            with _signals_kept_from_children():
+                for number in range(world.processes):
+                    workers.append(_Worker(number, store.port, world, function, arguments))
+            result: Result = _supervise(workers)
+            return result
+        finally:
+            for worker in workers:
+                worker.kill()
 
 
 def in_process(world: World, function: Callable[..., Result], *arguments: Any) -> Result:
-    """Make this process a member of ``world``, call ``function``, and leave it again."""
+    """Make this process a member of ``world``, call ``function``, and leave it again.
+
+    Raises:
+        PeerLost: where an exchange with another process failed.
+    """
+    global _watch
     torch.set_num_threads(world.threads)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = _device_index()
     if world.device_type == "cuda":
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(device)
     if world.processes == 1:
         return function(*arguments)
-    if world.device_type == "cuda":
-        dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
-    else:
-        dist.init_process_group("gloo")
-    try:
-        result = function(*arguments)
-    except Exception as error:
-        if is_lost_peer(error):
-            # The other process has died or is about to say why it ends: its reason is the one to
-            # report, and the launcher stops this process once it has it.
-            time.sleep(_PEER_LOST_WAIT)
-            raise TrainingError("lost the connection to another process") from error
-        raise
+    store, number = meet(world.processes), rank()
+    place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    board = _c10d.TCPStore(place, port, wait_for_workers=False)  # another thread has its own
+    board = _c10d.PrefixStore(f"watch {store.get('session').hex()}", board)
+    with Watch(board, number, world.processes, lambda line: give_up(line)) as watch:
+        _watch = watch
+        try:
+            dist.init_process_group(
+                "nccl" if world.device_type == "cuda" else "gloo",
+                store=_c10d.PrefixStore("groups", store),
+                rank=number,
+                world_size=world.processes,
+                timeout=timedelta(seconds=STARTING),  # `watch` notices earlier who is missing
+                device_id=torch.device("cuda", device) if world.device_type == "cuda" else None,
+            )
+            if (signum := interrupts.requested()) is not None:
+                raise Interrupted(signum)
+            result = function(*arguments)
+        except Exception as error:
+            if is_lost_peer(error):
+                raise PeerLost(watch.who_left(lambda: interrupts.requested() is None)) from error
+            raise
     dist.destroy_process_group()
     return result
 
 
-def _worker(parent: int, world: World, function: Callable[..., Result], *arguments: Any) -> Result:
+def _device_index() -> int:
+    """This process's GPU; the only one where a scheduler shows each process its own."""
+    return min(int(os.environ.get("LOCAL_RANK", 0)), max(0, torch.cuda.device_count() - 1))
+
+
+@functools.cache
+def meet(processes: int) -> Any:
+    """The store that all processes share, empty: a torch.distributed.Store; torchrun has one.
+
+    torchrun gives a restarted world the store of the one before, with all that was written to it.
+    So each process writes a name of its own there, and goes on once all have seen the same names.
+    """
+    timeout = timedelta(seconds=STARTING)
+    store: Any
+    store, _, _ = next(_c10d.rendezvous("env://", timeout=timeout))
+    store = _c10d.PrefixStore(f"fastalex {processes}", store)
+    store.set(f"name {rank()}", uuid.uuid4().hex)
+    while True:
+        names = b"".join(store.get(f"name {number}") for number in range(processes))
+        store.set(f"seen {rank()}", names)
+        if all(store.get(f"seen {number}") == names for number in range(processes)):
+            store = _c10d.PrefixStore(names.hex(), store)
+            store.set("session", names)
+            return store
+        time.sleep(_LOOK)
+
+
+def receive(store: Any, key: str, waiting: str) -> str:
+    """The text under ``key``, whenever it comes; ``waiting`` is said on stderr each minute."""
+    started = said = time.monotonic()
+    while True:
+        with contextlib.suppress(dist.DistStoreError):  # not there yet
+            store.wait([key], timedelta(seconds=_MEANWHILE))
+            return str(store.get(key).decode())
+        if time.monotonic() - said > _SAY:
+            said = time.monotonic()
+            print(
+                f"train: rank {rank()}: {waiting}, for {said - started:.0f} s now", file=sys.stderr
+            )
+
+
+class _Worker:
+    """A process of this machine's own world, and the pipe by which it says how it ended."""
+
+    def __init__(
+        self, number: int, port: int, world: World, function: Callable[..., Any], arguments: Any
+    ) -> None:
+        self.number = number
+        self.said: tuple[str, Any] | None = None
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe(duplex=False)
+        environment = {
+            "RANK": str(number),
+            "LOCAL_RANK": str(number),
+            "WORLD_SIZE": str(world.processes),
+            "LOCAL_WORLD_SIZE": str(world.processes),
+            "MASTER_ADDR": _LOOPBACK,
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 is not to make another one
+        }
+        self.process = context.Process(
+            target=_work, args=(theirs, os.getpid(), environment, world, function, arguments)
+        )
+        self.process.start()
+        theirs.close()
+
+    def outcome(self) -> tuple[str, Any]:
+        """How it ended: what it said, or the exception that says how it died."""
+        who = f"rank {self.number} (process {self.process.pid})"
+        try:
+            kind, value = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            code = self.process.exitcode or 0
+            if -code in interrupts.SIGNALS:
+                return "interrupted", -code
+            return "failed", WorkerFailed(f"{who} {_describe_exit(code)}")
+        if kind == "bug":
+            value = WorkerFailed(f"{who} failed", value)
+        return kind, value
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def _serve() -> Any:
+    """Where the processes meet, on a port that nobody outside of this machine can reach."""
+    listener = socket.create_server((_LOOPBACK, 0))
+    return _c10d.TCPStore(
+        _LOOPBACK,
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def _supervise(workers: list[_Worker]) -> Any:
+    """Wait until all have ended; rank 0's result.
+
+    Raises:
+        TrainingError, WorkerFailed: what ended the first that failed by itself. That another lost
+            the connection to it may be heard earlier, and is reported where nothing else comes.
+        Interrupted: where a signal ended them.
+    """
+    waiting: dict[Any, _Worker] = {worker.pipe: worker for worker in workers}
+    result, lost, told = None, None, False
+    signum, last = None, math.inf
+    while waiting and time.monotonic() < last:
+        for pipe in connection.wait(list(waiting), _LOOK):
+            worker = waiting.pop(pipe)
+            kind, value = worker.outcome()
+            if kind == "result":
+                worker.process.join(_GRACE)
+                result = value if worker.number == 0 else result
+            elif kind == "interrupted":
+                signum = signum or value
+            elif kind == "lost":
+                lost = lost or WorkerFailed(value)
+                last = min(last, time.monotonic() + _PEER_LOST_WAIT)
+            else:
+                raise value
+        signum = signum or interrupts.requested()
+        if signum and not told:
+            told, last = True, time.monotonic() + _GRACE
+            for worker in waiting.values():
+                os.kill(worker.process.pid or 0, signum)
+    if signum:
+        raise Interrupted(signum)
+    if lost:
+        raise lost
+    return result
+
+
+def _work(
+    pipe: Any,
+    parent: int,
+    environment: dict[str, str],
+    world: World,
+    function: Callable[..., Any],
+    arguments: Any,
+) -> None:
+    """Be one process of the world, and say how it ended."""
     die_with_parent(parent)
-    # The launcher decides what an interrupt does; here it ends the process without a word.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    os.environ.update(environment)
     if sys.platform == "linux":
-        # Both processes are here, whatever the host's name resolves to.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return in_process(world, function, *arguments)
+        # All processes are here, whatever the host's name resolves to.
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
+
+    global give_up
+    give_up = lambda line: pipe.send(("failed", WorkerFailed(line)))  # noqa: E731
+    said: tuple[str, Any]
+    try:
+        with interrupts.noticed():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupts.SIGNALS)
+            said = "result", in_process(world, function, *arguments)
+    except Interrupted as stop:
+        said = "interrupted", stop.signum
+    except PeerLost as error:
+        said = "lost", str(error)
+    except TrainingError as error:
+        said = "failed", TrainingError(str(error))
+    except Exception:
+        said = "bug", traceback.format_exc()
+    pipe.send(said)
 
 
 def die_with_parent(parent: int) -> None:
@@ -236,7 +414,7 @@ def die_with_parent(parent: int) -> None:
 
 def is_lost_peer(error: Exception) -> bool:
     """Whether an operation failed because a process at its other end is gone."""
-    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
+    if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and (
@@ -244,68 +422,23 @@ def is_lost_peer(error: Exception) -> bool:
     )
 
 
-def _explain(rank: int, failure: ProcessFailure) -> Exception:
-    """What to raise for the process that failed first."""
-    who = f"rank {rank} (process {failure.pid})"
-    if failure.exitcode < 0:
-        hint = ""
-        if failure.exitcode == -signal.SIGKILL:
-            hint = " (the system does that when memory runs out)"
-        return WorkerFailed(f"{who} was killed by {failure.signal_name()}{hint}")
-    report: Any = failure.message
-    if not isinstance(report, dict):
-        return WorkerFailed(f"{who} ended with exit code {failure.exitcode}")
-    kind, _, text = report["message"].partition(": ")
-    if kind == TrainingError.__name__:
-        return TrainingError(text)
-    return WorkerFailed(f"{who} failed", report["extraInfo"]["py_callstack"])
+def _describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    hint = " (the system does that when memory runs out)" if code == -signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{hint}"
 
 
 @contextlib.contextmanager
-def _interrupts_kept_from_children() -> Iterator[None]:
-    """Block Ctrl-C in this thread, because new processes inherit its mask.
+def _signals_kept_from_children() -> Iterator[None]:
+    """Block signals in this thread while it starts processes, which inherit its mask.
 
-    A terminal sends Ctrl-C to all of them, and one that is still importing would print a
-    traceback. Another thread takes the signal for this process; Python handles it here.
+    One that is still importing could only die of a signal, or print a traceback. Each lets them
+    through when it is ready for them.
     """
-    resource_tracker.ensure_running()  # it unblocks the signal when it starts
-    done = threading.Event()
-    threading.Thread(target=done.wait, daemon=True).start()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    resource_tracker.ensure_running()  # it unblocks signals when it starts
+    signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        done.set()
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into Interrupted inside the block."""
-
-    def handler(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted(signum)
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(signum, handler) for signum in signals]
-    try:
-        yield
-    finally:
-        for signum, old in zip(signals, previous, strict=True):
-            signal.signal(signum, old)
-
-
-def _kill_children(strangers: list[multiprocessing.process.BaseProcess]) -> None:
-    """End what the launcher may have left, when it was interrupted while starting processes."""
-    for child in multiprocessing.active_children():
-        if child not in strangers:
-            child.kill()
-            child.join()
-
-
-def _silence_launcher() -> None:
-    """Keep the launcher's own reports off the terminal: ours follow."""
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logger = logging.getLogger(name)
-        logger.propagate = False
-        logger.addHandler(logging.NullHandler())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupts.SIGNALS)

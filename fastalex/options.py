@@ -41,7 +41,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m fastalex.train",
-        usage="%(prog)s [--gpus {1,2}] [--data DIR] [--recipe NAME | --resume RUN] [options]",
+        usage="%(prog)s [--gpus N] [--data DIR] [--recipe NAME | --resume RUN] [options]",
         description="Train the AlexNet of 2012 on one GPU or, its two towers apart, on two; "
         "without a GPU, on as many CPU processes.",
         epilog="Without --data it trains on a built-in set of ten drawn classes and needs no "
@@ -63,8 +63,8 @@ def _parser() -> Parser:
 def _add_processes(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--gpus",
-        type=int,
-        choices=(1, 2),
+        type=whole_number(1),
+        metavar="N",
         help="processes, one per GPU, or CPU processes where there is no GPU (default: 1; under "
         "torchrun, as many as it started; with --resume, as many as before)",
     )
@@ -79,6 +79,13 @@ def _add_processes(group: argparse._ArgumentGroup) -> None:
         type=whole_number(0),
         metavar="N",
         help=f"threads that load batches ahead ({_by_data('workers')})",
+    )
+    group.add_argument(
+        "--timeout",
+        type=_number(1),
+        metavar="SECONDS",
+        help="end the run when a process has kept the others waiting for this long, after its "
+        "first step (default: 120)",
     )
     group.add_argument("--precision", choices=tuple(PRECISIONS), help=_choices(PRECISIONS))
     group.add_argument(
@@ -271,19 +278,32 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--output",
         type=Path,
         metavar="DIR",
-        help="new or empty folder for the run (default: the next free runs/VARIANT-SEED-NNN)",
+        help="folder for the run, a new or empty one; where it holds a run of the same options, "
+        "that goes on (default: the next free runs/VARIANT-SEED-NNN)",
     )
     group.add_argument(
         "--resume",
         type=Path,
         metavar="RUN",
-        help="go on with the run in this folder, with its settings, from its last checkpoint",
+        help="go on with the run in this folder, with its settings, from its last checkpoint; with "
+        "--epochs N one that is finished is trained on",
+    )
+    group.add_argument(
+        "--allow-changed-images",
+        action="store_true",
+        help="go on with a run although its images are not the ones it started with",
     )
     group.add_argument(
         "--checkpoint-every",
         type=whole_number(1),
         metavar="STEPS",
         help="steps between two checkpoints, besides those at the end of each epoch",
+    )
+    group.add_argument(
+        "--checkpoint-minutes",
+        type=_number(0, above=True),
+        metavar="M",
+        help="most minutes between two checkpoints: what a kill can cost (default: 10)",
     )
     group.add_argument(
         "--keep-checkpoints",

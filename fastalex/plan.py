@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastalex.config import Settings
-from fastalex.data import ImageSource, Normalization
+from fastalex.data import ImageSource, Normalization, decode_size, mean_image, open_sources
+from fastalex.data.fingerprint import Contents
 from fastalex.launch import World
 from fastalex.resume import Start
 
@@ -24,6 +28,7 @@ class Plan:
         unreadable: files of ``settings.data`` that every process leaves out, with reasons.
         sources: the images to train on and to validate, where they are already open.
         start: where a stopped run goes on; None for a new one.
+        images: what the training and the validation set hold.
     """
 
     settings: Settings
@@ -34,3 +39,56 @@ class Plan:
     unreadable: list[tuple[str, str]]
     sources: tuple[ImageSource, ImageSource] | None = None
     start: Start | None = None
+    images: tuple[Contents, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it, for a process that opens the images itself."""
+        start = self.start
+        return {
+            "settings": self.settings.to_dict(),
+            "world": vars(self.world),
+            "folder": str(self.folder),
+            "classes": self.classes,
+            "normalization": self.normalization.to_dict(),
+            "unreadable": self.unreadable,
+            "checkpoint": None if start is None or start.path is None else str(start.path),
+            "state": None if start is None else start.state,
+            "images": self.images,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """The inverse of ``to_dict``, with the images opened.
+
+        Raises:
+            ValueError: where the images, or the checkpoint to go on from, are not to be found here.
+        """
+        settings, folder = Settings.from_dict(values["settings"]), Path(values["folder"])
+        world, unreadable = World(**values["world"]), [(p, why) for p, why in values["unreadable"]]
+        sources = open_sources(
+            settings.data, settings.seed, settings.image_size, unreadable, quiet=True
+        )
+        side = decode_size(settings.image_size)
+        image = mean_image(sources[0], settings.normalization, side)
+        start = None
+        if values["state"] is not None:
+            path = None if values["checkpoint"] is None else Path(values["checkpoint"])
+            if path is not None and not path.is_file():
+                raise ValueError(
+                    f"{path}: not on this machine ({socket.gethostname()}); keep the run's folder "
+                    "on a disk that all machines of the run share"
+                )
+            start = Start(folder, settings, world, {}, path, values["state"])
+        return cls(
+            settings,
+            world,
+            folder,
+            values["classes"],
+            Normalization.from_dict(
+                values["normalization"], None if image is None else image.pixels
+            ),
+            unreadable,
+            sources,
+            start,
+            tuple(values["images"]),
+        )

@@ -8,7 +8,7 @@ is no state of a random generator to keep.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastalex.checkpoint import read_header, read_tensors, write_tensors
-from fastalex.config import Settings
+from fastalex.config import RESUMABLE, Settings, describe_setting, setting_names
 from fastalex.launch import World
 from fastalex.provenance import versions
 from fastalex.run_folder import RunFolder
@@ -39,6 +39,9 @@ class Start:
         versions: of what its numbers depend on, as ``provenance.versions`` gave them.
         path: the checkpoint; None where the run stopped before its first one.
         state: what the checkpoint holds besides tensors.
+        given: names of the settings that its commands named.
+        unknown: names of the settings that it was started without, by an older version.
+        ended: whether run.json calls it finished.
     """
 
     folder: Path
@@ -47,6 +50,9 @@ class Start:
     versions: dict[str, str]
     path: Path | None
     state: dict[str, Any]
+    given: frozenset[str] = frozenset()
+    unknown: tuple[str, ...] = ()
+    ended: bool = False
 
     @property
     def step(self) -> int:
@@ -54,7 +60,62 @@ class Start:
 
     @property
     def finished(self) -> bool:
-        return self.path is not None and self.step >= self.state["steps"]
+        if self.path is None:
+            return self.ended
+        batches = -(-self.state["images"][0] // self.settings.batch_size)
+        # Behind the last batch of an epoch its validation is still to come.
+        return self.state["batch"] == 0 and self.step >= last_step(
+            self.settings, batches, self.state
+        )
+
+    def choose(self, arguments: Mapping[str, Any], named: bool) -> Settings:
+        """The run's settings with what ``arguments`` may change of them.
+
+        Args:
+            arguments: from ``parse_arguments``.
+            named: whether the run was named by --resume, which keeps what is not given. Otherwise
+                the command has to come to the settings that the run was started with.
+
+        Raises:
+            ValueError: where the command has other settings than the run; one line with both.
+        """
+        kept, given = vars(self.settings), {n for n in setting_names() if arguments[n] is not None}
+        values, compared = arguments, given
+        if not named:
+            world = self.world
+            values = vars(Settings.choose(arguments, world.device_type))
+            compared = given | self.given
+        changed = {n for n in compared - set(RESUMABLE) if values[n] != kept[n]}
+        if not named and (values["data"] is None) != (kept["data"] is None):
+            changed.add("data")
+        if (
+            self.finished
+            and self.path
+            and "epochs" in changed
+            and values["epochs"] > kept["epochs"]
+        ):
+            changed.remove("epochs")
+        if changed:
+            raise ValueError(self._refusal(sorted(changed), values, named))
+        renewed = {n: arguments[n] for n in given if n in (*RESUMABLE, "epochs")}
+        return dataclasses.replace(self.settings, **renewed)
+
+    def _refusal(self, changed: list[str], values: Mapping[str, Any], named: bool) -> str:
+        kept = vars(self.settings)
+        texts = [
+            f"{describe_setting(n, kept[n])} and not {describe_setting(n, values[n])}"
+            for n in changed
+        ]
+        line = f"{'--resume' if named else '--output'} {self.folder}: the run has "
+        line += f"{', '.join(texts)}; "
+        if changed == ["epochs"] and values["epochs"] > kept["epochs"]:
+            why = (
+                "it kept no checkpoint to go on from" if self.finished else "it is not finished yet"
+            )
+            return line + why
+        if named:
+            return line + "leave out " + ", ".join("--" + n.replace("_", "-") for n in changed)
+        return line + "give the options that it was started with, or name another folder"
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Weights and velocities of the whole net; the file was checked when it was found."""
@@ -96,43 +157,58 @@ def save(
     folder.checkpoints.mkdir(exist_ok=True)
     path = folder.checkpoints / f"step-{state['step']:08d}.safetensors"
     write_tensors(path, tensors, FORMAT, {"state": dict(state)})
-    for old in _found(folder)[keep:]:
-        old.unlink()
+    drop(folder, path, keep)
 
 
-def find(run: Path) -> tuple[Start, list[str]]:
+def drop(folder: RunFolder, newest: Path | None, keep: int) -> None:
+    """Remove all checkpoints but ``keep``, if ``newest`` is the newest of them, and whole."""
+    found = _found(folder)
+    if newest is not None and found[:1] == [newest]:
+        for old in found[max(keep, 1) :]:
+            old.unlink()
+
+
+def last_step(settings: Settings, batches: int, state: Mapping[str, Any]) -> int:
+    """The step at which a run ends; its epochs have ``batches`` batches from ``state`` on."""
+    left = settings.epochs - state.get("epoch", 1) + 1
+    steps: int = state.get("step", 0) + left * batches - min(state.get("batch", 0), batches)
+    return steps if settings.max_steps is None else min(steps, settings.max_steps)
+
+
+def find(run: Path, option: str = "--resume") -> tuple[Start, list[str]]:
     """Where the run in the folder ``run`` goes on, and a line for each damaged checkpoint.
 
     Raises:
         ValueError: where the folder holds no run, or no checkpoint of it is whole.
     """
     folder = RunFolder(run)
-    if not folder.report.is_file():
-        raise ValueError(f"--resume {run}: no run in it, there is no {folder.report.name}")
+    if not folder.holds_run:
+        raise ValueError(f"{option} {run}: no run in it, there is no {folder.report.name}")
     try:
-        report = json.loads(folder.report.read_text(encoding="utf-8"))
-        chosen = report["settings"]
+        report = folder.read_report()
+        Settings.from_dict(report["settings"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--resume {run}: {folder.report.name} can't be read: {error}") from error
+        raise ValueError(f"{option} {run}: {error}") from error
     paths = _found(folder)
     damaged: list[str] = []
     for path in paths:
         try:
             _, metadata = read_tensors(path, FORMAT)
             state = metadata["state"]
-            start = _start(run, state["settings"], state["world"], state["versions"], path, state)
-            return start, damaged
+            # An older version kept what a resumed run was given in its checkpoints alone.
+            settings = report["settings"] if "launch" in report else state["settings"]
+            return _start(run, report, settings, path, state), damaged
         except (ValueError, KeyError, TypeError) as error:
             damaged.append(str(error))
     if paths:
-        raise ValueError(f"--resume {run}: no whole checkpoint is left: {damaged[0]}")
+        raise ValueError(f"{option} {run}: no whole checkpoint is left: {damaged[0]}")
     try:
-        return _start(run, chosen, report["world"], report["versions"], None, {}), []
+        return _start(run, report, report["settings"], None, {}), []
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--resume {run}: {folder.report.name} can't be used: {error}") from error
+        raise ValueError(f"{option} {run}: {folder.report.name} can't be used: {error}") from error
 
 
-def last_step(folder: RunFolder) -> int | None:
+def newest_step(folder: RunFolder) -> int | None:
     """The step of the newest checkpoint whose header can be read."""
     for path in _found(folder):
         try:
@@ -144,14 +220,25 @@ def last_step(folder: RunFolder) -> int | None:
 
 def _start(
     run: Path,
+    report: Mapping[str, Any],
     settings: Mapping[str, Any],
-    world: Mapping[str, Any],
-    written_by: Mapping[str, str],
     path: Path | None,
     state: dict[str, Any],
 ) -> Start:
-    chosen = Settings.from_dict(settings)
-    return Start(run, chosen, World(**world), dict(written_by), path, state)
+    written_by = state or report
+    world = World(**written_by["world"])
+    given = [report.get("arguments", {}), *(r["arguments"] for r in report.get("resumed", []))]
+    return Start(
+        run,
+        Settings.from_dict(settings, world.device_type),
+        world,
+        dict(written_by["versions"]),
+        path,
+        state,
+        frozenset(n for a in given for n in setting_names() if a.get(n) is not None),
+        tuple(n for n in setting_names() if n not in settings),
+        report.get("status") == "finished",
+    )
 
 
 def _found(folder: RunFolder) -> list[Path]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 
-from fastalex import parallel
+from fastalex import launch, parallel
 from fastalex.exchange import TowerExchange, check_copies
 from fastalex.launch import TrainingError, World, is_lost_peer
 from fastalex.meter import Stopwatch
@@ -17,11 +15,19 @@ from fastalex.model import AlexNet
 class Team:
     """This process's place among the others; alone, every operation is local.
 
+    Args:
+        world: of which this process is a member.
+        timeout: seconds that a process may keep the others waiting after its first step; 0 is
+            any time.
+
     Attributes:
         stopwatch: counts the time of exchange between processes.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, timeout: float = 0) -> None:
+        self._watch = launch.watch() if world.processes > 1 else None
+        if self._watch is not None:
+            self._watch.limit(timeout)
         self.device = torch.device("cpu")
         if world.device_type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -56,6 +62,16 @@ class Team:
         parallel.set_row_offset(model, self.replica * rows)
         return model
 
+    def progress(self, step: int, doing: str = "") -> None:
+        """Tell the other processes that this one goes on.
+
+        Args:
+            step: of the training.
+            doing: what begins, where a disk decides how long it takes.
+        """
+        if self._watch is not None:
+            self._watch.progress(step, doing)
+
     def reduce_gradients(self, model: AlexNet) -> None:
         if self._mesh is not None and self.replicas > 1:
             with self.stopwatch.running(self.device):
@@ -79,12 +95,13 @@ class Team:
         return values
 
     def gather(self, values: list[int]) -> list[int]:
-        """The lists of all replicas, one after the other."""
+        """The lists of all replicas, equally long, one after the other."""
         if self._mesh is None or self.replicas == 1:
             return values
-        parts: list[Any] = [None] * self.replicas
-        dist.all_gather_object(parts, values, group=self._mesh.get_group("data"))
-        return [value for part in parts for value in part]
+        mine = torch.tensor(values, device=self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.replicas)]
+        dist.all_gather(parts, mine, group=self._mesh.get_group("data"))
+        return torch.cat(parts).tolist()
 
     def weights(self, model: AlexNet) -> dict[str, torch.Tensor]:
         """The whole net's; every process takes part."""

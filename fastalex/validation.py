@@ -28,14 +28,21 @@ class Accuracy:
 
 
 @torch.no_grad()
-def evaluate(model: AlexNet, batches: Batches, team: Team) -> Accuracy:
+def evaluate(
+    model: AlexNet,
+    batches: Batches,
+    team: Team,
+    on_batch: Callable[[int], None] = lambda number: None,
+) -> Accuracy:
     """Loss, top-1 and top-5 over all of ``batches``; every process takes part.
 
-    With fewer than five classes top-5 counts a label among all of them, and is 1.
+    With fewer than five classes top-5 counts a label among all of them, and is 1. ``on_batch`` is
+    called with the number of each batch, from 0, before it is looked at.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=team.device)
-    for batch in fetch(batches.epoch(0), team.device):
+    for number, batch in enumerate(fetch(batches.epoch(0), team.device)):
+        on_batch(number)
         labels = batch.labels
         if len(labels) == 0:  # a short last batch may leave a replica without images
             continue

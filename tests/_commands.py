@@ -59,8 +59,26 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120) ->
         time.sleep(0.02)
 
 
-def workers(parent: int) -> list[int]:
-    """The training processes that ``parent`` started, by rank (Linux)."""
+def workers(parent: int, word: str = "spawn_main") -> list[int]:
+    """The training processes that ``parent`` started, by rank (Linux).
+
+    Args:
+        parent: the launcher's process.
+        word: in the command line of each: what our own launcher starts has ``spawn_main``.
+    """
+    return [pid for pid, above, command in _processes() if above == parent and word in command]
+
+
+def descendants(pid: int) -> list[int]:
+    """``pid`` and every process below it (Linux)."""
+    found, processes = [pid], _processes()
+    for one in found:
+        found += [child for child, above, _ in processes if above == one]
+    return found
+
+
+def _processes() -> list[tuple[int, int, str]]:
+    """Of each process its number, its parent's and its command line."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -70,8 +88,7 @@ def workers(parent: int) -> list[int]:
             command = (entry / "cmdline").read_text()
         except OSError:  # it has ended meanwhile
             continue
-        if int(stat.rpartition(")")[2].split()[1]) == parent and "spawn_main" in command:
-            found.append(int(entry.name))
+        found.append((int(entry.name), int(stat.rpartition(")")[2].split()[1]), command))
     return sorted(found)
 
 

@@ -25,9 +25,14 @@ def thin(variant: Variant) -> Variant:
     return replace(variant, fully_connected=(*hidden, fc8))
 
 
-if __name__ in ("__main__", "__mp_main__"):
+def shrink() -> None:
+    """Give this process the thin nets and the few images."""
     VARIANTS.update({name: thin(variant) for name, variant in VARIANTS.items()})
     sources.TRAIN_COUNT, sources.VAL_COUNT = TRAIN_COUNT, VAL_COUNT
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    shrink()
 
 if __name__ == "__main__":
     sys.exit(train.main())

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
+
+from fastalex.data import sources
+from fastalex.variants import VARIANTS
+from tests import _small_train
 
 # The same examples on every run and machine, and no limit on the time of one.
 settings.register_profile("fastalex", derandomize=True, deadline=None, print_blob=False)
@@ -17,3 +23,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to run in, with the small net and few images."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name, variant in VARIANTS.items():
+        monkeypatch.setitem(VARIANTS, name, _small_train.thin(variant))
+    monkeypatch.setattr(sources, "TRAIN_COUNT", _small_train.TRAIN_COUNT)
+    monkeypatch.setattr(sources, "VAL_COUNT", _small_train.VAL_COUNT)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
+import stat
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fastalex import AlexNet, checkpoint
 from fastalex.checkpoint import load_model, load_weights, read_metadata, save_weights
@@ -42,6 +46,45 @@ def test_tensors_and_metadata_come_back_as_they_were(tmp_path: Path) -> None:
     assert {key: metadata[key] for key in METADATA} == METADATA
     assert read_metadata(path) == metadata
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_safetensors_itself_reads_every_type(tmp_path: Path) -> None:
+    types = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool]
+    types += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
+    # Odd lengths, so that a wrong offset or a gap would show.
+    tensors = {f"{t} ä": torch.arange(3 + 2 * i).to(t) for i, t in enumerate(types)}
+    tensors |= {"scalar": torch.tensor(7), "empty": torch.empty(0, 5)}
+    save_weights(tmp_path / "w", tensors, METADATA)
+    found = load_file(tmp_path / "w")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    with pytest.raises(TypeError, match=r"'c': .* torch.complex64"):
+        save_weights(tmp_path / "other", {"c": torch.zeros(1, dtype=torch.complex64)}, METADATA)
+    assert [p.name for p in tmp_path.iterdir()] == ["w"]
+
+
+def test_a_full_disk_is_told_how_much_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_safetensors", full)
+    text = r"No space left on device, the file needs 3 MB and \d+ MB are free: '.*/w'$"
+    with pytest.raises(OSError, match=text):
+        save_weights(tmp_path / "w", {"w": torch.zeros(600_000)}, METADATA)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_weights(tmp_path / "w", _tensors(), METADATA)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "w").stat().st_mode) == 0o640
 
 
 def test_what_was_loaded_can_be_changed_and_saved(tmp_path: Path) -> None:
@@ -77,7 +120,7 @@ def test_a_model_comes_back_and_computes_the_same(tmp_path: Path) -> None:
         assert torch.equal(loaded(images), model(images))
 
 
-@pytest.mark.parametrize("fails_in", ["save_file", "fsync", "replace"])
+@pytest.mark.parametrize("fails_in", ["write", "fsync", "replace"])
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_in: str
 ) -> None:
@@ -85,15 +128,15 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
     save_weights(path, _tensors(), {"epoch": 1})
     before = path.read_bytes()
 
-    def half(tensors: object, temporary: Path, *_: object) -> None:
-        temporary.write_bytes(before[:40])
+    def half(file: BinaryIO, *_: object) -> None:
+        file.write(before[:40])
         raise OSError("No space left on device")
 
     def fail(*_: object) -> None:
         raise OSError("No space left on device")
 
-    if fails_in == "save_file":
-        monkeypatch.setattr(checkpoint, "save_file", half)
+    if fails_in == "write":
+        monkeypatch.setattr(checkpoint, "_write_safetensors", half)
     else:
         monkeypatch.setattr(f"fastalex.checkpoint.os.{fails_in}", fail)
     with pytest.raises(OSError, match="No space left"):

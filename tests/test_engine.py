@@ -20,7 +20,7 @@ from fastalex.launch import TrainingError, World
 from fastalex.options import parse_arguments
 from fastalex.plan import Plan
 from fastalex.progress import StuckLoss
-from fastalex.run_folder import RunFolder, check_output
+from fastalex.run_folder import RunFolder
 from fastalex.team import Team
 from fastalex.validation import Accuracy, evaluate
 
@@ -231,21 +231,57 @@ def test_output_folders_are_numbered_and_never_shared(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "paper-3-007").mkdir(parents=True)
     (tmp_path / "runs" / "paper-33-100").mkdir()
-    paths = [RunFolder.create(None, "paper", 3).path for _ in range(2)]
+    paths = [RunFolder.create("paper", 3).path for _ in range(2)]
     assert [str(path) for path in paths] == ["runs/paper-3-008", "runs/paper-3-009"]
-    assert str(RunFolder.create(None, "owt", 3).path) == "runs/owt-3-001"
+    assert str(RunFolder.create("owt", 3).path) == "runs/owt-3-001"
 
 
-def test_only_a_new_or_empty_folder_is_taken(tmp_path: Path) -> None:
-    check_output(tmp_path)
-    check_output(tmp_path / "new" / "er")
+def test_only_a_new_or_empty_folder_is_taken_and_given_back_as_it_was(tmp_path: Path) -> None:
+    for place in (tmp_path / "new" / "er", tmp_path):
+        folder = RunFolder.claim(place)
+        assert folder.metrics.exists()
+        folder.release()
+        assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match="is not empty"):
-        check_output(tmp_path)
-    with pytest.raises(ValueError, match="not a folder"):
-        check_output(tmp_path / "file")
-    with pytest.raises(ValueError, match="nothing can be written"):
-        check_output(tmp_path / "file" / "below")
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds another run"):
-        check_output(tmp_path)
+    for place, message in (
+        (tmp_path, r"is not empty \(file\)"),
+        (tmp_path / "file", "not a folder"),
+        (tmp_path / "file" / "below", "nothing can be written there: Not a directory"),
+        (Path("/proc/x/y"), "--output /proc/x/y: nothing can be written there: No such file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RunFolder.claim(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_process_killed_before_its_run_started_left_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / ".run.json.123.tmp").write_text("{")
+    folder = RunFolder.claim(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    folder.release()
+
+
+def test_who_loses_a_race_for_a_new_folder_leaves_it_to_the_winner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastalex.run_folder._LOCK_SECONDS", 0.0)
+    winners: list[RunFolder] = []
+    real = RunFolder._make
+
+    def make(self: RunFolder) -> None:
+        real(self)
+        if not winners:  # another process comes between making the folder and locking it
+            winners.append(self)
+            winners[0] = RunFolder.claim(tmp_path / "run")
+
+    monkeypatch.setattr(RunFolder, "_make", make)
+    monkeypatch.setattr(Path, "exists", lambda path: path == tmp_path)  # as it was before
+    with pytest.raises(ValueError, match="another process trains in this folder"):
+        RunFolder.claim(tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setattr("fastalex.run_folder._LOCK_SECONDS", 0.0)
+    assert winners[0].metrics.exists()
+    with pytest.raises(ValueError, match="another process trains in this folder"):
+        RunFolder.claim(tmp_path / "run")
+    winners[0].release()

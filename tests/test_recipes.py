@@ -104,8 +104,16 @@ def test_settings_survive_json(arguments: list[str]) -> None:
 
 def test_settings_of_another_version_are_refused() -> None:
     values = {**_settings().to_dict(), "nesterov": True}
-    with pytest.raises(ValueError, match="another version of fastalex: setting 'nesterov'"):
+    with pytest.raises(ValueError, match=r"another version of fastalex, .* not know: nesterov$"):
         Settings.from_dict(values)
+
+
+def test_settings_that_an_older_version_did_not_have_take_their_defaults() -> None:
+    chosen = _settings("--recipe", "paper", "--lr", "0.5", "--log-every", "3")
+    values = json.loads(json.dumps(chosen.to_dict()))
+    for name in ("checkpoint_minutes", "momentum_rule"):
+        del values[name]
+    assert Settings.from_dict(values) == chosen
 
 
 def test_the_defaults_are_no_published_recipe() -> None:

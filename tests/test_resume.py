@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -18,37 +19,18 @@ from fastalex import engine, launch, resume, train
 from fastalex.checkpoint import load_weights
 from fastalex.data import sources
 from fastalex.run_folder import MetricsLog, RunFolder
-from fastalex.variants import VARIANTS
-from tests import _small_train
-from tests._commands import ROOT, end, run, start, wait_until
-
-SCRIPT = str(ROOT / "tests" / "_small_train.py")
-STEPS, EPOCH = 15, 5  # 40 images in batches of 8, three times
-OPTIONS = ["--image-size", "64", "--batch-size", "8", "--epochs", "3", "--lr", "0.002"]
-OPTIONS += ["--log-every", "1", "--threads", "1", "--checkpoint-every", "2"]
-
-
-def _records(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [
-        {k: v for k, v in record.items() if "seconds" not in k and k != "images_per_s"}
-        for record in records
-    ]
-
-
-def _steps(folder: Path) -> list[int]:
-    return [record["step"] for record in _records(folder) if record["kind"] == "step"]
-
-
-def _digest(folder: Path, name: str = "model.safetensors") -> str:
-    return str(load_weights(folder / name)[1]["sha256"])
-
-
-def _checkpoints(folder: Path) -> list[int]:
-    paths = sorted((folder / "checkpoints").glob("*.safetensors"))
-    return [int(path.stem.removeprefix("step-")) for path in paths]
-
+from tests._commands import end, run, start, wait_until
+from tests._runs import (
+    EPOCH,
+    OPTIONS,
+    SCRIPT,
+    STEPS,
+    checkpoints,
+    contents,
+    digest,
+    records,
+    steps,
+)
 
 # In real processes, killed by SIGKILL
 
@@ -67,11 +49,11 @@ class Killed:
         process = start([*options, "--output", str(self.killed)], folder)
         try:
             metrics = self.killed / "metrics.jsonl"
-            wait_until(lambda: metrics.exists() and len(_steps(self.killed)) >= step, "trained")
+            wait_until(lambda: metrics.exists() and len(steps(self.killed)) >= step, "trained")
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             end(process)
-        assert len(_steps(self.killed)) < STEPS
+        assert len(steps(self.killed)) < STEPS
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +73,16 @@ def test_a_killed_run_goes_on_bit_for_bit(
     runs: Killed = request.getfixturevalue(processes)
     folder = tmp_path / "run"
     shutil.copytree(runs.killed, folder)
-    newest = _checkpoints(folder)[-1]
+    newest = checkpoints(folder)[-1]
     again = run([SCRIPT, "--resume", str(folder)], tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stderr == ""
     assert f"resumed: after step {newest}, from " in again.stdout
     assert "note:" not in again.stdout
-    assert _digest(folder) == _digest(runs.whole)
-    assert _digest(folder, "best.safetensors") == _digest(runs.whole, "best.safetensors")
-    assert _records(folder) == _records(runs.whole)
-    assert _steps(folder) == list(range(1, STEPS + 1))
+    assert digest(folder) == digest(runs.whole)
+    assert digest(folder, "best.safetensors") == digest(runs.whole, "best.safetensors")
+    assert records(folder) == records(runs.whole)
+    assert steps(folder) == list(range(1, STEPS + 1))
     report = json.loads((folder / "run.json").read_text())
     assert report["status"] == "finished"
     assert [entry["step"] for entry in report["resumed"]] == [newest]
@@ -114,7 +96,7 @@ def test_two_processes_leave_off_where_one_goes_on(two: Killed, tmp_path: Path) 
     assert again.returncode == 0, again.stderr
     assert "1 processes instead of 2" in again.stdout
     assert "to rounding, not bit for bit" in again.stdout
-    for ours, theirs in zip(_records(folder), _records(two.whole), strict=True):
+    for ours, theirs in zip(records(folder), records(two.whole), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)  # a handful of steps
     weights = load_weights(two.whole / "model.safetensors")[0]
     for name, weight in load_weights(folder / "model.safetensors")[0].items():
@@ -122,20 +104,6 @@ def test_two_processes_leave_off_where_one_goes_on(two: Killed, tmp_path: Path) 
 
 
 # In this process, stopped by an exception
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to run in, with the small net and few images."""
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    for name, variant in VARIANTS.items():
-        monkeypatch.setitem(VARIANTS, name, _small_train.thin(variant))
-    monkeypatch.setattr(sources, "TRAIN_COUNT", _small_train.TRAIN_COUNT)
-    monkeypatch.setattr(sources, "VAL_COUNT", _small_train.VAL_COUNT)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def _stop_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +128,8 @@ def stopped(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     with monkeypatch.context() as patch:
         _stop_before(8, patch)
         assert _train("--output", "run") == 130
-    assert "--resume run goes on after step 6" in capsys.readouterr().err
-    assert _checkpoints(here / "run") == [5, 6]
+    assert "after step 6; run the same command again to go on" in capsys.readouterr().err
+    assert checkpoints(here / "run") == [5, 6]
     return "run"
 
 
@@ -183,12 +151,12 @@ def test_every_part_of_the_state_is_kept(
         _stop_before(step, patch)
         assert _train(*options, "--output", "run") == 130
     assert train.main(["--resume", "run"]) == 0
-    assert _digest(here / "run") == _digest(here / "whole")
-    assert _records(here / "run") == _records(here / "whole")
-    losses = [record["loss"] for record in _records(here / "run")]
+    assert digest(here / "run") == digest(here / "whole")
+    assert records(here / "run") == records(here / "whole")
+    losses = [record["loss"] for record in records(here / "run")]
     assert len(set(losses)) > 3  # it does train
     if "paper" in options:
-        rates = [record["lr"] for record in _records(here / "run") if record["kind"] == "step"]
+        rates = [record["lr"] for record in records(here / "run") if record["kind"] == "step"]
         assert rates[:10] == [1e-30] * 10
         assert rates[10:] == pytest.approx([1e-31] * 5)
 
@@ -204,7 +172,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert len(said.err.splitlines()) == 1
     assert "step-00000006.safetensors: damaged" in said.err
     assert "resumed: after step 5" in said.out
-    assert _steps(here / "run") == list(range(1, STEPS + 1))
+    assert steps(here / "run") == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("place", [b'"batch\\\\": 1', b'"step\\\\": 6'])
@@ -226,16 +194,12 @@ def test_without_a_whole_checkpoint_nothing_is_touched(
 ) -> None:
     for path in (here / "run" / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:1000])
-    before = _contents(here)
+    before = contents(here)
     assert train.main(["--resume", stopped]) == 2
     said = capsys.readouterr().err
     assert "no whole checkpoint is left" in said
     assert len(said.splitlines()) == 1
-    assert _contents(here) == before
-
-
-def _contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert contents(here) == before
 
 
 def test_before_the_first_checkpoint_it_begins_again(
@@ -247,17 +211,17 @@ def test_before_the_first_checkpoint_it_begins_again(
         assert _train("--output", "run") == 130
     assert train.main(["--resume", "run"]) == 0
     assert "from the first step again" in capsys.readouterr().out
-    assert _digest(here / "run") == _digest(here / "whole")
-    assert _records(here / "run") == _records(here / "whole")
+    assert digest(here / "run") == digest(here / "whole")
+    assert records(here / "run") == records(here / "whole")
 
 
 def test_a_finished_run_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _train("--output", "run", "--max-steps", "1") == 0
-    before = _digest(here / "run")
+    before = digest(here / "run")
     capsys.readouterr()
     assert train.main(["--resume", "run"]) == 0
     assert "run is finished: all of its 1 steps are done" in capsys.readouterr().out
-    assert _digest(here / "run") == before
+    assert digest(here / "run") == before
 
 
 @pytest.mark.parametrize(
@@ -277,30 +241,37 @@ def test_what_a_resumed_run_cannot_take_is_refused(
     arguments: list[str],
     names: str,
 ) -> None:
-    before = _contents(here)
+    before = contents(here)
     assert train.main(arguments) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
     assert names in said
-    assert _contents(here) == before
+    assert contents(here) == before
 
 
 def test_other_images_are_refused(
     stopped: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "TRAIN_COUNT", 30)
-    before = _contents(here)
+    before = contents(here)
     assert train.main(["--resume", stopped]) == 2
-    assert "30 training and 12 validation images, and there were 40 and 12" in (
-        capsys.readouterr().err
-    )
-    assert _contents(here) == before
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "training images: " in said
+    assert "4 images before, 3 now" in said
+    assert contents(here) == before
+    assert train.main(["--resume", stopped, "--allow-changed-images"]) == 0
+    assert "warning: training images: " in capsys.readouterr().err
+    found = records(here / "run")
+    # Six steps with the 40 images, one of the five batches of epoch 2; then four batches an epoch.
+    assert [r["step"] for r in found if r["kind"] == "step"] == list(range(1, 14))
+    assert [r["step"] for r in found if r["kind"] == "epoch"] == [5, 9, 13]
 
 
 def test_settings_that_change_no_weight_may_be_given_anew(stopped: str, here: Path) -> None:
     arguments = ["--resume", stopped, "--keep-checkpoints", "1", "--workers", "0"]
     assert train.main(arguments) == 0
-    assert _checkpoints(here / "run") == [STEPS]
+    assert checkpoints(here / "run") == [STEPS]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="locks of other systems differ")
@@ -352,3 +323,25 @@ def test_records_behind_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
     log = MetricsLog(path, 1000)
     assert log.missing == 1000 - path.stat().st_size
     log.close()
+
+
+def test_a_record_that_does_not_fit_leaves_no_part_of_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.append({"step": 1})
+    real, room = os.write, [5, 0]
+
+    def write(file: int, data: bytes) -> int:
+        if room and not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, data[: room.pop(0)] if room else data[:3])
+
+    monkeypatch.setattr("fastalex.run_folder.os.write", write)
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'$"):
+        log.append({"step": 2})
+    room.clear()  # there is room again, three bytes at a time
+    log.append({"step": 3})
+    log.close()
+    assert path.read_text().splitlines() == ['{"step": 1}', '{"step": 3}']

@@ -238,12 +238,16 @@ def test_ctrl_c_ends_one_process_and_says_what_is_kept(images: Path, tmp_path: P
 
 def _assert_interrupted(process: subprocess.Popen[str], stderr: str, folder: Path) -> None:
     assert process.returncode == 130
-    assert len(stderr.splitlines()) == 1
-    assert "interrupted by SIGINT; run keeps model.safetensors of epoch" in stderr
+    # A slow machine says how far it is.
+    assert len([line for line in stderr.splitlines() if not line.startswith("epoch ")]) == 1
     assert sorted(path.name for path in folder.iterdir()) == FILES
-    assert re.search(r"; --resume run goes on after step \d+$", stderr.strip())
-    epoch = load_weights(folder / "model.safetensors")[1]["epoch"]
-    assert f"of epoch {epoch} " in stderr
+    found = re.search(
+        r"^train: stopped by SIGINT after step (\d+); run the same command again to go on$",
+        stderr.splitlines()[-1],
+    )
+    assert found is not None
+    assert (folder / "checkpoints" / f"step-{int(found[1]):08d}.safetensors").is_file()
+    load_weights(folder / "model.safetensors")
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
 
 
@@ -259,7 +263,7 @@ def test_ctrl_c_while_processes_start_is_quiet_too(images: Path, tmp_path: Path)
         end(process)
     assert process.returncode == 130
     assert stderr.splitlines() == [
-        "train: interrupted by SIGINT; run keeps metrics.jsonl, no weights yet"
+        "train: stopped by SIGINT before its first checkpoint; run the same command again to go on"
     ]
     assert not any(map(alive, pids))
 
@@ -367,7 +371,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--data", "nowhere"], "nowhere"),
         (["--data", "empty"], "empty"),
         (["--data", "unknown"], "extra"),
-        (["--output", "old"], "old: the folder holds another run"),
+        (["--output", "old"], "--output old: run.json can't be read"),
+        (["--output", "/proc/x"], "--output /proc/x: nothing can be written there"),
+        (["--output", "old/run.json/x"], "--output old/run.json/x: nothing can be written there"),
         (["--output", "good"], "good: the folder is not empty"),
         (["--data", "good", "--image-size", "20"], "20: variant paper needs at least 36"),
         (["--gpus", "2", "--variant", "owt", "--batch-size", "3"], "multiple of 2"),

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -29,7 +31,7 @@ def map_ahead(
     if workers == 0:
         yield from map(function, items)
         return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="fastalex-data")
+    pool = ThreadPoolExecutor(workers, "fastalex-data", _take_device, _device())
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
@@ -40,3 +42,15 @@ def map_ahead(
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _device() -> tuple[int, ...]:
+    """The GPU of this thread, of which a process knows only if it uses one; empty where none."""
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return (torch.cuda.current_device(),) if used else ()
+
+
+def _take_device(*device: int) -> None:
+    """Use the GPU that the thread uses which started this one, not the first."""
+    if device:
+        torch.cuda.set_device(device[0])

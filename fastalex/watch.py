@@ -1,0 +1,181 @@
+"""Tells which process of a run is stuck; a collective only waits for it.
+
+Every process notes in the store that all of them share how far it is, and reads the others' notes.
+One whose notes stop coming was stopped, or is cut off; one that is behind the others and does not
+go on keeps them waiting. Either ends this process with a line that names it, whatever its main
+thread waits for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+STARTING = 1800.0  # seconds until the first step, in which processes start and kernels compile
+_MOST_EVERY = 2.0  # seconds between two notes
+_COMPILED = 2  # pieces of work after which the first step, in which kernels compile, is done
+_PATIENCE = 10  # how much longer may be waited for what a disk does
+
+
+@dataclass(frozen=True)
+class Note:
+    """How far a process is.
+
+    Attributes:
+        host: its machine's name.
+        beats: notes written before.
+        done: pieces of work begun or done: batches trained or validated, files written.
+        step: of the training.
+        doing: what it does that a disk may delay; empty for anything else.
+        state: ``"runs"``, ``"lost a peer"`` or ``"ended"``.
+    """
+
+    host: str
+    beats: int = 0
+    done: int = 0
+    step: int = 0
+    doing: str = ""
+    state: str = "runs"
+
+
+class Watch:
+    """This process's eye on the others, from entering it as a context to leaving it.
+
+    Args:
+        store: that all processes share, and no other thread uses.
+        rank: of this process.
+        size: number of processes.
+        give_up: called with the line that names the process that is stuck; this one ends then.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, give_up: Callable[[str], object]) -> None:
+        self._store, self._rank, self._give_up = store, rank, give_up
+        self._keys = [f"note of rank {number}" for number in range(size)]
+        self._mine = Note(socket.gethostname())
+        now = time.monotonic()
+        self._notes: list[Note] = [self._mine] * size
+        self._heard, self._moved = [now] * size, [now] * size
+        self._reached = now  # when the store last answered
+        self._seconds = 0.0  # no limit yet
+        self._end = threading.Event()
+        # The store does not answer where the link is cut: another thread looks at the clock.
+        threads = (self._exchange, self._look)
+        self._threads = [threading.Thread(target=t, daemon=True) for t in threads]
+
+    def __enter__(self) -> Watch:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Tell the others not to expect more of this process."""
+        self._mine = replace(self._mine, state="ended")
+        self._end.set()
+        self._threads[0].join(_MOST_EVERY)
+
+    def limit(self, seconds: float) -> None:
+        """Let no process take longer than this over a piece of work, after its first step."""
+        self._seconds = seconds
+
+    def progress(self, step: int, doing: str = "") -> None:
+        """Note that a piece of work begins or is done; ``doing`` is one that a disk may delay."""
+        self._mine = replace(self._mine, done=self._mine.done + 1, step=step, doing=doing)
+        if self._mine.done == _COMPILED:
+            self._forgive(time.monotonic())  # the others may still be in their first step
+
+    def who_left(self, waiting: Callable[[], bool]) -> str:
+        """After an exchange failed, which process is gone; as long as ``waiting()`` is true."""
+        self._mine = replace(self._mine, state="lost a peer")
+        last = time.monotonic() + 5 * _MOST_EVERY
+        while time.monotonic() < last and waiting():
+            time.sleep(_MOST_EVERY / 20)
+            for number, note in enumerate(self._notes):
+                silent = time.monotonic() - self._heard[number] > max(1.0, 3 * self._every)
+                if number != self._rank and (note.state == "ended" or silent):
+                    return f"lost the connection to {self._name(number)}, at step {note.step}"
+        return "lost the connection to another process"
+
+    @property
+    def _every(self) -> float:
+        return min(_MOST_EVERY, (self._seconds or STARTING) / 20)
+
+    @property
+    def _limit(self) -> float:
+        if not self._seconds or self._mine.done < _COMPILED:
+            return STARTING
+        return self._seconds - 4 * self._every  # so that the line is there in time
+
+    def _exchange(self) -> None:
+        beats, ended = 0, False
+        while not ended:
+            ended = beats > 0 and self._end.wait(self._every)
+            beats += 1
+            with contextlib.suppress(RuntimeError):  # no answer: `_look` minds how long
+                note = json.dumps(asdict(replace(self._mine, beats=beats)))
+                self._store.set(self._keys[self._rank], note)
+                if not ended:
+                    self._take(self._store.multi_get(self._keys))
+
+    def _take(self, texts: list[bytes]) -> None:
+        self._reached = now = time.monotonic()
+        for number, text in enumerate(texts):
+            note, before = Note(**json.loads(text)), self._notes[number]
+            self._notes[number] = note
+            if note != before:
+                self._heard[number] = now
+            if note.done != before.done:
+                self._moved[number] = now
+
+    def _look(self) -> None:
+        looked = time.monotonic()
+        while not self._end.wait(self._every):
+            now = time.monotonic()
+            if now - looked > self._limit / 2:  # this process was stopped itself
+                self._forgive(now)
+            looked = now
+            reason = self._stuck(now)
+            if reason and not self._end.is_set():
+                self._give_up(reason)
+                os._exit(1)
+
+    def _forgive(self, now: float) -> None:
+        """Wait for everything from now on, however long it has been waited for."""
+        self._heard, self._moved = ([now] * len(self._keys) for _ in range(2))
+        self._reached = now
+
+    def _stuck(self, now: float) -> str:
+        """What keeps this process from going on; empty where nothing does."""
+        limit = self._limit
+        if now - self._reached > limit:
+            return (
+                f"the other side can't be reached: no answer from {os.environ.get('MASTER_ADDR')} "
+                f"for {now - self._reached:.0f} s, at step {self._mine.step}"
+            )
+        running = [i for i, note in enumerate(self._notes) if note.state != "ended"]
+        for number in running:
+            if number != self._rank and now - self._heard[number] > limit:
+                silence = now - self._heard[number]
+                step = self._notes[number].step
+                return f"{self._name(number)} has not answered for {silence:.0f} s, at step {step}"
+        if not running:
+            return ""
+        last = min(running, key=lambda number: self._notes[number].done)
+        note, still = self._notes[last], now - self._moved[last]
+        if still > limit * (_PATIENCE if note.doing else 1):
+            alike = len({self._notes[number].done for number in running}) == 1
+            who = "no process" if alike else self._name(last)
+            return (
+                f"{who} {'has' if alike else 'has not'} gone on for {still:.0f} s, at step "
+                f"{note.step}{note.doing and ', ' + note.doing}"
+            )
+        return ""
+
+    def _name(self, number: int) -> str:
+        return f"rank {number} (host {self._notes[number].host})"

@@ -1,0 +1,18 @@
+"""The table that all faults go into; it is printed at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults._table import Table
+
+
+@pytest.fixture(scope="session")
+def fault_table(request: pytest.FixtureRequest) -> Iterator[Table]:
+    table = Table()
+    yield table
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print("", *table.lines(), sep="\n")

@@ -1,0 +1,154 @@
+"""Real runs asked to end, started twice, restarted or unheard: the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests._commands import ROOT, alive, end, environment, run, start, wait_until, workers
+from tests._runs import SCRIPT, contents, digest, records, steps
+from tests.faults._table import Table
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
+]
+
+# 40 images: 20 steps an epoch, and no checkpoint within one but those that are asked for.
+OPTIONS = ["--image-size", "64", "--batch-size", "2", "--epochs", "2", "--threads", "1"]
+OPTIONS += ["--log-every", "1", "--lr", "0.0005"]
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing happened to; its name ends with the number of processes."""
+    folder = tmp_path_factory.mktemp("whole") / f"run-{request.param}"
+    done = run([SCRIPT, *OPTIONS, "--gpus", str(request.param), "--output", str(folder)], ROOT)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def _wait_for_step(folder: Path, step: int) -> None:
+    metrics = folder / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(steps(folder)) >= step, f"at step {step}")
+
+
+def _assert_as(folder: Path, whole: Path) -> None:
+    assert records(folder) == records(whole)
+    for name in ("model.safetensors", "best.safetensors"):
+        assert digest(folder, name) == digest(whole, name)
+    names = [{path.relative_to(run) for path in contents(run)} for run in (folder, whole)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_saves_within_an_epoch(
+    whole: Path, tmp_path: Path, fault_table: Table, signum: signal.Signals, group: bool
+) -> None:
+    processes = whole.name[-1]
+    command = [SCRIPT, *OPTIONS, "--gpus", processes, "--output", "run"]
+    process = start(command, tmp_path)
+    try:
+        _wait_for_step(tmp_path / "run", 5)
+        pids = [process.pid, *workers(process.pid)]
+        since = time.monotonic()
+        (os.killpg if group else os.kill)(process.pid, signum)
+        _, stderr = process.communicate(timeout=30)
+        seconds = time.monotonic() - since
+    finally:
+        end(process)
+    assert process.returncode == (130 if signum == signal.SIGINT else 75)
+    said = [line for line in stderr.splitlines() if not line.startswith("epoch ")]
+    assert len(said) == 1, stderr
+    found = re.fullmatch(
+        rf"train: stopped by {signum.name} after step (\d+); run the same command again to go on",
+        said[0],
+    )
+    assert found is not None, stderr
+    assert int(found[1]) % 20  # in the middle of an epoch
+    assert int(found[1]) == steps(tmp_path / "run")[-1]  # nothing that was done is lost
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+    orphans = sum(map(alive, pids))
+    again = run(command, tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"resumed: after step {found[1]}" in again.stdout
+    _assert_as(tmp_path / "run", whole)
+    fault_table.add(f"{signum.name}, {processes} process(es)", True, 0, orphans, seconds)
+    assert not orphans
+
+
+def test_of_two_starts_at_once_one_goes_on(whole: Path, tmp_path: Path) -> None:
+    command = [SCRIPT, *OPTIONS, "--gpus", whole.name[-1], "--output", "run"]
+    # What a kill leaves is there for both to find, as after a requeue.
+    first = start(command, tmp_path)
+    _wait_for_step(tmp_path / "run", 3)
+    os.killpg(first.pid, signal.SIGKILL)
+    end(first)
+    both = [start([*command, "--epochs", "2"], tmp_path) for _ in range(2)]
+    try:
+        ended = [(process, *process.communicate(timeout=120)) for process in both]
+    finally:
+        for process in both:
+            end(process)
+    winner, loser = sorted(ended, key=lambda one: int(one[0].returncode))
+    assert winner[0].returncode == 0, winner[2]
+    if loser[0].returncode == 0:  # it waited until the winner had finished
+        assert "is finished" in loser[1]
+    else:
+        assert loser[0].returncode == 2
+        assert loser[2].splitlines() == [
+            "train: error: --output run: another process trains in this folder"
+        ]
+    _assert_as(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("output", [True, False])
+def test_torchrun_restarts_go_on(tmp_path: Path, fault_table: Table, output: bool) -> None:
+    """A killed worker of torchrun's: its next attempt is the same command."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    place = ["--output", "runs/run"] if output else []
+    options = [*OPTIONS, "--checkpoint-every", "3", *place]
+    process = start([*torchrun, "--max-restarts", "3", SCRIPT, *options], tmp_path)
+    folder = tmp_path / "runs" / ("run" if output else "paper-0-001")
+    since = time.monotonic()
+    try:
+        _wait_for_step(folder, 8)
+        pids = workers(process.pid, "_small_train")
+        os.kill(pids[1], signal.SIGKILL)
+        stdout, stderr = process.communicate(timeout=300)
+    finally:
+        end(process)
+    seconds = time.monotonic() - since
+    assert process.returncode == 0, stderr
+    assert re.search(r"resumed: after step (6|9|12|15|18)", stdout)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
+    assert steps(folder) == list(range(1, 41))
+    done = run([SCRIPT, *OPTIONS, "--gpus", "2", "--output", "whole"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    equal = digest(folder) == digest(tmp_path / "whole")
+    fault_table.add("kill -9, torchrun --max-restarts", equal, 0, 0, seconds)
+    assert equal
+
+
+@pytest.mark.parametrize("gpus", ["1", "2"])
+def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path: Path, gpus: str) -> None:
+    command = [sys.executable, SCRIPT, *OPTIONS, "--gpus", gpus, "--output", "run"]
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=writer, stderr=writer
+    )
+    os.close(writer)
+    os.read(reader, 1)
+    os.close(reader)
+    assert process.wait(timeout=120) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    assert steps(tmp_path / "run") == list(range(1, 41))

@@ -1,0 +1,141 @@
+"""A process that stops is named in time, and none is left behind."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests._commands import alive, end, run, start, wait_until, workers
+from tests._runs import digest, steps
+from tests.faults._runs import (
+    EPOCHS,
+    TIMEOUT,
+    changed,
+    command,
+    leftovers,
+    line_after,
+    linux,
+    trained,
+    training,
+)
+from tests.faults._table import Table
+
+pytestmark = [pytest.mark.slow, linux]
+
+HOST = socket.gethostname()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
+    """The weights' digest of a run of so many processes to which nothing happened."""
+
+    @functools.cache
+    def digest_of(processes: int) -> str:
+        folder = tmp_path_factory.mktemp("whole")
+        done = run(command("ours", *EPOCHS, processes=processes), folder)
+        assert done.returncode == 0, done.stderr
+        return digest(folder / "run")
+
+    return digest_of
+
+
+@pytest.mark.parametrize(
+    ("launcher", "processes", "rank"),
+    [
+        *[("ours", 2, 0), ("ours", 2, 1), ("torchrun", 2, 0), ("torchrun", 2, 1)],
+        *[("ours", 4, 0), ("ours", 4, 3), ("torchrun", 4, 2)],
+    ],
+)
+def test_a_stopped_process_is_named_within_the_timeout(
+    tmp_path: Path,
+    whole: Callable[[int], str],
+    fault_table: Table,
+    launcher: str,
+    processes: int,
+    rank: int,
+) -> None:
+    with training(launcher, tmp_path, processes=processes) as (process, pids):
+        os.kill(pids[rank], signal.SIGSTOP)
+        line, taken = line_after(process, "train: error:", time.monotonic())
+        print(f"{launcher}, rank {rank} of {processes}: {taken:.1f} s, {line}", end="")
+        who = rf"rank {rank} \(host {HOST}\)"
+        found = re.search(rf"{who} has not answered for \d+ s, at step (\d+)", line)
+        assert found is not None, line
+        assert 0 < int(found[1]) <= steps(tmp_path / "run")[-1] + 1
+        process.communicate(timeout=60)  # torchrun itself waits half a minute before it kills
+        assert process.returncode == 1
+    again = run(command(launcher, *EPOCHS, processes=processes), tmp_path)
+    assert again.returncode == 0, again.stderr
+    equal = digest(tmp_path / "run") == whole(processes)
+    orphans = sum(map(alive, pids))
+    what = f"SIGSTOP, {launcher}, {processes} processes, until named"
+    left = leftovers(tmp_path / "run")
+    fault_table.add(what, equal, left, orphans, taken)
+    assert equal
+    assert (left, orphans) == (0, 0)
+
+
+def test_a_process_that_does_not_go_on_is_named(tmp_path: Path) -> None:
+    script = changed(
+        tmp_path,
+        "import time\n"
+        "train_step = engine.Trainer._train_step\n"
+        "def stuck(self, batch):\n"
+        "    if launch.rank() == 1 and self.step == 6:\n"
+        "        time.sleep(1e6)\n"
+        "    train_step(self, batch)\n"
+        "engine.Trainer._train_step = stuck\n",
+    )
+    process = run(command("ours", script=script), tmp_path)
+    assert process.returncode == 1
+    line = process.stderr.splitlines()[-1]
+    assert f"rank 1 (host {HOST}) has not gone on for" in line
+    assert "at step 6" in line
+
+
+def test_a_run_that_was_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
+    with training("ours", tmp_path) as (process, pids):
+        os.killpg(process.pid, signal.SIGSTOP)
+        time.sleep(2 * TIMEOUT)
+        os.killpg(process.pid, signal.SIGCONT)
+        before = steps(tmp_path / "run")[-1]
+        time.sleep(TIMEOUT)
+        assert process.poll() is None
+        assert steps(tmp_path / "run")[-1] > before + 1
+        os.kill(pids[1], signal.SIGTERM)
+        _, stderr = process.communicate(timeout=30)
+        assert process.returncode == 75, stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_restarts_what_was_killed(
+    tmp_path: Path, whole: Callable[[int], str], fault_table: Table, rank: int
+) -> None:
+    arguments = command("torchrun", *EPOCHS)
+    arguments[4:4] = ["--max-restarts", "2"]
+    process = start(arguments, tmp_path)
+    try:
+        wait_until(lambda: trained(tmp_path, 4), "trained")
+        killed = time.monotonic()
+        pids = workers(process.pid, "_small_train")
+        os.kill(pids[rank], signal.SIGKILL)
+        stdout, stderr = process.communicate(timeout=120)
+    finally:
+        end(process)
+    assert process.returncode == 0, stderr
+    assert stdout.count("resumed: after step") == 1
+    equal = digest(tmp_path / "run") == whole(2)
+    seconds = time.monotonic() - killed
+    left, orphans = leftovers(tmp_path / "run"), sum(map(alive, pids))
+    what = "SIGKILL, torchrun --max-restarts, until done"
+    fault_table.add(what, equal, left, orphans, seconds)
+    assert equal
+    assert (left, orphans) == (0, 0)
