@@ -1,4 +1,4 @@
-"""What is changed between two steps counts in the next one, and a batch of another form is judged."""
+"""What is changed between two steps counts in the next, and a batch of another form is judged."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ def test_a_step_takes_over_what_was_changed(
     ("labels", "message"),
     [
         (torch.tensor([1, 2, 3]), "labels: expected int64 [2], got torch.int64 [3]"),
-        (torch.tensor([1, 2], dtype=torch.int32), "labels: expected int64 [2], got torch.int32 [2]"),
+        (
+            torch.tensor([1, 2], dtype=torch.int32),
+            "labels: expected int64 [2], got torch.int32 [2]",
+        ),
         (torch.empty(2, dtype=torch.int64, device="meta"), "labels: expected device cpu, got meta"),
     ],
 )

@@ -354,8 +354,8 @@ class TrainStep:
         lines = padded_lines(size, sides, block, kernel_size)
         pixels, tops, lefts, mirrors, colors = images
         return augment_forward(
-            pixels, tops, lefts, mirrors, colors, augment.mean, augment.scale, augment.centred, size, sides, block, lines,
-            self._dtype,
+            pixels, tops, lefts, mirrors, colors, augment.mean, augment.scale, augment.centred,
+            size, sides, block, lines, self._dtype,
         )  # fmt: skip
 
     def _loss(
@@ -463,7 +463,9 @@ class TrainStep:
     def _wrote(self) -> None:
         """Tell autograd what the kernels wrote, and remember it."""
         torch.autograd.graph.increment_version(self._written)
-        self._seen = [(u.parameter.data_ptr(), u.parameter._version) for u in self._updates.values()]
+        self._seen = [
+            (u.parameter.data_ptr(), u.parameter._version) for u in self._updates.values()
+        ]
         self._counted = self.model.dropout_version()
 
 
