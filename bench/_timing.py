@@ -17,7 +17,7 @@ clock: Clock = clock_of(torch.device("cuda" if torch.cuda.is_available() else "c
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each round of two calls that took turns; on a GPU, those the host needs for one."""
+    """Seconds of each round of two calls that took turns; on a GPU those of the host, too."""
 
     ours: list[float]
     theirs: list[float]

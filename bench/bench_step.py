@@ -1,4 +1,4 @@
-"""A whole training step of AlexNet, as it trains, against torch's and against itself without a trick.
+"""A whole training step of AlexNet, against torch's and against itself without one of its tricks.
 
 What every row is, is said in bench/README.md; the steps themselves are fastalex.train_steps.
 """
