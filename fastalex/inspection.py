@@ -16,6 +16,7 @@ import torch
 from fastalex import cost, machine_code, offline, ttir
 from fastalex.gpus import GPU
 from fastalex.recorded_step import Event, Layer, Step, tensor_of
+from fastalex_kernels.program import Launch
 
 _WAITING = 8  # instructions of a loop that only waits, at most
 _WIDE_SHARE = 0.01  # of a launch's bytes: below it, how wide an access is doesn't matter
@@ -51,7 +52,6 @@ class Row:
         read, written: bytes.
         updated: of them, those of weights and velocities where a launch applies a gradient.
         flops: done, padding included.
-        launches: kernels it comes to.
         floor, floor_size, floor_flops: of the pass, seconds, bytes and operations.
         bound: seconds that its bytes and operations take at the rates assumed.
     """
@@ -86,7 +86,6 @@ class Row:
     written: int = 0
     updated: int = 0
     flops: float = 0.0
-    launches: int = 1
     floor: float | None = None
     floor_size: float | None = None
     floor_flops: float | None = None
@@ -105,7 +104,7 @@ class Row:
 
 
 Progress = Callable[[int, int, str], None]  # kernels done, of how many, and the last one's name
-_to_compile: tuple[list[offline.Launch], str] = ([], "")  # what a forked process inherits
+_to_compile: tuple[list[Launch], str] = ([], "")  # what a forked process inherits
 
 
 def _compile(i: int) -> int:
@@ -114,7 +113,7 @@ def _compile(i: int) -> int:
     return i
 
 
-def compile_all(launches: list[offline.Launch], target: str, progress: Progress) -> list[Any]:
+def compile_all(launches: list[Launch], target: str, progress: Progress) -> list[Any]:
     """Triton's compiled kernel for every launch, made by as many processes as there are cores.
 
     They leave what they compile in Triton's cache, from where it is read here.
@@ -135,15 +134,15 @@ def compile_all(launches: list[offline.Launch], target: str, progress: Progress)
     return compiled
 
 
-def _distinct(launches: list[offline.Launch]) -> list[int]:
+def _distinct(launches: list[Launch]) -> list[int]:
     """The first of each set of launches that certainly share their machine code."""
     first: dict[Any, int] = {}
     for i, launch in enumerate(launches):
         arguments = [
             (x.shape, x.stride(), x.dtype, x.storage_offset()) if isinstance(x, torch.Tensor) else x
-            for x in launch.args
+            for x in launch.arguments
         ]
-        first.setdefault((launch.name, repr(arguments), repr(launch.kwargs)), i)
+        first.setdefault((launch.name, repr(arguments), repr(launch.options)), i)
     return list(first.values())
 
 
@@ -165,7 +164,6 @@ def inspect(step: Step, gpu: GPU, dtype: str, progress: Progress = lambda *_: No
     for event in step.events:
         if event.launch is None:
             row = Row(event.layer, event.phase, event.name, read=event.read, written=event.written)
-            row.launches = event.launches
         else:
             row = _read(event, event.launch, next(compiled), step.layers.get(event.layer), gpu)
         row.bound = gpu.seconds(row.flops, row.read + row.written, dtype)
@@ -199,18 +197,17 @@ def _hold_against(
         row.waves /= cost.tap_share(layer)
 
 
-def _read(
-    event: Event, launch: offline.Launch, compiled: Any, layer: Layer | None, gpu: GPU
-) -> Row:
+def _read(event: Event, launch: Launch, compiled: Any, layer: Layer | None, gpu: GPU) -> Row:
     code, text = offline.read(compiled), ttir.read(compiled.asm["ttir"])
     row = Row(event.layer, event.phase, event.name, grid=launch.grid)
     row.registers, row.shared, row.spills, row.stack = (
         code.registers, code.shared, code.spills, code.stack,
     )  # fmt: skip
     row.warps, row.tile = int(compiled.metadata.num_warps), text.tile()
-    arguments = launch.named_args
+    assert launch.grid is not None
+    arguments = launch.named
     row.role = _role(event, launch, text, layer)
-    _add_traffic(row, event, arguments, text)
+    _add_traffic(row, arguments, text)
     amd = gpu.target.startswith("gfx")
     instructions, labels = (machine_code.parse_amd if amd else machine_code.parse)(code.assembly)
     _add_widths(row, machine_code.accesses(instructions), text)
@@ -249,9 +246,9 @@ def _executed(total: int, loops: list[machine_code.Loop], work: ttir.Work) -> An
     return (total - len(real[0])) * programs + len(real[0]) * work.trips[0]
 
 
-def _add_traffic(row: Row, event: Event, arguments: dict[str, Any], text: ttir.Code) -> None:
+def _add_traffic(row: Row, arguments: dict[str, Any], text: ttir.Code) -> None:
     """Bytes: every tensor that is read once, every one that is written once."""
-    seen: set[tuple[Any, bool]] = set()
+    seen: set[tuple[int, int, bool]] = set()
     for names, store in ((text.reads, False), (text.writes, True)):
         for name in sorted(names):
             tensor = tensor_of(arguments.get(name))
@@ -260,7 +257,7 @@ def _add_traffic(row: Row, event: Event, arguments: dict[str, Any], text: ttir.C
             size = tensor.numel() * tensor.element_size()
             row.sizes[name], row.itemsizes[name] = size, tensor.element_size()
             # Two descriptors of one tensor, in blocks of two sizes, share its bytes.
-            same = (event.places[name], store)
+            same = (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), store)
             if same in seen:
                 continue
             seen.add(same)
@@ -305,7 +302,7 @@ def _add_loops(row: Row, loops: list[machine_code.Loop], text: ttir.Code, gpu: G
         row.issue_ratio = len(main) * row.warps / 4 / cycles
 
 
-def _role(event: Event, launch: offline.Launch, text: ttir.Code, layer: Layer | None) -> str | None:
+def _role(event: Event, launch: Launch, text: ttir.Code, layer: Layer | None) -> str | None:
     """Which pass through its layer a launch makes; None for one that only prepares or finishes."""
     if layer is None:
         return None
@@ -318,7 +315,7 @@ def _role(event: Event, launch: offline.Launch, text: ttir.Code, layer: Layer | 
     if "weight" in launch.name:
         return "weight"
     weight = torch.Size(layer.weight).numel()
-    arguments = launch.named_args
+    arguments = launch.named
 
     def holds(names: set[str]) -> bool:
         tensors = [tensor_of(arguments.get(name)) for name in names]

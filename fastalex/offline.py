@@ -33,6 +33,7 @@ from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex_kernels._launch import _probe, interpreted, record_launches
+from fastalex_kernels.program import Launch
 
 
 @dataclass(frozen=True)
@@ -105,35 +106,22 @@ def fake_driver(target: str) -> Iterator[None]:
         driver.set_active(previous)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch: ``kernel[grid](*args, **kwargs)``; tensors among ``args`` have no data."""
+def without_data(launch: Launch) -> Launch:
+    """The launch on meta tensors of the same shapes, strides, alignment and shared memory."""
+    storages: dict[int, torch.UntypedStorage] = {}
 
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    def bare(x: Any) -> Any:
+        if isinstance(x, TensorDescriptor):
+            return replace(x, base=bare(x.base))
+        if not isinstance(x, torch.Tensor):
+            return x
+        given = x.untyped_storage()
+        empty = torch.empty(given.nbytes(), dtype=torch.uint8, device="meta")
+        storage = storages.setdefault(given._cdata, empty.untyped_storage())
+        view = torch.empty(0, dtype=x.dtype, device="meta")
+        return view.set_(storage, x.storage_offset(), x.shape, x.stride())
 
-    @property
-    def name(self) -> str:
-        """The kernel's name in the source."""
-        return str(self.kernel.fn.__name__)
-
-    @property
-    def named_args(self) -> dict[str, Any]:
-        """Every argument by its name in the kernel, constexprs too."""
-        return {**dict(zip(self.kernel.arg_names, self.args, strict=False)), **self.kwargs}
-
-
-def without_data(x: Any) -> Any:
-    """A tensor as a meta tensor of its shape, strides and alignment; anything else as it is."""
-    if isinstance(x, TensorDescriptor):
-        return replace(x, base=without_data(x.base))
-    if not isinstance(x, torch.Tensor):
-        return x
-    size = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    base = torch.empty(max(size, 0) + x.storage_offset(), dtype=x.dtype, device="meta")
-    return base.as_strided(x.shape, x.stride(), x.storage_offset())
+    return replace(launch, arguments=list(map(bare, launch.arguments)))
 
 
 def record(target: str, step: Callable[[], object]) -> list[Launch]:
@@ -149,17 +137,14 @@ def record(target: str, step: Callable[[], object]) -> list[Launch]:
     """
     if target not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
-    recorded: list[tuple[Any, ...]] = []
+    recorded: list[Launch] = []
 
     def recorder(*launch: Any) -> None:
-        recorded.append(launch)
+        recorded.append(Launch.of("", "", *launch))
 
     with FakeTensorMode(allow_non_fake_inputs=True), record_launches(target, recorder):
         step()
-    return [
-        Launch(kernel, grid, tuple(map(without_data, args)), kwargs)
-        for kernel, grid, args, kwargs in recorded
-    ]
+    return list(map(without_data, recorded))
 
 
 def check_target(target: str) -> None:
@@ -171,7 +156,7 @@ def check_target(target: str) -> None:
     if interpreted():
         raise ValueError("TRITON_INTERPRET=1 is set: an interpreted kernel has no machine code")
     try:
-        compile_launch(Launch(_probe, (1,), (), {}), target)
+        compile_launch(Launch.of("", "", _probe, (1,), (), {}), target)
     except Exception as error:  # each version has its own, from a KeyError to ptxas's message
         reason = str(error).strip().splitlines()
         raise ValueError(
@@ -188,7 +173,7 @@ def compile_launch(launch: Launch, target: str) -> Any:
     if interpreted():
         raise ValueError("offline: the kernels were imported under TRITON_INTERPRET=1, unset it")
     with fake_driver(target):
-        return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.kwargs)
+        return launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
 
 
 class MachineCode:

@@ -25,7 +25,7 @@ from fastalex import cost, offline
 from fastalex.command_line import Parser, guarded
 from fastalex.gpus import GPU, GPUS
 from fastalex.inspection import Row, inspect
-from fastalex.recorded_step import Step, record_step
+from fastalex.recorded_step import PRECISIONS, Step, record_step
 from fastalex.variants import VARIANTS
 from fastalex_kernels._launch import interpreted
 
@@ -67,13 +67,14 @@ def _parser() -> Parser:
         "--step",
         choices=("train", "infer"),
         default="train",
-        help="train: forward, loss, backward, optimizer; infer: forward (default: %(default)s)",
+        help="train: forward, loss, backward, updates; infer: of these the forward passes, without "
+        "dropout (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
-        choices=("bf16", "fp16", "fp32"),
+        choices=tuple(PRECISIONS),
         default="bf16",
-        help="of the products; parameters in training are float32 (default: %(default)s)",
+        help="of the products; parameters are float32 (default: %(default)s)",
     )
     parser.add_argument("--variant", choices=tuple(VARIANTS), default="paper")
     output = parser.add_mutually_exclusive_group()
@@ -93,12 +94,15 @@ def _check(options: argparse.Namespace) -> None:
     offline.check_target(GPUS[options.gpu].target)
 
 
+def _recorded(options: argparse.Namespace) -> Step:
+    target = GPUS[options.gpu].target
+    given = options.batch, options.dtype, options.step, options.gpus, options.variant
+    return record_step(target, *given)
+
+
 def rows_of(options: argparse.Namespace) -> tuple[Step, list[Row]]:
     """The recorded step, and its launches with their machine code read."""
-    gpu = GPUS[options.gpu]
-    step = record_step(
-        gpu.target, options.batch, options.dtype, options.step, options.gpus, options.variant
-    )
+    gpu, step = GPUS[options.gpu], _recorded(options)
     with tqdm(desc="compiling", unit=" kernels", file=sys.stderr, leave=False) as bar:
 
         def tell(done: int, total: int, name: str) -> None:
@@ -113,7 +117,7 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that is printed, as plain data."""
     gpu = GPUS[options.gpu]
     step, rows = rows_of(options)
-    swaps = _swaps(step, rows)
+    exchanges = _exchanges(step, rows)
     return {
         "computed": "nothing here was timed",
         "gpu": dataclasses.asdict(gpu),
@@ -122,8 +126,8 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
         **{name: getattr(options, name) for name in ("batch", "gpus", "step", "dtype", "variant")},
         "launches": [dataclasses.asdict(row) for row in rows],
         "layers": _layers(rows),
-        "swaps": swaps,
-        "summary": _summary(step, rows, swaps, gpu, options),
+        "exchanges": exchanges,
+        "summary": _summary(step, rows, exchanges, gpu, options),
     }
 
 
@@ -139,7 +143,7 @@ def _layers(rows: list[Row]) -> list[dict[str, Any]]:
                 "bound": 0.0, "floor_size": 0.0, "floor_flops": 0.0, "floor": 0.0,
             },
         )  # fmt: skip
-        total["launches"] += row.launches
+        total["launches"] += 1
         total["size"] += row.read + row.written
         total["flops"] += row.flops
         total["bound"] += row.bound
@@ -151,7 +155,7 @@ def _layers(rows: list[Row]) -> list[dict[str, Any]]:
 def _summary(
     step: Step,
     rows: list[Row],
-    swaps: list[dict[str, Any]],
+    exchanges: list[dict[str, Any]],
     gpu: GPU,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
@@ -160,25 +164,20 @@ def _summary(
     update = cost.UPDATE_BYTES * parameters if options.step == "train" else 0
     update_floor = update / (1e12 * gpu.bandwidth)
     floor += update_floor
-    sizes = set(step.parameters)
-    # What is moved to turn gradients into new weights: the update, and casts of whole parameters.
-    moved = sum(row.updated for row in rows)
-    for event in step.events:
-        if event.launch is None and (event.layer == "optimizer" or set(event.sizes) & sizes):
-            moved += event.read + event.written
+    updated = sum(row.updated for row in rows)
     bound = sum(row.bound for row in rows)
-    waited = sum(swap["waited"] for swap in swaps)
+    waited = sum(exchange["waited"] for exchange in exchanges)
     return {
-        "launches": sum(row.launches for row in rows),
+        "launches": len(rows),
         "our_launches": sum(row.grid is not None for row in rows),
-        "torch_launches": sum(row.launches for row in rows if row.grid is None),
+        "torch_launches": sum(row.grid is None for row in rows),
         "parameters": parameters,
         "linear_parameters": sum(
             sum(p.numel() for p in layer.module.parameters())
             for layer in step.layers.values()
             if isinstance(layer.module, nn.Linear)
         ),
-        "optimizer_bytes_per_parameter": moved / parameters if update else None,
+        "optimizer_bytes_per_parameter": updated / parameters if update else None,
         "bytes": sum(row.read + row.written for row in rows),
         "floor_bytes": sum(row.floor_size or 0 for row in rows) + update,
         "flops": sum(row.flops for row in rows),
@@ -193,18 +192,18 @@ def _summary(
     }
 
 
-def _swaps(step: Step, rows: list[Row]) -> list[dict[str, Any]]:
-    """Each swap between the towers: its seconds, those of what runs meanwhile, and what is left.
+def _exchanges(step: Step, rows: list[Row]) -> list[dict[str, Any]]:
+    """Each exchange of the towers: its seconds, those of what runs meanwhile, and what is left.
 
-    By bytes alone: what it takes to begin a swap is not known here.
+    By bytes alone: what it takes to start one is not known here.
     """
     result = []
-    for swap in step.exchanged:
-        seconds = swap.size / (1e12 * cost.LINK_BANDWIDTH)
-        meanwhile = sum(row.bound for row in rows[swap.begun : swap.ended])
+    for one in step.exchanges:
+        seconds = one.size / (1e12 * cost.LINK_BANDWIDTH)
+        meanwhile = sum(row.bound for row in rows[one.started : one.ended])
         result.append(
             {
-                "layer": swap.layer, "phase": swap.phase, "size": swap.size, "seconds": seconds,
+                "layer": one.layer, "phase": one.phase, "size": one.size, "seconds": seconds,
                 "meanwhile": meanwhile, "waited": max(0.0, seconds - meanwhile),
             }
         )  # fmt: skip
@@ -284,7 +283,7 @@ def _without_operators(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         counts: dict[str, int] = {}
         for row in run:
             name = row["name"].removeprefix("aten.").strip("_")
-            counts[name] = counts.get(name, 0) + row["launches"]
+            counts[name] = counts.get(name, 0) + 1
         names = ", ".join(f"{n} {name}" if n > 1 else name for name, n in counts.items())
         names = textwrap.shorten(names, _NAMES, placeholder=" ...")
         total = {key: sum(row[key] for row in run) for key in ("read", "written", "bound")}
@@ -331,21 +330,21 @@ def describe(report: dict[str, Any]) -> list[str]:
         "layer", "pass", "launches", "MB", "floor MB", "GFLOP", "floor GFLOP", "floor us",
         "bound us",
     )  # fmt: skip
-    lines += [*_table(head, layers), "", *_swap_table(report["swaps"])]
+    lines += [*_table(head, layers), "", *_exchange_table(report["exchanges"])]
     return [*lines, *_totals(report, total), "", *_LEGEND]
 
 
-def _swap_table(swaps: list[dict[str, Any]]) -> list[str]:
-    """What the towers swap, of which the bytes of one direction; nothing of a whole net."""
-    if not swaps:
+def _exchange_table(exchanges: list[dict[str, Any]]) -> list[str]:
+    """What the towers exchange; nothing of a whole net."""
+    if not exchanges:
         return []
-    head = ("layer", "pass", "swapped MB", "swap us", "meanwhile us", "waited us")
+    head = ("layer", "pass", "MB each way", "exchange us", "meanwhile us", "waited us")
     rows = [
         [
-            swap["layer"], swap["phase"], f"{swap['size'] / 1e6:.2f}",
-            *(f"{swap[name] * 1e6:.1f}" for name in ("seconds", "meanwhile", "waited")),
+            one["layer"], one["phase"], f"{one['size'] / 1e6:.2f}",
+            *(f"{one[name] * 1e6:.1f}" for name in ("seconds", "meanwhile", "waited")),
         ]
-        for swap in swaps
+        for one in exchanges
     ]  # fmt: skip
     return [*_table(head, rows), f"(each direction at {cost.LINK_BANDWIDTH:g} TB/s)", ""]
 
@@ -359,9 +358,8 @@ def _totals(report: dict[str, Any], total: dict[str, Any]) -> list[str]:
     ]
     if total["optimizer_bytes_per_parameter"] is not None:
         lines.append(
-            f"update: {total['optimizer_bytes_per_parameter']:.1f} bytes a parameter with casts "
-            f"of weights and gradients, floor {cost.UPDATE_BYTES} "
-            f"({total['update_floor'] * 1e6:.0f} us)"
+            f"update: {total['optimizer_bytes_per_parameter']:.1f} bytes a parameter, floor "
+            f"{cost.UPDATE_BYTES} ({total['update_floor'] * 1e6:.0f} us)"
         )
     waited = total["waited"]
     return [
@@ -380,10 +378,7 @@ def machine_code(options: argparse.Namespace) -> str:
     Raises:
         ValueError: where the step launches no kernel of that name.
     """
-    gpu = GPUS[options.gpu]
-    step = record_step(
-        gpu.target, options.batch, options.dtype, options.step, options.gpus, options.variant
-    )
+    gpu, step = GPUS[options.gpu], _recorded(options)
     events = [event for event in step.events if event.launch is not None]
     found = [event for event in events if _short(event.name) == _short(options.sass)]
     if not found:

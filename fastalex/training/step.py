@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import fastalex_kernels as kernels
 from fastalex.data.augment import Augment
@@ -53,7 +54,7 @@ from fastalex.training.passes import (
     images_as_maps,
 )
 from fastalex.training.updates import FusedUpdate, StoredGradients, Update, momentum_update
-from fastalex_kernels._launch import call, interpreted, use_triton
+from fastalex_kernels._launch import aligned, call, interpreted, use_triton
 from fastalex_kernels.augment import augment_forward, padded_lines
 from fastalex_kernels.conv2d_relu import pack_weight
 from fastalex_kernels.cross_entropy import cross_entropy_forward
@@ -426,7 +427,7 @@ class TrainStep:
         for update, seen in zip(self._updates.values(), self._seen, strict=True):
             if state[update.parameter].get(BUFFER) is not update.buffer:
                 self._take_buffer(update)
-            if seen != (update.parameter.data_ptr(), update.parameter._version):
+            if seen != (_address(update.parameter), update.parameter._version):
                 update.refresh()
 
     @torch.no_grad()
@@ -444,7 +445,7 @@ class TrainStep:
             len(here) == len(self._parts)
             and all(map(operator.is_, here, self._parts))
             and all(
-                address in (0, update.parameter.data_ptr())
+                address in (0, _address(update.parameter))
                 for update, (address, _) in zip(self._updates.values(), self._seen, strict=True)
             )
         )
@@ -463,9 +464,7 @@ class TrainStep:
     def _wrote(self) -> None:
         """Tell autograd what the kernels wrote, and remember it."""
         torch.autograd.graph.increment_version(self._written)
-        self._seen = [
-            (u.parameter.data_ptr(), u.parameter._version) for u in self._updates.values()
-        ]
+        self._seen = [(_address(u.parameter), u.parameter._version) for u in self._updates.values()]
         self._counted = self.model.dropout_version()
 
 
@@ -473,7 +472,7 @@ def _form(x: Any) -> object:
     """What of an input the recorded launches depend on."""
     if not isinstance(x, torch.Tensor):
         return type(x)
-    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
+    return x.shape, x.stride(), x.dtype, x.device, aligned(x)
 
 
 def _parts(places: Sequence[dict[str, Any]]) -> list[Any]:
@@ -522,6 +521,11 @@ def _chain(model: AlexNet) -> Iterator[tuple[str, nn.Module | None]]:
     for module in model.classifier.modules():
         if module in names:
             yield names[module], module
+
+
+def _address(x: torch.Tensor) -> int:
+    """Where ``x`` begins; 0 of a tensor without data."""
+    return 0 if isinstance(x, FakeTensor) else x.data_ptr()
 
 
 def _gather_hook(layer: nn.Module) -> GatherInput | None:

@@ -284,7 +284,8 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Register an implementation as torch's operator ``fastalex::name``, for eager and compiled.
 
     Its ``register_fake`` says what comes out of tensors without data. While launches are recorded
-    the implementation itself runs on those tensors, as launches need none.
+    the implementation itself runs on those tensors, as launches need none; not where torch.compile
+    traces, whose graph launches them later.
     """
 
     def register(implementation: Callable[..., Any]) -> Any:
@@ -293,7 +294,8 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
         def fake(shapes: Callable[..., Any]) -> None:
             def outcome(*args: Any, **kwargs: Any) -> Any:
-                chosen = shapes if _recorder is None else implementation
+                traced = torch._guards.TracingContext.try_get() is not None
+                chosen = shapes if traced or _recorder is None else implementation
                 return chosen(*args, **kwargs)
 
             register_fake(outcome)

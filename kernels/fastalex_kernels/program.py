@@ -50,6 +50,22 @@ class Launch:
     def __post_init__(self) -> None:
         self.run = self._call if self.grid is None else self._launch
 
+    @classmethod
+    def of(
+        cls,
+        layer: str,
+        phase: str,
+        kernel: Any,
+        grid: tuple[int, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Launch:
+        """``kernel[grid](*args, **kwargs)`` as a launch."""
+        names = kernel.arg_names
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        arguments = [given.pop(name) for name in names]
+        return cls(layer, phase, kernel, grid, arguments, given)
+
     @property
     def name(self) -> str:
         """The kernel's name, or the function's."""
@@ -162,11 +178,8 @@ class Program:
         self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Run a launch and add it; see ``_launch.launch``."""
-        names = kernel.arg_names
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        arguments = [given.pop(name) for name in names]
-        added = self.add(kernel, grid, arguments, given)
-        added.run(0)
+        self.launches.append(Launch.of(*self._at, kernel, grid, args, kwargs))
+        self.launches[-1].run(0)
 
     def add(
         self,

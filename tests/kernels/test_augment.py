@@ -192,7 +192,7 @@ def _check_code(case: Case, dtype: torch.dtype, target: str) -> None:
     launch, code = _code(case, dtype, target)
     assert (code.stack, code.spills) == (0, 0), f"{code.registers} registers"
     amd = target == "gfx942"
-    values = 48 * launch.kwargs["ITEMS"] // (4 * (64 if amd else 32))  # of a thread
+    values = 48 * launch.named["ITEMS"] // (4 * (64 if amd else 32))  # of a thread
     if amd:
         stores, wide = r"(global|buffer)_store", r"(global|buffer)_store_dwordx4"
         pairs = r"(global|buffer)_load_dwordx2"

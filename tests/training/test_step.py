@@ -78,7 +78,7 @@ def result_of(
 ) -> Trained:
     buffers = [optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()]
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return Trained([float(loss) for loss in losses], weights, buffers)
+    return Trained([loss.item() for loss in losses], weights, buffers)
 
 
 def by_step(model: AlexNet, optimizer: Any, steps: int, **options: Any) -> Trained:
@@ -121,14 +121,23 @@ def test_trains_as_autograd_and_the_optimizer_do(variant: str) -> None:
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("variant", list(VARIANTS))
-@pytest.mark.parametrize("rule", ["paper", "torch"])
-def test_kernels_train_as_autograd_does(variant: str, rule: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "rule"),
+    [
+        (narrow("paper"), "paper"),
+        (bare("paper"), "torch"),
+        (narrow("source2012"), "torch"),
+        (bare("caffe"), "paper"),  # its biases have a rate and a decay of their own
+        (bare("owt"), "torch"),
+        (bare("paper-without-tower-traffic"), "torch"),  # fully connected layers in groups
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_kernels_train_as_autograd_does(variant: Variant, rule: str) -> None:
     models = [make_net(variant) for _ in range(2)]
-    # The biases of caffe and source2012 have a rate and a decay of their own.
     mine, theirs = (build_optimizer(m, 0.001, 0.9, 0.01, rule) for m in models)
     with kernels.backend("interpreter"):
-        compare(by_step(models[0], mine, 3), by_autograd(models[1], theirs, 3))
+        compare(by_step(models[0], mine, 2), by_autograd(models[1], theirs, 2))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -296,7 +305,7 @@ def _one_autograd_step(model: AlexNet, optimizer: torch.optim.Optimizer, number:
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return float(loss)
+    return loss.item()
 
 
 def _one_step(step: TrainStep, number: int) -> float:

@@ -14,7 +14,7 @@ import torch
 import triton.runtime.interpreter as interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex.offline import Launch
+from fastalex_kernels.program import Launch
 
 from ._observe import Program, observe
 
@@ -113,8 +113,8 @@ def run_corners(launch: Launch, longest_loop: int = 80) -> dict[str, int]:
     Raises:
         AssertionError: where an address leaves its tensor, or an int32 result wraps.
     """
-    arguments = [_phantom(a, i) for i, a in enumerate(launch.args)]
+    arguments = [_phantom(a, i) for i, a in enumerate(launch.arguments)]
     observer = _Addresses(corners(launch.grid))
     with _overflow_checks(), _short_loops(launch.kernel, longest_loop), observe(observer):
-        launch.kernel[launch.grid](*arguments, **launch.kwargs)
+        launch.kernel[launch.grid](*arguments)
     return observer.reached
