@@ -31,7 +31,8 @@ from fastalex_kernels.reference import relative_error
 
 Step = Callable[[], torch.Tensor]  # does a step and returns its mean loss
 
-TOLERANCES = {"float32": 1e-3, "bf16": 2e-2}  # of a loss; a rounding moves the weights, too
+# Of a loss. From the second step on a sign within rounding, which went the other way, counts.
+TOLERANCES = {"float32": 1e-2, "bf16": 5e-2}
 _RATE = 1e-4  # the loss falls from step to step, and not by leaps, which magnify a rounding
 
 
