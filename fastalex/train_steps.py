@@ -170,7 +170,8 @@ def _autograd(
 
 def _captured(step: Step) -> Step:
     """A step on a GPU as one CUDA graph."""
-    here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    here = torch.cuda.current_stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(here)
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):
