@@ -90,7 +90,7 @@ tests=("$python" -m pytest -q -m gpu -o addopts=-ra)
 tiles="$results/tiles$suffix"
 if [[ -n $dry ]]; then
     step environment 60 bash -c environment
-    step step 120 "${bench[@]}" --batch-size 1 --rounds 1 bench/bench_step.py
+    step step 180 "${bench[@]}" --batch-size 1 --rounds 1 -k stock bench/bench_step.py
     step layers 120 "${bench[@]}" --batch-size 1 --rounds 1 -k "conv5 or pool5" bench/bench_layers.py
     step tests 120 "${tests[@]}" tests/kernels/test_gpu.py
     step tune 120 "$python" -m fastalex.tune --dry-run --gpu h100 --layer fc8 --batch-size 16 \
