@@ -27,7 +27,7 @@ from fastalex.train_steps import Training
 from fastalex.training import TrainStep
 from fastalex_kernels._launch import record_launches
 from fastalex_kernels.program import Launch
-from tests._libcuda import StubDriver
+from tests.training._libcuda import StubDriver
 
 from ._report import Report
 from ._timing import Images, take_turns

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from fastalex import resume
 from fastalex.ablations import ABLATIONS, LOSSES, edit
 from fastalex.checkpoint import load_model
-from fastalex.command_line import Parser, guarded
+from fastalex.command_line import Parser, check_output, guarded
 from fastalex.evaluate import table
 from fastalex.files import replacing
 from fastalex.options import parse_arguments
@@ -96,9 +96,13 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _claim(output: Path, arguments: list[str]) -> None:
     """Make ``output`` the folder of runs with these arguments, or find that it is."""
+    check_output("--output", output, folder=True)
     plan = output / _PLAN
     if plan.is_file():
-        known = json.loads(plan.read_text(encoding="utf-8"))
+        try:
+            known = [str(argument) for argument in json.loads(plan.read_text(encoding="utf-8"))]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{plan}: damaged, name another --output") from error
         if known != arguments:
             raise ValueError(
                 f"--output {output}: holds ablations of `{' '.join(known)}`, "
@@ -141,14 +145,23 @@ def _train(name: str, folder: Path, arguments: list[str]) -> int:
 
 
 def _goes_on(folder: Path) -> bool:
-    """Whether there is a run in ``folder`` to go on with; what is no use is removed."""
+    """Whether there is a run in ``folder`` to go on with; what holds no weights is moved aside.
+
+    Raises:
+        ValueError: where there are weights of a run that can't be gone on with.
+    """
     if not folder.exists():
         return False
     try:
         resume.find(folder)
     except ValueError as error:
-        print(f"ablate: warning: {error}; it begins anew", file=sys.stderr)
-        shutil.rmtree(folder)
+        if any(folder.rglob("*.safetensors")):
+            raise ValueError(
+                f"{error}; its weights are kept, move {folder} away to train it anew"
+            ) from error
+        aside = folder.with_name(f"{folder.name}.aside-{time.time_ns()}")
+        folder.rename(aside)
+        print(f"ablate: warning: {error}; moved to {aside}, it begins anew", file=sys.stderr)
         return False
     return True
 

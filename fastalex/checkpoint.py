@@ -32,7 +32,7 @@ def save_weights(
     path: Path | str,
     state_dict: Mapping[str, torch.Tensor],
     metadata: Mapping[str, Any],
-    mean_image: MeanImage | None = None,
+    mean_image: MeanImage | npt.NDArray[np.float32] | None = None,
 ) -> None:
     """Write weights atomically: after a crash ``path`` holds the old file or the new one, whole.
 
@@ -40,15 +40,21 @@ def save_weights(
         path: of the file; its folder exists.
         state_dict: the whole net's tensors with torch's shapes, on any device.
         metadata: whatever JSON can hold; ``load_model`` needs ``variant``, ``num_classes`` and
-            ``dropout``.
-        mean_image: of the normalization in ``metadata``, if it has one.
+            ``dropout``. What ``load_weights`` returned will do, whatever was changed: its
+            checksums are not looked at.
+        mean_image: of the normalization in ``metadata``, if it has one; or its pixels, as
+            ``load_mean_image`` returns them.
 
     Raises:
         OSError: where the file can't be written.
+        ValueError: where the normalization has a mean image and it is not given.
     """
     tensors = dict(state_dict)
     if mean_image is not None:
-        tensors[MEAN_IMAGE] = torch.from_numpy(mean_image.pixels)
+        pixels = mean_image.pixels if isinstance(mean_image, MeanImage) else mean_image
+        tensors[MEAN_IMAGE] = torch.from_numpy(pixels)
+    elif "mean_image" in (metadata.get("normalization") or {}):
+        raise ValueError("mean_image: the normalization has one, give what load_mean_image returns")
     write_tensors(path, tensors, FORMAT, metadata)
 
 
@@ -73,7 +79,7 @@ def write_tensors(
     sums = {"sha256": weights_hash(whole), "metadata_sha256": _metadata_hash(metadata)}
     header = {
         "format": "pt",  # what other readers of safetensors look for
-        "fastalex": json.dumps({"format": form, **sums, **metadata}, sort_keys=True),
+        "fastalex": json.dumps({**metadata, "format": form, **sums}, sort_keys=True),
     }
     with replacing(Path(path)) as temporary:
         try:
@@ -173,14 +179,24 @@ def load_model(path: Path | str) -> tuple[AlexNet, dict[str, Any]]:
     """
     tensors, metadata = load_weights(path)
     try:
+        _check_classes(metadata["num_classes"], tensors)
         model = AlexNet(metadata["num_classes"], metadata["dropout"], metadata["variant"])
         model.load_state_dict(tensors)
     except KeyError as error:
         raise ValueError(f"{path}: its metadata lack {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: its weights do not fit its variant: {reason}") from error
     return model.eval(), metadata
+
+
+def _check_classes(count: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError unless the weights have so many: a net of any number would take memory."""
+    last = tensors.get("classifier.6.bias")
+    if last is not None and (type(count) is not int or last.shape != (count,)):
+        raise ValueError(f"num_classes: its metadata say {count!r}, its weights {len(last)}")
 
 
 @contextlib.contextmanager

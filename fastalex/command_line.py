@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from fastalex import interrupts
@@ -41,6 +43,45 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+def check_output(option: str, path: Path, folder: bool = False) -> None:
+    """Find, before any work, what would keep a command from writing its results; nothing is left.
+
+    Args:
+        option: names the path in the message.
+        path: of the file, which may be there already, or of the folder, which may be made.
+        folder: which of them it is.
+
+    Raises:
+        ValueError: one line that names the option.
+    """
+    try:
+        place = path.absolute()
+        if folder:
+            while not _is_there(place):
+                place = place.parent
+        elif place.is_dir():
+            raise ValueError(f"{option} {path}: a folder, name a file")
+        else:
+            place = place.parent
+            if not _is_there(place):
+                raise ValueError(f"{option} {path}: its folder does not exist, make it")
+        if not place.is_dir():
+            raise ValueError(f"{option} {path}: {place} is not a folder, name another place")
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise ValueError(f"{option} {path}: can't be written: {why}; name another place") from error
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def guarded(name: str, command: Callable[[], int], nothing: str = "nothing was written") -> int:

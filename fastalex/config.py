@@ -103,7 +103,7 @@ class Settings:
     tensorboard: bool
 
     @classmethod
-    def choose(cls, arguments: Mapping[str, Any], device_type: str, towers: int = 1) -> Settings:
+    def choose(cls, arguments: Mapping[str, Any], device_type: str) -> Settings:
         """The settings that ``arguments``, from ``parse_arguments``, come to on a device.
 
         What was given wins over the recipe, and the recipe over data and device.
@@ -126,7 +126,7 @@ class Settings:
                     f"{option} has no part in the schedule {values['schedule']}: leave it out, or "
                     f"add --schedule {' or '.join(schedules)}"
                 )
-        values.update(_execution(given, values["precision"], device_type, towers))
+        values.update(_execution(given, values["precision"], device_type))
         if "color_noise" in given and values["augmentation"] != "full":
             raise ValueError(
                 f"--color-noise has no part in the augmentation {values['augmentation']}: leave it "
@@ -165,28 +165,24 @@ class Settings:
         return cls(**{**values, "data": data, "lr_drop": tuple(values["lr_drop"])})
 
 
-def _execution(
-    given: Mapping[str, Any], precision: str, device_type: str, towers: int
-) -> dict[str, bool]:
+def _execution(given: Mapping[str, Any], precision: str, device_type: str) -> dict[str, bool]:
     """How a step is executed; on a GPU as few kernels as can be, in one launch.
-
-    Two towers exchange data within the step. Captured they have not been seen yet: only if asked.
 
     Raises:
         ValueError: for what the device or the precision does not allow.
     """
     gpu, scaled = device_type == "cuda", precision == "fp16"
-    if given.get("fused_update") and scaled:
+    fused = given.get("fused_update", gpu and not scaled)
+    if fused and scaled:
         raise ValueError(
             "--fused-update can't look at a gradient before it is applied, as float16 needs: "
             "leave it out, or use --precision bf16"
         )
     if given.get("cuda_graph") and not gpu:
         raise ValueError("--cuda-graph needs a GPU: leave it out")
-    return {
-        "fused_update": given.get("fused_update", gpu and not scaled),
-        "cuda_graph": given.get("cuda_graph", gpu and given.get("fused_update", not scaled)),
-    }
+    if given.get("cuda_graph") and not fused:
+        raise ValueError("--cuda-graph needs --fused-update, which float16 rules out: leave it out")
+    return {"fused_update": fused, "cuda_graph": given.get("cuda_graph", gpu and fused)}
 
 
 def _names() -> list[str]:

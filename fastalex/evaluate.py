@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fastalex.ablations import split_name
-from fastalex.command_line import Parser, guarded, whole_number
+from fastalex.command_line import Parser, check_output, guarded, whole_number
 from fastalex.data import ImageSource
+from fastalex.data.base import printable
 from fastalex.evaluation import CROPS, TOP, Ensemble, Scores, evaluate, open_validation
 from fastalex.files import replacing
 from fastalex.published import RESULTS, Published, is_imagenet
@@ -89,20 +90,23 @@ def _parser() -> Parser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.confusion is not None and not options.confusion.absolute().parent.is_dir():
-        raise ValueError(f"--confusion {options.confusion}: its folder does not exist, make it")
+    if options.confusion is not None:
+        check_output("--confusion", options.confusion)
     ensemble = Ensemble.load(options.weights)
     source = open_validation(options.data, ensemble)
     report_unreadable(source)
     scores = evaluate(ensemble, source, options.crops, options.batch_size, options.workers)
-    if options.confusion is not None:
-        write_confusion(options.confusion, scores)
     where = str(options.data or "built-in set")
     if options.json:
         print(json.dumps(_report(ensemble, scores, where, options), indent=2))
     else:
         for line in _lines(ensemble, scores, where, options):
             print(line)
+    if options.confusion is not None:
+        sys.stdout.flush()  # the scores are out, whatever becomes of the file
+        write_confusion(options.confusion, scores)
+        if not options.json:
+            print(f"\nconfusion: {options.confusion}")
     return 0
 
 
@@ -110,7 +114,7 @@ def report_unreadable(source: ImageSource) -> None:
     """Name on stderr the files of a folder that were left out."""
     unreadable: list[tuple[str, str]] = getattr(source, "unreadable", [])
     for path, reason in unreadable[:_NAMED]:
-        print(f"{path}: left out: {reason}", file=sys.stderr)
+        print(f"{printable(path)}: left out: {reason}", file=sys.stderr)
     if len(unreadable) > _NAMED:
         print(f"and {len(unreadable) - _NAMED} more images left out", file=sys.stderr)
 
@@ -188,8 +192,6 @@ def _lines(
             for name, s in scores.per_class()
         ]
         lines += ["", *table(rows, right=3)]
-    if options.confusion is not None:
-        lines += ["", f"confusion: {options.confusion}"]
     return lines
 
 

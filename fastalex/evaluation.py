@@ -29,7 +29,7 @@ from fastalex.data import (
 )
 from fastalex.data.augment import Augment
 from fastalex.data.background import map_ahead
-from fastalex.data.base import Pixels
+from fastalex.data.base import MAX_IMAGE_SIZE, Pixels
 from fastalex.data.decode import read_image, try_read
 from fastalex.data.folder import class_folders
 from fastalex.model import AlexNet
@@ -152,11 +152,31 @@ def _load(path: Path, device: torch.device) -> Member:
     for key in ("classes", "image_size", "normalization"):
         if key not in metadata:
             raise ValueError(f"{path}: its metadata lack {key!r}")
+    _check_metadata(path, metadata, model)
     try:
         normalization = Normalization.from_dict(metadata["normalization"], load_mean_image(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return Member(path, model.to(device), metadata, normalization)
+
+
+def _check_metadata(path: Path, metadata: dict[str, Any], model: AlexNet) -> None:
+    """Raise ValueError where classes, image size or seed are not what a net has."""
+    classes, size, seed = metadata["classes"], metadata["image_size"], metadata.get("seed", 0)
+    count, least = metadata["num_classes"], model.smallest_image_size()
+    names = classes if isinstance(classes, list) else []
+    if len(names) != count or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: classes: expected {count} names, got {_shown(classes)}")
+    if type(size) is not int or not least <= size <= MAX_IMAGE_SIZE:
+        raise ValueError(
+            f"{path}: image_size: expected {least} to {MAX_IMAGE_SIZE}, got {_shown(size)}"
+        )
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"{path}: seed: expected a number of at least 0, got {_shown(seed)}")
+
+
+def _shown(value: object) -> str:
+    return f"{len(value)} of them" if isinstance(value, list) else repr(value)[:50]
 
 
 def _cut(

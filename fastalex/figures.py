@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fastalex import drawing
-from fastalex.command_line import Parser, guarded, whole_number
+from fastalex.command_line import Parser, check_output, guarded, whole_number
 from fastalex.data import ImageSource, decode_size
 from fastalex.data.base import Pixels
 from fastalex.evaluate import report_unreadable
@@ -87,6 +87,7 @@ def _parser() -> Parser:
 
 def _run(options: argparse.Namespace) -> int:
     drawing.new_figure(1, 1)  # before any work: matplotlib may be missing
+    check_output("--output", options.output, folder=True)
     ensemble = Ensemble.load([options.weights])
     metrics = options.metrics or options.weights.parent / "metrics.jsonl"
     curves = read_metrics(metrics) if options.metrics or metrics.is_file() else None

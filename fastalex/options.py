@@ -84,14 +84,13 @@ def _add_processes(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--fused-update",
         action=argparse.BooleanOptionalAction,
-        help="update each weight in the backward kernel that makes its gradient; not with float16 "
-        "or replicas, whose gradients are looked at first (default: on a GPU)",
+        help="make each step without autograd and update each weight in the kernel that makes its "
+        "gradient; not with float16, whose gradients are looked at first (default: on a GPU)",
     )
     group.add_argument(
         "--cuda-graph",
         action=argparse.BooleanOptionalAction,
-        help="launch forward and backward of a step as one captured graph "
-        "(default: on a GPU, not for a net on two)",
+        help="launch a step as one captured graph (default: on a GPU, with --fused-update)",
     )
 
 

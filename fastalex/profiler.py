@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fastalex import profile_chart
-from fastalex.command_line import Parser, guarded, whole_number
+from fastalex.command_line import Parser, check_output, guarded, whole_number
 from fastalex.cost import Floor
 from fastalex.evaluate import table
 from fastalex.files import replacing
@@ -86,6 +86,7 @@ def _parser() -> Parser:
 def _run(options: argparse.Namespace) -> int:
     _complete(options)
     profile_chart.new_chart()  # before any work: matplotlib may be missing
+    check_output("--output", options.output, folder=True)
     options.output.mkdir(parents=True, exist_ok=True)
     trace, chart, data = (options.output / n for n in ("trace.json", "profile.png", "profile.json"))
     with _kept_graphs():

@@ -32,7 +32,6 @@ from fastalex_kernels.program import Launch
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS = {"bf16": "bf16", "fp32": "float32"}  # of TrainStep, by the names that reports use
 _CHANNELS = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # a mean and a deviation of each
-_NO_WORK = ("empty", "new_empty", "_unsafe_view", "_local_scalar_dense", "set_", "lift_fresh")
 _OVERWRITES = ("copy_", "fill_", "zero_")  # they write their first tensor without reading it
 
 
@@ -119,7 +118,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for launch in launches:
             launch.run = partial(self._launched, launch, launch.run)
 
-    def _launched(self, launch: Launch, run: Callable[[None], object], stream: object) -> None:
+    def _launched(self, launch: Launch, run: Callable[[int], object], stream: int) -> None:
         transfer = getattr(launch.kernel, "__self__", None)
         if launch.grid is not None:
             self._add(Event(launch.layer, launch.phase, launch.name, launch))
@@ -127,7 +126,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._exchanged(launch, transfer)
         else:
             self._place = launch.layer, launch.phase
-            run(None)
+            run(stream)
             self._place = ("step", "forward")
 
     def _exchanged(self, launch: Launch, transfer: LoopbackTransfer) -> None:
@@ -151,7 +150,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name.split("::")[1]
         aliases = [r.alias_info for r in func._schema.returns]
         looks = any(a is not None and not a.is_write for a in aliases)
-        if func.namespace == "aten" and not looks and not name.startswith(_NO_WORK):
+        if func.namespace == "aten" and not looks:
             read, written = _tensors(args, kwargs), _tensors(result)
             if name in _OVERWRITES or "out" in (kwargs or {}):
                 read = [x for x in read if not any(x is y for y in written)]
@@ -176,10 +175,10 @@ def _size(tensors: Sequence[torch.Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def layers_of(model: AlexNet, batch: int) -> dict[str, Layer]:
-    """The layers by name, in order, as they are given published images."""
+def layers_of(model: AlexNet, batch: int, size: int) -> dict[str, Layer]:
+    """The layers by name, in order, as they are given images of ``size`` pixels a side."""
     layers: dict[str, Layer] = {}
-    made: tuple[int, ...] = (batch, 3, model.variant.image_size, model.variant.image_size)
+    made: tuple[int, ...] = (batch, 3, size, size)
     for name, module in layer_names(model).items():
         given, weight = made, getattr(module, "weight", None)
         if weight is not None:  # a tower's layer may read both towers
@@ -251,6 +250,6 @@ def record_step(
     crops = (batch, 3, size, size)
     recorded.layers = {
         "augment": Layer("augment", augment, crops, tuple(made.shape), None, False),
-        **layers_of(model, batch),
+        **layers_of(model, batch, size),
     }
     return recorded

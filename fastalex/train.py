@@ -143,7 +143,7 @@ def prepare(options: Mapping[str, Any], world: World, start: Start | None = None
 def _choose(options: Mapping[str, Any], world: World, start: Start | None) -> Settings:
     """The settings of the run, checked against each other and against the world."""
     if start is None:
-        settings = Settings.choose(options, world.device_type, world.towers)
+        settings = Settings.choose(options, world.device_type)
         if options["output"] is not None:
             check_output(options["output"])
     else:

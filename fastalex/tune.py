@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fastalex import layer_pairs, offline, tuning
-from fastalex.command_line import Parser, guarded, whole_number
+from fastalex.command_line import Parser, check_output, guarded, whole_number
 from fastalex.evaluate import table
 from fastalex.files import replacing
 from fastalex.gpus import GPUS
@@ -83,6 +83,8 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError("TRITON_INTERPRET=1 is set, unset it to tune for the GPU")
     if options.gpus > 1 and VARIANTS[options.variant].towers != options.gpus:
         raise ValueError(f"--gpus 2: variant {options.variant} has no two towers, use --gpus 1")
+    if options.output is not None:
+        _check_table(options.output)
     names = layer_pairs.layer_names(options.variant)
     wrong = [name for name in options.layer or [] if name not in names]
     if wrong:
@@ -140,9 +142,10 @@ def _rank(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace, device: torch.device, name: str) -> int:
     """Check and time on ``device``, and write what was found."""
+    path: Path = options.output or _tuned.table_path(name)
+    _check_table(path)
     sweep = _Sweep(options, device)
     sweep.run()
-    path: Path = options.output or _tuned.table_path(name)
     entries = [tuning.entry(problem) for problem in sweep.done]
     new = {_key(e) for e in entries}
     entries = [e for e in _known(path, name) if _key(e) not in new] + entries
@@ -217,6 +220,13 @@ class _Sweep:
 
 def _head(device: torch.device, name: str) -> dict[str, Any]:
     return {**provenance(device), **_tuned.identity(name)}
+
+
+def _check_table(path: Path) -> None:
+    """Find before any work whether ``_write`` could write it, and its folder."""
+    if path.is_dir():
+        raise ValueError(f"--output {path}: a folder, name a file")
+    check_output("--output", path.parent, folder=True)
 
 
 def _key(entry: dict[str, Any]) -> tuple[Any, ...]:

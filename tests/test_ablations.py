@@ -286,11 +286,45 @@ def test_ablate_goes_on_where_it_was_stopped(
     assert ablate.main([*arguments, "--lr", "0.5"]) == 2
     assert len(trained) == 3
     assert f"--output {out}: holds ablations of" in capsys.readouterr().err
-    # Nothing can go on from a report that can't be read.
+    # Nothing can go on from a report that can't be read; what there is is moved aside.
     (out / "conv4" / "run.json").write_text(stopped[:20])
     assert ablate.main(arguments) == 0
     assert trained[3][-2:] == ["--without", "conv4"]
     assert "run.json can't be read" in capsys.readouterr().err
+    (aside,) = out.glob("conv4.aside-*")
+    assert (aside / "run.json").read_text() == stopped[:20]
+
+
+@pytest.mark.parametrize("damage", ["another version", "cut", "gone"])
+def test_ablate_never_removes_weights(
+    tmp_path: Path,
+    trained: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    damage: str,
+) -> None:
+    _without_weights(monkeypatch)
+    out = tmp_path / "out"
+    arguments = ["--set", "conv4", "--output", str(out), "--epochs", "1"]
+    assert ablate.main(arguments) == 0
+    capsys.readouterr()
+    run = out / "conv4"
+    report = {**json.loads((run / "run.json").read_text()), "status": "interrupted"}
+    report["settings"]["setting_of_a_later_version"] = 1
+    text = json.dumps(report)
+    if damage == "gone":
+        (run / "run.json").unlink()
+    else:
+        (run / "run.json").write_text(text if damage == "another version" else text[:20])
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step-00000001.safetensors").write_bytes(b"weights")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert ablate.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"its weights are kept, move {run} away" in said
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert len(trained) == 2
 
 
 def test_ablate_takes_the_recipe_s_variant(

@@ -44,6 +44,27 @@ def test_tensors_and_metadata_come_back_as_they_were(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+def test_what_was_loaded_can_be_changed_and_saved(tmp_path: Path) -> None:
+    model = AlexNet(3, 0.25, "owt").eval()
+    save_weights(tmp_path / "a", model.state_dict(), METADATA)
+    tensors, metadata = load_weights(tmp_path / "a")
+    tuned = {name: tensor + 1 for name, tensor in tensors.items()}
+    for changed, about in (
+        (tensors, metadata),
+        (tuned, metadata),
+        (tensors, {**metadata, "note": "mine"}),
+        (tuned, {**metadata, "classes": ["x", "y", "z"]}),
+    ):
+        save_weights(tmp_path / "b", changed, about)
+        loaded, found = load_model(tmp_path / "b")
+        assert all(torch.equal(changed[name], t) for name, t in loaded.state_dict().items())
+        sums = ("sha256", "metadata_sha256")
+        assert {k: v for k, v in found.items() if k not in sums} == {
+            k: v for k, v in about.items() if k not in sums
+        }
+    assert (tmp_path / "b").stat().st_size > 0
+
+
 def test_a_model_comes_back_and_computes_the_same(tmp_path: Path) -> None:
     model = AlexNet(3, 0.25, "owt").eval()
     save_weights(tmp_path / "w", model.state_dict(), METADATA)

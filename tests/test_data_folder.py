@@ -76,7 +76,8 @@ def test_files_that_cannot_be_read_are_listed_with_the_reason(tmp_path: Path) ->
     assert [Path(source.name(i)).name for i in range(len(source))] == ["fine1.jpg", "fine2.png"]
     reasons = {Path(path).name: reason for path, reason in source.unreadable}
     cut = {f"cut.{suffix}" for suffix in ("jpg", "png", "webp", "bmp")}
-    assert set(reasons) == {"empty.jpg", "text.jpg", "bomb.png"} | cut
+    assert set(reasons) == {"empty.jpg", "text.jpg", "bomb.png", "dangling.jpg"} | cut
+    assert reasons["dangling.jpg"] == "no such file or directory"
     assert reasons["empty.jpg"] == "empty file"
     assert reasons["text.jpg"] == "not an image"
     assert reasons["bomb.png"] == "too many pixels to be safe"

@@ -502,8 +502,63 @@ def test_a_part_of_which_nothing_can_be_read_makes_no_set(
         path.write_text("broken")
     assert run("pack", source, tmp_path / "set", "--size", 16) == 2
     assert "no train image of it can be read" in capsys.readouterr().err
-    with pytest.raises(DataError, match="packing is not finished"):
-        PackedImages(tmp_path / "set", "train")
+    assert not (tmp_path / "set").exists()
+    (tmp_path / "set").mkdir()
+    assert run("pack", source, tmp_path / "set", "--size", 16) == 2
+    assert list((tmp_path / "set").iterdir()) == []
+
+
+def test_files_of_every_name_are_packed_or_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = small(tmp_path / "source", count=10)
+    names = [
+        "a\rb",
+        "a\tb",
+        "a\nb",
+        "a\r\nb",
+        "a\\tb",
+        "a\u2028b",
+        "a\udcffb",
+        "a\x1b[2Jb",
+        "-a b ",
+    ]
+    for name in names:
+        save(source / "a" / f"{name}.png", smooth(20, 20))
+        (source / "b" / f"{name}.png").write_text("broken")
+    (source / "b" / "loop.png").symlink_to(source / "b" / "loop.png")
+    (source / "b" / "dangling.png").symlink_to(tmp_path / "nowhere")
+    (source / "loop").symlink_to(source / "loop")
+    packed = pack(source, tmp_path / "set", 16, 1, 0.0, quiet=True)
+    images = PackedImages(tmp_path / "set", "train")
+    found = {Path(images.name(i)).name for i in range(len(images))}
+    assert {f"{name}.png" for name in names} <= found
+    left_out = dict(packed.left_out)
+    assert left_out == {
+        **{f"b/{name}.png": "not an image" for name in names},
+        "b/loop.png": "too many levels of symbolic links",
+        "b/dangling.png": "no such file or directory",
+    }
+    assert len(images) + len(left_out) == sum(path.suffix == ".png" for path in source.rglob("*"))
+    # The command says it too, on a line for each.
+    assert run("pack", source, tmp_path / "set", "--size", 16, "--val-split", 0) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert all(line.isprintable() for line in lines)
+    table = (tmp_path / "set" / "left_out.tsv").read_bytes().splitlines()
+    assert len(table) == len(left_out)
+    assert all(row.count(b"\t") == 1 for row in table)
+
+
+def test_a_link_to_itself_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    source = small(tmp_path / "source")
+    for arguments in ((loop, tmp_path / "set"), (source, loop), (source, loop / "set")):
+        assert run("pack", *arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert str(loop) in error
 
 
 # Without a folder of validation images

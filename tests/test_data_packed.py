@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +23,11 @@ from fastalex.data import (
     PackedImages,
     decode_size,
     open_sources,
+    packed,
 )
 from fastalex.data.__main__ import main
 from fastalex.data.decode import read_whole
+from fastalex.data.fingerprint import digest
 from fastalex.data.pack import pack
 from fastalex.data.pixels import load_pixels
 from tests._packing import oracle, picture
@@ -46,9 +53,21 @@ def several_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastalex.data.pack._LEAST_SHARD_IMAGES", 32)
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images and a set of them."""
+    folder = tmp_path_factory.mktemp("once")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("fastalex.data.pack._LEAST_SHARD_IMAGES", 32)
+        pack(write(folder / "source"), folder / "set", SIZE, 2, quiet=True)
+    return folder
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    pack(write(tmp_path / "source"), tmp_path / "set", SIZE, 2, quiet=True)
+def root(once: Path, tmp_path: Path) -> Path:
+    """A set of one's own to damage, of the images of ``tmp_path / "source"``."""
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+    rewrite(tmp_path / "set", lambda manifest: manifest.update(source=str(tmp_path / "source")))
     return tmp_path / "set"
 
 
@@ -79,12 +98,13 @@ def test_training_from_a_set_sees_what_training_from_the_folder_sees(
                 assert value is None or torch.equal(value, getattr(b, name)), name
 
 
-def test_images_are_mapped_and_not_copied(root: Path) -> None:
+def test_images_are_those_of_the_shards_in_order(root: Path) -> None:
     images = PackedImages(root, "train")
-    first, again = images.image(34, SIZE), images.image(34, SIZE)
-    assert np.shares_memory(first, again)
-    assert not first.flags.writeable
-    assert first.shape == (SIZE, SIZE, 3)
+    shards = [np.load(root / "train" / f"{number:05d}.npy") for number in range(2)]
+    expected = np.concatenate(shards)
+    assert len(expected) == len(images) == 35
+    for index in (34, 0, 31, 30):
+        np.testing.assert_array_equal(images.image(index, SIZE), expected[index])
 
 
 @pytest.mark.parametrize("index", [-1, 35])
@@ -244,3 +264,173 @@ def test_a_damaged_set_is_not_trained_on(root: Path, damage: Callable[[Path], st
     with pytest.raises(DataError) as error:
         open_sources(root, 0)
     assert str(error.value).startswith(expected)
+
+
+@pytest.mark.parametrize("bit", [1, 32, 128])
+def test_a_damaged_header_is_noticed_wherever_it_is(
+    root: Path, capfd: pytest.CaptureFixture[str], bit: int
+) -> None:
+    path = root / "train" / "00001.npy"
+    whole = path.read_bytes()
+    for at in range(128):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+        with pytest.raises(DataError, match=r"00001.npy: its header is damaged"):
+            PackedImages(root, "train")
+    assert main(["verify", str(root)]) == 1
+    err = capfd.readouterr().err
+    assert err == f"{path}: its header is damaged; copy the set or pack it again\n"
+
+
+def test_a_changed_pixel_is_noticed_when_it_is_trained_on(root: Path) -> None:
+    images = PackedImages(root, "train")
+    expected = flip(root)
+    for index in (31, 33):
+        images.image(index, SIZE)
+    for read in (images.image, images.whole):
+        with pytest.raises(DataError) as error:
+            read(32, SIZE)
+        assert str(error.value).startswith(expected)
+        assert str(error.value).endswith("copy the set or pack it again")
+
+
+def test_a_shard_cut_short_while_it_is_trained_on_is_named(root: Path) -> None:
+    """A process that had it mapped would be ended by the system, without a word."""
+    images = PackedImages(root, "train")
+    images.image(34, SIZE)
+    os.truncate(root / "train" / "00001.npy", 128 + SIZE * SIZE * 3 + 100)
+    images.image(31, SIZE)
+    for index in (32, 34):
+        with pytest.raises(DataError, match=r"00001.npy: cut short; copy the set or pack it again"):
+            images.image(index, SIZE)
+    (root / "train" / "00001.npy").unlink()
+    with pytest.raises(DataError, match=r"00001.npy: can't be read: no such file or directory"):
+        images.image(34, SIZE)
+
+
+def test_a_disk_that_fails_is_tried_again_and_then_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = PackedImages(root, "train")
+    expected = images.image(3, SIZE)
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    failures = [OSError(errno.EIO, "Input/output error")]
+
+    def failing(*arguments: object) -> object:
+        if failures:
+            raise failures.pop()
+        return open(*arguments)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(packed, "open", failing, raising=False)
+    np.testing.assert_array_equal(images.image(3, SIZE), expected)
+    assert len(pauses) == 1
+    failures += [OSError(errno.EIO, "Input/output error")] * 9
+    with pytest.raises(DataError, match=r"00000.npy: can't be read: input/output error"):
+        images.image(3, SIZE)
+    assert 1 < len(pauses) < 9
+
+
+def rewrite(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a set as its author could: with checksums that are right."""
+    path = root / "packed.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    change(manifest)
+    for name in manifest["files"] or ():
+        manifest["files"][name] = packed.file_digest(root / name)
+    path.write_text(json.dumps({**manifest, "sha256": digest(manifest)}))
+
+
+def save_labels(root: Path, *labels: int, kind: type[np.generic] = np.int64) -> None:
+    path = root / "train" / "labels.npy"
+    new = np.load(path)
+    new[: len(labels)] = labels
+    np.save(path, new.astype(kind))
+
+
+HARMFUL: list[tuple[Callable[[Path], object], str]] = [
+    (lambda root: save_labels(root, 0, 2), "expected labels from 0 to 1, got 0 to 2"),
+    (lambda root: save_labels(root, -1), "expected labels from 0 to 1, got -1 to 1"),
+    (lambda root: save_labels(root, kind=np.float64), "of another type or shape"),
+    (
+        lambda root: np.save(root / "train" / "labels.npy", np.zeros((35, 1), np.int64)),
+        "of another type or shape",
+    ),
+    (
+        lambda root: np.save(root / "train" / "labels.npy", np.zeros(34, np.int64)),
+        "of another type or shape",
+    ),
+    (
+        lambda root: np.save(root / "train" / "labels.npy", np.array([{}] * 35)),
+        "of another type or shape",
+    ),
+    (
+        lambda root: (root / "train" / "labels.npy").write_bytes(b"\x93NUMPY\x01\0\x05\0((((("),
+        "not",
+    ),
+    (lambda root: (root / "train" / "labels.npy").write_bytes(b""), "not an array"),
+    (lambda root: np.save(root / "train" / "checksums.npy", np.zeros(35)), "of another type"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), HARMFUL)
+def test_arrays_of_other_kinds_are_refused_though_their_checksums_are_right(
+    root: Path, change: Callable[[Path], object], message: str
+) -> None:
+    change(root)
+    rewrite(root, lambda _: None)
+    with pytest.raises(DataError, match=message) as error:
+        open_sources(root, 0)
+    assert str(error.value).startswith(str(root))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(size=10**9),
+        lambda m: m.update(size="32"),
+        lambda m: m.update(size=None),
+        lambda m: m.update(classes=None),
+        lambda m: m.update(classes=["a", 1]),
+        lambda m: m.update(classes=["a", "a"]),
+        lambda m: m.update(classes=[]),
+        lambda m: m.update(parts=None),
+        lambda m: m["parts"].update({"../x": m["parts"]["train"]}),
+        lambda m: m["parts"]["train"].update(shards=[10**30]),
+        lambda m: m["parts"]["train"].update(shards=[-1, 36]),
+        lambda m: m["parts"]["train"].update(images=36),
+        lambda m: m.update(channel_mean=[1, 2]),
+        lambda m: m.update(covariance=[[float("nan")] * 3] * 3),
+        lambda m: m.update(files=None),
+        lambda m: m.pop("source"),
+    ],
+)
+def test_manifests_of_no_set_are_refused_though_their_checksum_is_right(
+    root: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    rewrite(root, change)
+    with pytest.raises(DataError) as error:
+        open_sources(root, 0)
+    assert str(error.value).startswith(f"{root}/packed.json: sizes, counts or classes")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '"x"', "[" * 100_000])
+def test_a_manifest_that_is_no_manifest_is_refused(root: Path, text: str) -> None:
+    (root / "packed.json").write_text(text)
+    with pytest.raises(DataError, match=r"packed.json: damaged, or not a packed set's"):
+        open_sources(root, 0)
+
+
+def test_names_of_another_number_are_refused(root: Path) -> None:
+    (root / "train" / "names.json").write_text('["a"]')
+    images = PackedImages(root, "train")
+    with pytest.raises(DataError, match=r"names.json: not the names of 35 images"):
+        images.name(0)
+
+
+def test_the_checksums_are_zlibs(root: Path) -> None:
+    """Whichever library calculates them: sets are read on other machines."""
+    pixels = np.load(root / "train" / "00000.npy")
+    found = np.load(root / "train" / "checksums.npy")[: len(pixels)]
+    assert found.tolist() == [zlib.crc32(image) for image in pixels]

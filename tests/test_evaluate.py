@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,8 +51,7 @@ def test_a_net_that_says_nan_is_named(
 ) -> None:
     tensors, metadata = load_weights(weights)
     tensors["classifier.6.bias"][0] = float("nan")
-    kept = {k: v for k, v in metadata.items() if not k.endswith("sha256") and k != "format"}
-    save_weights(tmp_path / "bad", tensors, kept)
+    save_weights(tmp_path / "bad", tensors, metadata)
     data = _images(tmp_path / "data", "val", CLASSES[:1])
     error = _refused(capsys, "--weights", weights, tmp_path / "bad", "--data", data)
     assert f"{tmp_path / 'bad'}: its net's output is not finite" in error
@@ -116,6 +116,82 @@ def test_a_table_that_has_no_place_is_refused_first(
     table = tmp_path / "nowhere" / "table.csv"
     error = _refused(capsys, "--weights", weights, "--confusion", table, "--data", "not/looked/at")
     assert f"--confusion {table}" in error
+
+
+def test_the_scores_are_printed_even_if_the_table_can_not_be_written(
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "table.csv")
+
+    monkeypatch.setattr(evaluate, "replacing", full)
+    data = _images(tmp_path / "data", "val", CLASSES)
+    arguments = ["--weights", str(weights), "--data", str(data), "--crops", "1"]
+    for more in ([], ["--json"]):
+        table = str(tmp_path / "table.csv")
+        assert evaluate.main([*arguments, "--confusion", table, *more]) == 2
+        said = capsys.readouterr()
+        assert "top1_error" in said.out if more else "top-1 error" in said.out
+        assert said.err.count("\n") == 1
+        assert "table.csv" in said.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"classes": None}, "classes: expected 7 names, got None"),
+        ({"classes": CLASSES[:-1]}, "classes: expected 7 names, got 6 of them"),
+        ({"classes": [*CLASSES[:-1], 7]}, "classes: expected 7 names, got 7 of them"),
+        ({"classes": "abcdefg"}, "classes: expected 7 names, got 'abcdefg'"),
+        ({"image_size": 10**9}, "image_size: expected "),
+        ({"image_size": "64"}, "image_size: expected "),
+        ({"image_size": 1}, "image_size: expected "),
+        ({"seed": -1}, "seed: expected a number of at least 0, got -1"),
+        ({"num_classes": 10**12}, "num_classes: its metadata say 1000000000000, its weights 7"),
+        ({"num_classes": None}, "num_classes: its metadata say None, its weights 7"),
+        ({"variant": None}, "variant"),
+        ({"dropout": "much"}, "dropout"),
+        ({"normalization": None}, "normalization: expected mean and std, got None"),
+    ],
+)
+def test_metadata_that_no_net_has_are_named(
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, object],
+    said: str,
+) -> None:
+    """Of a file whose checksums are right: who wrote it may have erred, or meant harm."""
+    tensors, metadata = load_weights(weights)
+    save_weights(tmp_path / "bad", tensors, {**metadata, **changes})
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
+    for main in (predict.main, evaluate.main):
+        arguments = ["--weights", str(tmp_path / "bad")]
+        assert main([str(tmp_path / "a.png")] * (main is predict.main) + arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"{tmp_path / 'bad'}: " in error
+        assert said in error
+
+
+def test_prediction_names_files_on_one_line_each(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad, loop = (tmp_path / name for name in ("a\nb\udcff.png", "a\rb.jpg", "loop.jpg"))
+    Image.new("RGB", (60, 60)).save(good)
+    bad.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n")
+    loop.symlink_to(loop)
+    files = [str(good), str(bad), str(loop)]
+    assert predict.main([*files, "--weights", str(weights), "--top", "1"]) == 2
+    said = capsys.readouterr()
+    assert said.out.splitlines()[0] == f"{tmp_path}/a\\nb\\udcff.png"
+    assert said.err.splitlines() == [
+        f"predict: error: {tmp_path}/a\\rb.jpg: not an image",
+        f"predict: error: {loop}: too many levels of symbolic links",
+    ]
 
 
 @pytest.mark.parametrize("crops", [1, 10])

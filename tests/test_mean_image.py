@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from fastalex import engine, evaluate, train
-from fastalex.checkpoint import MEAN_IMAGE, load_mean_image, load_weights, save_weights
+from fastalex.checkpoint import (
+    FORMAT,
+    MEAN_IMAGE,
+    load_mean_image,
+    load_weights,
+    save_weights,
+    write_tensors,
+)
 from fastalex.config import Settings
 from fastalex.data import (
     Batches,
@@ -135,15 +142,28 @@ def test_weights_without_their_mean_image_are_refused(
 ) -> None:
     weights, metadata = load_weights(trained / "model.safetensors")
     kept = {k: v for k, v in metadata.items() if "sha256" not in k and k != "format"}
-    for image, message in (
-        (None, "its mean image is missing"),
-        (MeanImage.of(np.ones((SIDE, SIDE, 3), np.float32), SIDE, False), "is another one"),
-    ):
-        save_weights(tmp_path / "w", weights, kept, image)
+    other = {MEAN_IMAGE: torch.ones(SIDE, SIDE, 3)}
+    for image, message in (({}, "its mean image is missing"), (other, "is another one")):
+        write_tensors(tmp_path / "w", {**weights, **image}, FORMAT, kept)
         assert evaluate.main(["--weights", str(tmp_path / "w")]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_what_was_loaded_is_saved_with_its_mean_image_or_not_at_all(
+    trained: Path, tmp_path: Path
+) -> None:
+    path = trained / "model.safetensors"
+    tensors, metadata = load_weights(path)
+    with pytest.raises(ValueError, match="mean_image: the normalization has one"):
+        save_weights(tmp_path / "b", tensors, metadata)
+    assert not (tmp_path / "b").exists()
+    save_weights(tmp_path / "b", tensors, metadata, load_mean_image(path))
+    assert load_file(tmp_path / "b").keys() == load_file(path).keys()
+    assert load_weights(tmp_path / "b")[1] == metadata
+    image = Normalization.from_dict(metadata["normalization"], load_mean_image(tmp_path / "b"))
+    assert image.mean_image is not None
 
 
 def test_the_recipes_of_the_papers_subtract_it() -> None:

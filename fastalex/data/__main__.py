@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalex.command_line import Parser, guarded
+from fastalex.data.base import printable
 from fastalex.data.listing import VAL_SPLIT
 from fastalex.data.pack import LEFT_OUT, ODD, SIZE, pack
 from fastalex.data.packed import verify
@@ -127,7 +128,7 @@ def _pack(options: argparse.Namespace) -> int:
 
 def _list(files: list[tuple[str, str]], what: str, table: Path) -> None:
     for file, remark in files[:_NAMED]:
-        print(f"{file}: {what}: {remark}", file=sys.stderr)
+        print(f"{printable(file)}: {what}: {remark}", file=sys.stderr)
     if len(files) > _NAMED:
         print(f"{len(files) - _NAMED:,} more {what}, see {table}", file=sys.stderr)
 

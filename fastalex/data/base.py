@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
+import errno
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from fastalex.data.fingerprint import Contents
+
 if TYPE_CHECKING:
     import torch
 
 Pixels = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
 CACHE_BYTES = 1 << 30  # decoded images that one source may keep in memory
+MAX_IMAGE_SIZE = 2048  # largest side in pixels of the images that a net gets
+
+
+_PAUSES = (0.1, 1.0, 5.0)  # seconds
+_MAY_PASS = frozenset(
+    {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+    | {errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ENETDOWN, errno.ENETUNREACH}
+    | {errno.EHOSTDOWN, errno.EHOSTUNREACH}
+)
 
 
 class DataError(ValueError):
     """The data given can't be trained on; the message is one line that says what to do."""
+
+
+def printable(name: str) -> str:
+    """A name of a file without the characters that end or rewrite a line, which it may hold."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+
+
+def retrying(read: Callable[[], T]) -> T:
+    """``read()``, called again after pauses while a disk or a network fails that may come back."""
+    for pause in _PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in _MAY_PASS:
+                raise
+        time.sleep(pause)
+    return read()
 
 
 class ImageSource(Protocol):
@@ -46,6 +78,18 @@ class ImageSource(Protocol):
 
         ``size`` is the side for an image that has no size of its own.
         """
+        ...
+
+    def contents(self) -> Contents:
+        """Of each class, in order, how many images it has and a digest of them.
+
+        No image is decoded: files are told apart by name and size, those of a packed set by name
+        and checksum. ``fastalex.data.fingerprint.describe_changes`` compares two.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """SHA-256 of ``contents``, hexadecimal: equal where each index names the same image."""
         ...
 
 

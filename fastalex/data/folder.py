@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -14,11 +16,15 @@ from tqdm import tqdm
 
 from fastalex.data.background import map_ahead
 from fastalex.data.base import CACHE_BYTES, DataError, ImageCache, Pixels
+from fastalex.data.checked import Checked, file_keys
 from fastalex.data.decode import FORMATS, read_image, read_upright, try_read, why
+from fastalex.data.fingerprint import Contents, class_contents, digest, fingerprint
 
 T = TypeVar("T")
 
 SUFFIXES = frozenset(FORMATS)  # compared in lower case
+_STATS = 512  # files looked at by one thread before another takes over
+_SAVE_SECONDS = 60  # between two times that what was found is kept
 _CHECK_SIZE = 64  # side at which a file is decoded only to see whether it can be
 
 
@@ -26,8 +32,9 @@ class FolderImages:
     """The images ``root/CLASS/*``: classes by name, and the images of each by file name.
 
     Every file is decoded once to find those that can't be (cut short, empty, no image), which are
-    left out. Images are kept in memory, as far as ``cache_bytes`` go, at the size asked for.
-    Hidden files and files of other types are ignored, sub-folders of a class too.
+    left out; what was found is kept (see ``fastalex.data.checked``), so that later only files that
+    are new or changed are decoded for it. Images are kept in memory, as far as ``cache_bytes`` go,
+    at the size asked for. Hidden files, other types and sub-folders of a class are ignored.
 
     Args:
         root: the folder.
@@ -60,8 +67,12 @@ class FolderImages:
         self._root = root
         files = [(path, name) for name in found for path in image_files(root / name)]
         self._cache = ImageCache(len(files), cache_bytes)
+        self._checked: Checked | None = None
         if unreadable is None:
-            self.unreadable = self._check(files, size, quiet)
+            self._checked = Checked(root)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
+                self.unreadable = self._check([path for path, _ in files], size, quiet)
         else:
             self.unreadable = [(path, reason) for path, reason in unreadable]
         bad = {path for path, _ in self.unreadable}
@@ -97,31 +108,72 @@ class FolderImages:
         """
         return self._read(lambda path, _: read_upright(path), index, size)
 
+    def contents(self) -> Contents:
+        """See ``ImageSource``; told by the name and the size in bytes of each file."""
+        images: dict[str, list[tuple[str, int]]] = {name: [] for name in self.classes}
+        for (path, size, _), label in zip(self._files, self.labels.tolist(), strict=True):
+            images[self.classes[label]].append((os.path.basename(path), size))
+        return class_contents(self.classes, images)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.contents())
+
+    def recall(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What ``measure`` returned when it was last called for these very files, or returns now.
+
+        Args:
+            name: of what is measured.
+            measure: returns something that JSON can hold.
+        """
+        if self._checked is None:
+            return measure()
+        files = digest(self._files)
+        name = f"{name}, files {files}"
+        if name not in self._checked.values:
+            same = {n: value for n, value in self._checked.values.items() if n.endswith(files)}
+            self._checked.values = {**same, name: measure()}
+            self._checked.save()
+        return self._checked.values[name]
+
+    @functools.cached_property
+    def _files(self) -> list[tuple[str, int, int]]:
+        """Path below the folder, bytes and time of change of each file."""
+        return stat_files(self._paths)
+
     def _read(self, read: Callable[[Path, int], T], index: int, size: int) -> T:
         result = try_read(read, self._paths[index], size)
         if isinstance(result, str):
             raise DataError(f"{self.name(index)}: can't be read any more: {result}")
         return result
 
-    def _check(
-        self, files: list[tuple[Path, str]], size: int | None, quiet: bool
-    ) -> list[tuple[str, str]]:
-        """Decode every file, keep what fits in memory and return what can't be decoded."""
-        paths = [path for path, _ in files]
-        workers = min(16, os.cpu_count() or 1)
-        side = _CHECK_SIZE if size is None else size
-        results = map_ahead(
-            lambda path: try_read(read_image, path, side), paths, workers, 4 * workers
-        )
-        bar = tqdm(results, f"Reading {self._root}", len(paths), disable=quiet or None, delay=0.5)
+    def _check(self, paths: list[Path], size: int | None, quiet: bool) -> list[tuple[str, str]]:
+        """Decode every file not known yet, keep what fits in memory, return what can't be read."""
+        assert self._checked is not None
+        keys = file_keys(stat_files(paths))
+        verdicts = list(self._checked.verdicts(keys))
+        new = [path for path, verdict in zip(paths, verdicts, strict=True) if verdict is None]
+        workers, side = min(16, os.cpu_count() or 1), _CHECK_SIZE if size is None else size
+        read = lambda path: try_read(read_image, path, side)  # noqa: E731
+        results = map_ahead(read, new, workers, 4 * workers)
+        bar = tqdm(results, f"Reading {self._root}", len(new), disable=quiet or None, delay=0.5)
+        decoded = iter(bar)
         bad: list[tuple[str, str]] = []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
-            for index, result in enumerate(bar):
-                if isinstance(result, str):
-                    bad.append((str(paths[index]), result))
-                elif size is not None:
-                    self._cache.put(index - len(bad), result)
+        saved = time.monotonic()
+        try:
+            for index, verdict in enumerate(verdicts):
+                if verdict is None:
+                    result = next(decoded)
+                    verdict = verdicts[index] = result if isinstance(result, str) else ""
+                    if size is not None and not isinstance(result, str):
+                        self._cache.put(index - len(bad), result)
+                    if time.monotonic() - saved > _SAVE_SECONDS:
+                        self._checked.keep(keys, verdicts)
+                        saved = time.monotonic()
+                if verdict:
+                    bad.append((str(paths[index]), verdict))
+        finally:  # Ctrl-C too
+            if new:
+                self._checked.keep(keys, verdicts)
         return bad
 
     def _require_images(self, found: list[str]) -> None:
@@ -147,7 +199,7 @@ def class_folders(root: Path, known: list[str] | None = None) -> list[str]:
     try:
         with os.scandir(root) as entries:
             names = sorted(
-                entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+                entry.name for entry in entries if _is_dir(entry) and not entry.name.startswith(".")
             )
     except OSError as error:
         raise DataError(f"{root}: {why(error)}; a folder of class folders is needed") from error
@@ -163,11 +215,50 @@ def class_folders(root: Path, known: list[str] | None = None) -> list[str]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The files of ``folder`` that are named like images, by name; hidden ones are ignored."""
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.is_file()]
+    """The files of ``folder`` that are named like images, by name; hidden ones are ignored.
+
+    Links that lead nowhere are among them, for someone to hear of them.
+
+    Raises:
+        DataError: where the folder can't be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if _is_file(entry)]
+    except OSError as error:
+        raise DataError(f"{folder}: {why(error)}") from error
     return [
         folder / name
         for name in sorted(names)
         if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
     ]
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:
+        return True
+
+
+def stat_files(paths: list[Path]) -> list[tuple[str, int, int]]:
+    """Of each file class and name, bytes and time of its change; -1 where it is not there."""
+
+    def stat(path: Path) -> tuple[str, int, int]:
+        try:
+            found = os.stat(path)
+        except OSError:
+            return f"{path.parent.name}/{path.name}", -1, -1
+        return f"{path.parent.name}/{path.name}", found.st_size, found.st_mtime_ns
+
+    # A network's disks answer many questions at a time.
+    some = [paths[start : start + _STATS] for start in range(0, len(paths), _STATS)]
+    found = map_ahead(lambda paths: [stat(path) for path in paths], some, 16, 64)
+    return [one for many in found for one in many]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fastalex.data.base import DataError
-from fastalex.data.folder import class_folders, image_files
+from fastalex.data.folder import class_folders, image_files, stat_files
 
 VAL_SPLIT = 0.1  # of the images of each class, where there is no folder of validation images
 
@@ -21,7 +21,7 @@ class Listing:
         source: the folder.
         classes: sorted names.
         parts: the files of "train" and of "val", if any, as paths below ``source``.
-        bytes: the size of each file, in the same order.
+        bytes: the size of each file, in the same order; -1 of a link that leads nowhere.
     """
 
     source: Path
@@ -63,7 +63,7 @@ class Listing:
             for part in files
             if files[part]
         }
-        sizes = {part: [path.stat().st_size for path in files[part]] for part in parts}
+        sizes = {part: [size for _, size, _ in stat_files(files[part])] for part in parts}
         return cls(source, classes, parts, sizes)
 
     def __len__(self) -> int:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from fastalex.data.base import ImageSource
+from fastalex.data.folder import FolderImages
 
 NORMALIZATIONS = {
     "unit": "zero mean and unit variance of each channel, measured on the training images",
@@ -88,18 +89,10 @@ class Normalization:
         """
         if sample < 1:
             raise ValueError(f"sample: expected at least 1, got {sample}")
-        count = min(sample, len(source))
-        edges = np.arange(count + 1) * len(source) // count
-        chosen = np.random.default_rng(0).integers(edges[:-1], edges[1:])
-        total, squares = np.zeros(3), np.zeros(3)
-        for index in chosen.tolist():
-            pixels = source.image(index, size).reshape(-1, 3).astype(np.float64)
-            total += pixels.mean(0)
-            squares += np.square(pixels).mean(0)
-        mean = total / count
-        std = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))
-        std[std < 0.5] = 1.0  # half a grey level: nothing but rounding
-        return cls(_triple(mean), _triple(std))
+        if isinstance(source, FolderImages):  # a file is slow to decode
+            name = f"mean and deviation of {sample} images at {size} pixels"
+            return cls.from_dict(source.recall(name, lambda: _moments(source, size, sample)))
+        return cls.from_dict(_moments(source, size, sample))
 
     def scaled(self, kind: str, mean_image: MeanImage | None = None) -> Normalization:
         """Another normalisation of the images that this one was measured on.
@@ -160,6 +153,22 @@ class Normalization:
 IMAGENET = Normalization(
     mean=(0.485 * 255, 0.456 * 255, 0.406 * 255), std=(0.229 * 255, 0.224 * 255, 0.225 * 255)
 )
+
+
+def _moments(source: ImageSource, size: int, sample: int) -> dict[str, list[float]]:
+    """Mean and standard deviation of each channel, see ``Normalization.measure``."""
+    count = min(sample, len(source))
+    edges = np.arange(count + 1) * len(source) // count
+    chosen = np.random.default_rng(0).integers(edges[:-1], edges[1:])
+    total, squares = np.zeros(3), np.zeros(3)
+    for index in chosen.tolist():
+        pixels = source.image(index, size).reshape(-1, 3).astype(np.float64)
+        total += pixels.mean(0)
+        squares += np.square(pixels).mean(0)
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))
+    std[std < 0.5] = 1.0  # half a grey level: nothing but rounding
+    return {"mean": mean.tolist(), "std": std.tolist()}
 
 
 def _triple(values: Any) -> tuple[float, float, float]:

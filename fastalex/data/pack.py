@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,11 +21,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastalex.command_line import check_output
 from fastalex.data.base import DataError
+from fastalex.data.fingerprint import digest
 from fastalex.data.listing import Listing, class_of
-from fastalex.data.packed import FORMAT, INDEX, MANIFEST, WORK, digest, file_digest, read_manifest
+from fastalex.data.packed import (
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    MAX_SIZE,
+    WORK,
+    file_digest,
+    read_manifest,
+)
 from fastalex.data.processes import pack_shards
-from fastalex.data.shard import MAX_SIZE, Record, Shard
+from fastalex.data.shard import Record, Shard
 from fastalex.data.sums import Sums
 from fastalex.files import replacing
 
@@ -32,6 +44,10 @@ _SHARD_IMAGES = 1024  # 200 MB at 256 pixels
 _LEAST_SHARD_IMAGES = 64
 _SHARDS = 64  # that many at least, if they do not get too small, for as many processes
 ODD, LEFT_OUT = "odd.tsv", "left_out.tsv"
+
+
+class NothingReadable(DataError):
+    """Of one part no image can be read, so that there is no set to make."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +97,7 @@ def pack(
         raise DataError(f"--size: expected 1 to {MAX_SIZE}, got {size}")
     if workers is not None and workers < 1:
         raise DataError(f"--workers: expected at least 1, got {workers}")
-    source, root = source.resolve(), root.resolve()
+    source, root = Path(os.path.realpath(source)), Path(os.path.realpath(root))  # of loops too
     if source == root or source in root.parents:
         raise DataError(f"{root}: lies in the folder that is packed; name one outside {source}")
     listing = Listing.read(source, val_split)
@@ -90,6 +106,8 @@ def pack(
         return _summary(root, 0, 0.0)
     shards = _shards(listing, root, size)
     _require_space(root, _needed(shards))
+    check_output("DST", root, folder=True)
+    existed = root.exists()
     (root / WORK).mkdir(parents=True, exist_ok=True)
     with _alone(root):
         with replacing(root / WORK / "plan.json") as temporary:
@@ -99,7 +117,14 @@ def pack(
         started = time.monotonic()
         decoded = pack_shards(shards, workers, quiet)
         seconds = time.monotonic() - started
-        _finish(listing, shards, root, plan)
+        try:
+            _finish(listing, shards, root, plan)
+        except NothingReadable:  # nor will it be the next time
+            for name in (*listing.parts, WORK):
+                shutil.rmtree(root / name)
+            if not existed:
+                root.rmdir()
+            raise
     shutil.rmtree(root / WORK)
     return _summary(root, decoded, seconds)
 
@@ -177,6 +202,11 @@ def _finish(listing: Listing, shards: list[Shard], root: Path, plan: dict[str, A
     for part in listing.parts:
         records = [shard.records() for shard in shards if shard.part == part]
         packed = [[record for record in some if record.checksum is not None] for some in records]
+        if not any(packed):
+            reasons = f"{sum(map(len, records))} can't be: {records[0][0].remark}"
+            raise NothingReadable(
+                f"{listing.source}: no {part} image of it can be read ({reasons})"
+            )
         _save_index(root / part, listing, [record for some in packed for record in some])
         parts[part] = {"images": sum(map(len, packed)), "shards": [len(some) for some in packed]}
         remarks += [record for some in records for record in some if record.remark]
@@ -204,8 +234,6 @@ def _finish(listing: Listing, shards: list[Shard], root: Path, plan: dict[str, A
 
 
 def _save_index(folder: Path, listing: Listing, packed: list[Record]) -> None:
-    if not packed:
-        raise DataError(f"{listing.source}: no {folder.name} image of it can be read")
     number = {name: index for index, name in enumerate(listing.classes)}
     labels = [number[class_of(record.file)] for record in packed]
     _save_array(folder / "labels.npy", np.array(labels, np.int64))
@@ -220,19 +248,32 @@ def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
 
 
 def _save_table(path: Path, records: list[Record]) -> None:
-    lines = (f"{record.file}\t{record.remark}".replace("\n", " ") for record in records)
-    _save_text(path, "".join(f"{line}\n" for line in lines))
+    lines = (f"{_escaped(record.file)}\t{_escaped(record.remark or '')}\n" for record in records)
+    _save_text(path, "".join(lines))
 
 
 def _save_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        temporary.write_bytes(text.encode(errors="surrogateescape"))
 
 
 def _table(path: Path) -> list[tuple[str, str]]:
-    text = path.read_text(encoding="utf-8", errors="surrogateescape")
-    rows = (line.split("\t", 1) for line in text.split("\n")[:-1])
-    return [(file, remark) for file, remark in rows]
+    text = path.read_bytes().decode(errors="surrogateescape")
+    rows = (line.partition("\t") for line in text.split("\n")[:-1])
+    return [(_unescaped(file), _unescaped(remark)) for file, _, remark in rows]
+
+
+# What would end a field or a line of a table, and the backslash.
+_ESCAPES: dict[str, str | int | None] = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+
+
+def _escaped(text: str) -> str:
+    return text.translate(str.maketrans(_ESCAPES))
+
+
+def _unescaped(text: str) -> str:
+    back = {str(escape): character for character, escape in _ESCAPES.items()}
+    return re.sub(r"\\[\\tnr]", lambda found: back[found[0]], text)
 
 
 def _summary(root: Path, decoded: int, seconds: float) -> Packed:

@@ -1,4 +1,4 @@
-"""A packed set: every image decoded once, as arrays on disk that are mapped into memory.
+"""A packed set: every image decoded once, as arrays on disk.
 
     packed.json           classes, numbers of images, statistics, checksums; written last
     mean.npy              float32 [S, S, 3], the mean of the training images
@@ -9,7 +9,9 @@
     val/...               likewise
     left_out.tsv, odd.tsv files that could not be read, and remarks on some that could
 
-Without ``packed.json`` a set is not whole, and nothing here opens it.
+Without ``packed.json`` a set is not whole, and nothing here opens it. Each image is compared with
+its checksum as it is read. Files are read and not mapped: a mapped file that is cut short or whose
+disk fails ends the process.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import functools
 import hashlib
 import itertools
 import json
-import zlib
+import math
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,17 +33,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastalex.data.background import map_ahead
-from fastalex.data.base import DataError, Pixels
+from fastalex.data.base import DataError, Pixels, printable, retrying
+from fastalex.data.checksum import crc32
+from fastalex.data.fingerprint import Contents, class_contents, digest, fingerprint
 
 FORMAT = "fastalex-packed-1"
 MANIFEST = "packed.json"
 WORK = "packing"  # the folder of an unfinished set's journals
 HEADER = 128  # bytes of a shard's .npy header
+MAX_SIZE = 1024  # side in pixels
 INDEX = ("labels.npy", "checksums.npy", "names.json")
 
 
 class PackedImages:
-    """The images of one part of a packed set; ``image`` reads them from the mapped file.
+    """The images of one part of a packed set.
 
     Args:
         root: the packed set.
@@ -70,9 +76,16 @@ class PackedImages:
         for number, count in enumerate(counts):
             _check_shard(shard_path(root, part, number), count, self.size)
         self._starts = [0, *itertools.accumulate(counts)]
-        self._maps: list[Pixels | None] = [None] * len(counts)
-        _check_file(root, f"{part}/labels.npy", manifest)
-        self.labels: npt.NDArray[np.int64] = np.load(root / part / "labels.npy")
+        shape = (self._starts[-1],)
+        self.labels: npt.NDArray[np.int64] = load_array(
+            root, f"{part}/labels.npy", manifest, np.int64, shape
+        )
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+            raise DataError(
+                f"{root / part / 'labels.npy'}: expected labels from 0 to {len(self.classes) - 1}, "
+                f"got {self.labels.min()} to {self.labels.max()}; pack the set again"
+            )
+        self._checksums = load_array(root, f"{part}/checksums.npy", manifest, np.uint32, shape)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -82,7 +95,11 @@ class PackedImages:
         return str(Path(self._manifest["source"], self._names[index]))
 
     def image(self, index: int, size: int) -> Pixels:
-        """uint8 [size, size, 3], RGB: read-only and not copied at the packed size, else resized."""
+        """uint8 [size, size, 3], RGB; resized where it is packed at another size.
+
+        Raises:
+            DataError: where the file is cut short, damaged or can't be read.
+        """
         packed = self._packed(index)
         if size == self.size:
             return packed
@@ -92,28 +109,55 @@ class PackedImages:
         """RGB, at the packed size, whatever ``size``."""
         return Image.fromarray(self._packed(index))
 
+    def contents(self) -> Contents:
+        """See ``ImageSource``; told by the checksums of the pixels and the names of their files."""
+        images: dict[str, list[tuple[str, int]]] = {name: [] for name in self.classes}
+        for name, label, checksum in zip(
+            self._names, self.labels.tolist(), self._checksums.tolist(), strict=True
+        ):
+            images[self.classes[label]].append((name, checksum))
+        return class_contents(self.classes, images)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.contents())
+
     @functools.cached_property
     def mean_image(self) -> npt.NDArray[np.float32]:
-        _check_file(self._root, "mean.npy", self._manifest)
-        mean: npt.NDArray[np.float32] = np.load(self._root / "mean.npy")
+        shape = (self.size, self.size, 3)
+        mean: npt.NDArray[np.float32] = load_array(
+            self._root, "mean.npy", self._manifest, np.float32, shape
+        )
         return mean
 
     def _packed(self, index: int) -> Pixels:
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
         number = bisect.bisect_right(self._starts, index) - 1
-        pixels = self._maps[number]
-        if pixels is None:
-            path = shard_path(self._root, self._part, number)
-            pixels = self._maps[number] = np.asarray(np.load(path, mmap_mode="r"))
-        image: Pixels = pixels[index - self._starts[number]]
-        return image
+        path, row = shard_path(self._root, self._part, number), index - self._starts[number]
+        pixels = np.empty((self.size, self.size, 3), np.uint8)
+
+        def read() -> int:
+            with open(path, "rb") as file:
+                file.seek(HEADER + row * pixels.nbytes)
+                return file.readinto(pixels.data)
+
+        try:
+            whole = retrying(read) == pixels.nbytes
+        except OSError as error:
+            raise DataError(f"{path}: can't be read: {(error.strerror or '?').lower()}") from error
+        if not whole:
+            raise DataError(f"{path}: cut short; copy the set or pack it again")
+        if crc32(pixels.data) != self._checksums[index]:
+            name = printable(self._names[index])
+            raise DataError(
+                f"{path}: image {row}, {name}, does not match its checksum; "
+                "copy the set or pack it again"
+            )
+        return pixels
 
     @functools.cached_property
     def _names(self) -> list[str]:
-        path = self._root / self._part / "names.json"
-        names: list[str] = json.loads(path.read_text(encoding="ascii"))
-        return names
+        return _load_names(self._root, self._part, len(self))
 
 
 def is_packed(folder: Path) -> bool:
@@ -135,13 +179,38 @@ def read_manifest(root: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         checksum = manifest.pop("sha256")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: damaged, or not a packed set's; pack it again") from error
     if manifest.get("format") != FORMAT:
         raise DataError(f"{path}: expected format {FORMAT!r}, got {manifest.get('format')!r}")
     if checksum != digest(manifest):
         raise DataError(f"{path}: damaged, it does not match its checksum; pack the set again")
+    if not _is_sound(manifest):
+        raise DataError(f"{path}: sizes, counts or classes that no set has; pack it again")
     return manifest
+
+
+def _is_sound(manifest: dict[str, Any]) -> bool:
+    """Whether sizes, counts and classes are what ``pack`` writes; a checksum stops no author."""
+    try:
+        classes, size, parts = manifest["classes"], manifest["size"], manifest["parts"]
+        counts = [count for part in parts.values() for count in part["shards"]]
+        covariance = np.array(manifest["covariance"], np.float64)
+        mean = np.array(manifest["channel_mean"], np.float64)
+        return (
+            all(isinstance(name, str) for name in classes)
+            and 0 < len(classes) == len(set(classes))
+            and set(parts) <= {"train", "val"}
+            and all(type(count) is int and 0 <= count < 1 << 40 for count in [*counts, size])
+            and 1 <= size <= MAX_SIZE
+            and all(sum(part["shards"]) == part["images"] for part in parts.values())
+            and (mean.shape, covariance.shape) == ((3,), (3, 3))
+            and bool(np.isfinite(mean).all() and np.isfinite(covariance).all())
+            and isinstance(manifest["source"], str)
+            and isinstance(manifest["files"], dict)
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
 
 
 def verify(root: Path, workers: int, quiet: bool = False) -> tuple[int, list[str]]:
@@ -178,11 +247,6 @@ def shard_header(count: int, size: int) -> bytes:
     return prefix + fields.ljust(HEADER - 11).encode() + b"\n"
 
 
-def digest(value: object) -> str:
-    """SHA-256 of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def file_digest(path: Path) -> str:
     sha = hashlib.sha256()
     with open(path, "rb") as file:
@@ -191,11 +255,45 @@ def file_digest(path: Path) -> str:
     return sha.hexdigest()
 
 
+def load_array(
+    root: Path, name: str, manifest: dict[str, Any], kind: type[np.generic], shape: tuple[int, ...]
+) -> npt.NDArray[Any]:
+    """An array of a set, of which nothing is believed that its own header says.
+
+    Raises:
+        DataError: where it is missing, damaged, or of another type or shape.
+    """
+    _check_file(root, name, manifest)
+    with open(root / name, "rb") as file:
+        try:
+            np.lib.format.read_magic(file)
+            found = np.lib.format.read_array_header_1_0(file)
+        except (ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
+            raise DataError(f"{root / name}: not an array; pack the set again") from error
+        array = np.frombuffer(file.read(), np.uint8)
+    wanted = (shape, False, np.dtype(kind))
+    if found != wanted or array.nbytes != math.prod(shape) * np.dtype(kind).itemsize:
+        raise DataError(f"{root / name}: of another type or shape than the set; pack it again")
+    return array.view(kind).reshape(shape).copy()
+
+
+def _load_names(root: Path, part: str, count: int) -> list[str]:
+    path = root / part / "names.json"
+    try:
+        names = json.loads(path.read_text(encoding="ascii"))
+    except (ValueError, RecursionError):
+        names = None
+    found: list[str] = names if isinstance(names, list) else []
+    if len(found) != count or not all(isinstance(name, str) for name in found):
+        raise DataError(f"{path}: not the names of {count} images; pack the set again")
+    return found
+
+
 def _check_file(root: Path, name: str, manifest: dict[str, Any]) -> None:
     path = root / name
     if not path.is_file():
         raise DataError(f"{path}: missing from the packed set; pack it again")
-    if file_digest(path) != manifest["files"][name]:
+    if file_digest(path) != manifest["files"].get(name):
         raise DataError(f"{path}: damaged, it does not match its checksum; pack the set again")
 
 
@@ -205,6 +303,9 @@ def _check_shard(path: Path, count: int, size: int) -> None:
     if found != expected:
         what = "missing" if found is None else f"{found:,} bytes long instead of {expected:,}"
         raise DataError(f"{path}: {what}; copy the set or pack it again")
+    with open(path, "rb") as file:
+        if file.read(HEADER) != shard_header(count, size):
+            raise DataError(f"{path}: its header is damaged; copy the set or pack it again")
 
 
 class _Shard(NamedTuple):
@@ -216,8 +317,9 @@ class _Shard(NamedTuple):
 
 def _shards(root: Path, manifest: dict[str, Any]) -> Iterator[_Shard]:
     for part, about in manifest["parts"].items():
-        names = json.loads((root / part / "names.json").read_text(encoding="ascii"))
-        checksums = np.load(root / part / "checksums.npy")
+        names = _load_names(root, part, about["images"])
+        shape = (about["images"],)
+        checksums = load_array(root, f"{part}/checksums.npy", manifest, np.uint32, shape)
         start = 0
         for number, count in enumerate(about["shards"]):
             rows = slice(start, start + count)
@@ -230,14 +332,14 @@ def _damages(shard: _Shard) -> list[str]:
     """A line for each image of a shard that does not match its checksum."""
     try:
         _check_shard(shard.path, len(shard.names), shard.size)
+        with open(shard.path, "rb") as file:
+            file.seek(HEADER)
+            found = [crc32(file.read(3 * shard.size**2)) for _ in shard.names]
     except DataError as error:
         return [str(error)]
-    shape = (len(shard.names), shard.size, shard.size, 3)
-    if not shard.names:
-        return []
-    pixels = np.memmap(shard.path, np.uint8, "r", HEADER, shape)
+    except OSError as error:
+        return [f"{shard.path}: can't be read: {(error.strerror or '?').lower()}"]
     return [
-        f"{shard.path}: image {row}, {name}, does not match its checksum"
-        for row, (name, checksum) in enumerate(zip(shard.names, shard.checksums, strict=True))
-        if zlib.crc32(pixels[row]) != checksum
+        f"{shard.path}: image {row}, {printable(shard.names[row])}, does not match its checksum"
+        for row in np.flatnonzero(np.array(found, np.uint32) != shard.checksums).tolist()
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from fastalex.command_line import check_output
 from fastalex.data.base import DataError
 
 TRAIN_CROPS = 240
@@ -190,9 +192,10 @@ def write_photos(
     ):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise DataError(f"{folder}: exists and is not an empty folder; name another one")
+    check_output("DIR", folder.parent, folder=True)
     pictures = _pictures_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")

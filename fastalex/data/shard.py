@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,10 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from fastalex.data.checksum import crc32
 from fastalex.data.decode import read_whole, try_read
 from fastalex.data.packed import HEADER, WORK, shard_header, shard_path
 from fastalex.data.sums import Sums
-
-MAX_SIZE = 1024
 
 
 class Record(NamedTuple):
@@ -143,7 +141,7 @@ def _pack_file(shard: Shard, file: str, pixels: BinaryIO) -> Record:
     image, remark = result
     pixels.write(image.data)
     pixels.flush()
-    return Record(file, zlib.crc32(image.data), remark)
+    return Record(file, crc32(image.data), remark)
 
 
 def _resume(shard: Shard, pixels: BinaryIO, journal: BinaryIO) -> list[Record]:
@@ -156,7 +154,7 @@ def _resume(shard: Shard, pixels: BinaryIO, journal: BinaryIO) -> list[Record]:
         if record.checksum is not None:
             # A machine that lost power may have kept the line and not the pixels.
             whole = pixels.readinto(image.data) == image.nbytes  # type: ignore[attr-defined]
-            if not whole or zlib.crc32(image.data) != record.checksum:
+            if not whole or crc32(image.data) != record.checksum:
                 break
             images += 1
         kept += 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastalex.data.augment import PUBLISHED_NOISE, ColorNoise
-from fastalex.data.base import CACHE_BYTES, DataError, ImageSource
+from fastalex.data.base import CACHE_BYTES, DataError, ImageSource, printable
 from fastalex.data.batches import decode_size
 from fastalex.data.folder import FolderImages, class_folders
 from fastalex.data.normalization import MEAN_IMAGES, MeanImage
@@ -128,7 +128,7 @@ def _notes(
 ) -> list[str]:
     """What a user should know of the data: files left out, another size, classes not validated."""
     bad = [*train.unreadable, *val.unreadable]
-    lines = [f"{path}: left out: {reason}" for path, reason in bad[:_NAMED]]
+    lines = [f"{printable(path)}: left out: {reason}" for path, reason in bad[:_NAMED]]
     if bad:
         total = len(bad) + len(train) + len(val)
         rest = f", {len(bad) - _NAMED} more than named above" if len(bad) > _NAMED else ""

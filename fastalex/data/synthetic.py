@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from fastalex.data.base import CACHE_BYTES, ImageCache, Pixels
+from fastalex.data.fingerprint import Contents, class_contents, fingerprint
 
 TRAIN_COUNT = 3000
 VAL_COUNT = 500
@@ -74,6 +75,20 @@ class SyntheticImages:
     def whole(self, index: int, size: int) -> Image.Image:
         """As ``image``: the scene has no size of its own."""
         return Image.fromarray(self.image(index, size))
+
+    def contents(self) -> Contents:
+        """See ``ImageSource``; each picture is told by what it is drawn from."""
+        count, step = len(self), len(self.classes)
+        return class_contents(
+            self.classes,
+            {
+                name: [(self.seed, self.split, index) for index in range(first, count, step)]
+                for first, name in enumerate(self.classes)
+            },
+        )
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.contents())
 
 
 class _Random:

@@ -22,7 +22,6 @@ from torch import nn
 from fastalex.exchange import TOWERS, Exchange, Transfer
 from fastalex.layers import Conv2dReLU, Linear, LinearReLUDropout, LRNMaxPool2d, MaxPool2d
 from fastalex.training.updates import Update
-from fastalex_kernels._conv2d_arguments import space_to_depth
 from fastalex_kernels._conv2d_weight import conv2d_relu_backward_weight
 from fastalex_kernels._epilogue import epilogue_backward
 from fastalex_kernels._launch import call
@@ -385,20 +384,3 @@ class Torch:
             self._dx.copy_(dx)
         if self.update is not None:
             self.update.torch(gradients)
-
-
-def images_as_maps(out: Tensor | None, dtype: torch.dtype, images: Tensor) -> Tensor:
-    """Images [N, 3, H, W] as HWNC in ``dtype``, in the memory ``out`` if it is given."""
-    maps = images.permute(2, 3, 0, 1)
-    out = maps.new_empty(maps.shape, dtype=dtype) if out is None else out
-    return out.copy_(maps)
-
-
-def images_as_blocks(
-    out: Tensor | None, dtype: torch.dtype, images: Tensor, layer: Conv2dReLU
-) -> Tensor:
-    """Images [N, 3, H, W] as the blocks that ``layer`` reads at stride 1; as ``images_as_maps``."""
-    R, S = layer.kernel_size
-    stride = (layer.stride[0], layer.stride[0])
-    blocks = space_to_depth(images, (R, S), stride, layer.sides(*images.shape[2:]), 1)
-    return images_as_maps(out, dtype, blocks)

@@ -204,7 +204,8 @@ class Program:
             self._run(0)
             return
         with torch.cuda.device(self._device):
-            self._run(torch.cuda.current_stream().cuda_stream)
+            gpu = driver.active
+            self._run(gpu.get_current_stream(gpu.get_current_device()))
 
     def _run(self, stream: int) -> None:
         for launch in self.launches:

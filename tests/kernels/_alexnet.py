@@ -21,7 +21,7 @@ def layers(batch: int, towers: int = 1) -> dict[str, Layer]:
     if towers > 1:
         cut_to_tower(model, None)
     model.seed_dropout(0, 0)
-    return layers_of(model, batch)
+    return layers_of(model, batch, model.variant.image_size)
 
 
 def call(name: str, batch: int, dtype: torch.dtype, towers: int = 1) -> Callable[[], None]:

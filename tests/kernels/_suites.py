@@ -62,8 +62,8 @@ def sanitized_suites() -> list[Suite]:
             "test_dropout_as_on_a_cpu",
             "test_augment_to_blocks",
             "test_cross_entropy",
-            "test_update_in_backward",
-            "test_masks_from_the_layer_behind",
+            "test_fused_update",
+            "test_masked_gradients",
         ],
     }
     named = {

@@ -422,7 +422,7 @@ def test_batches_of_two_shapes_share_the_parameters() -> None:
         optimizers[1].zero_grad()
         other.backward()
         optimizers[1].step()
-        assert float(loss) == pytest.approx(float(other), rel=1e-6)
+        assert loss.item() == pytest.approx(other.item(), rel=1e-6)
 
 
 def _with_hook(model: AlexNet) -> None:

@@ -1,24 +1,26 @@
-"""Training steps of the whole net in bfloat16: no race, nothing out of bounds, right results."""
+"""Whole training steps in bfloat16: no race, nothing out of bounds, right results."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
-from fastalex.fused_update import fuse_updates, lay_out
 
 import fastalex
 import fastalex_kernels as kernels
 from fastalex.data import Normalization
 from fastalex.data.augment import Augment
-from fastalex.layers import SpaceToDepth
 from fastalex.optim import build_optimizer
+from fastalex.training import TrainStep
+from fastalex.training.step import Tricks
 from tests._nets import narrow
 
 # Rounding moves a maximum or a sign here and there, a wrong kernel all of its gradient.
 GRADIENT_BOUND = 0.25
+LOSS_BOUND = 4 * 8e-3  # 16 roundings to bfloat16 that add up as a random walk
 NORMAL = Normalization((127.0,) * 3, (74.0,) * 3)
-LOGITS_BOUND = 4 * 8e-3  # 16 roundings to bfloat16 that add up as a random walk
+Changes = dict[str, torch.Tensor]
 
 
 def _model() -> fastalex.AlexNet:
@@ -30,7 +32,7 @@ def _model() -> fastalex.AlexNet:
     return model
 
 
-def _batch() -> tuple[list[torch.Tensor], torch.Tensor]:
+def _batch(device: str) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Bytes with their crops and colours, and labels."""
     generator = torch.Generator().manual_seed(1)
     images, places, mirrors = (
@@ -38,53 +40,32 @@ def _batch() -> tuple[list[torch.Tensor], torch.Tensor]:
         for high, shape in ((256, (4, 76, 76, 3)), (10, (2, 4)), (2, (4,)))
     )
     colors = 20 * torch.randn(4, 3, generator=generator)
-    return [images.byte(), *places.int(), mirrors.bool(), colors], torch.arange(4)
+    given = [images.byte(), *places.int(), mirrors.bool(), colors]
+    return [x.to(device) for x in given], torch.arange(4).to(device)
 
 
-def _step(model: fastalex.AlexNet, device: str, dtype: torch.dtype) -> torch.Tensor:
-    """The logits; the gradients are left in the model, or applied by it."""
-    model.to(device)
-    model.seed_dropout(3, 1)
-    pixels, labels = _batch()
+def _steps(device: str, precision: str, tricks: Tricks, count: int) -> tuple[float, Changes]:
+    """The last loss, and what the steps added to each parameter."""
+    model = _model().to(device)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     augment = Augment(NORMAL, 67, torch.device(device), colored=True)
-    exact = dtype == torch.float32  # by torch's operators: ttsem runs our kernels on any device
-    with kernels.backend("aten" if exact else "triton"):
-        with torch.autocast(device, dtype=dtype, enabled=not exact):
-            images = augment.for_layer(model.features[0], *(x.to(device) for x in pixels))
-            assert isinstance(images, torch.Tensor if exact else SpaceToDepth)
-            logits = model(images)
-        g = torch.ones((), device=device)
-        kernels.cross_entropy(logits, labels.to(device), g).backward(g)
-    return logits.detach().float().cpu()
+    # float32 by torch's operators: ttsem runs our kernels on any device.
+    with kernels.backend("triton" if device == "cuda" else "aten"):
+        step = TrainStep(
+            model, build_optimizer(model, lr=0.001), precision, augment=augment, tricks=tricks
+        )
+        for number in range(count):
+            model.seed_dropout(3, number)
+            loss = step(*_batch(device))
+    return loss.item(), {n: (p.detach() - before[n]).cpu() for n, p in model.named_parameters()}
 
 
-def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float().cpu() - expected).norm() / expected.norm())
-
-
-def test_forward_and_backward() -> None:
-    exact = _model()
-    expected = _step(exact, "cpu", torch.float32)
-    model = _model()
-    assert _error(_step(model, "cuda", torch.bfloat16), expected) <= LOGITS_BOUND
-    wanted = dict(exact.named_parameters())
-    errors = {n: _error(p.grad, wanted[n].grad) for n, p in model.named_parameters()}
-    assert max(errors.values()) <= GRADIENT_BOUND, errors
-
-
-def test_updates_in_backward() -> None:
-    exact = _model()
-    before = [p.detach().clone() for p in exact.parameters()]
-    optimizer = build_optimizer(exact, lr=0.01)
-    _step(exact, "cpu", torch.float32)
-    optimizer.step()
-    model = _model().cuda()
-    lay_out(model)
-    optimizer = build_optimizer(model, lr=0.01)
-    fused = fuse_updates(model, optimizer, torch.bfloat16)
-    assert len(fused) == len(before)
-    _step(model, "cuda", torch.bfloat16)
-    assert all(p.grad is None for p in model.parameters())
-    triples = zip(model.parameters(), exact.parameters(), before, strict=True)
-    changes = [(p.detach().cpu() - w, q.detach() - w) for p, q, w in triples]
-    assert max(_error(*change) for change in changes) <= GRADIENT_BOUND
+@pytest.mark.parametrize("tricks", [Tricks(), Tricks(fused_update=False, fused_activation=False)])
+def test_steps_in_bfloat16(tricks: Tricks) -> None:
+    """The first step records, the second goes through the list."""
+    loss, changes = _steps("cuda", "bf16", tricks, 2)
+    expected, wanted = _steps("cpu", "float32", tricks, 2)
+    assert loss == pytest.approx(expected, rel=LOSS_BOUND)
+    for name, change in changes.items():
+        error = float((change - wanted[name]).norm() / wanted[name].norm())
+        assert error <= GRADIENT_BOUND, (name, error)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import _commands
-from tests._packed_script import STREAM
+from tests.training._packed_script import STREAM
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA driver is here"),
@@ -24,7 +24,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("driver")
-    process = _commands.run(["-m", "tests._packed_script", str(folder)], _commands.ROOT)
+    process = _commands.run(["-m", "tests.training._packed_script", str(folder)], _commands.ROOT)
     assert process.returncode == 0, process.stderr
     result: dict[str, list[dict[str, Any]]] | None = json.loads(process.stdout.splitlines()[-1])
     if result is None:

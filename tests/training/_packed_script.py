@@ -1,6 +1,6 @@
 """Launches as Triton makes them and as a program replays them: what the driver gets. See the test.
 
-python -m tests._packed_script FOLDER
+python -m tests.training._packed_script FOLDER
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastalex_kernels._launch import record_launches
 from fastalex_kernels.conv2d_relu import conv2d_relu_forward
 from fastalex_kernels.linear_relu_dropout import matmul
 from fastalex_kernels.program import Program
-from tests._libcuda import StubDriver
+from tests.training._libcuda import StubDriver
 
 STREAM = 7
 

@@ -1,0 +1,208 @@
+"""The layers of a model as the chain of passes that a step goes through."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from fastalex.exchange import Exchange
+from fastalex.layers import (
+    AdaptiveAvgPool2d,
+    Conv2dReLU,
+    Dropout,
+    Linear,
+    LinearReLUDropout,
+    LRNMaxPool2d,
+    MaxPool2d,
+    SpatialResponseNorm,
+)
+from fastalex.model import AlexNet, layer_names
+from fastalex.optim import BUFFER, Rates, update_rule
+from fastalex.parallel import GatherInput
+from fastalex.training.passes import (
+    Convolution,
+    Flatten,
+    FullyConnected,
+    Gather,
+    Pass,
+    Place,
+    Pool,
+    Torch,
+)
+from fastalex.training.updates import FusedUpdate, StoredGradients, Update, momentum_update
+from fastalex_kernels.conv2d_relu import pack_weight
+from fastalex_kernels.lrn_max_pool2d import MAX_CHANNELS
+from fastalex_kernels.momentum import MomentumUpdate, Updates
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_KNOWN = (
+    Conv2dReLU, MaxPool2d, LRNMaxPool2d, SpatialResponseNorm, AdaptiveAvgPool2d, Dropout,
+    LinearReLUDropout, Linear, nn.Identity, nn.Sequential, AlexNet,
+)  # fmt: skip
+
+
+def check(model: AlexNet, optimizer: torch.optim.Optimizer) -> None:
+    """Raise a ValueError that names what a step can't run, and why."""
+    for path, module in model.named_modules():
+        what = f"model: {path or 'the model'} is a {type(module).__name__}"
+        if type(module) not in _KNOWN:
+            raise ValueError(f"{what}, which is no layer of fastalex's")
+        hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
+        if any(not isinstance(hook, GatherInput) for hook in hooks):
+            raise ValueError(f"{what} with a hook, and the step calls no module")
+    update_rule(optimizer)
+    owned = {p for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        what = f"model: {name}"
+        if not parameter.requires_grad:
+            raise ValueError(f"{what} is frozen, and the step updates every parameter")
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"{what} is {parameter.dtype}, expected float32 for every precision")
+        if parameter not in owned:
+            raise ValueError(f"{what} is not among the optimizer's parameters")
+    if len(owned) > len(list(model.parameters())):
+        raise ValueError("optimizer: it has parameters that are not the model's")
+
+
+class Chain:
+    """A model's layers in order, and the updates of their parameters.
+
+    Args:
+        model, optimizer: that passed ``check``.
+        dtype: of the products.
+        has_kernels: whether Triton's kernels run where the model is; else every pass is torch's.
+        fused_update: whether kernels apply the gradients that they make.
+        exchange: with the other tower; None takes the one that ``parallelize`` gave the model.
+
+    Attributes:
+        updates: of the parameters, by name.
+        forms: what becomes of each layer's gradients.
+        rates: of the optimizer.
+        strided: the first layer, where its kernels read its stride's blocks of pixels.
+        exchange: the one that is used; None of a whole net.
+    """
+
+    def __init__(
+        self,
+        model: AlexNet,
+        optimizer: torch.optim.Optimizer,
+        dtype: torch.dtype,
+        has_kernels: bool,
+        fused_update: bool,
+        exchange: Exchange | None,
+    ) -> None:
+        self._model, self._optimizer, self._dtype = model, optimizer, dtype
+        self._triton, self._fused_update = has_kernels, fused_update
+        self._layers = list(_layers(model))
+        hooks = [_gather_hook(layer) for _, layer in self._layers]
+        self.exchange = exchange or next((h.exchange for h in hooks if h is not None), None)
+        self.rates = Rates(optimizer)
+        self.updates: dict[str, MomentumUpdate] = {}
+        self.forms: dict[nn.Module, Update] = {}
+        paths = {module: name for name, module in model.named_modules()}
+        for _, layer in self._layers:
+            if layer is not None and layer._parameters:
+                self.forms[layer] = self._form(layer, paths[layer])
+        first = self._layers[0][1]
+        self.strided: Conv2dReLU | None = None
+        if isinstance(first, Conv2dReLU) and self._has_kernels(first) and first.stride[0] > 1:
+            self.strided = first
+
+    def passes(
+        self, image_size: tuple[int, int], fused_activation: bool, early: bool
+    ) -> list[tuple[str, Pass]]:
+        """The layers by name, each knowing what is below and above it.
+
+        Args:
+            image_size: height and width.
+            fused_activation: whether a layer's kernels do the backward pass of the ReLU below it.
+            early: whether what needs no answer of the other tower runs before it is waited for.
+        """
+        average = self._model.avgpool
+        nothing_to_do = self._model.map_size(image_size) == average.output_size
+        passes = [
+            (name, self._pass(layer, early))
+            for name, layer in self._layers
+            if layer is not average or not nothing_to_do
+        ]
+        chain = [one for _, one in passes]
+        fused = [
+            fused_activation and below.relu and above.masks
+            for below, above in itertools.pairwise(chain)
+        ]
+        for i, one in enumerate(chain):
+            one.place = Place(
+                first=i == 0,
+                relu_below=i > 0 and fused[i - 1],
+                relu_done=i < len(fused) and fused[i],
+            )
+        return passes
+
+    def _pass(self, layer: nn.Module | None, early: bool) -> Pass:
+        if layer is None:
+            return Flatten()
+        hook, update, gather = _gather_hook(layer), self.forms.get(layer), None
+        if hook is not None and self.exchange is not None:
+            gather = Gather(self.exchange, hook.summed)
+        if not self._has_kernels(layer):
+            return Torch(layer, update, gather, self._dtype)
+        if isinstance(layer, MaxPool2d):
+            return Pool(layer)
+        assert update is not None
+        if isinstance(layer, Conv2dReLU):
+            return Convolution(layer, update, gather, early)
+        assert isinstance(layer, (Linear, LinearReLUDropout))
+        return FullyConnected(layer, update, gather, early)
+
+    def _has_kernels(self, layer: nn.Module) -> bool:
+        if not self._triton:
+            return False
+        if isinstance(layer, Conv2dReLU):
+            first = layer is self._layers[0][1]
+            return layer.stride == (1, 1) or (first and layer.groups == 1)
+        if isinstance(layer, LRNMaxPool2d):
+            widest = max(m.weight.shape[0] for _, m in self._layers if isinstance(m, nn.Conv2d))
+            return widest // layer.groups <= MAX_CHANNELS
+        linear = isinstance(layer, (Linear, LinearReLUDropout)) and getattr(layer, "groups", 1) == 1
+        return linear or isinstance(layer, MaxPool2d)
+
+    def _form(self, layer: nn.Module, path: str) -> Update:
+        """The updates of a layer's parameters, in the memory order that its kernels read."""
+        with_kernels = layer if self._has_kernels(layer) else None
+        if isinstance(with_kernels, Conv2dReLU) and with_kernels.stride[0] == 1:
+            weight = with_kernels.weight
+            weight.data = pack_weight(weight.data).permute(3, 2, 0, 1)
+        made = []
+        for kind, parameter in layer.named_parameters(recurse=False):
+            state, buffer = self._optimizer.state[parameter], torch.zeros_like(parameter)
+            if state.get(BUFFER) is not None:
+                buffer.copy_(state[BUFFER])
+            state[BUFFER] = buffer
+            rate, rule = self.rates.of(parameter), update_rule(self._optimizer)
+            made.append(momentum_update(parameter, buffer, rate, rule, self._dtype, with_kernels))
+            self.updates[f"{path}.{kind}"] = made[-1]
+        form = FusedUpdate if self._fused_update else StoredGradients
+        return form(layer, Updates(*made))
+
+
+def _layers(model: AlexNet) -> Iterator[tuple[str, nn.Module | None]]:
+    """The layers in order, by name; None stands for the flattening before the first rows."""
+    names = {module: name for name, module in layer_names(model).items()}
+    last = ""
+    for module in model.features.modules():
+        if module in names:
+            last = names[module]
+            yield last, module
+    yield last, model.avgpool
+    yield last, None
+    for module in model.classifier.modules():
+        if module in names:
+            yield names[module], module
+
+
+def _gather_hook(layer: nn.Module | None) -> GatherInput | None:
+    hooks = () if layer is None else layer._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, GatherInput)), None)
