@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -25,6 +26,7 @@ class Report:
     """Every comparison of a run, by theme; a theme is a file of results."""
 
     rates: Rates | None  # None on a CPU
+    folder: Path | None = None  # where each comparison is saved as soon as it is made
     themes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def add(
@@ -42,32 +44,43 @@ class Report:
         unit, speed = rate(work, ours)
         row |= {"device": device_name(device()), "ours ms": ours * 1e3, "theirs ms": theirs * 1e3}
         row |= {"ratio": theirs / ours, unit: speed}
+        row |= {f"{name} host ms": seconds * 1e3 for name, seconds in times.host.items()}
         if self.rates is not None and isinstance(work, Floor):
             row["share of floor"] = self.rates.floor(work) / ours
         benchmark.extra_info.update(row)
         rounds = {"ours": times.ours, "theirs": times.theirs}
         row["rounds ms"] = {k: [round(s * 1e3, 4) for s in v] for k, v in rounds.items()}
-        self.themes.setdefault(theme, []).append(row)
+        rows = self.themes.setdefault(theme, [])
+        rows.append(row)
+        if self.folder is not None:
+            save(theme, rows, self.folder)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Our time beside the other's, a line for each comparison."""
-    titles = f"{'layer':<12}{'direction':<10}{'against':<12}{'ours ms':>10}{'theirs ms':>11}"
+    titles = f"{'layer':<12}{'direction':<10}{'against':<22}{'ours ms':>10}{'theirs ms':>11}"
     lines = [f"{titles}{'ratio':>7}  ours at"]
     for row in rows:
         speed = next(f"{row[unit]:,.1f} {unit}" for unit in UNITS if unit in row)
         share = f", {row['share of floor']:.0%} of the floor" if "share of floor" in row else ""
+        if "computed GPU ms" in row:
+            share += f", {row['ours ms'] / row['computed GPU ms']:.0%} of the computed GPU time"
         lines.append(
-            f"{row['layer']:<12}{row['direction']:<10}{row['against']:<12}"
+            f"{row['layer']:<12}{row['direction']:<10}{row['against']:<22}"
             f"{row['ours ms']:>10.3f}{row['theirs ms']:>11.3f}{row['ratio']:>7.2f}  {speed}{share}"
         )
     return lines
 
 
+@functools.cache
+def _provenance() -> dict[str, Any]:
+    return provenance(device())
+
+
 def save(theme: str, rows: list[dict[str, Any]], folder: Path) -> Path:
     """Write a theme's comparisons into ``folder`` with what is needed to repeat them."""
-    content = {"theme": theme, **provenance(device()), "results": rows}
-    content["versions"]["pytest-benchmark"] = version("pytest-benchmark")
+    content = {"theme": theme, **_provenance(), "results": rows}
+    content["versions"] = {**content["versions"], "pytest-benchmark": version("pytest-benchmark")}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / results_name(theme, device())
     with replacing(path) as temporary:

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 
 from fastalex.cost import Floor
-from fastalex.timing import WARMUP, Clock, DeviceClock, clock_of
+from fastalex.timing import Clock, clock_of, warm_up
 
 clock: Clock = clock_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each round of two calls that took turns."""
+    """Seconds of each round of two calls that took turns; on a GPU those of the host, too."""
 
     ours: list[float]
     theirs: list[float]
+    host: dict[str, float]
 
     def median(self) -> tuple[float, float]:
         return statistics.median(self.ours), statistics.median(self.theirs)
@@ -31,7 +32,7 @@ def take_turns(
     ours: Callable[[], object],
     theirs: Callable[[], object],
     rounds: int,
-    clock: Callable[[], float] = clock,
+    clock: Clock = clock,
 ) -> Times | None:
     """Time ``theirs``, ``ours``, ``theirs``, ... so that a busy spell of the machine hits both.
 
@@ -41,11 +42,7 @@ def take_turns(
     Returns:
         The times, or None under --benchmark-disable.
     """
-    if isinstance(clock, DeviceClock):
-        clock.reset()
-    for _ in range(WARMUP):
-        theirs()
-        ours()
+    host = warm_up({"ours": ours, "theirs": theirs}, clock)
     their_times: list[float] = []
 
     def time_theirs() -> None:
@@ -56,7 +53,7 @@ def take_turns(
     benchmark.pedantic(ours, setup=time_theirs, rounds=rounds)
     if benchmark.stats is None:
         return None
-    return Times(list(benchmark.stats.stats.data), their_times)
+    return Times(list(benchmark.stats.stats.data), their_times, host)
 
 
 @dataclass(frozen=True)

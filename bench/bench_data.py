@@ -21,19 +21,20 @@ import pytest
 import torch
 from PIL import Image
 
-from fastalex import AlexNet
-from fastalex.data import Batches, FolderImages, Normalization, PackedImages
+from fastalex.data import Batches, FolderImages, PackedImages
+from fastalex.data.normalization import IMAGENET
 from fastalex.data.pack import pack
 from fastalex.data.packed import WORK
 from fastalex.data.processes import cores, packers
 from fastalex.data.shard import Shard
+from fastalex.train_steps import Training, train_step
 from fastalex.validation import fetch
 from tests._packing import picture
 
 from . import _packing
 from ._report import Report
 from ._timing import Images, take_turns
-from .bench_step import BATCH, CLASSES, Trainee
+from .bench_step import BATCH
 
 pytestmark = pytest.mark.benchmark(timer=time.perf_counter)
 
@@ -42,7 +43,6 @@ SHARDS = 4  # for each process, of 64 images, the smallest that files are cut in
 FILE, PACKED, CROP = (500, 375), 256, 224  # pixels; an ordinary file of ImageNet is 500 x 375
 ROUNDS = 7
 _declared: list[torch.library.Library] = []
-IMAGENET = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
 
 @pytest.fixture(scope="module")
@@ -161,27 +161,22 @@ def test_loading(benchmark: Any, report: Report, folder: Path, one_thread: None,
 
 
 def test_loading_against_the_step(
-    benchmark: Any, report: Report, folder: Path, device: str, dtype: torch.dtype
+    benchmark: Any, report: Report, folder: Path, device: str
 ) -> None:
-    """One batch from a packed set, on its device and augmented, and one training step on it."""
+    """One batch from a packed set on its device, and one training step on as many images."""
     place, size = torch.device(device), BATCH[device] // 2
     source = PackedImages(folder / "set", "train")
     batches = Batches(source, size, CROP, IMAGENET, 0, train=True, device=place)
+    step = train_step(Training(place, "bf16" if device == "cuda" else "float32", size))
 
     def ours() -> torch.Tensor:
         batch = next(fetch(batches.epoch(0), place))
-        return synchronised(batches.augment(*batch.pixels))
+        assert batch.images.shape == (size, PACKED, PACKED, 3)
+        return synchronised(batch.images)
 
-    torch.manual_seed(0)
-    net = AlexNet(CLASSES, variant="paper")
-    net.init_parameters("he")
-    trainee = Trainee(net.to(place, dtype), ours().to(dtype))
+    def theirs() -> torch.Tensor:
+        return synchronised(step())
 
-    def theirs() -> None:
-        trainee.step()
-        synchronised(trainee.images)
-
-    assert trainee.images.shape == (size, 3, CROP, CROP)
     compare(benchmark, report, "packed", "step", ours, theirs, rounds=3, images=size)
 
 

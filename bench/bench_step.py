@@ -1,106 +1,123 @@
-"""A whole training step of AlexNet, ours against the same net from stock torch.nn."""
+"""A whole training step of AlexNet, against torch's and against itself without one of its tricks.
+
+What every row is, is said in bench/README.md; the steps themselves are fastalex.train_steps.
+"""
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import fastalex_kernels as kernels
-from fastalex import AlexNet
 from fastalex.cost import Floor
-from fastalex.layer_pairs import check_nets, make_nets
 from fastalex.reference import ReferenceAlexNet
+from fastalex.train_steps import (
+    Step,
+    Training,
+    autograd_step,
+    check_steps,
+    stock_step,
+    train_step,
+)
 
 from ._report import Report
-from ._rivals import RIVALS
 from ._timing import clock, take_turns
 
 pytestmark = pytest.mark.benchmark(timer=clock)
 
 BATCH = {"cpu": 32, "cuda": 128}
 ROUNDS = {"cpu": 7, "cuda": 50}
-CLASSES = 1000
+CHECKED = {"cpu": 2, "cuda": 6}  # steps: on a GPU the last ones replay a graph
+
+# By what stands under "against"; the most telling first, should the time of a GPU run out.
+ONE_GPU: dict[str, Callable[[Training], Step]] = {
+    "stock": stock_step,
+    "no graph": functools.partial(train_step, graph=False),
+    "stock, graph": functools.partial(stock_step, graph=True),
+    "compiled": functools.partial(stock_step, compiled=True),
+    "compiled, graph": functools.partial(stock_step, compiled=True, graph=True),
+    "autograd": autograd_step,
+    "no fused update": functools.partial(train_step, fused_update=False),
+    "no fused activation": functools.partial(train_step, fused_activation=False),
+}
+TOWER: dict[str, Callable[[Training], Step]] = {
+    "one GPU": train_step,
+    "no graph": functools.partial(train_step, towers=2, graph=False),
+    "no early": functools.partial(train_step, towers=2, early=False),
+    "no fused update": functools.partial(train_step, towers=2, fused_update=False),
+    "no fused activation": functools.partial(train_step, towers=2, fused_activation=False),
+}
+ON_A_CPU = ("stock", "compiled", "autograd", "no fused update")
 
 
-class Trainee:
-    """A net with its optimizer and one batch to train on.
-
-    Both nets of a comparison have the same optimizer, the one that ``fastalex.train`` uses, and
-    images that lie as a data loader makes them.
-    """
-
-    def __init__(self, net: nn.Module, images: torch.Tensor, backend: str = "auto") -> None:
-        self.net, self.images, self.backend = net, images, backend
-        self.labels = torch.arange(len(images), device=images.device) % CLASSES
-        self.optimizer = torch.optim.SGD(
-            net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True
-        )
-
-    def step(self) -> None:
-        with kernels.backend(self.backend):
-            loss = F.cross_entropy(self.net(self.images), self.labels)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+def _rows() -> list[Any]:
+    gpu = torch.cuda.is_available()
+    rows = []
+    for what, rivals in (("step", ONE_GPU), ("tower", TOWER)):
+        for against in rivals:
+            marks: list[Any] = []
+            if not gpu and (what == "tower" or against not in ON_A_CPU):
+                marks = [pytest.mark.skip(reason="needs a GPU, for its graph or our kernels")]
+            elif against.startswith("compiled"):
+                marks = [pytest.mark.compiled]
+            rows.append(pytest.param(what, against, marks=marks))
+    return rows
 
 
 @pytest.fixture(scope="module")
-def nets(device: str, dtype: torch.dtype) -> tuple[AlexNet, ReferenceAlexNet]:
-    """Both nets with the same weights, compared with float64: nothing wrong is timed."""
-    return make_nets("paper", device, dtype)
+def training(device: str, sizes: Callable[[int, int], tuple[int, int]]) -> Training:
+    precision = "bf16" if device == "cuda" else "float32"
+    return Training(torch.device(device), precision, sizes(BATCH[device], 0)[0])
 
 
 @pytest.fixture(scope="module")
-def error(nets: tuple[AlexNet, ReferenceAlexNet]) -> float:
-    return check_nets(nets)
+def error(training: Training, device: str) -> float:
+    """Of the first losses, against stock layers in float64: nothing wrong is timed."""
+    return check_steps(training, train_step, CHECKED[device])
 
 
-@pytest.mark.parametrize("against", RIVALS)
+@pytest.fixture(scope="module")
+def ours(training: Training, error: float) -> Callable[[str], Step]:
+    """Our step of one GPU or of a tower, the same for every row."""
+    return functools.cache(lambda what: train_step(training, 2 if what == "tower" else 1))
+
+
+@pytest.fixture(scope="module")
+def work(training: Training) -> Callable[[str], Floor]:
+    return functools.cache(lambda what: work_of_step(training, 2 if what == "tower" else 1))
+
+
+@pytest.mark.parametrize(("what", "against"), _rows())
 def test_step(
     benchmark: Any,
     report: Report,
     device: str,
-    dtype: torch.dtype,
     sizes: Callable[[int, int], tuple[int, int]],
-    nets: tuple[AlexNet, ReferenceAlexNet],
+    training: Training,
     error: float,
+    ours: Callable[[str], Step],
+    work: Callable[[str], Floor],
+    what: str,
     against: str,
 ) -> None:
-    ours, stock = nets
-    batch, rounds = sizes(BATCH[device], ROUNDS[device])
-    images = torch.randn(batch, 3, 224, 224).to(device, dtype)
-    rivals = {
-        "stock": lambda: Trainee(stock, images),
-        "aten": lambda: Trainee(copy.deepcopy(ours), images, "aten"),
-        "compiled": lambda: Trainee(torch.compile(stock), images),
-    }
-    us, them = Trainee(ours, images), rivals[against]()
-    times = take_turns(benchmark, us.step, them.step, rounds)
+    theirs = (ONE_GPU if what == "step" else TOWER)[against](training)
+    rounds = sizes(0, ROUNDS[device])[1]
+    times = take_turns(benchmark, ours(what), theirs, rounds)
     report.add(
-        benchmark,
-        "step",
-        times,
-        work_of_step(us),
-        layer="step",
-        direction="training",
-        against=against,
-        batch=batch,
-        dtype=str(dtype).removeprefix("torch."),
-        error=error,
-    )
+        benchmark, "step", times, work(what), layer=what, direction="training", against=against,
+        batch=training.batch, dtype=training.precision, error=error,
+    )  # fmt: skip
 
 
-def work_of_step(trainee: Trainee) -> Floor:
-    """The products that torch counts in a step, and the optimizer's reads and writes."""
-    with FlopCounterMode(display=False) as counter, kernels.backend("aten"):
-        trainee.step()
-    parameters = list(trainee.net.parameters())
-    size = parameters[0].element_size()
-    return Floor(counter.get_total_flops(), 5 * size * sum(p.numel() for p in parameters))
+def work_of_step(training: Training, towers: int) -> Floor:
+    """The products of a step, and what its updates read and write: 18 bytes a parameter in bf16."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = ReferenceAlexNet(variant=training.variant)
+        model(torch.empty(training.batch, 3, 224, 224)).sum().backward()
+    copied = 2 if training.precision == "bf16" else 0
+    size = (4 * 4 + copied) * sum(p.numel() for p in model.parameters())
+    return Floor(counter.get_total_flops() / towers, size / towers)

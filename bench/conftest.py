@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._functorch import config as functorch_config
 
-from ._report import RESULTS, Report, conditions, save, table
+from ._report import RESULTS, Report, conditions, table
 from ._report import device as _report_device
 from ._timing import Rates
 
@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         const=RESULTS,
         metavar="DIR",
-        help="write DIR/THEME_DEVICE_YYYYMM.json for every theme that ran (bench/results)",
+        help="write DIR/THEME_DEVICE_YYYYMM.json after every comparison (bench/results)",
     )
     group.addoption("--batch-size", type=int, metavar="N", help="images (a size for the device)")
     group.addoption("--rounds", type=int, metavar="N", help="times that each call is timed")
@@ -53,7 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def report(request: pytest.FixtureRequest, device: str, dtype: torch.dtype) -> Report:
     """Where comparisons go; on a GPU its two rates are measured first, for the floor."""
     rates = Rates.measure(dtype) if device == "cuda" else None
-    return request.config.stash.setdefault(_report, Report(rates))
+    folder = request.config.getoption("--save-results")
+    return request.config.stash.setdefault(_report, Report(rates, folder))
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +74,7 @@ def dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
-def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if _report not in config.stash:  # nothing ran
         return
     themes = config.stash[_report].themes
@@ -82,10 +83,5 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         for line in table(rows):
             terminalreporter.write_line(line)
     folder = config.getoption("--save-results")
-    if folder is None:
-        return
-    for theme, rows in themes.items():
-        if exitstatus == 0:
-            terminalreporter.write_line(f"saved {save(theme, rows, folder)}")
-        else:
-            terminalreporter.write_line(f"{theme}: not saved, as something failed")
+    if folder is not None and themes:
+        terminalreporter.write_line(f"saved in {folder}: {', '.join(themes)}")

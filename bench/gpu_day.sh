@@ -30,6 +30,10 @@ if [[ -z $dry && ${device:-cpu} == cpu ]]; then
     echo "gpu_day: error: torch finds no GPU here; --dry-run tries every step without one" >&2
     exit 2
 fi
+if ! "$python" -c 'import hypothesis, matplotlib' 2>/dev/null; then
+    echo "gpu_day: error: packages are missing: pip install -e '.[test]' pytest-xdist" >&2
+    exit 2
+fi
 
 results=${RESULTS:-bench/results}
 [[ -n $dry ]] && results=${RESULTS:-$(mktemp -d)}
@@ -80,28 +84,27 @@ if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
 export -f environment profile
 export python results suffix
 
-tests=("$python" -m pytest -q -m gpu -o addopts=-ra)
+# Every comparison is saved as soon as it is made: a step that runs out of time leaves the others.
 bench=("$python" -m pytest --benchmark-only --save-results "$results" -q)
+tests=("$python" -m pytest -q -m gpu -o addopts=-ra)
 tiles="$results/tiles$suffix"
 if [[ -n $dry ]]; then
     step environment 60 bash -c environment
+    step step 180 "${bench[@]}" --batch-size 1 --rounds 1 -k stock bench/bench_step.py
+    step layers 120 "${bench[@]}" --batch-size 1 --rounds 1 -k "conv5 or pool5" bench/bench_layers.py
     step tests 120 "${tests[@]}" tests/kernels/test_gpu.py
     step tune 120 "$python" -m fastalex.tune --dry-run --gpu h100 --layer fc8 --batch-size 16 \
         --candidates 2 --output "$tiles"
-    step step 120 "${bench[@]}" --batch-size 1 --rounds 1 \
-        --benchmark-json "$results/step.json" bench/bench_step.py
-    step layers 120 "${bench[@]}" --batch-size 1 --rounds 1 -k "conv5 or pool5" \
-        --benchmark-json "$results/layers.json" bench/bench_layers.py
     step profile 120 bash -c 'profile "$@"' profile --batch-size 1 --rounds 1 --image-size 67 \
-        --no-compile --layer conv5 fc8
+        --no-compile --layer conv5 fc8 net
 else
     step environment 20 bash -c environment
-    # The session limits end a run between two tests, so that what was found is reported.
-    step tests 140 "${tests[@]}" "${workers[@]}" --session-timeout 130 tests
-    step tune 125 "$python" -m fastalex.tune --candidates 6 --seconds 95
-    step step 75 "${bench[@]}" --compiled --benchmark-json "$results/step.json" bench/bench_step.py
-    step layers 75 "${bench[@]}" --benchmark-json "$results/layers.json" bench/bench_layers.py
-    step profile 85 bash -c 'profile "$@"' profile
+    step step 210 "${bench[@]}" --compiled bench/bench_step.py
+    step layers 60 "${bench[@]}" bench/bench_layers.py
+    # The session limit ends a run between two tests, so that what was found is reported.
+    step tests 110 "${tests[@]}" "${workers[@]}" --session-timeout 100 tests
+    step tune 75 "$python" -m fastalex.tune --candidates 6 --seconds 50
+    step profile 60 bash -c 'profile "$@"' profile --no-compile
     # The kernels read the table from the user's cache; a copy belongs to the results.
     "$python" -c "import shutil, sys, torch
 from fastalex_kernels._tuned import table_path

@@ -25,12 +25,13 @@ def draw(report: dict[str, Any]) -> Any:
     results = report["results"]
     layers = list(dict.fromkeys(row["layer"] for row in results))
     figure = new_chart(len(layers))
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for panel, direction in zip(panels, ("forward", "backward"), strict=True):
-        rows = {row["layer"]: row for row in results if row["pass"] == direction}
+    passes = list(dict.fromkeys(row["pass"] for row in results))
+    panels = figure.subplots(1, len(passes), sharex=True, sharey=True, squeeze=False)[0]
+    for panel, which in zip(panels, passes, strict=True):
+        rows = {row["layer"]: row for row in results if row["pass"] == which}
         names = [*results[0]["ms"], "floor"]
         for name in names:
-            found = [(_value(rows[layer], name), i) for i, layer in enumerate(layers)]
+            found = [(_value(rows[x], name), i) for i, x in enumerate(layers) if x in rows]
             points = [(x, i) for x, i in found if x is not None]
             if points:
                 mark, color = _MARKS[name]
@@ -39,7 +40,7 @@ def draw(report: dict[str, Any]) -> Any:
                 panel.scatter(
                     x, y, size, marker=mark, c=color, label=name, zorder=3 if name == "ours" else 2
                 )
-        panel.set_title(direction, fontsize=8)
+        panel.set_title(which, fontsize=8)
         panel.set_xscale("log")
         panel.set_xlabel("milliseconds")
         panel.grid(axis="both", color="#e4e4e4", linewidth=0.6)

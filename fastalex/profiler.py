@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import statistics
 import sys
@@ -13,32 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-import fastalex_kernels as kernels
 from fastalex import profile_chart
 from fastalex.command_line import Parser, check_output, guarded, whole_number
+from fastalex.cost import Floor
 from fastalex.evaluate import table
 from fastalex.files import replacing
 from fastalex.gpus import find_gpu
 from fastalex.layer_pairs import (
     check,
-    check_nets,
-    gradient_like,
     layer_names,
     make_call,
     make_nets,
     make_pairs,
     pair_floors,
 )
-from fastalex.nvtx_ranges import annotate_layers, nvtx_range
+from fastalex.nvtx_ranges import nvtx_range
 from fastalex.provenance import device_name, provenance
-from fastalex.recorded_step import DTYPES
+from fastalex.recorded_step import DTYPES, PRECISIONS
 from fastalex.timing import clock_of, take_turns
+from fastalex.train_steps import Training, check_steps, stock_step, train_step
 from fastalex.variants import VARIANTS
 
-NET = "net"  # the row of the whole net
+NET = "net"  # the row of the whole net, whose one pass is a training step
 _BATCH = {"cpu": 16, "cuda": 128}
 _ROUNDS = {"cpu": 5, "cuda": 30}
 _DIRECTIONS = ("forward", "backward")
@@ -61,9 +58,10 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m fastalex.profiler",
         usage="%(prog)s [--batch-size N] [--dtype D] [--output DIR] [options]",
-        description="Time every layer forward and backward, and the whole net: ours, the same "
-        "functions on torch's operators (cuDNN on a GPU, stock torch.nn on a CPU), and "
-        "torch.compile of the stock net. Results are checked against float64 first.",
+        description="Time every layer forward and backward: ours, the same functions on torch's "
+        "operators (cuDNN on a GPU, stock torch.nn on a CPU), and torch.compile of the stock net; "
+        "and a whole training step, as it trains, against stock torch.nn with torch's fused SGD. "
+        "Results are checked against float64 first.",
         epilog="Ranges for Nsight Systems are on: nsys profile --trace=cuda,nvtx -o layers "
         "python -m fastalex.profiler --no-compile",
         allow_abbrev=False,
@@ -117,7 +115,11 @@ def _complete(options: argparse.Namespace) -> None:
     options.batch_size = options.batch_size or _BATCH[options.device]
     options.rounds = options.rounds or _ROUNDS[options.device]
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
-    names = [*layer_names(options.variant), NET]
+    names = layer_names(options.variant)
+    if options.dtype in PRECISIONS:
+        names.append(NET)
+    elif NET in (options.layer or []):
+        raise ValueError(f"--layer {NET}: a step takes {' or '.join(PRECISIONS)}, see --dtype")
     wrong = [name for name in options.layer or [] if name not in names]
     if wrong:
         raise ValueError(f"--layer {wrong[0]}: expected some of {', '.join(names)}")
@@ -125,48 +127,60 @@ def _complete(options: argparse.Namespace) -> None:
 
 
 def profile(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Calls]]:
-    """Every row as plain data, and the calls that were timed by ``"LAYER DIRECTION"``."""
+    """Every row as plain data, and the calls that were timed by ``"LAYER PASS"``."""
     device = torch.device(options.device)
-    gpu = find_gpu(device_name(device)) if device.type == "cuda" else None
-    nets = make_nets(options.variant, device, DTYPES[options.dtype])
-    pairs = make_pairs(options.batch_size, nets, options.image_size)
-    floors = pair_floors(pairs)
+    clock, gpu = clock_of(device), None
+    if device.type == "cuda":
+        gpu = find_gpu(device_name(device))
     rows: list[dict[str, Any]] = []
     timed: dict[str, Calls] = {}
-    clock, how = clock_of(device), _rivals(device, options)
-    bar = tqdm(total=2 * len(options.layer), unit=" passes", leave=False, disable=None)
-    with bar:
-        for name in options.layer:
-            bar.set_postfix_str(name)
-            error = check_nets(nets, options.image_size) if name == NET else None
-            errors = dict.fromkeys(_DIRECTIONS, error)
-            if name != NET:
-                errors = {**check(pairs[name], how["ours"])}
-            for direction in _DIRECTIONS:
-                if name == NET:
-                    calls = _net_calls(nets, how, direction, options)
-                else:
-                    calls = {k: make_call(pairs[name], v, direction) for k, v in how.items()}
-                with nvtx_range(f"{name} {direction}"):
-                    seconds = take_turns(
-                        _marked(calls, f"{name} {direction}"), clock, options.rounds
-                    )
-                floor = floors.get((name, direction))
-                least = gpu and floor and gpu.seconds(floor.flops, floor.size, options.dtype)
-                rows.append(
-                    {
-                        "layer": name,
-                        "pass": direction,
-                        "error": errors[direction],
-                        "ms": {k: 1e3 * statistics.median(s) for k, s in seconds.items()},
-                        "floor ms": least and 1e3 * least,
-                        "rounds ms": {k: [1e3 * t for t in s] for k, s in seconds.items()},
-                    }
-                )
-                timed[f"{name} {direction}"] = calls
-                bar.update()
+    for name, which, error, calls, floor in _passes(options, device):
+        what = f"{name} {which}"
+        with nvtx_range(what):
+            seconds = take_turns(_marked(calls, what), clock, options.rounds)
+        least = gpu and floor and gpu.seconds(floor.flops, floor.size, options.dtype)
+        rows.append(
+            {
+                "layer": name,
+                "pass": which,
+                "error": error,
+                "ms": {k: 1e3 * statistics.median(s) for k, s in seconds.items()},
+                "floor ms": least and 1e3 * least,
+                "rounds ms": {k: [1e3 * t for t in s] for k, s in seconds.items()},
+            }
+        )
+        timed[what] = calls
     given = {k: getattr(options, k) for k in ("variant", "batch_size", "dtype")}
     return {"theme": "profile", **provenance(device), **given, "results": rows}, timed
+
+
+def _passes(
+    options: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[str, str, float, Calls, Floor | None]]:
+    """What is to be timed: layer, pass, error, calls and least work, each checked before."""
+    nets = make_nets(options.variant, device, DTYPES[options.dtype])
+    pairs = make_pairs(options.batch_size, nets, options.image_size)
+    floors, how = pair_floors(pairs), _rivals(device, options)
+    for name in tqdm(options.layer, unit=" layers", leave=False, disable=None):
+        if name == NET:
+            yield (NET, "step", *_step(options, device), None)
+            continue
+        errors = check(pairs[name], how["ours"])
+        for which in _DIRECTIONS:
+            calls = {k: make_call(pairs[name], v, which) for k, v in how.items()}
+            yield name, which, errors[which], calls, floors.get((name, which))
+
+
+def _step(options: argparse.Namespace, device: torch.device) -> tuple[float, Calls]:
+    """The error of a training step, and ours beside torch's."""
+    training = Training(
+        device, PRECISIONS[options.dtype], options.batch_size, options.variant, options.image_size
+    )
+    error = check_steps(training, train_step)
+    calls: Calls = {"ours": train_step(training), "torch": stock_step(training)}
+    if not options.no_compile:
+        calls["compiled"] = stock_step(training, compiled=True)
+    return error, calls
 
 
 def _rivals(device: torch.device, options: argparse.Namespace) -> dict[str, str]:
@@ -201,37 +215,6 @@ def _marked(calls: Calls, what: str) -> Calls:
         return inside
 
     return {name: marked(name, call) for name, call in calls.items()}
-
-
-def _net_calls(
-    nets: tuple[nn.Module, nn.Module],
-    how: dict[str, str],
-    direction: str,
-    options: argparse.Namespace,
-) -> Calls:
-    """A pass of the whole net in training, up to the logits and back to every weight."""
-    ours, stock = nets
-    side = options.image_size or VARIANTS[options.variant].image_size
-    parameter = next(ours.parameters())
-    images = torch.randn(options.batch_size, 3, side, side).to(parameter.device, parameter.dtype)
-
-    def make(kind: str) -> Callable[[], object]:
-        net = stock if kind in ("stock", "compiled") else copy.deepcopy(ours)
-        if net is not stock and kind == how["ours"]:
-            annotate_layers(net)
-        module: Any = torch.compile(net) if kind == "compiled" else net
-
-        def forward() -> torch.Tensor:
-            with kernels.backend("auto" if net is stock else kind):
-                return module(images)  # type: ignore[no-any-return]
-
-        if direction == "forward":
-            return forward
-        output, weights = forward(), list(net.parameters())
-        dy = gradient_like(output)
-        return lambda: torch.autograd.grad(output, weights, dy, retain_graph=True)
-
-    return {name: make(kind) for name, kind in how.items()}
 
 
 def describe(report: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -11,18 +12,20 @@ Clock = Callable[[], float]  # seconds; two calls enclose what is timed
 
 WARMUP = 2
 _FLUSHED = 1 << 28  # bytes, several times the last-level cache of any GPU
-_LEAD = 8  # times it is overwritten: longer than the host needs for the launches of a layer
+_LEAD = 8  # times it is overwritten, at least
 
 
 class DeviceClock:
     """A timer whose calls alternate: the first marks the start, the next returns the seconds since.
 
     Both are events in the stream. Before the start a buffer is overwritten, which empties the cache
-    and keeps the GPU busy while the host gets ahead, so that its launches are not part of the time.
+    and keeps the GPU busy while the host gets ahead, so that its launches are not part of the time:
+    see ``lead``.
     """
 
     def __init__(self) -> None:
         self._start: torch.cuda.Event | None = None
+        self._lead = _LEAD
 
     def __repr__(self) -> str:
         return "device events"
@@ -31,12 +34,22 @@ class DeviceClock:
         """Forget a start whose end never came, after a failure."""
         self._start = None
 
+    def lead(self, host: float) -> None:
+        """From now on keep the GPU busy for longer than ``host`` seconds before the start."""
+        self._lead = _LEAD
+        self()
+        self._overwrite()
+        self._lead = overwrites(host, self() / _LEAD)
+
+    def _overwrite(self) -> None:
+        buffer = torch.empty(_FLUSHED, dtype=torch.uint8, device="cuda")
+        for _ in range(self._lead):
+            buffer.zero_()
+
     def __call__(self) -> float:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         if self._start is None:
-            buffer = torch.empty(_FLUSHED, dtype=torch.uint8, device="cuda")
-            for _ in range(_LEAD):
-                buffer.zero_()
+            self._overwrite()
             event.record()
             self._start = event
             return 0.0
@@ -49,6 +62,35 @@ class DeviceClock:
 def clock_of(device: torch.device) -> Clock:
     """The clock that times what runs on ``device``."""
     return DeviceClock() if device.type == "cuda" else time.perf_counter
+
+
+def overwrites(host: float, each: float) -> int:
+    """How often a buffer is overwritten, in ``each`` seconds, to last twice as long as the host."""
+    return max(_LEAD, math.ceil(2 * host / each))
+
+
+def warm_up(calls: Mapping[str, Callable[[], object]], clock: Clock) -> dict[str, float]:
+    """Run each call ``WARMUP`` times, and let the clock know how long the host needs for one.
+
+    Returns:
+        On a GPU the seconds until each call returns, with the GPU idle before, by name.
+    """
+    for call in calls.values():
+        for _ in range(WARMUP):
+            call()
+    if not isinstance(clock, DeviceClock):
+        return {}
+    host = {name: _host_seconds(call) for name, call in calls.items()}
+    clock.reset()
+    clock.lead(max(host.values()))
+    return host
+
+
+def _host_seconds(call: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def take_turns(
@@ -64,9 +106,7 @@ def take_turns(
     Returns:
         The seconds of every round, by name.
     """
-    for call in calls.values():
-        for _ in range(WARMUP):
-            call()
+    warm_up(calls, clock)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

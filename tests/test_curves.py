@@ -10,6 +10,7 @@ import torch
 
 from fastalex import curves, train
 from fastalex.curves import Curves, kernel_grid
+from fastalex.exchange import counted_times
 from fastalex.meter import Meter, Stopwatch
 
 
@@ -75,3 +76,10 @@ def test_waiting_exchange_and_the_rest_add_up() -> None:
     assert sum(parts) == pytest.approx(record["seconds"])
     again = meter.record()
     assert (again["data_seconds"], again["exchange_seconds"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_exchange_of_every_step_counts_once(device: str) -> None:
+    times = [counted_times(step, torch.device(device)) for step in range(1, 101)]
+    assert sum(times) == 100
+    assert sum(map(bool, times)) == (100 if device == "cpu" else 20)

@@ -15,7 +15,7 @@ import torch
 from tests._commands import ROOT, environment
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-STEPS = ["environment", "tests", "tune", "step", "layers", "profile"]
+STEPS = ["environment", "step", "layers", "tests", "tune", "profile"]
 
 
 def _run(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -13,6 +13,8 @@ from PIL import Image
 import fastalex_kernels as kernels
 from fastalex import layer_pairs, profiler
 from fastalex.gpus import GPUS, find_gpu
+from fastalex.timing import overwrites
+from fastalex.train_steps import Step, Training, check_steps, stock_step
 
 pytest.importorskip("matplotlib", reason="needs the packages of the extra 'figures'")
 
@@ -67,6 +69,33 @@ def test_the_trace_shows_what_each_call_did(small: Path) -> None:
     assert "aten::conv2d" not in inside("pool5 forward, torch")
 
 
+def test_the_row_of_the_net_is_a_training_step(tmp_path: Path) -> None:
+    least = ["--batch-size", "1", "--rounds", "1", "--device", "cpu"]
+    assert profiler.main([*SMALL, *least, "--layer", "net", "--output", str(tmp_path)]) == 0
+    (row,) = _report(tmp_path)["results"]
+    assert (row["layer"], row["pass"], list(row["ms"])) == ("net", "step", ["ours", "torch"])
+    assert 0 <= row["error"] < 1e-5
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    ranges = {e["name"]: e for e in events if e.get("cat") == "user_annotation"}
+    for name in ("ours", "torch"):
+        begin = ranges[f"net step, {name}"]["ts"]
+        end = begin + ranges[f"net step, {name}"]["dur"]
+        done = {e["name"] for e in events if e.get("cat") == "cpu_op" and begin <= e["ts"] <= end}
+        assert {"aten::convolution", "aten::convolution_backward"} <= done
+        assert ("aten::_fused_sgd_" in done) == (name == "torch")
+
+
+def test_a_step_that_updates_nothing_is_not_timed() -> None:
+    training = Training(torch.device("cpu"), "float32", 1, image_size=67)
+
+    def make(given: Training) -> Step:
+        first = stock_step(given)()
+        return lambda: first
+
+    with pytest.raises(layer_pairs.WrongResult, match=r"^step 2: loss is .* away from float64"):
+        check_steps(training, make)
+
+
 def test_the_chart_has_a_dot_for_every_time(small: Path) -> None:
     with Image.open(small / "profile.png") as image:
         pixels = image.convert("RGB")
@@ -113,6 +142,11 @@ def test_the_floor_of_a_pass_counts_every_gradient() -> None:
     assert floors["fc8", "forward"].size == 2 * (3 * 4096 + 4096 * 1000 + 3 * 1000)
 
 
+@pytest.mark.parametrize("host", [1e-6, 1e-3, 9e-3])
+def test_the_gpu_is_busy_for_longer_than_the_host_needs(host: float) -> None:
+    assert overwrites(host, each=1e-4) * 1e-4 > host
+
+
 def test_nothing_wrong_is_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +164,7 @@ def test_nothing_wrong_is_timed(
     [
         (["--layer", "conv9"], "--layer conv9: expected some of conv1, pool1, conv2,"),
         (["--batch-size", "0"], "argument --batch-size: expected a whole number of at least 1"),
+        (["--layer", "net", "--dtype", "fp16"], "--layer net: a step takes bf16 or fp32"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     ],
 )

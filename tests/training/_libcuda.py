@@ -19,26 +19,12 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
 
-_NO_OPS = [
-    "cuCtxGetDevice",
-    "cuCtxGetLimit",
-    "cuCtxSetCurrent",
-    "cuCtxSetLimit",
-    "cuDeviceGet",
-    "cuFuncSetAttribute",
-    "cuDevicePrimaryCtxRetain",
-    "cuDriverGetVersion",
-    "cuFuncSetCacheConfig",
-    "cuGetErrorString",
-    "cuModuleLoadData",
-    "cuModuleUnload",
-    "cuOccupancyMaxActiveClusters",
-    "cuPointerGetAttribute",
-    "cuStreamIsCapturing",
-    "cuTensorMapEncodeIm2col",
-    "cuInit",
-    "cuDeviceGetCount",
-]
+_NO_OPS = """
+    cuCtxGetDevice cuCtxGetLimit cuCtxSetCurrent cuCtxSetLimit cuDeviceGet cuFuncSetAttribute
+    cuDevicePrimaryCtxRetain cuDriverGetVersion cuFuncSetCacheConfig cuGetErrorString
+    cuModuleLoadData cuModuleUnload cuOccupancyMaxActiveClusters cuPointerGetAttribute
+    cuStreamIsCapturing cuTensorMapEncodeIm2col cuInit cuDeviceGetCount
+"""
 _SOURCE = """
 #include <stdint.h>
 #include <string.h>
@@ -97,7 +83,7 @@ class StubDriver(nvidia.CudaDriver):  # type: ignore[misc]
         if shutil.which(os.environ.get("CC", "gcc")) is None:
             raise RuntimeError("needs a C compiler")
         source, library = folder / "cuda.c", folder / "libcuda.so.1"
-        no_ops = "".join(f"int {name}(void) {{ return 0; }}\n" for name in _NO_OPS)
+        no_ops = "".join(f"int {name}(void) {{ return 0; }}\n" for name in _NO_OPS.split())
         source.write_text(_SOURCE + no_ops)
         options = ["-O2", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
         command = [os.environ.get("CC", "gcc"), *options, "-o", str(library), str(source)]

@@ -1,4 +1,4 @@
-"""What is changed between two steps counts in the next one, and a batch of another form is judged."""
+"""What is changed between two steps counts in the next, and a batch of another form is judged."""
 
 from __future__ import annotations
 
