@@ -20,13 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fastalex.fused_update import fuse_updates, lay_out
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastalex import AlexNet, parallel
 from fastalex.exchange import TowerExchange, check_copies
 from fastalex.optim import build_optimizer
 from fastalex.specification import Variant
+from fastalex.training import TrainStep
 from tests._nets import narrow
 
 ROWS, SIZE = 5, 64
@@ -125,20 +125,20 @@ def _refused(function: Callable[[], object]) -> str:
 
 def _check_damaged(mesh: DeviceMesh, damaged: Callable[[TowerExchange], bool]) -> str:
     """What ``check_copies`` says where some exchanges bring zeros."""
-    swap = TowerExchange.swap
+    both = TowerExchange.both
 
     def zeros(self: TowerExchange, x: torch.Tensor) -> torch.Tensor:
-        received = swap(self, x)
+        received = both(self, x)
         return torch.zeros_like(x) if damaged(self) else received
 
-    TowerExchange.swap = zeros  # type: ignore[method-assign]
+    TowerExchange.both = zeros  # type: ignore[method-assign]
     try:
         exchange = check_copies(mesh)
         return "staged" if exchange.staged else "direct"
     except RuntimeError as error:
         return str(error)
     finally:
-        TowerExchange.swap = swap  # type: ignore[method-assign]
+        TowerExchange.both = both  # type: ignore[method-assign]
 
 
 def two() -> dict[str, Any]:
@@ -150,8 +150,8 @@ def two() -> dict[str, Any]:
         "source2012": _compare("source2012", towers, [0, ROWS], staged),
         "caffe": _compare("caffe", replicas, [0, 3, ROWS]),
         "owt": _compare("owt", replicas, [0, 1, ROWS]),
-        "staged swap": staged.swap(sent).tolist(),
-        "empty swap": list(staged.swap(torch.empty(0, 4)).shape),
+        "staged": staged.both(sent).tolist(),
+        "empty": list(staged.both(torch.empty(0, 4)).shape),
         "sound": _check_damaged(towers, lambda _: False),
         "direct way damaged": _check_damaged(towers, lambda e: not e.staged),
         "direct way damaged to rank 1": _check_damaged(
@@ -168,19 +168,17 @@ def four() -> dict[str, Any]:
 
 
 def _train(model: AlexNet) -> list[float]:
-    """The losses before and after a step whose backward pass updates the weights."""
-    lay_out(model)
-    optimizer = build_optimizer(model, lr=0.05)
-    fuse_updates(model, optimizer)
-    loss, _ = _pass(model, slice(0, ROWS))
-    assert not _gradients(model)
-    images, labels = _batch()
-    with torch.no_grad():
-        return [float(loss), float(F.cross_entropy(model(images), labels))]
+    """The losses of two steps."""
+    step = TrainStep(model, build_optimizer(model, lr=0.05))
+    losses = []
+    for _ in range(2):
+        model.seed_dropout(0, 1)
+        losses.append(step(*_batch()).item())
+    return losses
 
 
-def updated() -> dict[str, Any]:
-    """A step of the whole net and of its towers, and how far their weights moved."""
+def trained() -> dict[str, Any]:
+    """Two steps of the whole net and of its towers, and how far their weights moved."""
     mesh, small = parallel.init_mesh("cpu", 1, 2), narrow("paper")
     model, whole = _net(small), _net(small)
     parallel.parallelize(model, mesh)
@@ -211,7 +209,7 @@ def main() -> None:
         world_size=int(world),
         timeout=datetime.timedelta(seconds=120),
     )
-    result = {"two": two, "four": four, "updated": updated}[measurement]()
+    result = {"two": two, "four": four, "trained": trained}[measurement]()
     Path(results).write_text(json.dumps(result))
     dist.destroy_process_group()
 
