@@ -1,4 +1,4 @@
-"""Sweep of tiles: what each candidate for a problem makes of it, compiled, computed or timed."""
+"""Candidates for each choice that a step looks up: found, compiled, ranked, checked and timed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import signal
 import statistics
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,26 +17,87 @@ import torch
 from fastalex import offline
 from fastalex.gpus import GPU
 from fastalex.inspection import inspect
-from fastalex.layer_pairs import WrongResult
 from fastalex.recorded_step import Event, Layer, Step
 from fastalex.timing import Clock, take_turns
-from fastalex.tuning_problems import Candidate, Problem, Recording, Task
-from fastalex_kernels._launch import run
-from fastalex_kernels._tuned import Key, Tile, choosing
+from fastalex.tuning_candidates import candidates, follows_tile
+from fastalex.tuning_step import Call
+from fastalex_kernels._tuned import Key, Tile
+from fastalex_kernels.program import Launch, Program
+from fastalex_kernels.reference import relative_error
 
 ISSUE_BAR = 0.4  # instructions are issued in less than this share of the products' time
+_OTHER_PLACES = 1e-3  # of a maximum: where two values are within rounding, either is right
 
-_waiting: tuple[list[list[offline.Launch]], str] = ([], "")  # what a forked process inherits
+_jobs: tuple[Sequence[Sequence[Launch]], str] = ([], "")  # what a forked process inherits
 
 
-def _compile(i: int) -> tuple[int, str | None]:
-    groups, target = _waiting
-    try:
-        for launch in groups[i]:
-            offline.compile_launch(launch, target)
-    except Exception as error:  # of any kind: a candidate that fails is left out, and named
-        return i, describe_failure(error)
-    return i, None
+@dataclass
+class Candidate:
+    """A choice for one problem, and what became of it."""
+
+    tile: Tile
+    skipped: str | None = None
+    seconds: float | None = None
+    score: float | None = None  # share of the GPU's time, at best; computed
+    launches: list[Launch] = field(default_factory=list)  # on tensors without data
+
+
+@dataclass
+class Problem:
+    """What a pass of a layer looked up; the first candidate is the package's own choice."""
+
+    layer: str
+    phase: str
+    key: Key
+    candidates: list[Candidate]
+
+    @property
+    def own(self) -> Candidate:
+        return self.candidates[0]
+
+    def left(self) -> list[Candidate]:
+        return [c for c in self.candidates if c.skipped is None]
+
+
+def find_problems(
+    calls: Iterable[Call],
+    allowed: Callable[[Key, Tile], Iterator[Tile]],
+    limit: int,
+    taken: Mapping[Key, Tile],
+    following: bool,
+) -> list[Problem]:
+    """The problems of passes on tensors without data, each with up to ``limit`` candidates.
+
+    A tile that comes to the same launches as one before it is left out, and so is a reduction too
+    short to be split.
+
+    Args:
+        calls: their launches are recorded, not run.
+        allowed: the choices for a key and the package's own one.
+        limit: candidates of a problem.
+        taken: by the other problems.
+        following: whether to find the problems that follow from a tile, or those of tiles.
+    """
+    problems: dict[Key, Problem] = {}
+    for call in calls:
+        for key, own in call.again(taken).own.items():
+            if key in problems or follows_tile(key) is not following:
+                continue
+            seen: dict[str, Candidate] = {}
+            for tile in allowed(key, own):
+                launches = call.again({**taken, key: tile}).launches[key]
+                seen.setdefault(_identity(launches), Candidate(tile, launches=launches))
+                if len(seen) == limit:
+                    break
+            if len(seen) > 1 or not following:
+                problems[key] = Problem(call.layer, call.phase, key, list(seen.values()))
+    return list(problems.values())
+
+
+def _identity(launches: list[Launch]) -> str:
+    """What is launched, but for the tensors."""
+    numbers = [[x for x in launch.arguments if isinstance(x, (int, str))] for launch in launches]
+    return repr([(x.name, x.grid, n, x.options) for x, n in zip(launches, numbers, strict=True)])
 
 
 def describe_failure(error: Exception) -> str:
@@ -43,27 +106,42 @@ def describe_failure(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def compile_candidates(
-    problems: list[Problem], target: str, shared: int, progress: Callable[[], object]
-) -> None:
-    """Compile every candidate, on all cores, and skip those that fail, spill or do not fit."""
-    global _waiting
-    candidates = [c for problem in problems for c in problem.candidates]
-    _waiting = ([c.launches for c in candidates], target)
-    workers = len(os.sched_getaffinity(0))
+def compile_all(
+    jobs: Sequence[Sequence[Launch]], target: str, deadline: float = math.inf
+) -> Iterator[str | None]:
+    """Why the launches of each job can't be used, None where they can: they fail, spill, or do not
+    fit.
+
+    All cores but one compile them, and leave what they made in Triton's cache.
+
+    Args:
+        jobs: of launches on tensors without data; in order.
+        target: one of ``offline.TARGETS``.
+        deadline: by ``time.monotonic``; the iterator ends there.
+    """
+    global _jobs
+    _jobs = (jobs, target)
+    workers = max(1, len(os.sched_getaffinity(0)) - 1)
     context = multiprocessing.get_context("fork")
     with context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        for i, failure in pool.imap_unordered(_compile, range(len(candidates))):
-            candidates[i].skipped = failure
-            progress()
-    for candidate in candidates:
-        if candidate.skipped is None:
-            candidate.skipped = _unfit(candidate, target, shared)
+        results = pool.imap(_compile, range(len(jobs)))
+        for _ in jobs:
+            left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+            try:
+                result = results.next(left)
+            except multiprocessing.TimeoutError:
+                return
+            yield result
 
 
-def _unfit(candidate: Candidate, target: str, shared: int) -> str | None:
-    for launch in candidate.launches:
-        code = offline.read(offline.compile_launch(launch, target))
+def _compile(i: int) -> str | None:
+    jobs, target = _jobs
+    shared = offline.TARGETS[target].shared_limit
+    for launch in jobs[i]:
+        try:
+            code = offline.read(offline.compile_launch(launch, target))
+        except Exception as error:  # of any kind: a candidate that fails is left out, and named
+            return describe_failure(error)
         if code.spills or code.stack:
             return f"{launch.name} spills ({code.spills} instructions, {code.stack} bytes)"
         if code.shared > shared:
@@ -80,16 +158,7 @@ def rank(problem: Problem, layer: Layer, gpu: GPU, dtype: str) -> None:
     instructions, in simulated waves too, at most 1.
     """
     for candidate in problem.left():
-        events = [
-            Event(
-                problem.layer,
-                "forward" if problem.direction == "forward" else "backward",
-                launch.name,
-                launch,
-                {name: name for name in launch.named_args},
-            )
-            for launch in candidate.launches
-        ]
+        events = [Event(problem.layer, problem.phase, x.name, x) for x in candidate.launches]
         rows = inspect(Step(events, {problem.layer: layer}), gpu, dtype)
         row = next((row for row in rows if row.mma), next(iter(rows), None))
         if row is None:
@@ -104,50 +173,68 @@ def rank(problem: Problem, layer: Layer, gpu: GPU, dtype: str) -> None:
 
 def time_candidates(
     problem: Problem,
-    task: Task,
-    target: str,
+    call: Call,
+    allowed: float,
+    taken: Mapping[Key, Tile],
     clock: Clock,
     rounds: int,
-    settled: Mapping[Key, Tile],
 ) -> None:
-    """Check each candidate that is left against float64, and time its launches.
+    """Check each candidate that is left against the package's own choice, and time its launches.
 
     Args:
         problem: its candidates' times are filled in.
-        task: the pass that poses it.
-        target: as ``fastalex_kernels`` names it.
+        call: the pass that looked it up. What it changes is as before in the end.
+        allowed: relative error of a result.
+        taken: by the other problems.
         clock: as ``clock_of`` gives it.
         rounds: times that each is timed.
-        settled: tiles that are taken for other problems.
 
     Raises:
         RuntimeError: where a candidate left the GPU unusable, naming it.
     """
-    calls: dict[str, Callable[[], object]] = {}
+    before = {name: x.clone() for name, x in call.changed().items()}
+
+    def restore() -> None:
+        for name, x in call.changed().items():
+            x.copy_(before[name])
+
+    expected = call.again({**taken, problem.key: problem.own.tile}).results
+    runs: dict[str, Callable[[], object]] = {}
     for candidate in problem.left():
-        tile = {**settled, problem.key: candidate.tile}
+        restore()
         try:
-            with choosing(lambda key, own, tile=tile: tile.get(key, own)):  # type: ignore[misc]
-                task.check()
-            launches = Recording(task, target, tile, True).launches[problem.key]
-            calls[str(candidate.tile)] = _again(launches)
-            calls[str(candidate.tile)]()
-        except WrongResult as error:
-            candidate.skipped = str(error)
+            trace = call.again({**taken, problem.key: candidate.tile})
+            candidate.skipped = _difference(trace.results, expected, allowed)
         except Exception as error:  # of any kind: a candidate that fails is left out, and named
             candidate.skipped = describe_failure(error)
             _still_works(candidate)
-    times = take_turns(calls, clock, rounds)
+            continue
+        timed = Program([x for x in call.given if x is not None])
+        timed.launches = trace.launches[problem.key]
+        if candidate.skipped is None:
+            runs[str(candidate.tile)] = timed.run
+    times = take_turns(runs, clock, rounds)
     for candidate in problem.left():
         candidate.seconds = statistics.median(times[str(candidate.tile)])
+    restore()
 
 
-def _again(launches: list[offline.Launch]) -> Callable[[], object]:
-    def again() -> None:
-        for launch in launches:
-            run(launch.kernel, launch.grid, launch.args, launch.kwargs)
-
-    return again
+def _difference(
+    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], allowed: float
+) -> str | None:
+    """What differs by more than is allowed, and by how much."""
+    for name, x in expected.items():
+        if found[name] is x:  # an input
+            continue
+        bound, error = allowed, 0.0
+        if x.is_floating_point():
+            error = relative_error(found[name], x)
+        else:
+            bound, error = _OTHER_PLACES, float((found[name] != x).double().mean())
+        if not error <= bound:  # NaN is wrong too
+            what = name.strip("_")
+            return f"{what} is {error:.1e} away from the own choice's, allowed are {bound:.1e}"
+    return None
 
 
 def _still_works(candidate: Candidate) -> None:
@@ -177,14 +264,14 @@ def entry(problem: Problem) -> dict[str, Any]:
     chosen = best(problem)
     return {
         "layer": problem.layer,
-        "pass": problem.direction,
+        "pass": problem.phase,
         "kernel": kernel,
         "kind": kind,
         "sizes": list(sizes),
         "tile": list(chosen.tile),
-        "us": None if chosen.seconds is None else 1e6 * chosen.seconds,
+        "us": chosen.seconds and 1e6 * chosen.seconds,
         "own tile": list(problem.own.tile),
-        "own us": None if problem.own.seconds is None else 1e6 * problem.own.seconds,
+        "own us": problem.own.seconds and 1e6 * problem.own.seconds,
         "tried": [
             {"tile": list(c.tile), "us": c.seconds and 1e6 * c.seconds, "score": c.score}
             for c in problem.left()

@@ -149,7 +149,7 @@ class TrainStep:
         check(self.model, self.optimizer, self.precision)
         first = next(self.model.parameters())
         self._device, self._triton = first.device, use_triton(first)
-        self._dtype = torch.float32 if interpreted() else PRODUCTS[self.precision]
+        self._dtype = torch.float32 if interpreted() else self._product_dtype()
         self._layers = list(_chain(self.model))
         self._rates = Rates(self.optimizer)
         self._updates: dict[str, MomentumUpdate] = {}
@@ -163,6 +163,9 @@ class TrainStep:
         self._counted = -1  # their version after the last step
         self._recorded: dict[Any, _Recorded] = {}
         self._last: _Recorded | None = None
+
+    def _product_dtype(self) -> torch.dtype:
+        return PRODUCTS[self.precision]
 
     @property
     def launches(self) -> list[Launch]:
