@@ -178,10 +178,10 @@ def _size(tensors: Sequence[torch.Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _layers(model: AlexNet, batch: int) -> dict[str, Layer]:
-    """The layers by name, in order, as they are given published images."""
+def layers_of(model: AlexNet, batch: int, size: int) -> dict[str, Layer]:
+    """The layers by name, in order, as they are given images of ``size`` pixels a side."""
     layers: dict[str, Layer] = {}
-    made: tuple[int, ...] = (batch, 3, model.variant.image_size, model.variant.image_size)
+    made: tuple[int, ...] = (batch, 3, size, size)
     for name, module in layer_names(model).items():
         given, weight = made, getattr(module, "weight", None)
         if weight is not None:  # a tower's layer may read both towers
@@ -246,6 +246,6 @@ def record_step(
     crops = (batch, 3, size, size)
     recorded.layers = {
         "augment": Layer("augment", augment, crops, tuple(made.shape), None, False),
-        **_layers(model, batch),
+        **layers_of(model, batch, size),
     }
     return recorded

@@ -15,7 +15,6 @@ from fastalex.parallel import cut_to_tower
 from fastalex.training import TrainStep
 from fastalex.training.passes import Flatten, Pass, Torch
 from fastalex.training.step import Tricks
-from fastalex.variants import Variant
 from fastalex_kernels._tuned import Key, Tile, choosing
 from fastalex_kernels.program import Launch, Program
 from fastalex_kernels.reference import tolerance
@@ -29,12 +28,12 @@ class Trace(NamedTuple):
     Attributes:
         own: the package's own choice, by what was looked up.
         launches: of kernels, by what was looked up right before them.
-        results: what the pass returned, kept or updated, by name.
+        results: what the pass made and changed; of partial sums their total.
     """
 
     own: dict[Key, Tile]
     launches: dict[Key, list[Launch]]
-    results: dict[str, torch.Tensor]
+    results: list[torch.Tensor]
 
 
 class Call(NamedTuple):
@@ -61,19 +60,17 @@ class Call(NamedTuple):
 
         with choosing(choose), program.recording():
             made = getattr(one, self.phase)(*self.given)
-        ends = dict(itertools.pairwise([*sorted(set(places.values())), len(program.launches)]))
+        ends = dict(itertools.pairwise(sorted({*places.values(), len(program.launches)})))
         launches = {
             key: [x for x in program.launches[first : ends.get(first)] if x.grid is not None]
             for key, first in places.items()
         }
         if self.phase == "forward":
-            kept = {name: x for name, x in vars(one).items() if isinstance(x, torch.Tensor)}
-            return Trace(own, launches, kept)
-        dx, sums = made[0], None if made[1] is None else made[1].sum(0)
-        results = {"gradient": dx, "bias sums": sums} | {
-            name: x.clone() for name, x in self.changed().items()
-        }
-        return Trace(own, launches, {name: x for name, x in results.items() if x is not None})
+            results = [made, getattr(one, "_argmax", None)]
+        else:
+            results = [made[0], None if made[1] is None else made[1].sum(0)]
+        results += [x.clone() for x in self.changed()]
+        return Trace(own, launches, [x for x in results if x is not None])
 
     def program(self) -> Program:
         """An empty one on the device of the pass."""
@@ -81,26 +78,24 @@ class Call(NamedTuple):
         program.at(self.layer, self.phase)
         return program
 
-    def changed(self) -> dict[str, torch.Tensor]:
+    def changed(self) -> list[torch.Tensor]:
         """What the pass changes in place: parameters, their copies, momentum, gradients."""
-        updates = () if self.phase == "forward" else getattr(self.one, "update", None)
-        tensors = {
-            f"{kind} {name}": x
-            for kind, of in zip(("weight", "bias"), updates.updates if updates else ())
+        update = None if self.phase == "forward" else getattr(self.one, "update", None)
+        tensors = [
+            x
+            for of in (update.updates if update else ())
             if of is not None
-            for name, x in (
-                ("itself", of.parameter.data), ("copy", of.operand),
-                ("momentum", of.buffer), ("gradient", of.parameter.grad),
-            )
-        }  # fmt: skip
-        return {name: x for name, x in tensors.items() if x is not None}
+            for x in (of.parameter.data, of.operand, of.buffer, of.parameter.grad)
+        ]
+        return [x for x in tensors if x is not None]
 
-    def allowed(self, dtype: torch.dtype) -> float:
-        """The relative error of results whose products are computed in ``dtype``."""
+    def allowed(self) -> float:
+        """The relative error that the results may have, for the longest of their sums."""
         x, w = self.given[0], getattr(self.one.module, "weight", None)
         assert x is not None
-        lengths = [] if w is None else [w[0].numel(), w.numel() // w.shape[1]]
-        return tolerance(dtype, max(lengths and [*lengths, x.numel() // x.shape[-1]], default=0))
+        rows = x.numel() // x.shape[-1]
+        longest = 0 if w is None else max(w[0].numel(), w.numel() // w.shape[1], rows)
+        return tolerance(x.dtype, longest)
 
 
 class _Watch:
@@ -139,7 +134,7 @@ class WatchedStep(TrainStep):
 
     def __init__(
         self,
-        variant: str | Variant,
+        variant: str,
         batch: int,
         dtype: torch.dtype,
         image_size: int | None,
@@ -165,8 +160,7 @@ class WatchedStep(TrainStep):
         return self._products
 
     def _passes(self, images: Sequence[torch.Tensor | None]) -> list[tuple[str, Pass]]:
-        passes = super()._passes(images)
         return [
             (name, one if isinstance(one, (Torch, Flatten)) else _Watch(name, one, self.calls))
-            for name, one in passes
+            for name, one in super()._passes(images)
         ]
