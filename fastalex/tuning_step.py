@@ -15,6 +15,7 @@ from fastalex.parallel import cut_to_tower
 from fastalex.training import TrainStep
 from fastalex.training.passes import Flatten, Pass, Torch
 from fastalex.training.step import Tricks
+from fastalex.variants import Variant
 from fastalex_kernels._tuned import Key, Tile, choosing
 from fastalex_kernels.program import Launch, Program
 from fastalex_kernels.reference import tolerance
@@ -134,7 +135,7 @@ class WatchedStep(TrainStep):
 
     def __init__(
         self,
-        variant: str,
+        variant: str | Variant,
         batch: int,
         dtype: torch.dtype,
         image_size: int | None,
