@@ -354,10 +354,21 @@ def test_what_an_update_does_is_checked_and_undone(
 SWEEP = ["--dry-run", "--batch-size", "1", "--image-size", "36", "--dtype", "fp32"]
 
 
+@pytest.fixture
+def narrow_net(small_step: WatchedStep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command tunes ``small_step``."""
+    monkeypatch.setitem(VARIANTS, "paper", narrow("paper"))
+
+    def step(*arguments: Any) -> WatchedStep:
+        return WatchedStep(*arguments) if arguments[-1] == "meta" else small_step
+
+    monkeypatch.setattr(tune, "WatchedStep", step)
+
+
+@pytest.mark.usefixtures("narrow_net")
 def test_a_table_is_written_and_used_by_the_step(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(VARIANTS, "paper", narrow("paper"))
     costs = Costs(monkeypatch)
     costs.cost = lambda rows: 1.0 / rows  # the largest program is the fastest
     monkeypatch.setattr(tune, "clock_of", lambda device: costs)
@@ -381,11 +392,10 @@ def _step() -> TrainStep:
     return TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.0))
 
 
+@pytest.mark.usefixtures("narrow_net")
 def test_an_interrupted_sweep_keeps_what_it_had(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(VARIANTS, "paper", narrow("paper"))
-    monkeypatch.setattr(_tuned, "_table", lambda device: {})
     times = iter([0.0, 2.0, 2.0, 3.0])  # of the first problem, which has two candidates
 
     def clock() -> float:
