@@ -108,23 +108,19 @@ def _tune(
     # A dry run times nothing, so nothing is written unless --output asks for it.
     path: Path | None = options.output or (None if gpu else _tuned.table_path(name))
     head = {"timed": gpu is None, **provenance(device), **_tuned.identity(name)}
-    entries = _known(path, name)
+    entries = _known(path, name) if path else {}
     search, measured = _search(options, device, gpu)
     done: list[Problem] = []
-    broken = None
     try:
         for problem in tqdm(measured, "tuning", unit=" problems", leave=False, disable=None):
             done.append(problem)
             entries[problem.key] = problem.entry()
-            _write(path, head, entries)
-    except tuning.UnusableGPU as error:
-        broken = error
-    except KeyboardInterrupt:
-        if path is None or not done:
-            raise
-        what = f"interrupted, {len(done)} of {len(search.found)} problems are in {path}"
-        raise KeyboardInterrupt(what) from None
-    _write(path, head, entries)
+            if path is not None:
+                _write(path, {**head, "tiles": list(entries.values())})
+    except (KeyboardInterrupt, tuning.UnusableGPU) as stop:
+        kept = f"{len(done)} of {len(search.found)} problems are in {path}"
+        kept = kept if path and done else "nothing was written"
+        raise type(stop)(f"{str(stop) or 'interrupted'}, {kept}") from None
     print("\n".join(_scores(done, options) if gpu else _times(done)))
     for problem, candidate in ((p, c) for p in done for c in p.candidates if c.skipped):
         tile = _shown(problem, candidate)
@@ -133,10 +129,9 @@ def _tune(
         missed = len(search.found) - len(done)
         print(f"{missed} of {len(search.found)} problems were not reached")
     if path is not None:
+        _write(path, {**head, "tiles": list(entries.values())})
         print(f"\ntable {path}")
-    if broken is not None:
-        print(f"tune: error: {broken}", file=sys.stderr)
-    return 0 if broken is None else 2
+    return 0
 
 
 def _search(
@@ -180,10 +175,8 @@ def _scored(search: Search, layers: dict[str, Layer], gpu: GPU, dtype: str) -> I
         yield problem
 
 
-def _known(path: Path | None, device: str) -> dict[_tuned.Key, dict[str, Any]]:
+def _known(path: Path, device: str) -> dict[_tuned.Key, dict[str, Any]]:
     """The entries of a table that still holds; of other layers or batches, they stay."""
-    if path is None:
-        return {}
     try:
         _tuned.read_table(path, device)
     except (OSError, ValueError):
@@ -192,15 +185,10 @@ def _known(path: Path | None, device: str) -> dict[_tuned.Key, dict[str, Any]]:
     return {(e["kernel"], e["kind"], tuple(e["sizes"])): e for e in entries}
 
 
-def _write(
-    path: Path | None, head: dict[str, Any], entries: dict[_tuned.Key, dict[str, Any]]
-) -> None:
-    if path is None:
-        return
+def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        content = json.dumps({**head, "tiles": list(entries.values())}, indent=1)
-        temporary.write_text(content + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _shown(problem: Problem, candidate: Candidate) -> str:

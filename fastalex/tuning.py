@@ -35,7 +35,7 @@ Jobs = Sequence[Sequence[Launch]]
 _jobs: tuple[Jobs, str] = ([], "")  # what a forked process inherits
 
 
-class UnusableGPU(RuntimeError):
+class UnusableGPU(OSError):
     """A candidate left the GPU in an error that stays; the message names it."""
 
 
@@ -300,4 +300,5 @@ def _still_works(candidate: Candidate) -> None:
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        raise UnusableGPU(f"tile {candidate.tile} left the GPU unusable: {error}") from error
+        what = f"tile {candidate.tile} left the GPU unusable: {_describe(error)}"
+        raise UnusableGPU(what) from error

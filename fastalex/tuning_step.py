@@ -12,10 +12,10 @@ import torch
 from fastalex.exchange import LoopbackExchange
 from fastalex.model import AlexNet
 from fastalex.parallel import cut_to_tower
+from fastalex.specification import Variant
 from fastalex.training import TrainStep
 from fastalex.training.passes import Flatten, Pass, Torch
 from fastalex.training.step import Tricks
-from fastalex.variants import Variant
 from fastalex_kernels._tuned import Key, Tile, choosing
 from fastalex_kernels.program import Launch, Program
 from fastalex_kernels.reference import tolerance
