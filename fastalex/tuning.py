@@ -157,8 +157,10 @@ class Search:
             for call in self._calls:
                 assert call.given[0] is not None
                 bits = 8 * call.given[0].element_size()
-                for key, own in call.again(taken).own.items():
-                    if key in problems or follows_tile(key) is not following:
+                trace = call.again(taken)
+                for key, own in trace.own.items():
+                    launched = trace.launches[key]  # nothing, where it was only asked for
+                    if key in problems or follows_tile(key) is not following or not launched:
                         continue
                     seen: dict[str, Candidate] = {}
                     for tile in candidates(key, own, self._target, bits, shared):

@@ -193,6 +193,16 @@ def test_what_a_training_step_looks_up_is_tuned(gpus: int, monkeypatch: pytest.M
     assert min(steps) >= 8
 
 
+def test_what_launches_nothing_is_no_problem() -> None:
+    """A tower asks whether halves of a product gain, and in the interpreter they do not."""
+    with kernels.backend("interpreter"), record_launches("interpreter", lambda *_: None):
+        step = WatchedStep(narrow("paper"), 1, torch.float32, 36, 2, "meta")
+        found = list(Search([c for c in step.calls if c.layer == "fc6"], "interpreter", 2))
+    kinds = [(problem.phase, problem.key[0]) for problem in found]
+    assert kinds == [("forward", "linear"), ("backward", "linear"), ("backward", "linear update")]
+    assert all(candidate.launches for problem in found for candidate in problem.candidates)
+
+
 def test_tiles_are_settled_before_the_parts_that_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the end a table holds the parts of the tile that it holds."""
     found = []
