@@ -4,7 +4,7 @@
 
 A table stands between ``<!-- figures KERNEL ... -->`` and ``<!-- end -->``, one row for each launch
 of one of these kernels in a training step; a cell holds the H100's figure and the A100's. What two
-towers swap, on two H100, stands behind ``<!-- swaps -->``.
+towers exchange, on two H100, stands behind ``<!-- exchanges -->``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ HEAD = (
     "instr", "MB", "over floor",
 )  # fmt: skip
 _TABLE = re.compile(r"(<!-- figures ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SWAP_HEAD = ("before", "pass", "MB each way", "swap us", "meanwhile us", "waited us")
-_SWAPS = re.compile(r"(<!-- swaps -->\n).*?(<!-- end -->)", re.DOTALL)
+EXCHANGE_HEAD = ("before", "pass", "MB each way", "exchange us", "meanwhile us", "waited us")
+_EXCHANGES = re.compile(r"(<!-- exchanges -->\n).*?(<!-- end -->)", re.DOTALL)
 _VERSION = re.compile(r"(<!-- version -->).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -65,12 +65,12 @@ def _lines(head: tuple[str, ...]) -> list[str]:
     return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
 
 
-def swaps(report: dict[str, Any]) -> str:
-    """A Markdown table of what two towers swap in a step."""
-    lines = _lines(SWAP_HEAD)
-    for swap in report["swaps"]:
-        times = [f"{swap[name] * 1e6:.1f}" for name in ("seconds", "meanwhile", "waited")]
-        cells = [swap["layer"], swap["phase"], f"{swap['size'] / 1e6:.2f}", *times]
+def exchanges(report: dict[str, Any]) -> str:
+    """A Markdown table of what two towers exchange in a step."""
+    lines = _lines(EXCHANGE_HEAD)
+    for one in report["exchanges"]:
+        times = [f"{one[name] * 1e6:.1f}" for name in ("seconds", "meanwhile", "waited")]
+        cells = [one["layer"], one["phase"], f"{one['size'] / 1e6:.2f}", *times]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -97,11 +97,11 @@ def main() -> None:
     text = PAGE.read_text()
     text = _TABLE.sub(lambda m: m[1] + table(reports, m[2].split()) + m[3], text)
     towers = report("h100", "--gpus", "2")
-    text = _SWAPS.sub(lambda m: m[1] + swaps(towers) + m[2], text)
+    text = _EXCHANGES.sub(lambda m: m[1] + exchanges(towers) + m[2], text)
     version = f"Triton {reports['h100']['triton']}, torch {reports['h100']['torch']}"
     text = _VERSION.sub(lambda m: m[1] + version + m[2], text)
     PAGE.write_text(text)
-    filled = len(_TABLE.findall(text)) + len(_SWAPS.findall(text))
+    filled = len(_TABLE.findall(text)) + len(_EXCHANGES.findall(text))
     print(f"filled {filled} tables of {PAGE}")
 
 

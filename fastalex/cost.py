@@ -45,10 +45,6 @@ class Floor:
     useful: float = 0.0
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
-
-
 def tap_share(layer: Layer) -> float:
     """The taps of a convolution that touch the image, over all of them."""
     module = layer.module
@@ -80,7 +76,7 @@ def floors(layers: Mapping[str, Layer], itemsize: int, train: bool) -> dict[tupl
     for layer, following in zip(ordered, [*ordered[1:], None], strict=True):
         if isinstance(layer.module, Augment):
             # A byte for each value of a crop, and what the first layer reads of them.
-            size = _numel(layer.input) + itemsize * _numel(layer.output)
+            size = math.prod(layer.input) + itemsize * math.prod(layer.output)
             passes = {"forward": Floor(0.0, size)}
         elif isinstance(layer.module, MaxPool2d):
             passes = _pooling(layer, itemsize, train)
@@ -106,7 +102,7 @@ def _convolution(layer: Layer, itemsize: int, masked: bool) -> dict[str, Floor]:
     assert isinstance(layer.module, Conv2dReLU)
     k, _, r, s = layer.weight
     stride = layer.module.stride[0]
-    x, y, w = _numel(layer.input), _numel(layer.output), _numel(layer.weight)
+    x, y, w = math.prod(layer.input), math.prod(layer.output), math.prod(layer.weight)
     flops = 2.0 * (y // k) * w
     window = math.ceil(r / stride) * math.ceil(s / stride) * stride**2
     useful = flops * window / (r * s) * tap_share(layer)
@@ -120,14 +116,14 @@ def _convolution(layer: Layer, itemsize: int, masked: bool) -> dict[str, Floor]:
 
 def _linear(layer: Layer, itemsize: int) -> dict[str, Floor]:
     assert layer.weight is not None
-    x, y, w = _numel(layer.input), _numel(layer.output), _numel(layer.weight)
+    x, y, w = math.prod(layer.input), math.prod(layer.output), math.prod(layer.weight)
     flops = 2.0 * layer.input[0] * w
     both = Floor(flops, itemsize * (x + y + w), flops)
     return {"forward": both, "input": both, "weight": Floor(flops, itemsize * (x + y), flops)}
 
 
 def _pooling(layer: Layer, itemsize: int, train: bool) -> dict[str, Floor]:
-    x, y = itemsize * _numel(layer.input), itemsize * _numel(layer.output)
+    x, y = itemsize * math.prod(layer.input), itemsize * math.prod(layer.output)
     if train and not isinstance(layer.module, LRNMaxPool2d):
         # The position of a maximum, a byte, costs less than to read the input again.
         at = y // itemsize

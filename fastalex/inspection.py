@@ -204,6 +204,7 @@ def _read(event: Event, launch: Launch, compiled: Any, layer: Layer | None, gpu:
         code.registers, code.shared, code.spills, code.stack,
     )  # fmt: skip
     row.warps, row.tile = int(compiled.metadata.num_warps), text.tile()
+    assert launch.grid is not None
     arguments = launch.named
     row.role = _role(event, launch, text, layer)
     _add_traffic(row, arguments, text)
@@ -256,7 +257,7 @@ def _add_traffic(row: Row, arguments: dict[str, Any], text: ttir.Code) -> None:
             size = tensor.numel() * tensor.element_size()
             row.sizes[name], row.itemsizes[name] = size, tensor.element_size()
             # Two descriptors of one tensor, in blocks of two sizes, share its bytes.
-            same = (tensor.untyped_storage()._cdata, tensor.storage_offset(), store)
+            same = (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), store)
             if same in seen:
                 continue
             seen.add(same)

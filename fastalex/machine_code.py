@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastalex.ttir import Line
@@ -89,7 +90,7 @@ class Loop:
 
     @property
     def accesses(self) -> list[Access]:
-        return _accesses(self.body)
+        return accesses(self.body)
 
     @property
     def drains(self) -> int:
@@ -240,18 +241,11 @@ def _natural_loop(header: int, block: int, successors: list[list[int]]) -> set[i
     return inside
 
 
-def accesses(instructions: list[Instruction]) -> list[Access]:
+def accesses(instructions: Sequence[Instruction]) -> list[Access]:
     """Every access to global memory, in order."""
-    return _accesses(tuple(instructions))
-
-
-def _accesses(instructions: tuple[Instruction, ...]) -> list[Access]:
     result = []
     for i in instructions:
-        found = re.match(
-            r"(LDG|STG|LDGSTS|UTMALDG|UTMASTG|UTMAREDG|UBLKCP|ATOMG|RED|REDG)\b", i.name
-        )
-        amd = re.match(r"(?:global|buffer)_(load|store|atomic)_(\w+)", i.name)
+        found, amd = _NVIDIA_ACCESS.match(i.name), _AMD_ACCESS.match(i.name)
         if found:
             kind = found[1]
             store = kind in ("STG", "UTMASTG", "UTMAREDG", "ATOMG", "RED", "REDG")

@@ -71,12 +71,7 @@ class AlexNet(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if len(images.shape) != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected [N, 3, H, W], got shape {tuple(images.shape)}")
-        if not _reaches(min(images.shape[2:]), self._spatial_layers()):
-            smallest = self.smallest_image_size()
-            raise ValueError(
-                f"images: {images.shape[2]} x {images.shape[3]} pixels are too few, "
-                f"the smallest image this net takes is {smallest} x {smallest}"
-            )
+        self.check_image_size(images.shape[2], images.shape[3])
         maps = self.avgpool(self.features(images))
         return self.classifier(torch.flatten(maps, 1))  # type: ignore[no-any-return]
 
@@ -87,6 +82,15 @@ class AlexNet(nn.Module):
     def dropout_version(self) -> int:
         """A number that each ``seed_dropout`` raises, -1 before the first."""
         return -1 if self._counters is None else self._counters.version()
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Raise a ValueError where so few pixels leave nothing for the last layer."""
+        if not _reaches(min(height, width), self._spatial_layers()):
+            smallest = self.smallest_image_size()
+            raise ValueError(
+                f"images: {height} x {width} pixels are too few, "
+                f"the smallest image this net takes is {smallest} x {smallest}"
+            )
 
     def map_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the maps before ``avgpool``, of images of that size."""

@@ -6,8 +6,9 @@ launches. What each call of torch's among them moves is seen while the step is d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,6 @@ from fastalex_kernels.program import Launch
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS = {"bf16": "bf16", "fp32": "float32"}  # of TrainStep, by the names that reports use
 _CHANNELS = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # a mean and a deviation of each
-_NO_WORK = ("empty", "new_empty", "_unsafe_view", "_local_scalar_dense", "set_", "lift_fresh")
 _OVERWRITES = ("copy_", "fill_", "zero_")  # they write their first tensor without reading it
 
 
@@ -46,7 +46,6 @@ class Event:
         name: of the kernel or operator.
         launch: the launch, its tensors without data; None for an operator.
         read, written: bytes an operator moves.
-        sizes: elements of the tensors an operator reads.
     """
 
     layer: str
@@ -55,7 +54,6 @@ class Event:
     launch: Launch | None = None
     read: int = 0
     written: int = 0
-    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,17 +116,17 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.step, self._infer, self._place = step, infer, ("step", "forward")
         self._started: dict[LoopbackTransfer, int] = {}
         for launch in launches:
-            launch.run = lambda stream, launch=launch, run=launch.run: self._launched(launch, run)
+            launch.run = partial(self._launched, launch, launch.run)
 
-    def _launched(self, launch: Launch, run: Any) -> None:
+    def _launched(self, launch: Launch, run: Callable[[int], object], stream: int) -> None:
         transfer = getattr(launch.kernel, "__self__", None)
         if launch.grid is not None:
-            self._add(Event(launch.layer, launch.phase, launch.name, offline.without_data(launch)))
+            self._add(Event(launch.layer, launch.phase, launch.name, launch))
         elif isinstance(transfer, LoopbackTransfer):
             self._exchanged(launch, transfer)
         else:
             self._place = launch.layer, launch.phase
-            run(None)
+            run(stream)
             self._place = ("step", "forward")
 
     def _exchanged(self, launch: Launch, transfer: LoopbackTransfer) -> None:
@@ -152,13 +150,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name.split("::")[1]
         aliases = [r.alias_info for r in func._schema.returns]
         looks = any(a is not None and not a.is_write for a in aliases)
-        if func.namespace == "aten" and not looks and not name.startswith(_NO_WORK):
+        if func.namespace == "aten" and not looks:
             read, written = _tensors(args, kwargs), _tensors(result)
             if name in _OVERWRITES or "out" in (kwargs or {}):
                 read = [x for x in read if not any(x is y for y in written)]
             if read or written:
-                sizes = tuple(x.numel() for x in read)
-                moved = _size(read), _size(written), sizes
+                moved = _size(read), _size(written)
                 self._add(Event(*self._place, f"aten.{name}", None, *moved))
         return result
 
@@ -224,17 +221,20 @@ def record_step(
         variant: of ``fastalex.AlexNet``.
 
     Raises:
-        ValueError: for 2 towers of a variant that has one.
+        ValueError: for 2 towers of a variant that has one, or float16, which a step does not run.
     """
     recorded = Step()
     with FakeTensorMode(allow_non_fake_inputs=True), record_launches(target, lambda *_: None):
         model = AlexNet(variant=variant).train(step == "train")
+        if towers > model.variant.towers:
+            raise ValueError(f"towers: variant {variant} has {model.variant.towers}, got {towers}")
         if towers > 1:
             parallel.cut_to_tower(model, LoopbackExchange())
         size = model.variant.image_size
         augment = Augment(_CHANNELS, size, torch.device("cpu"))
         optimizer = build_optimizer(model, lr=0.01)
-        train_step = TrainStep(model, optimizer, PRECISIONS[dtype], augment=augment)
+        precision = PRECISIONS.get(dtype, dtype)
+        train_step = TrainStep(model, optimizer, precision, augment=augment)
         images, labels = _batch(batch, size)
         model.seed_dropout(0, 0)
         train_step(images, labels)
@@ -242,6 +242,10 @@ def record_step(
             model.seed_dropout(0, 1)
             train_step(images, labels)
         recorded.parameters = [p.numel() for p in model.parameters()]
+    recorded.events = [
+        e if e.launch is None else replace(e, launch=offline.without_data(e.launch))
+        for e in recorded.events
+    ]
     made = next(e.launch for e in recorded.events if e.launch is not None).named["out_ptr"]
     crops = (batch, 3, size, size)
     recorded.layers = {

@@ -94,12 +94,15 @@ def _check(options: argparse.Namespace) -> None:
     offline.check_target(GPUS[options.gpu].target)
 
 
+def _recorded(options: argparse.Namespace) -> Step:
+    target = GPUS[options.gpu].target
+    given = options.batch, options.dtype, options.step, options.gpus, options.variant
+    return record_step(target, *given)
+
+
 def rows_of(options: argparse.Namespace) -> tuple[Step, list[Row]]:
     """The recorded step, and its launches with their machine code read."""
-    gpu = GPUS[options.gpu]
-    step = record_step(
-        gpu.target, options.batch, options.dtype, options.step, options.gpus, options.variant
-    )
+    gpu, step = GPUS[options.gpu], _recorded(options)
     with tqdm(desc="compiling", unit=" kernels", file=sys.stderr, leave=False) as bar:
 
         def tell(done: int, total: int, name: str) -> None:
@@ -161,12 +164,7 @@ def _summary(
     update = cost.UPDATE_BYTES * parameters if options.step == "train" else 0
     update_floor = update / (1e12 * gpu.bandwidth)
     floor += update_floor
-    sizes = set(step.parameters)
-    # What is moved to turn gradients into new weights: the update, and casts of whole parameters.
-    moved = sum(row.updated for row in rows)
-    for event in step.events:
-        if event.launch is None and set(event.sizes) & sizes:
-            moved += event.read + event.written
+    updated = sum(row.updated for row in rows)
     bound = sum(row.bound for row in rows)
     waited = sum(exchange["waited"] for exchange in exchanges)
     return {
@@ -179,7 +177,7 @@ def _summary(
             for layer in step.layers.values()
             if isinstance(layer.module, nn.Linear)
         ),
-        "optimizer_bytes_per_parameter": moved / parameters if update else None,
+        "optimizer_bytes_per_parameter": updated / parameters if update else None,
         "bytes": sum(row.read + row.written for row in rows),
         "floor_bytes": sum(row.floor_size or 0 for row in rows) + update,
         "flops": sum(row.flops for row in rows),
@@ -360,9 +358,8 @@ def _totals(report: dict[str, Any], total: dict[str, Any]) -> list[str]:
     ]
     if total["optimizer_bytes_per_parameter"] is not None:
         lines.append(
-            f"update: {total['optimizer_bytes_per_parameter']:.1f} bytes a parameter with casts "
-            f"of weights and gradients, floor {cost.UPDATE_BYTES} "
-            f"({total['update_floor'] * 1e6:.0f} us)"
+            f"update: {total['optimizer_bytes_per_parameter']:.1f} bytes a parameter, floor "
+            f"{cost.UPDATE_BYTES} ({total['update_floor'] * 1e6:.0f} us)"
         )
     waited = total["waited"]
     return [
@@ -381,10 +378,7 @@ def machine_code(options: argparse.Namespace) -> str:
     Raises:
         ValueError: where the step launches no kernel of that name.
     """
-    gpu = GPUS[options.gpu]
-    step = record_step(
-        gpu.target, options.batch, options.dtype, options.step, options.gpus, options.variant
-    )
+    gpu, step = GPUS[options.gpu], _recorded(options)
     events = [event for event in step.events if event.launch is not None]
     found = [event for event in events if _short(event.name) == _short(options.sass)]
     if not found:

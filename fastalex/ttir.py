@@ -99,12 +99,13 @@ class Code:
         reads, writes: the arguments through which memory is read and written.
         read_lines, written_lines: for each line of source that does so, those arguments.
         dots: the products in it.
+        body: its operations.
     """
 
     def __init__(self, text: str) -> None:
         self._locations = dict(re.findall(r"(?m)^(#loc\d*) = (loc\(.*\))$", text))
         self.arguments: list[str] = []
-        self._body = self._parse(text)
+        self.body = self._parse(text)
         self.dots = [self._dot(o) for o in self._operations() if o.name == "tt.dot"]
         self.loops = [o for o in self._operations() if o.name == "scf.for"]
         self.reads: set[str] = set()
@@ -114,7 +115,7 @@ class Code:
         self._find_accesses()
 
     def _operations(self) -> Iterator[Operation]:
-        for operation in self._body:
+        for operation in self.body:
             yield from operation.walk()
 
     @staticmethod
@@ -206,7 +207,7 @@ class Code:
                     for result, value in zip(operation.results, last.operands, strict=False):
                         roots[result] = roots.get(result, set()) | of([value])
 
-        for operation in self._body:
+        for operation in self.body:
             visit(operation)
 
     def at(self, line: Line | None, store: bool) -> set[str]:
@@ -251,10 +252,6 @@ class Code:
             return _Programs(self, grid, arguments, follow=False).run()
         except UnreadableCode:
             return _Programs(self, grid, arguments, follow=True).run()
-
-    @property
-    def body(self) -> list[Operation]:
-        return self._body
 
 
 def _carried(text: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from fastalex import AlexNet
 from fastalex.checkpoint import save_weights
 from fastalex.data import MeanImage, Normalization
-from fastalex.variants import VARIANTS, Variant
+from fastalex.variants import Variant, get_variant
 
 CLASSES = ["blue", "green", "grey", "lime", "pink", "red", "teal"]
 SIZE = 40
@@ -22,7 +22,7 @@ def narrow(name: str) -> Variant:
 
     Channels stay multiples of 16, as the kernels for wide loads need.
     """
-    variant = VARIANTS[name]
+    variant = get_variant(name)
     convolutions = (
         replace(c, channels=16 * max(1, round(c.channels / 64))) for c in variant.convolutions
     )

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fastalex.fused_update import fuse_updates, lay_out
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastalex import AlexNet, parallel
 from fastalex.exchange import TowerExchange, check_copies
-from fastalex.fused_update import fuse_updates, lay_out
 from fastalex.optim import build_optimizer
 from fastalex.specification import Variant
 from tests._nets import narrow

@@ -18,7 +18,6 @@ import fastalex_kernels as fk
 from fastalex.layers import Conv2dReLU, Linear, LinearReLUDropout, LRNMaxPool2d
 from fastalex.variants import VARIANTS
 from fastalex_kernels._launch import record_launches
-from fastalex_kernels.momentum import MomentumUpdate, Updates
 
 from ._nets import narrow
 
@@ -143,7 +142,7 @@ def test_a_graph_on_a_gpu_holds_an_operator_for_each_layer() -> None:
 
     def look(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-        found.extend(t.removeprefix("fastalex.") for t in targets if "fastalex" in t)
+        found.extend(t.split(".")[1] for t in targets if t.startswith("fastalex."))
         return graph.forward
 
     # Without gradients: torch's CPU build has no leaf on a GPU.
@@ -208,25 +207,3 @@ def test_what_a_compiled_layer_returns_may_be_changed() -> None:
         net(images).add_(1).mul_(2).sum().backward()
         grads.append([p.grad for p in layer.parameters()])
     _assert_equal(*grads)
-
-
-def test_a_layer_updated_in_backward_runs_between_graphs() -> None:
-    results = []
-    for compile_it in (False, True):
-        torch.manual_seed(0)
-        layer = Linear(6, 10)
-        weight = layer.weight
-        rate = torch.tensor([0.1, 0.9, 0.0])
-        layer.update = Updates(
-            MomentumUpdate(weight, torch.zeros_like(weight), rate),
-            MomentumUpdate(layer.bias, torch.zeros_like(layer.bias), rate),
-        )
-        net = nn.Sequential(layer, nn.Sigmoid())
-        x = torch.randn(4, 6, requires_grad=True)
-        (torch.compile(net, backend="aot_eager") if compile_it else net)(x).sum().backward()
-        assert weight.grad is None
-        results.append([weight.detach(), x.grad])
-    _assert_equal(*results)
-    torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        torch.compile(net, backend="aot_eager", fullgraph=True)(x)

@@ -1,4 +1,4 @@
-"""A step as one graph: what a capture needs, as far as it can be seen without a GPU."""
+"""A step as one CUDA graph: what a capture needs, as far as it can be seen without a GPU."""
 
 from __future__ import annotations
 
@@ -9,206 +9,114 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastalex_kernels as kernels
-from fastalex import AlexNet, train
+from fastalex import train
 from fastalex.checkpoint import load_weights
-from fastalex.data.augment import Augment
-from fastalex.data.normalization import Normalization
-from fastalex.fused_update import fuse_updates, lay_out
-from fastalex.graph import WARM_UP, Graphed
-from fastalex.optim import build_optimizer, set_learning_rate
-from fastalex.recorded_step import tensor_of
-from fastalex_kernels._launch import interpreted, record_launches
-
-CPU = torch.device("cpu")
+from fastalex.exchange import LoopbackExchange
+from fastalex.graph import WARM_UP, Graph
+from fastalex_kernels._launch import call
+from fastalex_kernels.program import Program
 
 
-class Captured:
-    """Stands for CUDA graphs: keeps the call, and runs it again on the tensors it was made of."""
+class Captures:
+    """Stands for CUDA graphs: what is captured runs when it is replayed, on the same tensors."""
 
     def __init__(self) -> None:
-        self.captures = 0
+        self.count = self.replays = 0
 
-    def __call__(self, call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        self.captures += 1
-        output = torch.full((), float("nan"))  # nothing runs while a graph is captured
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        self.count += 1
 
         def replay() -> None:
-            output.copy_(call())
+            self.replays += 1
+            program.give(held)
+            run()
 
-        return replay, output
-
-
-def test_every_call_does_its_work_once_and_keeps_its_result() -> None:
-    total = torch.zeros(())
-
-    def compute(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        total.add_((x * y).sum())
-        return (x + y).sum()
-
-    capture = Captured()
-    graphed = Graphed(compute, CPU, capture=capture)
-    inputs = [(torch.full((3,), float(i)), torch.full((3,), 2.0)) for i in range(WARM_UP + 4)]
-    results = [graphed(*pair) for pair in inputs]
-    assert capture.captures == 1
-    assert [float(r) for r in results] == [3.0 * i + 6 for i in range(WARM_UP + 4)]
-    assert float(total) == sum(6.0 * i for i in range(WARM_UP + 4))
-    for i, (x, _) in enumerate(inputs):
-        assert torch.equal(x, torch.full((3,), float(i))), "an input was kept and written"
+        program = run.__self__  # type: ignore[attr-defined]
+        held = [launch.arguments[0] for launch in program.launches[:1]]
+        return replay
 
 
-class _Step:
-    """Forward, loss and backward as the engine computes them, and what comes before."""
-
-    def __init__(self, fused: bool) -> None:
-        self.model = AlexNet(5)
-        self.one = torch.ones(())
-        if fused:
-            lay_out(self.model)
-        self.optimizer = build_optimizer(self.model, 0.01, rule="paper")
-        if fused:
-            fuse_updates(self.model, self.optimizer, torch.bfloat16)
-        normal = Normalization((120.0, 115.0, 100.0), (1.0, 1.0, 1.0))
-        self.augment = Augment(normal, 64, CPU, colored=True)
-
-    def prepare(self, step: int) -> None:
-        set_learning_rate(self.optimizer, 0.01 / step)
-        self.model.seed_dropout(step, step)
-
-    def compute(self, labels: torch.Tensor, *pixels: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = self.model(self.augment.for_layer(self.model.features[0], *pixels))
-        loss = kernels.cross_entropy(logits, labels, gradient=self.one)
-        self.optimizer.zero_grad()
-        loss.backward(self.one)
-        return loss.detach()
+def _program(total: torch.Tensor) -> tuple[Program, torch.Tensor]:
+    """Adds its input to ``total``; recorded with an input of 0."""
+    given = torch.zeros(3)
+    program = Program([given])
+    with program.recording():
+        call(total.add_, given)
+    return program, given
 
 
-def _batch() -> list[torch.Tensor]:
-    offsets = torch.zeros(4, dtype=torch.int32)
-    images = torch.zeros(4, 73, 73, 3, dtype=torch.uint8)
-    mirrors, colors = torch.zeros(4, dtype=torch.bool), torch.zeros(4, 3)
-    return [torch.zeros(4, dtype=torch.int64), images, offsets, offsets, mirrors, colors]
-
-
-def _held(step: _Step) -> list[torch.Tensor]:
-    """Every tensor that a step changes and the next one reads."""
-    found = [*step.model.parameters()]
-    for state in step.optimizer.state.values():
-        found += [v for v in state.values() if isinstance(v, torch.Tensor)]
-    for layer in step.model.modules():
-        if isinstance(getattr(layer, "rng", None), torch.Tensor):
-            found.append(layer.rng)
-        for update in getattr(layer, "update", None) or ():
-            found += [update.rate, update.operand, update.squares]
-    return found
-
-
-class _NoHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Fails where a value is read on the host, or a tensor is made of the host's values."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.split("::")[1]
-        assert name not in ("_local_scalar_dense", "lift_fresh", "nonzero", "is_pinned"), name
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.skipif(interpreted(), reason="records what a GPU would be asked to do")
-def test_two_steps_launch_the_same_on_the_same_memory() -> None:
-    """What differs between them lies in tensors: no number of a step is in a launch."""
-    launches: list[tuple[Any, ...]] = []
-
-    def recorder(kernel: Any, grid: Any, args: Any, kwargs: Any) -> None:
-        tensors = [tensor_of(a) for a in args]
-        numbers = [a for a, t in zip(args, tensors, strict=True) if t is None]
-        launches.append((kernel.fn.__name__, grid, numbers, sorted(kwargs.items(), key=str)))
-
-    recorded = []
-    with FakeTensorMode(allow_non_fake_inputs=True), record_launches("sm_90", recorder):
-        step, batch = _Step(fused=True), _batch()
-        held: list[list[torch.Tensor]] = []
-        for number in (1, 2, 3):
-            step.prepare(number)
-            with _NoHost():
-                step.compute(*batch)
-            recorded.append(list(launches))
-            launches.clear()
-            held.append(_held(step))
-    assert len(recorded[1]) > 35
-    assert [name for name, *_ in recorded[1][:2]] == ["_augment_kernel", "_conv2d_relu_fwd_kernel"]
-    assert recorded[1] == recorded[2]
-    assert all(a is b for a, b in zip(held[1], held[2], strict=True)), "memory was allocated anew"
-    assert [len(h) for h in held] == [len(held[0])] * 3
-
-
-def test_a_number_in_a_launch_would_be_seen() -> None:
-    step, batch = _Step(fused=False), _batch()
-    step.prepare(1)
-    with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoHost():
-        step.compute(*batch).item()
-    with pytest.raises(AssertionError, match="lift_fresh"), _NoHost():
-        torch.tensor([1.0])
-
-
-def test_what_comes_before_a_step_copies_nothing_from_the_host() -> None:
-    """A copy from memory that is not page-locked waits for the GPU to be done."""
-    step = _Step(fused=True)
-    step.prepare(1)
-    with _NoHost():
-        step.prepare(2)
-    rates = [group["rate"][0] for group in step.optimizer.param_groups]
-    assert [float(rate) for rate in rates] == pytest.approx([0.005] * len(rates))
-
-
-def test_a_capture_that_fails_is_told_and_the_steps_go_on() -> None:
+def _graph(total: torch.Tensor, **options: Any) -> tuple[Graph, list[str]]:
     told: list[str] = []
-    calls: list[float] = []
+    options = {"exchange": None, "capture": Captures()} | options
+    return Graph(_program(total)[0], tell=told.append, **options), told
 
-    def compute(x: torch.Tensor) -> torch.Tensor:
-        calls.append(float(x))
-        return x * 2
 
-    def broken(call: Callable[[], torch.Tensor]) -> Any:
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+def test_every_run_does_its_work_once() -> None:
+    total, captures = torch.zeros(3), Captures()
+    graph, told = _graph(total, capture=captures)
+    buffers = [torch.zeros(3), torch.zeros(3)]
+    for number in range(1, 9):
+        buffer = buffers[number % 2]
+        buffer.fill_(number)
+        graph.run([buffer])
+    assert total.tolist() == [36.0] * 3
+    assert captures.count == 2, "one for each of the loader's buffers"
+    assert captures.replays == 8 - (WARM_UP - 1)
+    assert not told
 
-    graphed = Graphed(compute, CPU, told.append, broken)
-    results = [float(graphed(torch.tensor(float(i)))) for i in range(WARM_UP + 3)]
-    assert results == [2.0 * i for i in range(WARM_UP + 3)]
-    assert calls == [float(i) for i in range(WARM_UP + 3)]
+
+def test_inputs_in_other_memory_are_copied() -> None:
+    total = torch.zeros(3)
+    graph, _ = _graph(total)
+    given = [torch.full((3,), float(number)) for number in range(1, 9)]
+    for x in given:
+        graph.run([x])
+    assert total.tolist() == [36.0] * 3
+
+
+def _broken(run: Callable[[], None]) -> Any:
+    raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+
+def test_a_capture_that_fails_is_told_once_and_the_runs_go_on() -> None:
+    total = torch.zeros(3)
+    graph, told = _graph(total, capture=_broken)
+    for _ in range(WARM_UP + 3):
+        graph.run([torch.ones(3)])
+    assert total.tolist() == [WARM_UP + 3.0] * 3
     (line,) = told
     assert line.endswith("goes on launch by launch: operation not permitted")
 
 
-def test_a_capture_that_another_process_lacks_is_not_used() -> None:
-    asked, told = [], []
+def test_a_capture_that_the_other_tower_lacks_is_not_used() -> None:
+    class Other(LoopbackExchange):
+        def transfer(self, sent: torch.Tensor) -> Any:
+            transfer = super().transfer(sent)
+            transfer.wait = lambda: transfer.received.zero_()  # type: ignore[method-assign]
+            return transfer
 
-    def other_failed(captured: bool) -> bool:
-        asked.append(captured)
-        return False
-
-    total = torch.zeros(())
-    capture = Captured()
-    graphed = Graphed(total.add_, CPU, told.append, capture, other_failed)
+    total, captures = torch.zeros(3), Captures()
+    graph, told = _graph(total, exchange=Other(), capture=captures)
     for _ in range(WARM_UP + 3):
-        graphed(torch.ones(()))
-    assert float(total) == WARM_UP + 3
-    assert asked == [True]
-    assert capture.captures == 1
-    assert len(told) == 1
+        graph.run([torch.ones(3)])
+    assert total.tolist() == [WARM_UP + 3.0] * 3
+    assert (captures.count, captures.replays) == (1, 0)
     assert "another process" in told[0]
+    both, _ = _graph(total, exchange=LoopbackExchange(), capture=captures)
+    for _ in range(WARM_UP + 3):
+        both.run([torch.ones(3)])
+    assert captures.replays > 0
 
 
 def test_memory_that_runs_out_in_a_capture_is_not_hidden() -> None:
-    def full(call: Callable[[], torch.Tensor]) -> Any:
+    def full(run: Callable[[], None]) -> Any:
         raise torch.OutOfMemoryError("out of memory")
 
-    graphed = Graphed(lambda x: x, CPU, capture=full)
+    graph, _ = _graph(torch.zeros(3), capture=full)
     with pytest.raises(torch.OutOfMemoryError):
         for _ in range(WARM_UP + 1):
-            graphed(torch.zeros(()))
+            graph.run([torch.zeros(3)])
 
 
 def _weights(folder: Path, *options: str) -> dict[str, torch.Tensor]:

@@ -12,12 +12,12 @@ import torch
 from fastalex import AlexNet
 from fastalex.config import Settings
 from fastalex.optim import (
-    RATE,
+    Rates,
     build_optimizer,
+    gradient_norms,
+    momentum_buffers,
     set_learning_rate,
-    set_rates,
-    set_velocities,
-    velocities,
+    set_momentum_buffers,
 )
 from fastalex.options import parse_arguments
 from fastalex.precision import LossScaler
@@ -87,23 +87,21 @@ def test_biases_keep_their_rate_where_they_have_their_own(nets: dict[str, AlexNe
 def test_rates_are_written_where_kernels_read_them_and_only_if_new(
     nets: dict[str, AlexNet],
 ) -> None:
-    optimizer = build_optimizer(nets["caffe"], 0.5, 0.75, 0.25)
-    set_rates(optimizer)
-    held = [group[RATE] for group in optimizer.param_groups]
+    model = nets["caffe"]
+    optimizer = build_optimizer(model, 0.5, 0.75, 0.25)
+    rates = Rates(optimizer)
+    held = [rates.of(p) for p in (model.features[0].weight, model.features[0].bias)]
+    rates.follow()
     assert [rate.tolist() for rate in held] == [[0.5, 0.75, 0.25], [1.0, 0.75, 0.0]]
     versions = [rate._version for rate in held]
-    set_learning_rate(optimizer, 0.5)
+    rates.follow()
     assert [rate._version for rate in held] == versions
     set_learning_rate(optimizer, 0.125)
+    rates.follow()
     assert [rate._version for rate in held] == [version + 1 for version in versions]
     optimizer.param_groups[0].update(lr=8.0, momentum=0.5)  # by hand
-    set_learning_rate(optimizer, 0.125)
-    assert [rate.tolist() for rate in held] == [[0.125, 0.5, 0.25], [0.25, 0.75, 0.0]]
-    assert all(
-        rate is group[RATE] for rate, group in zip(held, optimizer.param_groups, strict=True)
-    )
-    set_rates(optimizer)  # anew
-    assert optimizer.param_groups[0][RATE].tolist() == [0.125, 0.5, 0.25]
+    rates.follow()
+    assert [rate.tolist() for rate in held] == [[8.0, 0.5, 0.25], [0.25, 0.75, 0.0]]
 
 
 def test_every_parameter_is_trained_once(nets: dict[str, AlexNet]) -> None:
@@ -158,12 +156,12 @@ def test_a_step_that_overflows_anywhere_is_left_out_everywhere(
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_velocities_come_back(nets: dict[str, AlexNet]) -> None:
+def test_momentum_buffers_come_back(nets: dict[str, AlexNet]) -> None:
     model = nets["paper"]
     optimizer = build_optimizer(model, 0.1)
     values = {n: torch.full_like(p, i) for i, (n, p) in enumerate(model.named_parameters())}
-    set_velocities(model, optimizer, values)
-    assert all(torch.equal(v, values[n]) for n, v in velocities(model, optimizer).items())
+    set_momentum_buffers(model, optimizer, values)
+    assert all(torch.equal(v, values[n]) for n, v in momentum_buffers(model, optimizer).items())
 
 
 def _schedule(*arguments: str, steps: int) -> Schedule:
@@ -238,3 +236,9 @@ def test_a_plateau_drops_the_rate_at_most_so_often() -> None:
     again.restore(schedule.state())
     assert again.state() == schedule.state()
     assert again.rate(50) == schedule.rate(50)
+
+
+def test_norm_is_exact_over_millions() -> None:
+    layer = torch.nn.Linear(4096, 4096, bias=False)
+    layer.weight.grad = torch.full_like(layer.weight, 1e-3)
+    assert float(gradient_norms(layer)["weight"]) == pytest.approx(1e-3 * 4096, rel=1e-7)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastalex import cost, machine_code, offline, roofline, ttir
+from fastalex import AlexNet, cost, machine_code, offline, roofline, ttir
+from fastalex.exchange import LoopbackExchange
 from fastalex.gpus import GPUS
+from fastalex.optim import build_optimizer
+from fastalex.parallel import cut_to_tower
 from fastalex.recorded_step import record_step
-from fastalex_kernels._launch import interpreted
+from fastalex.training import TrainStep
+from fastalex_kernels._launch import interpreted, record_launches
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="an interpreted kernel has no machine code")
 
@@ -44,7 +52,7 @@ def test_the_floor_of_a_step(gpu: str, batch: int, ceiling: float) -> None:
 
 
 @pytest.mark.parametrize(("target", "towers"), [("sm_80", 1), ("sm_90", 1), ("sm_90", 2)])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_from_bytes_to_the_first_convolution_is_one_kernel(
     target: str, towers: int, dtype: str
 ) -> None:
@@ -59,6 +67,81 @@ def test_from_bytes_to_the_first_convolution_is_one_kernel(
     assert augment.named["images_ptr"].shape == (128, 256, 256, 3)
     backward = [e.name for e in events if e.layer == "conv1" and e.phase == "backward"]
     assert not [name for name in backward if name.startswith("aten")]
+
+
+@pytest.mark.parametrize("variant", ["paper", "source2012"])
+@pytest.mark.parametrize("towers", [1, 2])
+def test_the_launches_are_those_that_a_training_step_makes(towers: int, variant: str) -> None:
+    """Of a step that is run again: what it launches, as it comes to whoever records launches."""
+    made: list[tuple[str, Any]] = []
+
+    def recorder(kernel: Any, grid: tuple[int, ...], *_: Any) -> None:
+        made.append((kernel.fn.__name__, grid))
+
+    with FakeTensorMode(), record_launches("sm_90", recorder):
+        model = AlexNet(variant=variant)
+        if towers == 2:
+            cut_to_tower(model, LoopbackExchange())
+        images, labels = torch.empty(128, 3, 224, 224), torch.empty(128, dtype=torch.int64)
+        step = TrainStep(model, build_optimizer(model, lr=0.1), "bf16")
+        for number in (1, 2):
+            made.clear()
+            model.seed_dropout(0, number)
+            step(images, labels)
+    events = record_step("sm_90", 128, towers=towers, variant=variant).events
+    listed = [(e.name, e.launch.grid) for e in events if e.launch is not None]
+    assert listed[0] == ("_augment_kernel", (3328,))  # the step above begins at images
+    assert listed[1:] == made
+    assert len(made) > 35
+
+
+def test_what_a_step_does_beside_its_launches_is_counted() -> None:
+    events = record_step("sm_90", 128).events
+    others = [(e.layer, e.name, e.read, e.written) for e in events if e.launch is None]
+    maps = 128 * 256 * 6 * 6 * 2
+    assert others == [
+        ("step", "aten.fill_", 0, 2 * 8),  # the step's number, for fc6 and fc7
+        ("pool5", "aten.copy_", maps, maps),  # to rows of features
+        ("pool5", "aten.copy_", maps, maps),  # their gradient, back
+        ("step", "aten.clone", 4, 4),  # the loss, for the caller
+    ]
+
+
+def test_the_weight_gradient_is_made_while_an_input_s_gradient_is_exchanged() -> None:
+    step = record_step("sm_90", 128, towers=2)
+    meanwhile = {
+        (one.layer, one.phase): [e.name for e in step.events[one.started : one.ended]]
+        for one in step.exchanges
+    }
+    product = ["_linear_relu_dropout_fwd_kernel"]
+    assert meanwhile == {
+        ("conv3", "forward"): [],
+        **{(name, "forward"): product for name in ("fc6", "fc7", "fc8")},
+        **{(name, "backward"): ["_linear_bwd_weight_update_kernel"] for name in ("fc7", "fc6")},
+        ("conv3", "backward"): ["_conv2d_bwd_weight_kernel", "_sum_update_kernel"],
+    }
+    sizes = {(one.layer, one.phase): one.size for one in step.exchanges}
+    assert sizes["conv3", "forward"] == 2 * 128 * 128 * 13 * 13
+
+
+def test_a_forward_pass_is_the_step_s_without_loss_and_dropout() -> None:
+    train, infer = (record_step("sm_90", 128, step=step).events for step in ("train", "infer"))
+    forward = [e.name for e in train if e.phase == "forward" and e.layer not in ("loss", "step")]
+    assert [e.name for e in infer] == forward
+    assert not any(e.launch.named.get("DROPOUT") for e in infer if e.launch is not None)
+    assert any(e.launch.named.get("DROPOUT") for e in train if e.launch is not None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"towers": 2, "variant": "owt"}, "towers: variant owt has 1, got 2"),
+        ({"dtype": "fp16"}, "precision: expected one of float32, bf16, got 'fp16': "),
+    ],
+)
+def test_a_step_that_cannot_be_recorded(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        record_step("sm_90", 128, **options)
 
 
 def test_waves() -> None:

@@ -35,11 +35,6 @@ PRODUCTS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tenso
         lambda x, w, b: F.conv2d(x, w, b, padding=1),
         (_x(2, 3, 6, 5), _x(4, 3, 3, 3, seed=1), _x(4, seed=2)),
     ),
-    "conv2d_relu_space_to_depth": (
-        lambda x, w, b: fk.conv2d_relu_space_to_depth(x, w, b, stride=1, relu=False),
-        F.conv2d,
-        (_x(2, 3, 6, 5), _x(4, 3, 3, 3, seed=1), _x(4, seed=2)),
-    ),
     "linear_relu_dropout": (
         lambda x, w, b: fk.linear_relu_dropout(x, w, b, p=0.0, relu=False),
         F.linear,

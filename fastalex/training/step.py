@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,7 +158,11 @@ class TrainStep:
         for _, layer in self._layers:
             if layer is not None and next(layer.parameters(recurse=False), None) is not None:
                 self._of_layer[layer] = self._update_of(layer)
-        self._seen = dict.fromkeys(self._updates, (0, -1))  # address and version
+        self._written = [x for u in self._updates.values() for x in (u.parameter, u.buffer)]
+        self._seen = [(0, -1)] * len(self._updates)  # address and version
+        modules = list(self.model.modules())
+        self._places = [p for m in modules for p in (m._modules, m._parameters)]
+        self._parts = _parts(self._places)
         self._one = torch.ones((), device=self._device)
         self._counters = self.model.dropout_counters()
         self._counted = -1  # their version after the last step
@@ -196,16 +201,17 @@ class TrainStep:
                 changed into one that the step can't run.
         """
         self._follow()
-        inputs = self._inputs(images, labels)
-        shapes = [(x.shape, x.stride(), x.dtype, aligned(x)) for x in inputs if x is not None]
-        key = (self.model.training, *shapes)
+        images = getattr(images, "pixels", images)
+        given = (*(images if isinstance(images, (tuple, list)) else (images,)), labels)
+        key = (self.model.training, *map(_form, given))
         recorded = self._recorded.get(key)
         if recorded is None:
-            recorded = self._recorded[key] = self._record(inputs)
+            self._check(images, labels)
+            recorded = self._recorded[key] = self._record(self._inputs(images, labels))
         elif recorded.graph is not None:
-            recorded.graph.run(inputs)
+            recorded.graph.run(self._inputs(images, labels))
         else:
-            recorded.program.give(inputs)
+            recorded.program.give(self._inputs(images, labels))
             recorded.program.run()
         self._last = recorded
         if not self._tricks.fused_update:
@@ -352,8 +358,8 @@ class TrainStep:
         lines = padded_lines(size, sides, block, kernel_size)
         pixels, tops, lefts, mirrors, colors = images
         return augment_forward(
-            pixels, tops, lefts, mirrors, colors, augment.mean, augment.scale, augment.centred, size, sides, block, lines,
-            self._dtype,
+            pixels, tops, lefts, mirrors, colors, augment.mean, augment.scale, augment.centred,
+            size, sides, block, lines, self._dtype,
         )  # fmt: skip
 
     def _loss(
@@ -370,21 +376,37 @@ class TrainStep:
 
     def _inputs(self, images: Any, labels: torch.Tensor) -> Inputs:
         """The tensors that the program reads: the images, or five of bytes; and the labels."""
-        images = getattr(images, "pixels", images)
+        labels = labels.contiguous()
         if isinstance(images, torch.Tensor):
-            if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-                came = f"{images.dtype} {tuple(images.shape)}"
-                raise ValueError(f"images: expected floats [N, 3, H, W], got {came}")
             return [images, labels]
-        if self._augment is None:
-            raise ValueError("images: bytes need augment=, which says what becomes of them")
         pixels, tops, lefts, mirrors, *colors = images
-        none = [x[:0] for x in images]
-        self._augment(*none)  # names what does not fit
         if self._triton:
             mirrors = mirrors.contiguous().view(torch.uint8)
             pixels, tops, lefts = pixels.contiguous(), tops.contiguous(), lefts.contiguous()
         return [pixels, tops, lefts, mirrors, colors[0] if colors else None, labels]
+
+    def _check(self, images: Any, labels: torch.Tensor) -> None:
+        """Raise an error that names what is wrong with a batch of a form that did not come yet."""
+        if isinstance(images, (tuple, list)):
+            if self._augment is None:
+                raise ValueError("images: bytes need augment=, which says what becomes of them")
+            self._augment(*(x[:0] for x in images))
+            count, device = len(images[0]), images[0].device
+        elif not isinstance(images, torch.Tensor):
+            raise TypeError(f"images: expected a tensor or bytes, got {type(images).__name__}")
+        elif images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            came = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"images: expected floats [N, 3, H, W], got {came}")
+        else:
+            self.model.check_image_size(images.shape[2], images.shape[3])
+            count, device = len(images), images.device
+        if device != self._device:
+            raise ValueError(f"images: expected device {self._device}, got {device}")
+        if labels.dtype != torch.int64 or labels.shape != (count,):
+            came = f"{labels.dtype} {list(labels.shape)}"
+            raise ValueError(f"labels: expected int64 [{count}], got {came}")
+        if labels.device != device:
+            raise ValueError(f"labels: expected device {device}, got {labels.device}")
 
     def _image_size(self, images: Inputs) -> tuple[int, int]:
         if len(images) > 1:
@@ -401,27 +423,34 @@ class TrainStep:
             seed, number = self._seeds
             self.model.seed_dropout(seed, number)
             self._seeds = seed, number + 1
-        if self.model.dropout_counters() is not self._counters or not self._same_parameters():
+        if self.model.dropout_counters() is not self._counters or not self._same_model():
             self._build()
         self._rates.follow()
-        for name, update in self._updates.items():
-            held = self.optimizer.state[update.parameter]
-            if held.get(BUFFER) is not update.buffer:
-                given = held.get(BUFFER)
-                with torch.no_grad():
-                    update.buffer.zero_() if given is None else update.buffer.copy_(given)
-                held[BUFFER] = update.buffer
-            now = (_address(update.parameter), update.parameter._version)
-            if now != self._seen[name]:
+        state = self.optimizer.state
+        for update, seen in zip(self._updates.values(), self._seen, strict=True):
+            if state[update.parameter].get(BUFFER) is not update.buffer:
+                self._take_buffer(update)
+            if seen != (_address(update.parameter), update.parameter._version):
                 update.refresh()
-                self._seen[name] = now
 
-    def _same_parameters(self) -> bool:
-        here = dict(self.model.named_parameters())
-        return here.keys() == self._updates.keys() and all(
-            here[name] is update.parameter
-            and (self._seen[name][0] in (0, _address(update.parameter)))
-            for name, update in self._updates.items()
+    @torch.no_grad()
+    def _take_buffer(self, update: MomentumUpdate) -> None:
+        """Go on with the momentum that the optimizer has now, in the memory of before."""
+        held = self.optimizer.state[update.parameter]
+        given = held.get(BUFFER)
+        update.buffer.zero_() if given is None else update.buffer.copy_(given)
+        held[BUFFER] = update.buffer
+
+    def _same_model(self) -> bool:
+        """Whether layers and parameters are the ones the step was built for, where they were."""
+        here = _parts(self._places)
+        return (
+            len(here) == len(self._parts)
+            and all(map(operator.is_, here, self._parts))
+            and all(
+                address in (0, _address(update.parameter))
+                for update, (address, _) in zip(self._updates.values(), self._seen, strict=True)
+            )
         )
 
     def _apply_stored(self) -> None:
@@ -437,13 +466,21 @@ class TrainStep:
 
     def _wrote(self) -> None:
         """Tell autograd what the kernels wrote, and remember it."""
-        written = [
-            x for update in self._updates.values() for x in (update.parameter, update.buffer)
-        ]
-        torch.autograd.graph.increment_version(written)
-        for name, update in self._updates.items():
-            self._seen[name] = (_address(update.parameter), update.parameter._version)
+        torch.autograd.graph.increment_version(self._written)
+        self._seen = [(_address(u.parameter), u.parameter._version) for u in self._updates.values()]
         self._counted = self.model.dropout_version()
+
+
+def _form(x: Any) -> object:
+    """What of an input the recorded launches depend on."""
+    if not isinstance(x, torch.Tensor):
+        return type(x)
+    return x.shape, x.stride(), x.dtype, x.device, aligned(x)
+
+
+def _parts(places: Sequence[dict[str, Any]]) -> list[Any]:
+    """The modules and parameters in ``places``, the dictionaries that modules keep them in."""
+    return [part for place in places for part in place.values()]
 
 
 def check(model: AlexNet, optimizer: torch.optim.Optimizer, precision: str) -> None:

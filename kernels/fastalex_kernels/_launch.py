@@ -34,6 +34,7 @@ class _Choice(threading.local):
 
     def __init__(self) -> None:
         self.name = "auto"
+        self.program: Any = None  # what is being recorded, see program.py
 
 
 _backend = _Choice()
@@ -42,7 +43,6 @@ _backend = _Choice()
 # Offline compilation and the roofline report read every launch of a step this way.
 Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], Any]
 _recorder: tuple[str, Recorder] | None = None
-_program: Any = None  # the Program that is being recorded, see program.py
 
 
 @triton.jit
@@ -193,10 +193,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, counted: int, **kwarg
             f" to {counted} and start {' x '.join(map(str, grid))} programs; the most are "
             f"{MOST_COUNTED} and {' x '.join(map(str, MOST_PROGRAMS))}, split the batch"
         )
-    if _program is None:
+    if _backend.program is None:
         execute(kernel, grid, args, kwargs)
     else:
-        _program.launch(kernel, grid, args, kwargs)
+        _backend.program.launch(kernel, grid, args, kwargs)
 
 
 def execute(
@@ -209,13 +209,16 @@ def execute(
 
 
 def call(function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-    """Call a function of torch's that writes its results into tensors that exist.
+    """Call a function that writes its results into tensors that exist.
 
-    It is part of the program that is being recorded, if one is. Its result is not used.
+    It is part of the program that is being recorded, if one is: as a whole, whatever it launches.
+    What it returns is not used.
     """
-    function(*arguments, **options)
-    if _program is not None:
-        _program.add(function, None, arguments, options)
+    program = _backend.program
+    with collecting(None):
+        function(*arguments, **options)
+    if program is not None:
+        program.add(function, None, arguments, options)
 
 
 def run(
@@ -269,20 +272,20 @@ def aligned(x: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def collecting(program: Any) -> Iterator[None]:
-    """Let ``program`` collect every launch and call inside the ``with`` block; see program.py."""
-    global _program
-    previous, _program = _program, program
+    """Let ``program`` collect this thread's launches and calls inside the ``with`` block."""
+    previous, _backend.program = _backend.program, program
     try:
         yield
     finally:
-        _program = previous
+        _backend.program = previous
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Register an implementation as torch's operator ``fastalex::name``, for eager and compiled.
 
     Its ``register_fake`` says what comes out of tensors without data. While launches are recorded
-    the implementation itself runs on those tensors, as launches need none.
+    the implementation itself runs on those tensors, as launches need none; not where torch.compile
+    traces, whose graph launches them later.
     """
 
     def register(implementation: Callable[..., Any]) -> Any:
@@ -291,7 +294,8 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
         def fake(shapes: Callable[..., Any]) -> None:
             def outcome(*args: Any, **kwargs: Any) -> Any:
-                chosen = shapes if _recorder is None else implementation
+                traced = torch._guards.TracingContext.try_get() is not None
+                chosen = shapes if traced or _recorder is None else implementation
                 return chosen(*args, **kwargs)
 
             register_fake(outcome)

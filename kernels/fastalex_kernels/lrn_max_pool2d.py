@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from fastalex_kernels import _aten, _lrn_chunks
+from fastalex_kernels._epilogue import epilogue_backward
 from fastalex_kernels._launch import (
     check_floating,
     interpretable,
@@ -38,7 +39,7 @@ from fastalex_kernels._launch import (
     tuned,
     use_triton,
 )
-from fastalex_kernels._layout import as_hwnc, empty_nchw, hwnc_strided
+from fastalex_kernels._layout import as_hwnc, as_nchw, empty_nchw, hwnc_strided
 from fastalex_kernels._lrn_chunks import Norm, Window
 from fastalex_kernels._reduce import fold
 
@@ -284,14 +285,18 @@ def lrn_max_pool2d_backward(
 
     With ``mask`` a ReLU made the forward's input, and its backward is done here, too: dx is the
     gradient before the ReLU. With it come partials of its sum over all but the channels, float32
-    [parts, G*C]; None where they take a pass of their own. y is the output, which without LRN tells
-    where the ReLU was open.
+    [parts, G*C]. y is the output, which without LRN tells where the ReLU was open.
     """
     (P, Q, N, GC), (H, W) = dy.shape, size
     result = empty_nchw(dy, (N, GC, H, W))
     dx = as_hwnc(result)
     if norm is not None and x is not None and _lrn_chunks.fits(x, norm, groups, window):
         sums = _lrn_chunks.backward(x, dy, argmax, dx, norm, groups, mask)
+        if mask and sums is None:  # a program holds less than an image: a pass of its own
+            rows = (-1, GC)
+            flat, sums = epilogue_backward(dx.view(rows), x.reshape(rows), need_sums=True)
+            assert flat is not None
+            result = as_nchw(flat.view(dx.shape))
         return result, None if sums is None else fold(sums)
     # A program leaves one row of sums: fewer, larger ones where they take few registers.
     warps = 4 if norm is not None else 16

@@ -2,8 +2,8 @@
 
 A ``Program`` is recorded while the code that decides runs for the first time: each kernel launch
 and each call of torch's joins the list with the very tensors it was given. From then on ``run``
-only goes through the list. No tile is looked up, no shape computed, no memory allocated, and the
-host spends some two microseconds on a launch.
+only goes through the list: no tile is looked up, no shape computed, no memory allocated, no tensor
+descriptor made.
 
 What may change from run to run are the inputs. Everything else is memory that the first run
 allocated and that the list holds.
@@ -12,13 +12,18 @@ allocated and that the list holds.
 from __future__ import annotations
 
 import contextlib
+import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from triton.runtime.driver import driver
 
 from fastalex_kernels import _launch
+
+Run = Callable[[int], object]  # with the handle of a stream, 0 where there is none
 
 
 @dataclass(eq=False)
@@ -39,7 +44,8 @@ class Launch:
     grid: tuple[int, ...] | None
     arguments: list[Any]
     options: dict[str, Any]
-    run: Callable[[int | None], object] = field(init=False, repr=False)
+    run: Run = field(init=False, repr=False)
+    _compiled: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.run = self._call if self.grid is None else self._launch
@@ -75,21 +81,64 @@ class Launch:
         """From the next run on, hand the arguments to the ``compiled`` kernel as they are.
 
         ``compiled[grid](*arguments)`` is how Triton's tutorials call a kernel that is compiled; it
-        checks, looks up and specialises nothing. Where this Triton returned no such kernel,
-        as its interpreter does not, the launch goes on as ``kernel[grid](...)``.
+        looks up and specialises nothing. Where this Triton returned no such kernel, as its
+        interpreter does not, the launch goes on as ``kernel[grid](...)``.
         """
         if self.grid is None or not hasattr(compiled, "__getitem__"):
             return
-        start = compiled[(*self.grid, 1, 1)[:3]]
-        arguments = self.arguments
+        self._compiled, arguments = compiled, self.arguments
+        start = compiled[_three(self.grid)]
         self.run = lambda stream: start(*arguments, stream=stream)
 
-    def _launch(self, stream: int | None) -> None:
+    def pack(self) -> None:
+        """From the next run on, launch with the arguments of now, in the memory of now."""
+        if self._compiled is not None:
+            assert self.grid is not None
+            packed = _packed(self._compiled, _three(self.grid), self.arguments)
+            self.run = packed or self.run
+
+    def _launch(self, stream: int) -> None:
         assert self.grid is not None
         self.bind(_launch.execute(self.kernel, self.grid, tuple(self.arguments), self.options))
 
-    def _call(self, stream: int | None) -> None:
+    def _call(self, stream: int) -> None:
         self.kernel(*self.arguments, **self.options)
+
+
+def _three(grid: tuple[int, ...]) -> tuple[int, ...]:
+    return (*grid, 1, 1)[:3]
+
+
+def _packed(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> Run | None:
+    """A launch as one call of the C function that Triton has for it, with everything prepared.
+
+    Triton's launcher encodes each tensor descriptor at each launch, and asks the driver about each
+    pointer. Here it does so once, and is given a function that keeps what the C function would get.
+
+    This is Triton's private interface, as of 3.9. Returns None where it is another.
+    """
+    kept: list[tuple[Any, ...]] = []
+    stream = object()
+    try:
+        launcher = copy.copy(compiled.run)
+        if getattr(launcher, "gsan_enabled", False):  # what it counts changes from launch to launch
+            return None
+        c_launch = driver.active.utils.launch
+        launcher.launch = sys.modules[type(launcher).__module__].wrap_handle_tensordesc(
+            lambda *values: kept.append(values),
+            dict(compiled.src.signature),
+            getattr(compiled.metadata, "tensordesc_meta", None),
+        )
+        launcher(
+            *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
+        )
+        ((*values, given),) = kept
+        at = next(i for i, value in enumerate(values) if value is stream)
+    except (AttributeError, TypeError, ValueError, StopIteration):
+        return None
+    before, after = values[:at], values[at + 1 :]
+    plain = tuple(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in given)
+    return lambda stream: c_launch(*before, stream, *after, plain)
 
 
 class Program:
@@ -116,6 +165,10 @@ class Program:
                 for number, given in enumerate(self.inputs):
                     if given is not None and argument is given:
                         self._places.append((number, launch.arguments, index))
+        changing = {id(arguments) for _, arguments, _ in self._places}
+        for launch in self.launches:
+            if id(launch.arguments) not in changing:
+                launch.pack()
 
     def at(self, layer: str, phase: str) -> None:
         """Say whose launches follow."""
@@ -126,7 +179,7 @@ class Program:
     ) -> None:
         """Run a launch and add it; see ``_launch.launch``."""
         self.launches.append(Launch.of(*self._at, kernel, grid, args, kwargs))
-        self.launches[-1].run(None)
+        self.launches[-1].run(0)
 
     def add(
         self,
@@ -148,10 +201,11 @@ class Program:
     def run(self) -> None:
         """Go through the launches, on the device's current stream."""
         if self._device.type != "cuda":
-            for launch in self.launches:
-                launch.run(None)
+            self._run(0)
             return
         with torch.cuda.device(self._device):
-            stream = torch.cuda.current_stream().cuda_stream
-            for launch in self.launches:
-                launch.run(stream)
+            self._run(torch.cuda.current_stream().cuda_stream)
+
+    def _run(self, stream: int) -> None:
+        for launch in self.launches:
+            launch.run(stream)

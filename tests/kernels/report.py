@@ -1,9 +1,8 @@
-"""Print what each kernel of AlexNet is worth: ``python -m tests.kernels.report``.
+"""Print how exact each kernel of AlexNet is: ``python -m tests.kernels.report``.
 
-Two tables in markdown: the relative error of the forward pass and of each gradient, layer by layer
+A table in markdown: the relative error of the forward pass and of each gradient, layer by layer
 at batch 2, against float64, in float32 (interpreter) and in bfloat16 (ttsem, where it is installed
-or ``FASTALEX_TTSEM_PYTHON`` names an interpreter that has it); and the registers and spills of
-every kernel at batch 128 in bfloat16.
+or ``FASTALEX_TTSEM_PYTHON`` names an interpreter that has it).
 """
 
 from __future__ import annotations
@@ -19,27 +18,30 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # ttsem runs this file as a script
 
-from fastalex import offline  # noqa: E402
+from fastalex.layers import Conv2dReLU, LRNMaxPool2d, MaxPool2d  # noqa: E402
 from tests.kernels import _alexnet, _oracle  # noqa: E402
 from tests.kernels._suites import TTSEM_PYTHON, missing_ttsem, ttsem_cache  # noqa: E402
 
 RESULTS = ("output", "input", "weight", "bias")
-TARGETS = ("sm_80", "sm_90")
 
 
 def cases(batch: int) -> list[_oracle.Case]:
     """The layers of AlexNet as cases of the oracle."""
     made = []
-    for name, (c, image, k, size, stride, padding, groups) in _alexnet.CONVOLUTIONS.items():
-        options = {"stride": stride, "padding": padding, "groups": groups}
-        frozen = ("input",) if c == 3 else ()
-        made.append(_oracle.conv(name, (batch, c, image, image), k, size, frozen=frozen, **options))
-    for name, (c, image, groups) in _alexnet.POOLINGS.items():
-        shape = (batch, c, image, image)
-        pool = groups is None
-        made.append(_oracle.pool(name, shape) if pool else _oracle.lrn(name, shape, groups=groups))
-    for name, (inputs, outputs, p) in _alexnet.LINEARS.items():
-        made.append(_oracle.linear(name, batch, inputs, outputs, p=p, relu=p > 0))
+    for name, layer in _alexnet.layers(batch).items():
+        module = layer.module
+        if isinstance(module, Conv2dReLU):
+            padding, frozen = module.sides(*layer.input[2:]), () if made else ("input",)
+            options = {"stride": module.stride[0], "padding": padding, "groups": module.groups}
+            k, size = module.out_channels, module.kernel_size[0]
+            made.append(_oracle.conv(name, layer.input, k, size, frozen=frozen, **options))
+        elif isinstance(module, LRNMaxPool2d):
+            made.append(_oracle.lrn(name, layer.input, groups=module.groups))
+        elif isinstance(module, MaxPool2d):
+            made.append(_oracle.pool(name, layer.input))
+        else:
+            p = getattr(module, "p", 0.0)
+            made.append(_oracle.linear(name, *layer.input, layer.output[1], p=p, relu=p > 0))
     return made
 
 
@@ -73,25 +75,8 @@ def error_table() -> list[str]:
     return lines
 
 
-def code_table() -> list[str]:
-    heads = [f"{t} registers, spills" for t in TARGETS]
-    lines = ["| layer | kernel | " + " | ".join(heads) + " |", "|---|---|---|---|"]
-    for layer, step in _alexnet.layers(128, torch.bfloat16).items():
-        rows: dict[str, list[str]] = {}
-        for target in TARGETS:
-            found: dict[str, list[str]] = {}
-            for launch in offline.record(target, step):
-                code = offline.read(offline.compile_launch(launch, target))
-                name = launch.name.replace("_tma", "")
-                found.setdefault(name, []).append(f"{code.registers}, {code.spills}")
-            for name, values in found.items():
-                rows.setdefault(name, []).append("; ".join(dict.fromkeys(values)))
-        lines += [f"| {layer} | {name} | {' | '.join(v)} |" for name, v in rows.items()]
-    return lines
-
-
 if __name__ == "__main__":
     if len(sys.argv) == 3:
         print_errors(*sys.argv[1:])
     else:
-        print("\n".join([*error_table(), "", *code_table()]))
+        print("\n".join(error_table()))

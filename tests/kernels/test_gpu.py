@@ -18,8 +18,8 @@ from fastalex_kernels.reference import TF32_TOLERANCE
 
 from . import _augment as augments
 from . import _cases as cases
-from . import _handover as handover
 from . import _losses as losses
+from . import _masks as masks
 from . import _updates as updates
 from ._oracle import (
     Case,
@@ -103,34 +103,15 @@ def test_cross_entropy(case: losses.Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", updates.CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_update_in_backward(case: Case, dtype: torch.dtype) -> None:
+def test_fused_update(case: Case, dtype: torch.dtype) -> None:
     for rule in updates.RULES:
         updates.check(case, dtype, rule, "cuda")
 
 
-def _check_masks(pair: handover.Pair, dtype: torch.dtype) -> None:
-    ours, again = (handover.gradients(pair, dtype, "cuda") for _ in range(2))
-    handover.compare(ours, handover.gradients(pair, dtype, "cuda", updated=False), dtype)
-    assert all(map(torch.equal, ours, again))
-
-
-PAIRS = [*handover.CONVOLUTIONS, *handover.LINEARS]
-CHUNKS = [pair for pair in PAIRS if pair.behind == "chunks"]
-
-
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair not in CHUNKS], ids=str)
-def test_masks_from_the_layer_behind(pair: handover.Pair) -> None:
-    _check_masks(pair, torch.bfloat16)
-
-
-@pytest.mark.parametrize("pair", CHUNKS, ids=str)  # they compile for long
-def test_masks_from_chunks_behind(pair: handover.Pair) -> None:
-    _check_masks(pair, torch.bfloat16)
-
-
-@pytest.mark.parametrize("pair", PAIRS, ids=str)
-def test_masks_in_float16(pair: handover.Pair) -> None:
-    _check_masks(pair, torch.float16)
+@pytest.mark.parametrize("case", [c for c in TILES if len(c.shapes) > 1], ids=str)
+def test_masked_gradients(case: Case) -> None:
+    """The backward pass of the ReLU below, in the kernel that makes its gradient."""
+    masks.check(case, torch.bfloat16, "cuda")
 
 
 @contextmanager

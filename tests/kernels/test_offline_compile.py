@@ -12,14 +12,14 @@ import triton
 
 import fastalex_kernels as fk
 from fastalex import offline
+from fastalex.recorded_step import record_step
 from fastalex_kernels._launch import interpreted
+from fastalex_kernels.program import Launch
 
-from ._alexnet import layers, masked
+from ._alexnet import NAMES, call
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="an interpreted kernel has no machine code")
 
-LAYERS = list(layers(1, torch.float16))
-MASKED = list(masked(1, torch.float16))
 TENSOR_CORES = {
     "sm_80": r"HMMA\.16816\.F32",
     "sm_90": r"HGMMA\.64x\d+x16\.F32",
@@ -30,22 +30,14 @@ TENSOR_CORES = {
 # Kernels that hold products: convolutions and fully connected layers.
 DOTS = re.compile(r"_conv2d_(relu_fwd|bwd_weight)|_linear_(relu_dropout_fwd|bwd_weight)")
 
-Made = list[tuple[offline.Launch, offline.MachineCode]]
 
-
-@functools.cache
-def _made(target: str, layer: str, batch: int, dtype: torch.dtype, towers: bool = False) -> Made:
-    launches = offline.record(target, layers(batch, dtype, towers)[layer])
-    return [(launch, _read(launch, target)) for launch in launches]
-
-
-def _read(launch: offline.Launch, target: str) -> offline.MachineCode:
-    return offline.read(offline.compile_launch(launch, target))
-
-
-def _check(target: str, made: Made) -> None:
-    for launch, code in made:
-        where = f"{launch.name}{launch.grid} on {target}"
+def _check(target: str, launches: list[Launch], wide: bool = True) -> None:
+    """No spills, no more than fits; with ``wide``, products of operands 16 bytes at a time."""
+    assert launches
+    for launch in launches:
+        code = offline.read(offline.compile_launch(launch, target))
+        where = f"{launch.layer} {launch.name}{launch.grid} on {target}"
+        assert launch.grid is not None
         x, y, z = (*launch.grid, 1, 1)[:3]
         assert x <= 2**31 - 1, where
         assert max(y, z) <= 65535, where
@@ -54,87 +46,84 @@ def _check(target: str, made: Made) -> None:
             assert (code.stack, code.spills) == (0, 0), f"{where}: {code.registers} registers"
         if target == "gfx942":
             assert code.spills == 0, f"{where}: {code.registers} registers"
+        if wide and DOTS.match(launch.name):
+            assert code.count(TENSOR_CORES[target]), where
+            if target == "gfx942":
+                assert code.count(r"(global|buffer)_load_dwordx4"), where
+            else:
+                assert code.count(r"LDGSTS\.E.*\.128|UTMALDG"), where
 
 
-def _check_products(target: str, made: Made) -> None:
-    """Tensor cores, and operands that come 16 bytes at a time."""
-    for launch, code in made:
-        if not DOTS.match(launch.name):
-            continue
-        where = f"{launch.name}{launch.grid} on {target}"
-        assert code.count(TENSOR_CORES[target]), where
-        if target == "gfx942":
-            assert code.count(r"(global|buffer)_load_dwordx4"), where
-        else:
-            assert code.count(r"LDGSTS\.E.*\.128|UTMALDG"), where
+@functools.cache
+def _step(target: str, dtype: str, towers: int) -> list[Launch]:
+    events = record_step(target, 128, dtype, towers=towers).events
+    return [event.launch for event in events if event.launch is not None]
 
 
-@pytest.mark.parametrize("target", list(offline.TARGETS))
-@pytest.mark.parametrize("layer", LAYERS)
-def test_bfloat16(layer: str, target: str) -> None:
-    made = _made(target, layer, 128, torch.bfloat16)
-    assert len(made) >= 2, "no backward was recorded"
-    _check(target, made)
-    _check_products(target, made)
+STEPS = [
+    *((target, "bf16", 1) for target in offline.TARGETS),
+    *((target, "bf16", 2) for target in ("sm_80", "sm_90", "gfx942")),
+    *((target, "fp32", 1) for target in ("sm_80", "sm_90", "gfx942")),
+]
+
+
+@pytest.mark.parametrize(("target", "dtype", "towers"), STEPS)
+@pytest.mark.parametrize("layer", ["augment", *NAMES, "loss"])
+def test_a_step(layer: str, target: str, dtype: str, towers: int) -> None:
+    launches = [launch for launch in _step(target, dtype, towers) if launch.layer == layer]
+    _check(target, launches, wide=dtype == "bf16")
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"), [("sm_90", "bf16"), ("sm_90", "fp32"), ("gfx942", "bf16")]
+)
+def test_no_relu_of_a_step_has_a_backward_pass_of_its_own(target: str, dtype: str) -> None:
+    """But the last layer's, which has none."""
+    launches = _step(target, dtype, 1)
+    assert not [launch for launch in launches if "epilogue" in launch.name]
+    masking = {x.layer for x in launches if x.phase == "backward" and _masks(x)}
+    assert masking == {"pool1", "pool2", "conv4", "conv5", "pool5", "fc7", "fc8"}
+
+
+def _masks(launch: Launch) -> bool:
+    return bool(launch.named.get("MASK"))
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_a_tower_alone(layer: str, target: str) -> None:
-    made = _made(target, layer, 128, torch.bfloat16, True)
-    _check(target, made)
-    _check_products(target, made)
+@pytest.mark.parametrize("layer", NAMES)
+def test_a_layer_by_autograd(layer: str, target: str) -> None:
+    _check(target, offline.record(target, call(layer, 128, torch.bfloat16)))
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-@pytest.mark.parametrize("layer", MASKED)
-def test_masks_from_the_layer_behind(layer: str, target: str) -> None:
-    for dtype in (torch.bfloat16, torch.float32):
-        launches = offline.record(target, masked(128, dtype)[layer])
-        made = [(launch, _read(launch, target)) for launch in launches]
-        _check(target, made)
-        if dtype == torch.bfloat16:
-            _check_products(target, made)
-        masking = [launch.name for launch, _ in made if launch.named.get("MASK")]
-        assert len(masking) == 1, "what writes the gradient, and nothing before it"
-        # The last layer undoes its own ReLU, if it has one; the layer before it need not.
-        apart = [launch.name for launch, _ in made if "epilogue" in launch.name]
-        assert len(apart) == (0 if layer.startswith("pool") else 1)
-
-
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", NAMES)
 def test_float16(layer: str) -> None:
-    made = _made("sm_80", layer, 128, torch.float16)
-    _check("sm_80", made)
-    _check_products("sm_80", made)
+    _check("sm_80", offline.record("sm_80", call(layer, 128, torch.float16)))
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", NAMES)
 def test_float32(layer: str, target: str) -> None:
-    _check(target, _made(target, layer, 128, torch.float32))
+    _check(target, offline.record(target, call(layer, 128, torch.float32)), wide=False)
 
 
 @pytest.mark.parametrize("layer", ["conv2", "conv4", "fc6"])
 @pytest.mark.parametrize("target", ["sm_80"])
 def test_small_batch(layer: str, target: str) -> None:
     """Tiles of several pixels, whose rows are masked."""
-    _check(target, _made(target, layer, 32, torch.bfloat16))
+    _check(target, offline.record(target, call(layer, 32, torch.bfloat16)), wide=False)
 
 
-@pytest.mark.parametrize("target", ["sm_90"])
-@pytest.mark.parametrize("layer", ["fc6"])
-def test_dropout_inside_a_product(layer: str, target: str) -> None:
+def test_dropout_inside_a_product() -> None:
     """A large batch fills the GPU without a split, and the product draws the mask itself."""
-    made = _made(target, layer, 1024, torch.bfloat16)
-    _check(target, made)
-    assert any(launch.named.get("DROPOUT") and launch.named["SPLIT"] == 1 for launch, _ in made)
+    launches = offline.record("sm_90", call("fc6", 1024, torch.bfloat16))
+    _check("sm_90", launches)
+    assert any(x.named.get("DROPOUT") and x.named["SPLIT"] == 1 for x in launches)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", NAMES)
 def test_batch_1(layer: str) -> None:
     """An integer argument that equals 1 is a constant to Triton, and not a tensor."""
-    _check("sm_90", _made("sm_90", layer, 1, torch.bfloat16))
+    _check("sm_90", offline.record("sm_90", call(layer, 1, torch.bfloat16)), wide=False)
 
 
 def _smallest_sizes() -> None:
@@ -185,13 +174,13 @@ def _copy_kernel(x_ptr, y_ptr, n, BLOCK: triton.language.constexpr):
     triton.language.store(y_ptr + offs, x, mask=offs < n)
 
 
-def _copy(n: int, offset: int = 0) -> offline.Launch:
+def _copy(n: int, offset: int = 0) -> Launch:
     x = torch.empty(n + offset, device="meta")[offset:]
-    return offline.Launch("", "", _copy_kernel, (1,), [x, x, n, 512], {})
+    return Launch("", "", _copy_kernel, (1,), [x, x, n, 512], {})
 
 
 def test_a_launch_is_specialised_as_on_a_gpu() -> None:
-    def loads(launch: offline.Launch) -> Any:
+    def loads(launch: Launch) -> Any:
         return offline.read(offline.compile_launch(launch, "sm_80")).count(r"LDG\.E\.128")
 
     assert loads(_copy(4096)) == 1

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from fastalex.fused_update import fuse_updates, lay_out
 
 import fastalex
 import fastalex_kernels as kernels
 from fastalex.data import Normalization
 from fastalex.data.augment import Augment
-from fastalex.fused_update import fuse_updates, lay_out
 from fastalex.layers import SpaceToDepth
 from fastalex.optim import build_optimizer
 from tests._nets import narrow

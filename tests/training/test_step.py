@@ -1,0 +1,522 @@
+"""The explicit step beside the module, autograd and the optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastalex_kernels as kernels
+from fastalex import AlexNet
+from fastalex.data import Normalization
+from fastalex.data.augment import Augment
+from fastalex.layers import Conv2dReLU
+from fastalex.optim import build_optimizer
+from fastalex.parallel import cut_to_tower
+from fastalex.training import TrainStep
+from fastalex.training.step import Tricks
+from fastalex.variants import VARIANTS, Variant
+from tests._nets import narrow
+
+from ._towers import PairExchange, run_towers
+
+CPU = torch.device("cpu")
+CLASSES, BATCH, SIDE = 10, 4, 67
+NORMAL = Normalization((127.0,) * 3, (74.0,) * 3)
+INTERPRETED = pytest.param("interpreter", marks=pytest.mark.kernels)
+BACKENDS = ["aten", INTERPRETED]
+
+
+def bare(name: str) -> Variant:
+    """A narrow net without response normalisation, which takes the interpreter longest."""
+    net = narrow(name)
+    return replace(net, convolutions=tuple(replace(c, norm=None) for c in net.convolutions))
+
+
+def make_net(variant: str | Variant = "paper") -> AlexNet:
+    model = AlexNet(CLASSES, variant=narrow(variant) if isinstance(variant, str) else variant)
+    model.init_parameters("he", torch.Generator().manual_seed(0))
+    return model
+
+
+def images(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    labels = torch.randint(CLASSES, (BATCH,), generator=generator)
+    return torch.randn(BATCH, 3, SIDE, SIDE, generator=generator), labels
+
+
+def pixels(number: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Bytes with their crops and colours, and labels."""
+    generator = torch.Generator().manual_seed(number)
+
+    def draw(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, generator=generator)
+
+    given = [draw(256, BATCH, 76, 76, 3).byte(), draw(9, BATCH).int(), draw(9, BATCH).int()]
+    colors = 20 * torch.randn(BATCH, 3, generator=generator)
+    return [*given, draw(2, BATCH).bool(), colors], draw(CLASSES, BATCH)
+
+
+@dataclass
+class Trained:
+    """Losses of some steps, and what they left."""
+
+    losses: list[float]
+    weights: dict[str, torch.Tensor]
+    buffers: list[torch.Tensor]
+
+
+def result_of(
+    model: AlexNet, optimizer: torch.optim.Optimizer, losses: list[torch.Tensor]
+) -> Trained:
+    buffers = [optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()]
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return Trained([loss.item() for loss in losses], weights, buffers)
+
+
+def by_step(model: AlexNet, optimizer: Any, steps: int, **options: Any) -> Trained:
+    step = TrainStep(model, optimizer, **options)
+    losses = []
+    for number in range(steps):
+        model.seed_dropout(3, number)
+        losses.append(step(*images(number)))
+    return result_of(model, optimizer, losses)
+
+
+def by_autograd(model: AlexNet, optimizer: Any, steps: int) -> Trained:
+    losses = []
+    for number in range(steps):
+        model.seed_dropout(3, number)
+        given, labels = images(number)
+        losses.append(kernels.cross_entropy(model(given), labels))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    return result_of(model, optimizer, losses)
+
+
+def compare(one: Trained, other: Trained, losses: float = 1e-6, weights: float = 1e-5) -> None:
+    assert one.losses == pytest.approx(other.losses, rel=losses)
+    for name, weight in one.weights.items():
+        error = float((weight - other.weights[name]).norm() / other.weights[name].norm())
+        assert error <= weights, name
+    for a, b in zip(one.buffers, other.buffers, strict=True):
+        assert float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-12
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_trains_as_autograd_and_the_optimizer_do(variant: str) -> None:
+    models = [make_net(variant) for _ in range(2)]
+    mine, theirs = (torch.optim.SGD(m.parameters(), 0.001, 0.9, weight_decay=0.01) for m in models)
+    one, other = by_step(models[0], mine, 20), by_autograd(models[1], theirs, 20)
+    assert one.losses[:10] == pytest.approx(other.losses[:10], rel=1e-6)
+    compare(one, other, losses=1e-4, weights=1e-4)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("variant", "rule"),
+    [
+        (narrow("paper"), "paper"),
+        (bare("paper"), "torch"),
+        (narrow("source2012"), "torch"),
+        (bare("caffe"), "paper"),  # its biases have a rate and a decay of their own
+        (bare("owt"), "torch"),
+        (bare("paper-without-tower-traffic"), "torch"),  # fully connected layers in groups
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_kernels_train_as_autograd_does(variant: Variant, rule: str) -> None:
+    models = [make_net(variant) for _ in range(2)]
+    mine, theirs = (build_optimizer(m, 0.001, 0.9, 0.01, rule) for m in models)
+    with kernels.backend("interpreter"):
+        compare(by_step(models[0], mine, 2), by_autograd(models[1], theirs, 2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("left_out", ["fused_update", "fused_activation", "early"])
+def test_each_trick_changes_no_result(backend: str, left_out: str) -> None:
+    variant = bare("paper")
+    trained = []
+    with kernels.backend(backend):
+        for tricks in (Tricks(), replace(Tricks(), **{left_out: False})):
+            model = make_net(variant)
+            optimizer = torch.optim.SGD(model.parameters(), 0.001, 0.9, weight_decay=0.01)
+            trained.append(by_step(model, optimizer, 3, tricks=tricks))
+    compare(*trained)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bytes_train_as_their_images(backend: str) -> None:
+    """Augmentation writes the blocks that the first convolution reads: the same values."""
+    augment = Augment(NORMAL, SIDE, CPU, colored=True)
+    trained = []
+    with kernels.backend(backend):
+        for as_bytes in (True, False):
+            model = make_net(bare("paper"))
+            optimizer = build_optimizer(model, 0.001)
+            step = TrainStep(model, optimizer, augment=augment)
+            losses = []
+            for number in range(3):
+                model.seed_dropout(3, number)
+                given, labels = pixels(number)
+                losses.append(step(given if as_bytes else augment(*given), labels))
+            trained.append(result_of(model, optimizer, losses))
+    assert trained[0].losses == trained[1].losses
+    assert all(torch.equal(w, trained[1].weights[n]) for n, w in trained[0].weights.items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_towers_train_as_one_process(backend: str) -> None:
+    def tower(exchange: PairExchange) -> tuple[Trained, list[str]]:
+        model = make_net(variant)
+        cut_to_tower(model, exchange)
+        with kernels.backend(backend):
+            trained = by_step(model, build_optimizer(model, 0.001), 3)
+        return trained, exchange.events
+
+    variant = bare("paper")
+    whole = make_net(variant)
+    with kernels.backend(backend):
+        expected = by_step(whole, build_optimizer(whole, 0.001), 3)
+    towers = run_towers(tower)
+    for trained, events in towers:
+        assert trained.losses == pytest.approx(expected.losses, rel=1e-6)
+        # conv3, fc6, fc7 and fc8 forward; fc7, fc6 and conv3 backward.
+        assert events == ["start", "wait"] * 7 * 3
+    for name, weight in expected.weights.items():
+        halves = [trained.weights[name] for trained, _ in towers]
+        last = name.startswith("classifier.6")
+        found = halves[0] if last else torch.cat(halves)
+        assert float((found - weight).norm() / weight.norm()) < 1e-5, name
+        assert not last or torch.equal(*halves), "the copies of the last layer part"
+
+
+def test_what_needs_no_answer_runs_while_halves_are_exchanged() -> None:
+    """Recorded for a GPU: between start and wait of a transfer there are launches."""
+    from fastalex.exchange import LoopbackExchange
+    from fastalex_kernels._launch import record_launches
+
+    model = AlexNet(CLASSES)
+    cut_to_tower(model, LoopbackExchange())
+    with record_launches("sm_90", lambda *_: None):
+        step = TrainStep(model, build_optimizer(model, 0.01))
+        step(torch.zeros(BATCH, 3, 224, 224), torch.zeros(BATCH, dtype=torch.int64))
+    names = [launch.name for launch in step.launches]
+    starts = [i for i, name in enumerate(names) if name == "LoopbackTransfer.start"]
+    meanwhile = []
+    for i in starts:
+        end = names.index("LoopbackTransfer.wait", i)
+        meanwhile.append(end - i - 1)
+    layers = [step.launches[i].layer for i in starts]
+    assert layers == ["conv3", "fc6", "fc7", "fc8", "fc7", "fc6", "conv3"]
+    assert meanwhile[0] == 0, "conv3's forward pass waits"
+    assert all(meanwhile[1:])
+
+
+def counted(step: TrainStep) -> list[tuple[Any, ...]]:
+    return [(q.kernel, q.grid, [id(a) for a in q.arguments]) for q in step.launches]
+
+
+def test_later_steps_run_the_recorded_launches_on_the_same_memory() -> None:
+    model = make_net()
+    step = TrainStep(model, build_optimizer(model, 0.01))
+    step(*images(0))
+    recorded = counted(step)
+    for number in (1, 2):
+        step(*images(number))
+    again = counted(step)
+    differ = [i for i, (a, b) in enumerate(zip(recorded, again, strict=True)) if a != b]
+    assert differ in ([0], [0, len(recorded) // 2], differ[:2]), "only what reads the inputs"
+    assert len(differ) <= 2
+
+
+class _NoHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Fails where a value is read on the host, or a tensor is made of the host's values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        assert name not in ("_local_scalar_dense", "lift_fresh", "nonzero", "is_pinned"), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_on_the_host() -> None:
+    model = make_net()
+    optimizer = build_optimizer(model, 0.01)
+    step = TrainStep(model, optimizer)
+    model.seed_dropout(3, 0)
+    step(*images(0))
+    optimizer.param_groups[0]["lr"] = 0.001
+    batch = images(1)
+    with _NoHost():
+        model.seed_dropout(3, 1)
+        loss = step(*batch)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoHost():
+        loss.item()
+
+
+@contextlib.contextmanager
+def attributes_watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of attributes that are set on tensors by code of this package."""
+    found: list[str] = []
+    ordinary = {"requires_grad", "grad", "data"}
+
+    def watch(self: torch.Tensor, name: str, value: object) -> None:
+        if name not in ordinary:
+            found.append(name)
+        object.__setattr__(self, name, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__setattr__", watch, raising=False)
+        yield found
+
+
+@pytest.mark.kernels
+def test_nothing_travels_on_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_net(bare("paper"))
+    with attributes_watched(monkeypatch) as found, kernels.backend("interpreter"):
+        step = TrainStep(model, build_optimizer(model, 0.01))
+        step(*images(0))
+        step(*images(1))
+        kernels.cross_entropy(model(images(2)[0]), images(2)[1]).backward()
+        torch.zeros(1).handed_over = True  # the watch itself
+    assert found == ["handed_over"]
+
+
+def _pair(variant: str = "paper") -> tuple[list[AlexNet], list[torch.optim.Optimizer]]:
+    models = [make_net(variant) for _ in range(2)]
+    optimizers = [
+        torch.optim.SGD(m.parameters(), 0.001, momentum=0.9, weight_decay=0.01) for m in models
+    ]
+    return models, optimizers
+
+
+def _one_autograd_step(model: AlexNet, optimizer: torch.optim.Optimizer, number: int) -> float:
+    given, labels = images(number)
+    model.seed_dropout(3, number)
+    loss = kernels.cross_entropy(model(given), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def _one_step(step: TrainStep, number: int) -> float:
+    step.model.seed_dropout(3, number)
+    return float(step(*images(number)))
+
+
+def test_learning_rate_scheduler_of_torch() -> None:
+    models, optimizers = _pair()
+    step = TrainStep(models[0], optimizers[0])
+    schedulers = [torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.1) for o in optimizers]
+    for number in range(5):
+        losses = _one_step(step, number), _one_autograd_step(models[1], optimizers[1], number)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+        for scheduler in schedulers:
+            scheduler.step()
+    compare(*(result_of(m, o, []) for m, o in zip(models, optimizers, strict=True)))
+
+
+def test_rate_of_zero_changes_no_weight_after_load_state_dict() -> None:
+    model = make_net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    step = TrainStep(model, optimizer)
+    _one_step(step, 0)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["lr"] = 0.0
+    optimizer.load_state_dict(state)
+    before = [p.detach().clone() for p in model.parameters()]
+    _one_step(step, 1)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_state_dict_goes_on_in_another_optimizer() -> None:
+    models, optimizers = _pair()
+    step = TrainStep(models[0], optimizers[0])
+    for number in range(2):
+        _one_step(step, number)
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    assert _one_step(step, 2) == pytest.approx(
+        _one_autograd_step(models[1], optimizers[1], 2), rel=1e-6
+    )
+    # And back: what the step left is torch's own, and what torch left the step takes.
+    optimizers[0].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+    models[0].load_state_dict(models[1].state_dict())
+    for number in (3, 4):
+        losses = _one_step(step, number), _one_autograd_step(models[1], optimizers[1], number)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    compare(*(result_of(m, o, []) for m, o in zip(models, optimizers, strict=True)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameter_changed_by_hand_is_seen(backend: str) -> None:
+    variant = bare("paper")
+    models = [make_net(variant) for _ in range(2)]
+    mine, theirs = (torch.optim.SGD(m.parameters(), 0.001, momentum=0.9) for m in models)
+    with kernels.backend(backend):
+        step = TrainStep(models[0], mine)
+        for number in range(3):
+            for model in models:
+                with torch.no_grad():
+                    model.features[0].weight.mul_(0.9)
+                    model.classifier[1].bias.add_(0.01)
+                model.features[3].weight.data = model.features[3].weight.data * 0.95
+            losses = _one_step(step, number), _one_autograd_step(models[1], theirs, number)
+            assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_gradient_norms_are_those_of_autograd() -> None:
+    models, optimizers = _pair("caffe")
+    step = TrainStep(models[0], optimizers[0])
+    _one_step(step, 0)
+    given, labels = images(0)
+    models[1].seed_dropout(3, 0)
+    kernels.cross_entropy(models[1](given), labels).backward()
+    norms = step.gradient_norms()
+    assert norms.keys() == dict(models[1].named_parameters()).keys()
+    for name, parameter in models[1].named_parameters():
+        assert parameter.grad is not None
+        assert float(norms[name]) == pytest.approx(float(parameter.grad.double().norm()), rel=1e-5)
+
+
+def test_masks_are_drawn_anew_where_nobody_seeds_them() -> None:
+    torch.manual_seed(7)
+    model = make_net()
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), 0.0, momentum=0.9))
+    batch = images(0)
+    losses = [float(step(*batch)) for _ in range(3)]
+    assert len(set(losses)) == 3
+    torch.manual_seed(7)
+    other = make_net()
+    again = TrainStep(other, torch.optim.SGD(other.parameters(), 0.0, momentum=0.9))
+    assert [float(again(*batch)) for _ in range(3)] == losses
+
+
+def test_loss_is_not_overwritten_by_the_next_step() -> None:
+    model = make_net()
+    step = TrainStep(model, build_optimizer(model, 0.01))
+    first = step(*images(0))
+    value = float(first)
+    step(*images(1))
+    assert float(first) == value
+
+
+def test_batches_of_two_shapes_share_the_parameters() -> None:
+    models, optimizers = _pair()
+    step = TrainStep(models[0], optimizers[0])
+    for number, rows in enumerate((4, 2, 4, 2)):
+        given, labels = images(number)
+        for model in models:
+            model.seed_dropout(3, number)
+        loss = step(given[:rows], labels[:rows])
+        other = kernels.cross_entropy(models[1](given[:rows]), labels[:rows])
+        optimizers[1].zero_grad()
+        other.backward()
+        optimizers[1].step()
+        assert float(loss) == pytest.approx(float(other), rel=1e-6)
+
+
+def _with_hook(model: AlexNet) -> None:
+    model.features[3].register_forward_hook(lambda *_: None)
+
+
+def _replaced(model: AlexNet) -> None:
+    model.classifier[6] = nn.Linear(64, CLASSES)
+
+
+def _frozen(model: AlexNet) -> None:
+    model.features[0].weight.requires_grad_(False)
+
+
+def _narrow_weights(model: AlexNet) -> None:
+    model.half()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_with_hook, r"^model: features\.3 is a Conv2dReLU with a hook"),
+        (_replaced, r"^model: classifier\.6 is a Linear, which is no layer of fastalex's$"),
+        (_frozen, r"^model: features\.0\.weight is frozen"),
+        (_narrow_weights, r"^model: features\.0\.weight is torch\.float16, expected float32"),
+    ],
+)
+def test_model_it_cannot_run_is_named(change: Any, message: str) -> None:
+    model = make_net()
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        TrainStep(model, torch.optim.SGD(model.parameters(), 0.01))
+
+
+def test_model_that_changes_into_one_it_cannot_run_is_named() -> None:
+    model = make_net()
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), 0.01))
+    step(*images(0))
+    model.classifier[6] = nn.Linear(64, CLASSES)
+    with pytest.raises(ValueError, match=r"^model: classifier\.6 is a Linear"):
+        step(*images(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (torch.optim.Adam, r"^optimizer: expected torch\.optim\.SGD or PaperSGD, got Adam$"),
+        (
+            lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True),
+            r"^optimizer: nesterov=True is not what the kernels apply$",
+        ),
+        (
+            lambda p: torch.optim.SGD(list(p)[:-1], 0.1),
+            r"^model: classifier\.6\.bias is not among the optimizer's parameters$",
+        ),
+        (
+            lambda p: torch.optim.SGD([*p, nn.Parameter(torch.zeros(1))], 0.1),
+            r"^optimizer: it has parameters that are not the model's$",
+        ),
+    ],
+)
+def test_optimizer_it_cannot_follow_is_named(make: Any, message: str) -> None:
+    model = make_net()
+    with pytest.raises(ValueError, match=message):
+        TrainStep(model, make(model.parameters()))
+
+
+def test_float16_is_refused() -> None:
+    model = make_net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with pytest.raises(ValueError, match=r"^precision: expected one of float32, bf16, got 'fp16'"):
+        TrainStep(model, optimizer, "fp16")
+
+
+def test_wrong_images_are_named() -> None:
+    model = make_net()
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), 0.01))
+    labels = torch.zeros(BATCH, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^images: expected floats \[N, 3, H, W\]"):
+        step(torch.zeros(BATCH, 1, SIDE, SIDE), labels)
+    with pytest.raises(ValueError, match=r"^images: bytes need augment="):
+        step(pixels(0)[0], labels)
+    with pytest.raises(ValueError, match=r"^labels: expected int64 \[4\]"):
+        step(torch.zeros(BATCH, 3, SIDE, SIDE), labels[:2])
+    with pytest.raises(ValueError, match=r"^images: 20 x 20 pixels are too few"):
+        step(torch.zeros(BATCH, 3, 20, 20), labels)
+
+
+def test_convolutions_get_the_memory_order_of_their_kernels() -> None:
+    model = make_net(bare("paper"))
+    before = copy.deepcopy(model.state_dict())
+    with kernels.backend("interpreter"):
+        TrainStep(model, torch.optim.SGD(model.parameters(), 0.01))
+    for layer in model.modules():
+        if isinstance(layer, Conv2dReLU) and layer.stride == (1, 1):
+            assert layer.weight.permute(2, 3, 1, 0).is_contiguous()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
