@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from fastalex_kernels._begun import Begun, carry
 
 from fastalex.tuning_candidates import candidates
 from fastalex_kernels import _launch, _lrn_chunks, _tuned, reference
