@@ -165,11 +165,17 @@ def test_few_candidates_beside_products(
         assert allowed(*tile), tile
 
 
-def _found(gpus: int, limit: int, monkeypatch: pytest.MonkeyPatch, *names: str) -> Search:
+def _found(
+    gpus: int,
+    limit: int,
+    monkeypatch: pytest.MonkeyPatch,
+    *names: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Search:
     """The paper's net on an H100, without compiling anything."""
     monkeypatch.setattr(tuning, "compile_all", lambda jobs, target: itertools.repeat(None))
     with record_launches("sm_90", lambda *_: None):
-        step = WatchedStep("paper", 128, torch.bfloat16, None, gpus, "meta")
+        step = WatchedStep("paper", 128, dtype, None, gpus, "meta")
     calls = [call for call in step.calls if not names or call.layer in names]
     return Search(calls, "sm_90", limit)
 
@@ -191,6 +197,15 @@ def test_what_a_training_step_looks_up_is_tuned(gpus: int, monkeypatch: pytest.M
     steps = [key[2][-1] for key in problems if follows_tile(key)]
     assert len(steps) == 11
     assert min(steps) >= 8
+
+
+def test_in_float16_what_autograd_launches_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training in float16 scales its loss, so gradients are stored, products of their own."""
+    keys = [problem.key for problem in _found(1, 2, monkeypatch, "fc8", dtype=torch.float16)]
+    assert {kind for _, kind, _ in keys} == {"float16"}
+    products = [sizes[:3] for kernel, _, sizes in keys if kernel == "linear"]
+    assert products == [(128, 1000, 4096), (128, 4096, 1000), (1000, 4096, 128)]
+    assert {kernel for kernel, *_ in keys} == {"linear", "linear parts"}
 
 
 def test_what_launches_nothing_is_no_problem() -> None:
