@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import sys
-import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from fastalex import layer_pairs, offline, tuning
+from fastalex import offline, tuning
 from fastalex.command_line import Parser, check_output, guarded, whole_number
 from fastalex.evaluate import table
 from fastalex.files import replacing
-from fastalex.gpus import GPUS
+from fastalex.gpus import GPU, GPUS
+from fastalex.model import AlexNet, layer_names
 from fastalex.provenance import provenance
-from fastalex.recorded_step import DTYPES
+from fastalex.recorded_step import Layer, layers_of
 from fastalex.timing import clock_of
-from fastalex.tuning_candidates import follows_tile
-from fastalex.tuning_problems import Candidate, Problem, Subject, Task, fake_problems, tasks
+from fastalex.tuning import Candidate, Problem, Search
+from fastalex.tuning_step import Call, WatchedStep
 from fastalex.variants import VARIANTS
 from fastalex_kernels import _tuned
-from fastalex_kernels._launch import interpreted
+from fastalex_kernels._launch import interpreted, record_launches
 from fastalex_kernels._launch import target as target_of
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ROUNDS = 20
 
 
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code. 0: swept. 2: something was wrong, one line on stderr says what. 130: Ctrl-C.
+        The exit code. 0: tuned. 2: something was wrong, one line on stderr says what. 130: Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
@@ -47,9 +50,9 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m fastalex.tune",
         usage="%(prog)s [--batch-size N] [--dtype D] [--layer NAME ...] [options]",
-        description="Compile candidate tiles and splits for every layer and pass, leave out those "
-        "that spill, check the others against float64, time them on the GPU, and write the table "
-        "that fastalex_kernels uses from then on.",
+        description="Compile candidate tiles and splits for every launch of a training step, leave "
+        "out those that spill, check the others against what they replace, time them on the GPU, "
+        "and write the table that fastalex_kernels uses from then on.",
         epilog=f"The table is read from the path in {_tuned.VARIABLE}, or from the user's cache "
         "folder. It holds for this GPU, Triton and these kernels, and for the same batch size.",
         allow_abbrev=False,
@@ -83,143 +86,95 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError("TRITON_INTERPRET=1 is set, unset it to tune for the GPU")
     if options.gpus > 1 and VARIANTS[options.variant].towers != options.gpus:
         raise ValueError(f"--gpus 2: variant {options.variant} has no two towers, use --gpus 1")
-    if options.output is not None:
-        _check_table(options.output)
-    names = layer_pairs.layer_names(options.variant)
+    with torch.device("meta"):
+        names = list(layer_names(AlexNet(variant=options.variant)))
     wrong = [name for name in options.layer or [] if name not in names]
     if wrong:
         raise ValueError(f"--layer {wrong[0]}: expected some of {', '.join(names)}")
     options.layer = options.layer or names
     if interpreted():
-        return _sweep(options, torch.device("cpu"), "interpreter")
+        return _tune(options, torch.device("cpu"), "interpreter")
     if options.dry_run:
-        return _rank(options)
+        offline.check_target(GPUS[options.gpu].target)
+        return _tune(options, torch.device("cpu"), GPUS[options.gpu].name, GPUS[options.gpu])
     device = torch.device("cuda", torch.cuda.current_device())
-    return _sweep(options, device, torch.cuda.get_device_name(device))
+    return _tune(options, device, torch.cuda.get_device_name(device))
 
 
-def _subject(options: argparse.Namespace) -> Subject:
-    return Subject(
-        options.variant, options.batch_size, DTYPES[options.dtype], options.layer,
+def _tune(
+    options: argparse.Namespace, device: torch.device, name: str, gpu: GPU | None = None
+) -> int:
+    """Tune on ``device``, or rank for ``gpu``; print what comes out, and write it at once."""
+    # A dry run times nothing, so nothing is written unless --output asks for it.
+    path: Path | None = options.output or (None if gpu else _tuned.table_path(name))
+    if path is not None:
+        _check_table(path)
+    head = {"timed": gpu is None, **provenance(device), **_tuned.identity(name)}
+    entries = _known(path, name) if path else {}
+    search, measured = _search(options, device, gpu)
+    done: list[Problem] = []
+    try:
+        for problem in tqdm(measured, "tuning", unit=" problems", leave=False, disable=None):
+            done.append(problem)
+            entries[problem.key] = problem.entry()
+            if path is not None:
+                _write(path, {**head, "tiles": list(entries.values())})
+    except (KeyboardInterrupt, tuning.UnusableGPU) as stop:
+        kept = f"{len(done)} of {len(search.found)} problems are in {path}"
+        kept = kept if path and done else "nothing was written"
+        raise type(stop)(f"{str(stop) or 'interrupted'}, {kept}") from None
+    print("\n".join(_scores(done, options) if gpu else _times(done)))
+    for problem, candidate in ((p, c) for p in done for c in p.candidates if c.skipped):
+        tile = _shown(problem, candidate)
+        print(f"skipped {problem.layer} {problem.phase} {tile}: {candidate.skipped}")
+    if len(done) < len(search.found):
+        missed = len(search.found) - len(done)
+        print(f"{missed} of {len(search.found)} problems were not reached")
+    if path is not None:
+        _write(path, {**head, "tiles": list(entries.values())})
+        print(f"\ntable {path}")
+    return 0
+
+
+def _search(
+    options: argparse.Namespace, device: torch.device, gpu: GPU | None
+) -> tuple[Search, Iterator[Problem]]:
+    """The problems of the step, and the same as they come timed on ``device`` or scored."""
+    make = functools.partial(
+        WatchedStep, options.variant, options.batch_size, DTYPES[options.dtype],
         options.image_size, options.gpus,
     )  # fmt: skip
+    target = gpu.target if gpu else target_of(device)
+    with record_launches(target, lambda *_: None):
+        found = make("meta")
+    calls = [call for call in found.calls if call.layer in options.layer]
+    first = [] if gpu else [launch for launch in found.launches if launch.grid is not None]
+    search = Search(calls, target, options.candidates, options.seconds or math.inf, first)
+    if gpu is None:
+        return search, _timed(search, device, make)
+    size = options.image_size or found.model.variant.image_size
+    layers = layers_of(found.model, options.batch_size, size)
+    return search, _scored(search, layers, gpu, options.dtype)
 
 
-def _compile(problems: list[Problem], target: str, shared: int) -> None:
-    total = sum(len(problem.candidates) for problem in problems)
-    with tqdm(total=total, desc="compiling", unit=" tiles", leave=False, disable=None) as bar:
-        tuning.compile_candidates(problems, target, shared, bar.update)
+def _timed(
+    search: Search, device: torch.device, make: Callable[[torch.device], WatchedStep]
+) -> Iterator[Problem]:
+    calls: dict[tuple[str, str], Call] = {}  # once what they launch is compiled
+    taken: dict[_tuned.Key, _tuned.Tile] = {}
+    clock, rounds = clock_of(device), 1 if interpreted() else _ROUNDS
+    for problem in search:
+        calls = calls or {(call.layer, call.phase): call for call in make(device).calls}
+        call = calls[problem.layer, problem.phase]
+        tuning.time_candidates(problem, call, taken, clock, rounds)
+        taken[problem.key] = problem.best().tile
+        yield problem
 
 
-def _rank(options: argparse.Namespace) -> int:
-    """The dry run: nothing is timed, so nothing is written unless --output asks for it."""
-    gpu = GPUS[options.gpu]
-    offline.check_target(gpu.target)
-    shared = offline.TARGETS[gpu.target].shared_limit
-    subject = _subject(options)
-    problems, layers = fake_problems(subject, gpu.target, shared, options.candidates)
-    _compile(problems, gpu.target, shared)
-    for problem in tqdm(problems, desc="reading", leave=False, disable=None):
-        tuning.rank(problem, layers[problem.layer], gpu, options.dtype)
-    print(f"{gpu.name}, batch {options.batch_size}, {options.dtype}: computed, nothing was timed")
-    print("score: share of the tensor cores' time that real operations can fill; without products,")
-    print("time for the bytes over time to issue the instructions\n")
-    lines = [["layer", "pass", "kernel", "tile", "score", ""]]
-    for problem in problems:
-        left = sorted(problem.left(), key=lambda c: -(c.score or 0.0))
-        for candidate in left:
-            score = "-" if candidate.score is None else f"{candidate.score:.2f}"
-            own = "own" if candidate is problem.own else ""
-            tile = _shown(problem, candidate)
-            lines.append([problem.layer, problem.direction, problem.key[0], tile, score, own])
-    print("\n".join(table(lines, right=2)))
-    _name_skipped(problems)
-    if options.output:
-        content = {"timed": False, "device": gpu.name, **_head(torch.device("cpu"), gpu.name)}
-        _write(options.output, {**content, "tiles": [tuning.entry(p) for p in problems]})
-    return 0
-
-
-def _sweep(options: argparse.Namespace, device: torch.device, name: str) -> int:
-    """Check and time on ``device``, and write what was found."""
-    path: Path = options.output or _tuned.table_path(name)
-    _check_table(path)
-    sweep = _Sweep(options, device)
-    sweep.run()
-    entries = [tuning.entry(problem) for problem in sweep.done]
-    new = {_key(e) for e in entries}
-    entries = [e for e in _known(path, name) if _key(e) not in new] + entries
-    print("\n".join(_describe(sweep.done)))
-    _name_skipped(sweep.done)
-    if sweep.missed:
-        total = len(sweep.done) + sweep.missed
-        print(f"{sweep.missed} of {total} problems were not reached")
-    _write(path, {"timed": True, **_head(device, name), "tiles": entries})
-    if sweep.broken is not None:
-        print(f"tune: error: {sweep.broken}", file=sys.stderr)
-        return 2
-    return 0
-
-
-class _Sweep:
-    """Two rounds: tiles, then what follows from the best of them."""
-
-    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
-        self.done: list[Problem] = []
-        self.missed = 0
-        self.broken: RuntimeError | None = None
-        self._deadline = time.monotonic() + (options.seconds or float("inf"))
-        self._subject, self._limit = _subject(options), options.candidates
-        self._clock, self._rounds = clock_of(device), 1 if interpreted() else _ROUNDS
-        self._target = target_of(device)
-        self._device = device
-        self._known = offline.TARGETS.get(self._target)
-
-    def run(self) -> None:
-        todo = tasks(self._subject.pairs(self._device), self._subject.towers)
-        by_pass = {(task.layer, task.direction): task for task in todo}
-        for following in (False, True):
-            problems = [p for p in self._find() if follows_tile(p.key) is following]
-            done = self._time(problems, by_pass)
-            self.done += done
-            self.missed += len(problems) - len(done)
-
-    def _settled(self) -> dict[_tuned.Key, _tuned.Tile]:
-        return {problem.key: tuning.best(problem).tile for problem in self.done}
-
-    def _find(self) -> list[Problem]:
-        shared = self._known.shared_limit if self._known else 1 << 30  # it refuses for itself
-        problems, _ = fake_problems(
-            self._subject, self._target, shared, self._limit, self._settled()
-        )
-        return problems
-
-    def _time(self, problems: list[Problem], by_pass: dict[tuple[str, str], Task]) -> list[Problem]:
-        """Those of ``problems`` that were reached."""
-        if self._late():
-            return []
-        if self._known:
-            _compile(problems, self._target, self._known.shared_limit)
-        settled = self._settled()
-        for i, problem in enumerate(tqdm(problems, desc="timing", leave=False, disable=None)):
-            if self._late():
-                return problems[:i]
-            task = by_pass[problem.layer, problem.direction]
-            try:
-                tuning.time_candidates(
-                    problem, task, self._target, self._clock, self._rounds, settled
-                )
-            except RuntimeError as error:
-                self.broken = error
-                return problems[:i]
-        return problems
-
-    def _late(self) -> bool:
-        return self.broken is not None or time.monotonic() > self._deadline
-
-
-def _head(device: torch.device, name: str) -> dict[str, Any]:
-    return {**provenance(device), **_tuned.identity(name)}
+def _scored(search: Search, layers: dict[str, Layer], gpu: GPU, dtype: str) -> Iterator[Problem]:
+    for problem in search:
+        tuning.rank(problem, layers[problem.layer], gpu, dtype)
+        yield problem
 
 
 def _check_table(path: Path) -> None:
@@ -229,25 +184,20 @@ def _check_table(path: Path) -> None:
     check_output("--output", path.parent, folder=True)
 
 
-def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
-    return entry["kernel"], entry["kind"], tuple(entry["sizes"])
-
-
-def _known(path: Path, device: str) -> list[dict[str, Any]]:
+def _known(path: Path, device: str) -> dict[_tuned.Key, dict[str, Any]]:
     """The entries of a table that still holds; of other layers or batches, they stay."""
     try:
         _tuned.read_table(path, device)
     except (OSError, ValueError):
-        return []
-    entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["tiles"]
-    return entries
+        return {}
+    entries = json.loads(path.read_text(encoding="utf-8"))["tiles"]
+    return {(e["kernel"], e["kind"], tuple(e["sizes"])): e for e in entries}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"\ntable {path}")
 
 
 def _shown(problem: Problem, candidate: Candidate) -> str:
@@ -260,31 +210,36 @@ def _shown(problem: Problem, candidate: Candidate) -> str:
     return ", ".join(f"{name.removeprefix('num_')} {n}" for name, n in named)
 
 
-def _describe(problems: list[Problem]) -> list[str]:
+def _times(problems: list[Problem]) -> list[str]:
     lines = [["layer", "pass", "kernel", "own tile", "us", "best tile", "us", "gain", "tried"]]
     for problem in problems:
-        own, chosen = problem.own, tuning.best(problem)
-        gain = own.seconds and chosen.seconds and own.seconds / chosen.seconds
+        own, best = problem.own, problem.best()
+        us = [math.nan if c.seconds is None else 1e6 * c.seconds for c in (own, best)]
         lines.append(
             [
-                problem.layer, problem.direction, problem.key[0], _shown(problem, own),
-                _microseconds(own), _shown(problem, chosen), _microseconds(chosen),
-                f"{gain:.2f}" if gain else "-", str(len(problem.left())),
+                problem.layer, problem.phase, problem.key[0], _shown(problem, own), f"{us[0]:.1f}",
+                _shown(problem, best), f"{us[1]:.1f}", f"{us[0] / us[1]:.2f}",
+                str(len(problem.left())),
             ]
         )  # fmt: skip
     return table(lines, right=6)
 
 
-def _microseconds(candidate: Candidate) -> str:
-    return "-" if candidate.seconds is None else f"{1e6 * candidate.seconds:.1f}"
-
-
-def _name_skipped(problems: list[Problem]) -> None:
+def _scores(problems: list[Problem], options: argparse.Namespace) -> list[str]:
+    lines = [["layer", "pass", "kernel", "tile", "score", ""]]
     for problem in problems:
-        for c in problem.candidates:
-            if c.skipped:
-                what = f"{problem.layer} {problem.direction} {_shown(problem, c)}"
-                print(f"skipped {what}: {c.skipped}")
+        for candidate in sorted(problem.left(), key=lambda c: -(c.score or 0.0)):
+            score = "-" if candidate.score is None else f"{candidate.score:.2f}"
+            own = "own" if candidate is problem.own else ""
+            tile = _shown(problem, candidate)
+            lines.append([problem.layer, problem.phase, problem.key[0], tile, score, own])
+    gpu = GPUS[options.gpu].name
+    return [
+        f"{gpu}, batch {options.batch_size}, {options.dtype}: computed, nothing was timed",
+        "score: share of the tensor cores' time that real operations can fill; without products,",
+        "time for the bytes over time to issue the instructions\n",
+        *table(lines, right=2),
+    ]
 
 
 if __name__ == "__main__":

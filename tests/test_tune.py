@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import subprocess
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fastalex import cost, layer_pairs, offline, tune, tuning
+import fastalex_kernels as kernels
+from fastalex import AlexNet, cost, offline, tune, tuning
 from fastalex.gpus import GPUS
 from fastalex.inspection import Row
-from fastalex.layer_pairs import WrongResult
 from fastalex.recorded_step import record_step
+from fastalex.training import TrainStep
+from fastalex.tuning import Candidate, Problem, Search
 from fastalex.tuning_candidates import candidates, follows_tile
-from fastalex.tuning_problems import Candidate, Problem, Subject, Task, fake_problems, tasks
+from fastalex.tuning_step import WatchedStep
+from fastalex.variants import VARIANTS
 from fastalex_kernels import _launch, _tuned
-from tests._commands import environment
+from fastalex_kernels._launch import record_launches
+from fastalex_kernels.program import Launch
+from tests._nets import narrow
 
 GPU = "NVIDIA Test GPU"
 KEY = ("linear", "bfloat16", (128, 4096, 9216, 0, 1))
@@ -30,6 +36,7 @@ OWN = (128, 64, 64, 4, 4)
 
 
 ENTRY = {"kernel": KEY[0], "kind": KEY[1], "sizes": list(KEY[2]), "tile": list(TILE)}
+LAUNCH = Launch("fc8", "forward", _launch._probe, (1,), [], {})
 SHARED = offline.TARGETS["sm_90"].shared_limit
 
 
@@ -115,13 +122,13 @@ def _problem(*seconds: float | None) -> Problem:
 def test_the_tables_own_tile_stays_unless_another_is_clearly_faster() -> None:
     for seconds, chosen in (((1.0, 0.98), 0), ((1.0, 0.9, 0.8), 2), ((1.0, None), 0)):
         problem = _problem(*seconds)
-        assert tuning.best(problem) is problem.candidates[chosen]
+        assert problem.best() is problem.candidates[chosen]
     problem = _problem(1.0, 0.5)
     problem.candidates[1].skipped = "spills"
-    assert tuning.best(problem) is problem.own
-    assert tuning.entry(problem)["skipped"] == [{"tile": [64, 64, 32, 4, 2], "why": "spills"}]
+    assert problem.best() is problem.own
+    assert problem.entry()["skipped"] == [{"tile": [64, 64, 32, 4, 2], "why": "spills"}]
     problem.candidates[0].skipped, problem.candidates[1].skipped = "spills", None
-    assert tuning.best(problem) is problem.candidates[1]
+    assert problem.best() is problem.candidates[1]
 
 
 @pytest.mark.parametrize("bits", [16, 32])
@@ -158,22 +165,27 @@ def test_few_candidates_beside_products(
         assert allowed(*tile), tile
 
 
-@pytest.fixture(scope="module")
-def posed() -> dict[int, list[Problem]]:
-    """The problems of the paper's net on an H100, by the number of GPUs."""
-    found = {}
-    for gpus in (1, 2):
-        subject = Subject("paper", 128, torch.bfloat16, layer_pairs.layer_names(), towers=gpus)
-        found[gpus], _ = fake_problems(subject, "sm_90", SHARED, limit=2)
-    return found
+def _found(
+    gpus: int,
+    limit: int,
+    monkeypatch: pytest.MonkeyPatch,
+    *names: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Search:
+    """The paper's net on an H100, without compiling anything."""
+    monkeypatch.setattr(tuning, "compile_all", lambda jobs, target: itertools.repeat(None))
+    with record_launches("sm_90", lambda *_: None):
+        step = WatchedStep("paper", 128, dtype, None, gpus, "meta")
+    calls = [call for call in step.calls if not names or call.layer in names]
+    return Search(calls, "sm_90", limit)
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
-def test_what_a_training_step_looks_up_is_tuned(gpus: int, posed: dict[int, list[Problem]]) -> None:
+def test_what_a_training_step_looks_up_is_tuned(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up: dict[_tuned.Key, _tuned.Tile] = {}
     with _tuned.choosing(lambda key, own: looked_up.setdefault(key, own)):
         record_step("sm_90", 128, towers=gpus)
-    problems = {problem.key: problem for problem in posed[gpus]}
+    problems = {problem.key: problem for problem in _found(gpus, 2, monkeypatch)}
     absent = {"linear half parts"} if gpus == 1 else set()  # a tower begins with a half
     assert {key[0] for key in looked_up} == set(_tuned.FIELDS) - absent
     for key, own in looked_up.items():
@@ -181,77 +193,61 @@ def test_what_a_training_step_looks_up_is_tuned(gpus: int, posed: dict[int, list
         if not (follows_tile(key) and key not in problems):
             assert problems[key].own.tile == own
             assert len(problems[key].candidates) == 2
-
-
-def test_a_reduction_of_a_few_steps_is_no_problem(posed: dict[int, list[Problem]]) -> None:
-    steps = [problem.key[2][-1] for problem in posed[1] if follows_tile(problem.key)]
-    assert len(steps) == 11  # five weights of convolutions, forward and dx of three layers
+    # A reduction of a few steps is no problem: left are the weights of convolutions and fc layers.
+    steps = [key[2][-1] for key in problems if follows_tile(key)]
+    assert len(steps) == 11
     assert min(steps) >= 8
 
 
-def test_parts_follow_from_the_tile_that_is_taken() -> None:
-    subject = Subject("paper", 128, torch.bfloat16, ["fc8"])
+def test_in_float16_what_autograd_launches_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training in float16 scales its loss, so gradients are stored, products of their own."""
+    keys = [problem.key for problem in _found(1, 2, monkeypatch, "fc8", dtype=torch.float16)]
+    assert {kind for _, kind, _ in keys} == {"float16"}
+    products = [sizes[:3] for kernel, _, sizes in keys if kernel == "linear"]
+    assert products == [(128, 1000, 4096), (128, 4096, 1000), (1000, 4096, 128)]
+    assert {kernel for kernel, *_ in keys} == {"linear", "linear parts"}
 
-    def found(settled: dict[_tuned.Key, _tuned.Tile]) -> dict[str, Problem]:
-        problems, _ = fake_problems(subject, "sm_90", SHARED, 9, settled)
-        return {p.key[0]: p for p in problems if p.direction == "forward"}
 
-    own = found({})
-    other = found({own["linear"].key: (128, 256, 64, 8, 4)})
-    parts, others = own["linear parts"], other["linear parts"]
-    assert parts.key[2][:5] == others.key[2][:5]
-    assert (parts.key[2][5], others.key[2][5]) == (16, 4)  # programs for 1000 outputs
-    for problem in (parts, others):
+def test_what_launches_nothing_is_no_problem() -> None:
+    """A tower asks whether halves of a product gain, and in the interpreter they do not."""
+    with kernels.backend("interpreter"), record_launches("interpreter", lambda *_: None):
+        step = WatchedStep(narrow("paper"), 1, torch.float32, 36, 2, "meta")
+        found = list(Search([c for c in step.calls if c.layer == "fc6"], "interpreter", 2))
+    kinds = [(problem.phase, problem.key[0]) for problem in found]
+    assert kinds == [("forward", "linear"), ("backward", "linear"), ("backward", "linear update")]
+    assert all(candidate.launches for problem in found for candidate in problem.candidates)
+
+
+def test_tiles_are_settled_before_the_parts_that_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the end a table holds the parts of the tile that it holds."""
+    found = []
+    for problem in _found(1, 9, monkeypatch, "fc8"):
+        for i, candidate in enumerate(problem.candidates):
+            candidate.seconds = 1.0 / (i + 1)  # the last is the fastest
+        found.append(problem)
+    kinds = [problem.key[0] for problem in found]
+    assert kinds == ["linear", "linear", "linear update", "linear parts", "linear parts"]
+    tiles = {problem.key: problem.best().tile for problem in found}
+    assert any(p.own.tile[:2] != tiles[p.key][:2] for p in found[:2])
+    for problem in found[3:]:
+        (m, n, *_), (rows, columns) = tiles["linear", "bfloat16", problem.key[2][:5]], (128, 0)
+        columns = problem.key[2][1]
+        assert problem.key[2][5] == -(-rows // m) * -(-columns // n)
         for candidate in problem.candidates:
             product, *finish = candidate.launches
-            assert product.grid[2] == product.kwargs["SPLIT"] == candidate.tile[0]
+            assert product.named["BLOCK_N"] == n
+            assert product.named["SPLIT"] == product.grid[2] == candidate.tile[0]  # type: ignore[index]
             assert len(finish) == (candidate.tile != (1,))
-    assert {launch.kwargs["BLOCK_N"] for launch in others.own.launches[:1]} == {256}
 
 
-def test_a_sweep_settles_tiles_before_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the end a table holds the parts of the tile that it holds."""
-    taken: list[tuple[_tuned.Key, dict[_tuned.Key, _tuned.Tile]]] = []
-
-    def time_candidates(problem: Problem, *rest: Any) -> None:
-        taken.append((problem.key, rest[-1]))
-        for i, candidate in enumerate(problem.left()):
-            candidate.seconds = 1.0 / (i + 1)  # the last is the fastest
-
-    monkeypatch.setattr(tuning, "time_candidates", time_candidates)
-    monkeypatch.setattr(tuning, "compile_candidates", lambda *_: None)
-    monkeypatch.setattr(tune, "target_of", lambda device: "sm_90")
-    options = ["--layer", "fc8", "--batch-size", "16", "--dtype", "fp32", "--candidates", "2"]
-    sweep = tune._Sweep(tune._parser().parse_args(options), torch.device("cpu"))
-    sweep.run()
-    first = [key for key, settled in taken if not settled]
-    assert {key[0] for key in first} == {"linear", "linear update"}
-    best = {problem.key: tuning.best(problem).tile for problem in sweep.done}
-    parts = [key for key, settled in taken if settled]
-    assert [key[0] for key in parts] == ["linear parts"] * 2
-    assert sweep.done[0].own.tile[1] != best[sweep.done[0].key][1]
-    for key in parts:
-        tile = best["linear", "float32", key[2][:5]]
-        assert key[2][5] == -(-key[2][1] // tile[1])
-    assert sweep.missed == 0
-    late = tune._Sweep(tune._parser().parse_args([*options, "--seconds", "1"]), torch.device("cpu"))
-    late._deadline = 0.0
-    late.run()
-    assert (late.done, late.missed) == ([], len(first) + 2)
-
-
-def test_a_tower_computes_what_its_reference_does() -> None:
-    subject = Subject("paper", 2, torch.float32, layer_pairs.layer_names(), 67, towers=2)
-    pairs = subject.pairs("cpu")
-    assert [task.layer for task in tasks(pairs)][::2][:3] == ["conv1", "pool1", "conv2"]
-    for pair in pairs.values():
-        layer_pairs.check(pair, "aten")
-    shapes = {name: (pair.input.shape[1], pair.ours) for name, pair in pairs.items()}
-    assert [channels for channels, _ in shapes.values()] == [
-        3, 48, 48, 128, 256, 192, 192, 128, 9216, 4096, 4096
-    ]  # fmt: skip
-    assert shapes["fc8"][1].weight.shape == (1000, 4096)
-    assert shapes["fc7"][1].weight.shape == (2048, 4096)
+def test_nothing_starts_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = _found(1, 2, monkeypatch, "fc8")
+    done = []
+    for problem in search:
+        done.append(problem.key[0])
+        search._deadline = 0.0
+    assert done == ["linear"]
+    assert len(search.found) == 3
 
 
 def test_time_to_issue() -> None:
@@ -268,8 +264,7 @@ def test_time_to_issue() -> None:
 def test_score_without_products(monkeypatch: pytest.MonkeyPatch) -> None:
     row = Row("pool1", "forward", "kernel", read=2_000_000, written=1_000_000)
     monkeypatch.setattr(tuning, "inspect", lambda *_: [row])
-    launch = offline.Launch(_launch._probe, (1,), (), {})
-    problem = Problem("pool1", "forward", KEY, [Candidate((8, 4), launches=[launch])])
+    problem = Problem("pool1", "forward", KEY, [Candidate((8, 4), launches=[LAUNCH])])
     gpu = GPUS["h100"]
     for seconds, score in ((4e-6, 0.25), (5e-7, 1.0), (None, None)):
         row.issue_seconds, problem.own.score = seconds, None
@@ -280,79 +275,167 @@ def test_score_without_products(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_candidate_that_spills_or_fails_is_left_out_by_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Code:
-        spills, stack, shared = 3, 16, 0
+    codes = [(3, 16, 0), (0, 0, SHARED + 1), (0, 0, SHARED), RuntimeError("no such layout\nmore")]
 
-    launch = offline.Launch(_launch._probe, (1,), (), {})
-    spilling, large, failing = (Candidate(OWN, launches=[launch]) for _ in range(3))
-    monkeypatch.setattr(offline, "compile_launch", lambda launch, target: None)
-    monkeypatch.setattr(offline, "read", lambda compiled: Code)
-    assert tuning._unfit(spilling, "sm_90", 1) == "_probe spills (3 instructions, 16 bytes)"
-    Code.spills = Code.stack = 0
-    Code.shared = 5
-    assert "needs 5 bytes of shared memory, there are 4" in str(tuning._unfit(large, "sm_90", 4))
+    def compile_launch(launch: Launch, target: str) -> Any:
+        code = codes[launch.options["number"]]
+        if isinstance(code, Exception):
+            raise code
+        return SimpleNamespace(**dict(zip(("spills", "stack", "shared"), code, strict=True)))
 
-    def fail(launch: offline.Launch, target: str) -> None:
-        raise RuntimeError("no such layout\nmore")
-
-    monkeypatch.setattr(offline, "compile_launch", fail)
-    problem = Problem("fc8", "forward", KEY, [failing])
-    tuning.compile_candidates([problem], "sm_90", 1 << 20, lambda: None)
-    assert failing.skipped == "RuntimeError: no such layout"
+    monkeypatch.setattr(offline, "compile_launch", compile_launch)
+    monkeypatch.setattr(offline, "read", lambda compiled: compiled)
+    jobs = [[replace(LAUNCH, options={"number": i})] for i in range(4)]
+    spills, large, right, failing = tuning.compile_all([*jobs], "sm_90")
+    assert spills == "_probe spills (3 instructions, 16 bytes)"
+    assert large == f"_probe needs {SHARED + 1} bytes of shared memory, there are {SHARED}"
+    assert right is None
+    assert failing == "RuntimeError: no such layout"
 
 
-def _interpret(arguments: list[str], folder: Path, code: str | None = None) -> Any:
+class Costs:
+    """A clock that advances with the rows of a pooling program, as ``cost`` has it."""
 
-    program = ["-m", "fastalex.tune", *arguments] if code is None else ["-c", code]
-    return subprocess.run(
-        [sys.executable, *program], cwd=folder, capture_output=True, text=True, timeout=240,
-        env={**environment(), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.rows = 0.0, set[int]()
+        self.cost: Callable[[int], float] = float
+        self.wrong: int | None = None  # rows of a program whose result is 1% too large
+        run = _launch.run
 
+        def watched(kernel: Any, grid: Any, args: Any, kwargs: Any) -> Any:
+            result = run(kernel, grid, args, kwargs)
+            named = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+            if "pool" in kernel.fn.__name__:
+                rows = named["BLOCK_M"]
+                self.rows.add(rows)
+                self.now += self.cost(rows)
+                if rows == self.wrong:
+                    named["y_ptr" if "fwd" in kernel.fn.__name__ else "dx_ptr"].mul_(1.01)
+            return result
 
-SWEEP = ["--dry-run", "--layer", "conv5", "pool5", "--batch-size", "1", "--image-size", "67"]
+        monkeypatch.setattr(_launch, "run", watched)
 
-
-def test_a_sweep_in_the_interpreter_writes_a_table_that_is_used(tmp_path: Path) -> None:
-    path = tmp_path / "tiles.json"
-    options = [*SWEEP, "--dtype", "fp32", "--candidates", "2", "--output", str(path)]
-    process = _interpret(options, tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert f"table {path}" in process.stdout
-    found = _tuned.read_table(path, "interpreter")
-    content = json.loads(path.read_text())
-    assert {entry["pass"] for entry in content["tiles"]} == {"forward", "backward"}
-    kernels = {"conv2d forward", "conv2d input", "conv2d weight", "pool forward", "pool backward"}
-    assert {key[0] for key in found} == kernels
-    for entry in content["tiles"]:
-        assert entry["us"] == min(t["us"] for t in entry["tried"] if t["tile"] == entry["tile"])
-        assert entry["us"] <= entry["own us"]
+    def __call__(self) -> float:
+        return self.now
 
 
-def test_a_wrong_candidate_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed: list[dict[_tuned.Key, _tuned.Tile]] = []
-    settled = {("linear update", "bfloat16", (4096,)): TILE}
-    problem = _problem(None, None)
-    wrong = problem.candidates[1]
+@pytest.fixture(scope="module")
+def small_step() -> WatchedStep:
+    with kernels.backend("interpreter"):
+        return WatchedStep(narrow("paper"), 1, torch.float32, 36, 1, "cpu")
 
-    def check() -> None:
-        assert [_launch.tuned_tile(key, OWN, None) for key in settled] == [TILE]
-        if _launch.tuned_tile(KEY, OWN, None) == wrong.tile:
-            raise WrongResult("fc6: output is 1.0e-01 away from float64")
 
-    task = Task("fc6", "forward", lambda: _launch.tuned_tile(KEY, OWN, None), check)
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_a_wrong_candidate_is_refused_and_a_slow_one_loses(
+    phase: str, small_step: WatchedStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (call,) = (c for c in small_step.calls if (c.layer, c.phase) == ("pool5", phase))
+    costs = Costs(monkeypatch)
 
-    class Recording:
-        def __init__(self, task: Any, target: str, tile: Any, launching: bool) -> None:
-            timed.append(tile)
-            self.launches: dict[Any, list[Any]] = {KEY: []}
+    def tuned(*rows: int) -> Problem:
+        with kernels.backend("interpreter"):
+            ((key, own),) = call.again({}).own.items()
+            problem = Problem("pool5", phase, key, [Candidate((n, own[1])) for n in rows])
+            tuning.time_candidates(problem, call, {}, costs, 2)
+        return problem
 
-    monkeypatch.setattr(tuning, "Recording", Recording)
-    tuning.time_candidates(problem, task, "sm_90", iter(range(99)).__next__, 2, settled)
-    assert timed == [{**settled, KEY: problem.own.tile}]
-    assert wrong.skipped is not None
-    assert wrong.skipped.startswith("fc6: output is 1.0e-01")
-    assert (problem.own.seconds, wrong.seconds) == (1, None)
+    assert tuned(4, 8, 2).best().tile[0] == 2
+    assert tuned(2, 4, 8).best().tile[0] == 2
+    costs.wrong = 2
+    problem = tuned(4, 8, 2)
+    assert problem.best().tile[0] == 4
+    assert problem.candidates[2].skipped is not None
+    assert "a result is 1.0e-02 away" in problem.candidates[2].skipped
+    assert problem.candidates[2].seconds is None
+
+
+def test_what_an_update_does_is_checked_and_undone(
+    small_step: WatchedStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A candidate that gets the momentum buffer wrong is refused, and nothing is trained."""
+    (call,) = (c for c in small_step.calls if (c.layer, c.phase) == ("fc8", "backward"))
+    before = [x.clone() for x in call.changed()]
+    run = _launch.run
+
+    def wrong(kernel: Any, grid: Any, args: Any, kwargs: Any) -> Any:
+        run(kernel, grid, args, kwargs)
+        named = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+        if named.get("BLOCK_M") == 32 and "v_ptr" in named:
+            named["v_ptr"].mul_(1.01)
+
+    monkeypatch.setattr(_launch, "run", wrong)
+    with kernels.backend("interpreter"):
+        key, own = next(x for x in call.again({}).own.items() if x[0][0] == "linear update")
+        tiles = [own, (32, 64, 16, 4, 1), (64, 64, 16, 4, 1)]
+        problem = Problem("fc8", "backward", key, [Candidate(tile) for tile in tiles])
+        for x, value in zip(call.changed(), before, strict=True):
+            x.copy_(value)
+        tuning.time_candidates(problem, call, {}, iter(range(99)).__next__, 1)
+    assert [c.skipped is None for c in problem.candidates] == [True, False, True]
+    for x, value in zip(call.changed(), before, strict=True):
+        assert torch.equal(x, value)
+
+
+SWEEP = ["--dry-run", "--batch-size", "1", "--image-size", "36", "--dtype", "fp32"]
+
+
+@pytest.fixture
+def narrow_net(small_step: WatchedStep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command tunes ``small_step``."""
+    monkeypatch.setitem(VARIANTS, "paper", narrow("paper"))
+
+    def step(*arguments: Any) -> WatchedStep:
+        return WatchedStep(*arguments) if arguments[-1] == "meta" else small_step
+
+    monkeypatch.setattr(tune, "WatchedStep", step)
+
+
+@pytest.mark.usefixtures("narrow_net")
+def test_a_table_is_written_and_used_by_the_step(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    costs = Costs(monkeypatch)
+    costs.cost = lambda rows: 1.0 / rows  # the largest program is the fastest
+    monkeypatch.setattr(tune, "clock_of", lambda device: costs)
+    with kernels.backend("interpreter"):
+        assert tune.main([*SWEEP, "--layer", "pool5"]) == 0
+        assert f"table {table}" in capsys.readouterr().out
+        entries = {e["pass"]: e for e in json.loads(table.read_text())["tiles"]}
+        step = _step()
+        step(torch.randn(1, 3, 36, 36), torch.tensor([3]))
+        used = {x.phase: x.named["BLOCK_M"] for x in step.launches if x.layer == "pool5" and x.grid}
+    for phase in ("forward", "backward"):
+        entry = entries[phase]
+        assert entry["tile"][0] == max(t["tile"][0] for t in entry["tried"])
+        assert entry["us"] == min(t["us"] for t in entry["tried"])
+        assert used[phase] == entry["tile"][0]
+    assert any(entry["tile"] != entry["own tile"] for entry in entries.values())
+
+
+def _step() -> TrainStep:
+    model = AlexNet(variant="paper")
+    return TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.0))
+
+
+@pytest.mark.usefixtures("narrow_net")
+def test_an_interrupted_sweep_keeps_what_it_had(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([0.0, 2.0, 2.0, 3.0])  # of the first problem, which has two candidates
+
+    def clock() -> float:
+        for now in times:
+            return now
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "clock_of", lambda device: clock)
+    with kernels.backend("interpreter"):
+        assert tune.main([*SWEEP, "--layer", "pool5"]) == 130
+    assert capsys.readouterr().err.endswith(f"interrupted, 1 of 2 problems are in {table}\n")
+    (found,) = _tuned.read_table(table, "interpreter").items()
+    assert found[0][0] == "pool forward"
+    (entry,) = json.loads(table.read_text())["tiles"]
+    assert (entry["own us"], entry["us"]) == (2e6, 1e6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

@@ -89,7 +89,10 @@ def first_input(
         block, kernel_size, sides = BLOCK, blocks.kernel_size[0], blocks.sides(size, size)
     lines = padded_lines(size, sides, block, kernel_size)
     pixels, tops, lefts, mirrors, colors = images
-    assert pixels is not None and tops is not None and lefts is not None and mirrors is not None
+    assert pixels is not None
+    assert tops is not None
+    assert lefts is not None
+    assert mirrors is not None
     out = augment_forward(
         pixels, tops, lefts, mirrors, colors, augment.mean, augment.scale, augment.centred,
         size, sides, block, lines, dtype,

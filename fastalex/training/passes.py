@@ -350,10 +350,11 @@ class Torch:
         maps = self._x.dim() == 4
         x = (as_nchw(self._x) if maps else self._x).detach()
         self._leaf = x.requires_grad_(not self.place.first)
+        kind = "cpu" if x.is_meta else x.device.type  # autocast knows no tensors without data
         narrow = self._autocast != torch.float32
         with (
             torch.enable_grad(),
-            torch.autocast(x.device.type, dtype=self._autocast, enabled=narrow),
+            torch.autocast(kind, dtype=self._autocast, enabled=narrow),
         ):
             self._made = self.module.forward(self._leaf)  # the gather, a hook, was done
         made = self._made.detach()

@@ -38,6 +38,7 @@ from fastalex.training.inputs import (
     image_size,
     tensors_of,
 )
+from fastalex.training.passes import Pass
 from fastalex.training.updates import StoredGradients
 from fastalex_kernels._launch import call, interpreted, use_triton
 from fastalex_kernels.cross_entropy import cross_entropy_forward
@@ -130,7 +131,7 @@ class TrainStep:
         check(self.model, self.optimizer)
         first = next(self.model.parameters())
         self._has_kernels = use_triton(first)
-        self._dtype = torch.float32 if interpreted() else PRODUCTS[self.precision]
+        self._dtype = torch.float32 if interpreted() else self._product_dtype()
         self._chain = Chain(
             self.model, self.optimizer, self._dtype, self._has_kernels, self._tricks.fused_update,
             self._exchange,
@@ -146,6 +147,9 @@ class TrainStep:
         self._counted = -1  # their version after the last step
         self._recorded: dict[Any, _Recorded] = {}
         self._last: _Recorded | None = None
+
+    def _product_dtype(self) -> torch.dtype:
+        return PRODUCTS[self.precision]
 
     @property
     def launches(self) -> list[Launch]:
@@ -202,8 +206,7 @@ class TrainStep:
         *images, labels = inputs
         assert labels is not None
         augment, tricks = self._augment if len(images) > 1 else None, self._tricks
-        size = image_size(images, augment)
-        layers = self._chain.passes(size, tricks.fused_activation, tricks.early)
+        layers = self._passes(image_size(images, augment))
         program = Program(inputs)
         with program.recording():
             with _at(program, "augment" if augment is not None else layers[0][0], "forward"):
@@ -228,6 +231,10 @@ class TrainStep:
         if tricks.graph and labels.is_cuda:
             graph = Graph(program, self._chain.exchange, self._tell)
         return _Recorded(program, loss, squares, graph)
+
+    def _passes(self, size: tuple[int, int]) -> list[tuple[str, Pass]]:
+        """The layers for images of a size."""
+        return self._chain.passes(size, self._tricks.fused_activation, self._tricks.early)
 
     def _loss(
         self, logits: torch.Tensor, labels: torch.Tensor

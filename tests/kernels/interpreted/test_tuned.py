@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from fastalex_kernels._begun import Begun, carry
 
 from fastalex.tuning_candidates import candidates
 from fastalex_kernels import _launch, _lrn_chunks, _tuned, reference
 from fastalex_kernels._launch import record_launches
 from fastalex_kernels._lrn_chunks import Norm
-from fastalex_kernels.linear_relu_dropout import begin_linear, linear_relu_dropout
+from fastalex_kernels.linear_relu_dropout import HalvedProduct
 from fastalex_kernels.reference import TOLERANCES, relative_error, tolerance
 
 from .._oracle import Case, check, conv, linear, lrn, make_inputs, pool, run
@@ -94,32 +93,34 @@ def test_every_candidate_is_launched_and_right(
         assert _launched(case) == seen[0], "taken for another batch"
 
 
-def test_parts_of_a_half_that_is_begun(real_tiles: RealTiles, table: Path, strict: Strict) -> None:
+def test_parts_of_a_half(real_tiles: RealTiles, table: Path, strict: Strict) -> None:
+    """The order of the parts is that of the columns, whichever half comes first."""
     draw = torch.Generator().manual_seed(0)
     x, w, b = (torch.randn(*s, generator=draw).to(HALF) for s in ((3, 3280), (72, 3280), (72,)))
     expected = reference.linear_relu_dropout(x.double(), w.double(), b.double(), p=0.0)
+    halves = [half.contiguous() for half in x.chunk(2, 1)]
 
-    def begin() -> Begun:
-        begun = begin_linear(x[:, :1640].contiguous(), w, 0)
-        assert begun is not None
-        return begun
+    def made(first: int) -> torch.Tensor:
+        product = HalvedProduct(halves[first], w)
+        for half in (first, 1 - first):
+            product.add(halves[half], half)
+        return product.finish(bias=b, relu=True)
 
     with real_tiles(TARGET):
-        posed: dict[_tuned.Key, _tuned.Tile] = {}
-        with _tuned.choosing(lambda key, own: posed.setdefault(key, own)):
-            own = begin().each
-        (key,) = (key for key in posed if key[0] == "linear half parts")
-        first, *tried = dict.fromkeys(candidates(key, (own,), TARGET, 16, 0))
-        assert first == (own,)
+        looked_up: dict[_tuned.Key, _tuned.Tile] = {}
+        with _tuned.choosing(lambda key, own: looked_up.setdefault(key, own)):
+            made(0)
+        ((key, own),) = (x for x in looked_up.items() if x[0][0] == "linear half parts")
+        first, *tried = dict.fromkeys(candidates(key, own, TARGET, 16, 0))
+        assert first == own
         assert tried
         for tile in tried:
             _write(table, key, tile)
-            begun = begin()
-            assert (len(begun.parts), begun.each) == (2 * tile[0], tile[0])
             strict.launches.clear()
-            y = linear_relu_dropout(carry(x, begun), w, b, p=0.0)
-            assert len(strict.launches) == 2  # the other half, and the sums of both
+            y = made(0)
+            assert len(strict.launches) == 3  # either half, and the sums of both
             assert relative_error(y, expected) <= tolerance(HALF, x.shape[1])
+            assert torch.equal(made(1), y)
 
 
 @pytest.mark.parametrize("chunks", [64, 256])

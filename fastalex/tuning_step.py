@@ -1,0 +1,167 @@
+"""The training step as the tuner sees it: passes that can be run again with other choices."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from fastalex.exchange import LoopbackExchange
+from fastalex.model import AlexNet
+from fastalex.parallel import cut_to_tower
+from fastalex.specification import Variant
+from fastalex.training import TrainStep
+from fastalex.training.passes import Flatten, Pass, Torch
+from fastalex.training.step import Tricks
+from fastalex_kernels._tuned import Key, Tile, choosing
+from fastalex_kernels.program import Launch, Program
+from fastalex_kernels.reference import tolerance
+
+_LOSS_SCALE = 1024.0  # in float16
+
+
+class Trace(NamedTuple):
+    """What a pass did.
+
+    Attributes:
+        own: the package's own choice, by what was looked up.
+        launches: of kernels, by what was looked up right before them.
+        results: what the pass made and changed; of partial sums their total.
+    """
+
+    own: dict[Key, Tile]
+    launches: dict[Key, list[Launch]]
+    results: list[torch.Tensor]
+
+
+class Call(NamedTuple):
+    """A pass of a layer in a step, ``phase`` forward or backward, and what it was given."""
+
+    layer: str
+    phase: str
+    one: Any
+    given: tuple[torch.Tensor | None, ...]
+
+    @torch.no_grad()
+    def again(self, tiles: Mapping[Key, Tile]) -> Trace:
+        """Run the pass once more, with ``tiles`` in place of the package's own.
+
+        It reads the step's tensors and writes new ones, but for those of ``changed``.
+        """
+        program, one = self.program(), copy.copy(self.one)
+        own: dict[Key, Tile] = {}
+        places: dict[Key, int] = {}
+
+        def choose(key: Key, tile: Tile) -> Tile:
+            own[key], places[key] = tile, len(program.launches)
+            return tiles.get(key, tile)
+
+        with choosing(choose), program.recording():
+            made = getattr(one, self.phase)(*self.given)
+        ends = dict(itertools.pairwise(sorted({*places.values(), len(program.launches)})))
+        launches = {
+            key: [x for x in program.launches[first : ends.get(first)] if x.grid is not None]
+            for key, first in places.items()
+        }
+        if self.phase == "forward":
+            results = [made, getattr(one, "_argmax", None)]
+        else:
+            results = [made[0], None if made[1] is None else made[1].sum(0)]
+        results += [x.clone() for x in self.changed()]
+        return Trace(own, launches, [x for x in results if x is not None])
+
+    def program(self) -> Program:
+        """An empty one on the device of the pass."""
+        program = Program(self.given)
+        program.at(self.layer, self.phase)
+        return program
+
+    def changed(self) -> list[torch.Tensor]:
+        """What the pass changes in place: parameters, their copies, momentum, gradients."""
+        update = None if self.phase == "forward" else getattr(self.one, "update", None)
+        tensors = [
+            x
+            for of in (update.updates if update else ())
+            if of is not None
+            for x in (of.parameter.data, of.operand, of.buffer, of.parameter.grad)
+        ]
+        return [x for x in tensors if x is not None]
+
+    def allowed(self) -> float:
+        """The relative error that the results may have, for the longest of their sums."""
+        x, w = self.given[0], getattr(self.one.module, "weight", None)
+        assert x is not None
+        rows = x.numel() // x.shape[-1]
+        longest = 0 if w is None else max(w[0].numel(), w.numel() // w.shape[1], rows)
+        return tolerance(x.dtype, longest)
+
+
+class _Watch:
+    """A layer of the step that notes what it is given."""
+
+    def __init__(self, name: str, one: Pass, calls: list[Call]) -> None:
+        self.relu, self.masks, self.place = one.relu, one.masks, one.place
+        self._name, self._one, self._calls = name, one, calls
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._calls.append(Call(self._name, "forward", self._one, (x,)))
+        return self._one.forward(x)
+
+    def backward(self, dy: torch.Tensor, partials: torch.Tensor | None) -> Any:
+        self._calls.append(Call(self._name, "backward", self._one, (dy, partials)))
+        return self._one.backward(dy, partials)
+
+
+class WatchedStep(TrainStep):
+    """A training step that is done once, on random images, and keeps what its layers were given.
+
+    Its rates make the momentum buffers the gradients. In float16, which autograd trains, gradients
+    are stored as autograd's are.
+
+    Args:
+        variant: of ``AlexNet``.
+        batch: images.
+        dtype: of the products.
+        image_size: side in pixels; None is the variant's own.
+        towers: 2 takes one of the two towers.
+        device: ``"meta"``, on which launches are to be recorded, takes no memory.
+
+    Attributes:
+        calls: the passes of the layers with kernels, in order.
+    """
+
+    def __init__(
+        self,
+        variant: str | Variant,
+        batch: int,
+        dtype: torch.dtype,
+        image_size: int | None,
+        towers: int,
+        device: torch.device | str,
+    ) -> None:
+        self.calls: list[Call] = []
+        self._products, fused = dtype, dtype != torch.float16
+        torch.manual_seed(0)
+        with torch.device(device), choosing(lambda key, own: own):
+            model = AlexNet(variant=variant)
+            model.init_parameters("he")
+            if towers > 1:
+                cut_to_tower(model, LoopbackExchange())
+            model.seed_dropout(seed=0, step=0)
+            optimizer = torch.optim.SGD(model.parameters(), lr=float(fused))
+            super().__init__(model, optimizer, tricks=Tricks(fused_update=fused))
+            self._one.fill_(1.0 if fused else _LOSS_SCALE)
+            side = image_size or model.variant.image_size
+            self(torch.randn(batch, 3, side, side), torch.randint(1000, (batch,)))
+
+    def _product_dtype(self) -> torch.dtype:
+        return self._products
+
+    def _passes(self, size: tuple[int, int]) -> list[tuple[str, Pass]]:
+        return [
+            (name, one if isinstance(one, (Torch, Flatten)) else _Watch(name, one, self.calls))
+            for name, one in super()._passes(size)
+        ]
