@@ -12,6 +12,7 @@ import torch
 
 from fastalex.command_line import REFUSED, Parser, guarded, whole_number
 from fastalex.data import decode_size
+from fastalex.data.base import printable
 from fastalex.evaluation import CROPS, TOP, Ensemble, rank_classes, read_files
 
 
@@ -79,11 +80,11 @@ def _run(options: argparse.Namespace) -> int:
             rows = iter(ensemble.probabilities(np.stack(good), options.crops))
         for path, pixels in zip(paths, read, strict=True):
             if isinstance(pixels, str):
-                print(f"predict: error: {path}: {pixels}", file=sys.stderr)
+                print(f"predict: error: {printable(str(path))}: {pixels}", file=sys.stderr)
                 code = REFUSED
                 continue
             row = next(rows)
-            print(path)
+            print(printable(str(path)))
             for label in rank_classes(row[None], options.top)[0]:
                 print(f"  {ensemble.classes[label]:{width}}  {float(row[label]):6.1%}")
     return code

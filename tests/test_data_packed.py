@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -52,9 +53,21 @@ def several_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastalex.data.pack._LEAST_SHARD_IMAGES", 32)
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images and a set of them."""
+    folder = tmp_path_factory.mktemp("once")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("fastalex.data.pack._LEAST_SHARD_IMAGES", 32)
+        pack(write(folder / "source"), folder / "set", SIZE, 2, quiet=True)
+    return folder
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    pack(write(tmp_path / "source"), tmp_path / "set", SIZE, 2, quiet=True)
+def root(once: Path, tmp_path: Path) -> Path:
+    """A set of one's own to damage, of the images of ``tmp_path / "source"``."""
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+    rewrite(tmp_path / "set", lambda manifest: manifest.update(source=str(tmp_path / "source")))
     return tmp_path / "set"
 
 

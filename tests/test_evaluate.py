@@ -177,6 +177,23 @@ def test_metadata_that_no_net_has_are_named(
         assert said in error
 
 
+def test_prediction_names_files_on_one_line_each(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad, loop = (tmp_path / name for name in ("a\nb\udcff.png", "a\rb.jpg", "loop.jpg"))
+    Image.new("RGB", (60, 60)).save(good)
+    bad.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n")
+    loop.symlink_to(loop)
+    files = [str(good), str(bad), str(loop)]
+    assert predict.main([*files, "--weights", str(weights), "--top", "1"]) == 2
+    said = capsys.readouterr()
+    assert said.out.splitlines()[0] == f"{tmp_path}/a\\nb\\udcff.png"
+    assert said.err.splitlines() == [
+        f"predict: error: {tmp_path}/a\\rb.jpg: not an image",
+        f"predict: error: {loop}: too many levels of symbolic links",
+    ]
+
+
 @pytest.mark.parametrize("crops", [1, 10])
 def test_prediction_prints_the_net_s_probabilities(
     weights: Path,

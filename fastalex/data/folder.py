@@ -253,7 +253,7 @@ def stat_files(paths: list[Path]) -> list[tuple[str, int, int]]:
 
     def stat(path: Path) -> tuple[str, int, int]:
         try:
-            found = path.stat()
+            found = os.stat(path)
         except OSError:
             return f"{path.parent.name}/{path.name}", -1, -1
         return f"{path.parent.name}/{path.name}", found.st_size, found.st_mtime_ns
