@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from fastalex import engine, interrupts, launch, resume
 from fastalex.command_line import output_may_fail
 from fastalex.config import Settings, describe_setting
@@ -150,13 +152,6 @@ def _prepare(options: Mapping[str, Any], folder: RunFolder, start: Start | None)
             return None
     _check(settings, world)
     sources = train, val = open_sources(settings.data, settings.seed, settings.image_size)
-    model = AlexNet(len(train.classes), variant=settings.variant)
-    smallest = model.smallest_image_size()
-    if settings.image_size < smallest:
-        raise ValueError(
-            f"--image-size {settings.image_size}: variant {settings.variant} needs at least "
-            f"{smallest}"
-        )
     color_noise(train, settings.color_noise)  # raises what can't be
     side = decode_size(settings.image_size)
     image = mean_image(train, settings.normalization, side)
@@ -183,10 +178,16 @@ def _prepare(options: Mapping[str, Any], folder: RunFolder, start: Start | None)
     else:
         resume.drop(folder, start.path, settings.keep_checkpoints)
         folder.resume(options, settings.to_dict(), vars(world), start.step)
-    parameters = sum(p.numel() for p in model.parameters())
-    for line in _describe(plan, parameters, train, val):
+    model = _without_memory(len(plan.classes), settings.variant)
+    for line in _describe(plan, sum(p.numel() for p in model.parameters()), train, val):
         print(line, flush=True)
     return plan
+
+
+def _without_memory(classes: int, variant: str) -> AlexNet:
+    """A net that tells its sizes and holds no numbers."""
+    with torch.device("meta"):
+        return AlexNet(classes, variant=variant)
 
 
 def _check(settings: Settings, world: World) -> None:
@@ -195,6 +196,12 @@ def _check(settings: Settings, world: World) -> None:
         raise ValueError(
             f"--augmentation resized: parts of any size have no mean image; leave it out or use "
             f"another --normalization than {settings.normalization}"
+        )
+    smallest = _without_memory(1, settings.variant).smallest_image_size()
+    if settings.image_size < smallest:
+        raise ValueError(
+            f"--image-size {settings.image_size}: variant {settings.variant} needs at least "
+            f"{smallest}"
         )
     if settings.tensorboard:
         check_tensorboard()
