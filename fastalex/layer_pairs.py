@@ -17,7 +17,6 @@ import fastalex_kernels as kernels
 from fastalex.cost import Floor, floors
 from fastalex.layers import Conv2dReLU, Linear, LinearReLUDropout, MaxPool2d
 from fastalex.model import AlexNet
-from fastalex.parallel import cut_to_tower
 from fastalex.recorded_step import Layer
 from fastalex.reference import ReferenceAlexNet
 from fastalex_kernels.reference import relative_error, tolerance
@@ -79,12 +78,9 @@ def _kinds(part: str) -> tuple[type[nn.Module], ...]:
 
 
 def make_nets(
-    variant: str, device: torch.device | str, dtype: torch.dtype, towers: int = 1
+    variant: str, device: torch.device | str, dtype: torch.dtype
 ) -> tuple[AlexNet, ReferenceAlexNet]:
-    """Ours and stock torch's with one set of weights.
-
-    Of two ``towers`` it is one, whose layers can be called one by one: see ``_keep_tower``.
-    """
+    """Ours and stock torch's with one set of weights."""
     torch.manual_seed(0)
     ours, stock = AlexNet(variant=variant), ReferenceAlexNet(variant=variant)
     ours.init_parameters("he")
@@ -93,25 +89,7 @@ def make_nets(
     if (weight.device, weight.dtype) != (torch.device(device), dtype):  # fake ones can't move
         ours, stock = ours.to(device, dtype), stock.to(device, dtype)
     ours.seed_dropout(seed=0, step=0)
-    if towers > 1:
-        _keep_tower(ours, stock)
     return ours, stock
-
-
-def _keep_tower(ours: AlexNet, stock: ReferenceAlexNet) -> None:
-    """Cut both nets to tower 0, without the exchanges: a layer is given what it reads."""
-    cut_to_tower(ours, None)
-    kinds = (nn.Conv2d, nn.Linear)
-    layers, references = ([m for m in n.modules() if isinstance(m, kinds)] for n in (ours, stock))
-    for layer, reference in zip(layers, references, strict=True):
-        for name in ("weight", "bias"):
-            setattr(reference, name, nn.Parameter(getattr(layer, name).detach().clone()))
-        if isinstance(reference, nn.Conv2d) and isinstance(layer, nn.Conv2d):
-            reference.groups = layer.groups
-    for block in stock.features:
-        if isinstance(block, nn.Sequential) and isinstance(block[0], nn.LocalResponseNorm):
-            norm = block[0]  # of one tower there are no halves
-            block[0] = nn.LocalResponseNorm(norm.size, norm.alpha, norm.beta, norm.k)
 
 
 def make_pairs(
@@ -135,7 +113,7 @@ def make_pairs(
         if isinstance(layer, nn.Linear):
             shape = (layer.in_features,)
         elif isinstance(layer, nn.Conv2d):
-            shape = (layer.in_channels, *shape[1:])  # of a tower, what the exchange would bring too
+            shape = (layer.in_channels, *shape[1:])
         values = torch.randn(batch, *shape)
         x = (values if signed else values.relu()).to(weight.device, weight.dtype)
         x.requires_grad_(bool(pairs))
@@ -219,14 +197,7 @@ def make_call(pair: LayerPair, how: str, direction: str) -> Callable[[], object]
     return lambda: torch.autograd.grad(output, tensors, dy, retain_graph=True)
 
 
-def as_it_is(x: torch.Tensor) -> torch.Tensor:
-    """``x``, which a layer is given without preparation."""
-    return x
-
-
-def check(
-    pair: LayerPair, backend: str, prepare: Callable[[torch.Tensor], torch.Tensor] = as_it_is
-) -> dict[str, float]:
+def check(pair: LayerPair, backend: str) -> dict[str, float]:
     """Compare our layer with float64, forward and every gradient, and stock torch's forward.
 
     Where the sign of a sum or the larger of two values is within rounding, either gradient is
@@ -235,7 +206,6 @@ def check(
     Args:
         pair: what is compared.
         backend: under which our layer runs.
-        prepare: what our layer's input goes through first.
 
     Returns:
         The largest relative error by direction.
@@ -251,7 +221,7 @@ def check(
     if isinstance(pair.ours, LinearReLUDropout):
         oracle, wide_module = _dropout_oracle(pair.ours)
     with kernels.backend(backend):
-        output = pair.ours(prepare(x))
+        output = pair.ours(x)
     expected = oracle(wide_x)
     settled = (output > 0) == (expected > 0)
     if any(isinstance(module, MaxPool2d) for module in pair.ours.modules()):

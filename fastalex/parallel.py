@@ -63,19 +63,15 @@ def parallelize(model: AlexNet, mesh: DeviceMesh, exchange: TowerExchange | None
     return model
 
 
-def cut_to_tower(model: AlexNet, exchange: Exchange | None) -> None:
-    """Keep one tower of a whole ``model``, in place, its halves fetched through ``exchange``.
-
-    None keeps tower 0 and fetches nothing: whoever calls its layers gives each what it reads.
-    """
-    rank = 0 if exchange is None else exchange.rank
+def cut_to_tower(model: AlexNet, exchange: Exchange) -> None:
+    """Keep one tower of a whole ``model``, in place, its halves fetched through ``exchange``."""
     for layer in _layers(model):
         reads_both = layer is not model.features[0] and getattr(layer, "groups", 1) == 1
         whole = layer is model.classifier[-1]
-        if reads_both and exchange is not None:
+        if reads_both:
             layer.register_forward_pre_hook(GatherInput(exchange, summed=not whole))
         if not whole:
-            _cut(layer, rank)
+            _cut(layer, exchange.rank)
     for norm in model.features.modules():
         if isinstance(norm, LRNMaxPool2d):
             norm.groups = 1

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fastalex import AlexNet
+from fastalex.exchange import LoopbackExchange
 from fastalex.parallel import cut_to_tower
 from fastalex.recorded_step import Layer, layers_of
 
@@ -19,7 +20,7 @@ def layers(batch: int, towers: int = 1) -> dict[str, Layer]:
     """The layers by name, one tower's of two where asked, with the shapes of published images."""
     model = AlexNet()
     if towers > 1:
-        cut_to_tower(model, None)
+        cut_to_tower(model, LoopbackExchange())
     model.seed_dropout(0, 0)
     return layers_of(model, batch, model.variant.image_size)
 
@@ -32,7 +33,7 @@ def call(name: str, batch: int, dtype: torch.dtype, towers: int = 1) -> Callable
         assert isinstance(layer.module, torch.nn.Module)
         x = torch.empty(layer.input, dtype=dtype, requires_grad=layer.needs_input_grad)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            output = layer.module(x)
+            output = layer.module.forward(x)  # it is given both halves
         output.backward(torch.empty_like(output))
 
     return run
