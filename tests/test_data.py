@@ -154,7 +154,7 @@ def test_batches_hold_bytes_that_augment_normalises_and_their_labels() -> None:
 
 def test_a_batch_moves_to_a_device_and_its_indices_stay() -> None:
     batch = next(batches().epoch(0))
-    moved = batch.to(torch.device("meta"))
+    moved = batch.copy_to(batch.empty(torch.device("meta")))
     kinds = {name: value.device.type for name, value in vars(moved).items() if value is not None}
     assert kinds.pop("indices") == "cpu"
     assert set(kinds) == {"images", "labels", "tops", "lefts", "mirrors"}

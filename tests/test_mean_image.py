@@ -219,7 +219,7 @@ def test_a_resumed_run_goes_on_with_the_same_mean_image(folder: Path) -> None:
     assert again.mean_image is not None
     np.testing.assert_array_equal(again.mean_image.pixels, image.pixels)
     other = MeanImage.of(image.pixels + 1, 30, centred=True)
-    with pytest.raises(DataError, match="has not the mean image that the run began with"):
+    with pytest.raises(DataError, match="has not the mean image that the run started with"):
         train._kept_normalization(start(values), other)
     with pytest.raises(DataError, match="name that set with --data"):
         train._kept_normalization(start(values), None)

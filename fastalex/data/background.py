@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
-
-import torch
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,11 +45,12 @@ def map_ahead(
 
 def _device() -> tuple[int, ...]:
     """The GPU of this thread, of which a process knows only if it uses one; empty where none."""
-    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    torch: Any = sys.modules.get("torch")  # packing does without it
+    used = torch is not None and torch.cuda.is_initialized()
     return (torch.cuda.current_device(),) if used else ()
 
 
 def _take_device(*device: int) -> None:
     """Use the GPU that the thread uses which started this one, not the first."""
     if device:
-        torch.cuda.set_device(device[0])
+        sys.modules["torch"].cuda.set_device(device[0])

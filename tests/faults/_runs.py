@@ -72,7 +72,8 @@ def training(
     word = "spawn_main" if launcher == "ours" else Path(script).name
     pids: list[int] = []
     try:
-        wait_until(lambda: trained(folder, 4), "trained")
+        # Long enough for the processes to have told each other of a step, twice a second or so.
+        wait_until(lambda: trained(folder, 30), "trained")
         pids = workers(process.pid, word)
         assert len(pids) == processes
         yield process, pids

@@ -102,7 +102,7 @@ def test_a_process_that_does_not_go_on_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
-    with training("ours", tmp_path) as (process, pids):
+    with training("ours", tmp_path, "--epochs", "1000") as (process, pids):
         os.killpg(process.pid, signal.SIGSTOP)
         time.sleep(2 * TIMEOUT)
         os.killpg(process.pid, signal.SIGCONT)

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalex_kernels as fk
 from fastalex import offline
+from fastalex_kernels._conv2d_arguments import space_to_depth_weight
 from fastalex_kernels._launch import interpreted
 
 from . import _augment as augments
@@ -110,23 +111,6 @@ def test_the_host_reads_no_value(mean: str | None, block: int) -> None:
         assert fk.augment(**make(case)).shape[0] == 4
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3, 4])
-def test_conv2d_relu_space_to_depth(stride: int) -> None:
-    x = torch.randn(2, 2 * stride**2, 5, 4, requires_grad=True)
-    weight = torch.randn(3, 2, 2 * stride, stride + 1, requires_grad=True)
-    bias = torch.randn(3, requires_grad=True)
-    leaves = (x, weight, bias)
-    y = fk.conv2d_relu_space_to_depth(*leaves, stride=stride)
-    wide = [t.detach().double().requires_grad_() for t in leaves]
-    expected = fk.reference.conv2d_relu_space_to_depth(*wide, stride=stride)
-    assert relative_error(y, expected) < 1e-6
-    gradient = torch.randn(y.shape)
-    found = torch.autograd.grad(y, leaves, gradient)
-    for a, b in zip(found, torch.autograd.grad(expected, wide, gradient.double()), strict=True):
-        assert a.shape == b.shape
-        assert relative_error(a, b) < 1e-6
-
-
 @pytest.mark.parametrize("size", [24, 25, 26, 27])
 @pytest.mark.parametrize("padding", [0, 2, augments.PAPER])
 def test_blocks_are_what_the_strided_convolution_reads(size: int, padding: Any) -> None:
@@ -137,31 +121,12 @@ def test_blocks_are_what_the_strided_convolution_reads(size: int, padding: Any) 
     expected = fk.reference.conv2d_relu(
         plain.double(), weight.double(), bias.double(), stride=4, padding=padding
     )
-    assert relative_error(fk.conv2d_relu_space_to_depth(blocks, weight, bias), expected) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("argument", "value", "error", "came"),
-    [
-        ("input", torch.zeros(2, 47, 5, 5), ValueError, "(2, 47, 5, 5)"),
-        ("input", torch.zeros(48, 5, 5), ValueError, "(48, 5, 5)"),
-        ("input", torch.zeros(2, 48, 2, 5), ValueError, "height 2 x 4"),
-        ("input", torch.zeros(2, 48, 5, 1), ValueError, "width 1 x 4"),
-        ("input", torch.zeros(2, 48, 5, 5).byte(), TypeError, "torch.uint8"),
-        ("weight", torch.zeros(4, 3, 11), ValueError, "(4, 3, 11)"),
-        ("weight", None, TypeError, "NoneType"),
-        ("stride", 0, ValueError, "0"),
-        ("stride", (4, 4), TypeError, "(4, 4)"),
-    ],
-)
-def test_a_wrong_argument_of_the_convolution(
-    argument: str, value: Any, error: type[Exception], came: str
-) -> None:
-    right = {"input": torch.zeros(2, 48, 5, 5), "weight": torch.zeros(4, 3, 11, 11)}
-    with pytest.raises(error) as caught:
-        fk.conv2d_relu_space_to_depth(**{**right, argument: value})
-    assert str(caught.value).startswith(f"{argument}: ")
-    assert came in str(caught.value)
+    assert (
+        relative_error(
+            fk.conv2d_relu(blocks, space_to_depth_weight(weight, (4, 4)), bias), expected
+        )
+        < 1e-6
+    )
 
 
 # name: (case, dtype). Padding between blocks and inside one, images whose lines 4 does not divide,

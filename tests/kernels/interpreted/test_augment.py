@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastalex_kernels as fk
+from fastalex_kernels._conv2d_arguments import space_to_depth_weight
 from fastalex_kernels._layout import as_hwnc
 
 from .. import _augment as augments
@@ -77,7 +78,7 @@ def test_the_first_convolution_takes_it_as_it_lies(size: int, padding: Any) -> N
     assert as_hwnc(x).data_ptr() == x.data_ptr()
     weight = (torch.randn(16, 3, 11, 11) / 19).requires_grad_()
     bias = torch.randn(16, requires_grad=True)
-    y = fk.conv2d_relu_space_to_depth(x, weight, bias)
+    y = fk.conv2d_relu(x, space_to_depth_weight(weight, (4, 4)), bias)
     gradient = torch.randn(y.shape)
     found = torch.autograd.grad(y, (weight, bias), gradient)
 

@@ -31,7 +31,7 @@ def test_a_gradient_of_a_gradient_raises(case: Case) -> None:
     tensors = make_inputs(case, torch.float32)
     loss = call(case, fk, tensors).square().sum()
     gradients = torch.autograd.grad(loss, tensors, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         sum(g.sum() for g in gradients).backward()
 
 
