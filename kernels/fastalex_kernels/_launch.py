@@ -114,7 +114,7 @@ def target(device: torch.device) -> str:
     """The name tiles are chosen by: ``"sm_90"``, ``"gfx942"``, ... or ``"interpreter"``."""
     if _recorder is not None:
         return _recorder[0]
-    if interpreted() or device.type == "cpu":
+    if interpreted() or (device.type == "cpu" and not torch.cuda.is_available()):
         return "interpreter"
     return _device_target(torch.cuda.current_device() if device.index is None else device.index)
 
@@ -153,7 +153,7 @@ def _device_name(device: torch.device) -> str | None:
     """What a tuned table is looked up by; None where launches are recorded."""
     if _recorder is not None:
         return None
-    if interpreted() or device.type == "cpu":
+    if interpreted() or (device.type == "cpu" and not torch.cuda.is_available()):
         return "interpreter"
     return _gpu_name(torch.cuda.current_device() if device.index is None else device.index)
 
@@ -229,8 +229,9 @@ def run(
     Returns:
         Triton's compiled kernel; None where it was interpreted.
     """
-    device = next(a.device for a in args if isinstance(a, torch.Tensor))
-    if device.type == "cpu" and isinstance(kernel, JITFunction):
+    first = next(a for a in args if isinstance(a, torch.Tensor))
+    device = first.device
+    if not first.is_cuda and isinstance(kernel, JITFunction):
         _interpret(kernel, grid, args, kwargs)
         return None
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
