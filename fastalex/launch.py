@@ -388,6 +388,8 @@ def _work(
     global give_up
     give_up = lambda line: pipe.send(("failed", WorkerFailed(line)))  # noqa: E731
     said: tuple[str, Any]
+    for signum in set(interrupts.SIGNALS) - {signal.SIGHUP}:
+        signal.signal(signum, signal.SIG_IGN)  # once it has saved: the launcher sends one more
     try:
         with interrupts.noticed():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupts.SIGNALS)
