@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from fastalex.cost import Floor
-from fastalex.files import replacing
-from fastalex.provenance import device_name, provenance, results_name
+from fastalex.common.files import replacing
+from fastalex.common.provenance import device_name, provenance, results_name
+from fastalex.inspection.cost import Floor
 
 from ._timing import Images, Rates, Times, rate
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fastalex.cost import Floor
-from fastalex.timing import Clock, clock_of, warm_up
+from fastalex.common.timing import Clock, clock_of, warm_up
+from fastalex.inspection.cost import Floor
 
 clock: Clock = clock_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 

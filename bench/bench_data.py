@@ -27,8 +27,8 @@ from fastalex.data.pack import pack
 from fastalex.data.packed import WORK
 from fastalex.data.processes import cores, packers
 from fastalex.data.shard import Shard
-from fastalex.train_steps import Training, train_step
-from fastalex.validation import fetch
+from fastalex.training.validation import fetch
+from fastalex.tuning.train_steps import Training, train_step
 from tests._packing import picture
 
 from . import _packing

@@ -21,12 +21,12 @@ import torch
 from triton.runtime.driver import driver
 
 from fastalex import AlexNet
-from fastalex.optim import build_optimizer, set_learning_rate
-from fastalex.parallel import cut_to_tower
-from fastalex.train_steps import Training
+from fastalex.distributed.towers import cut_to_tower
 from fastalex.training import TrainStep
-from fastalex_kernels._launch import record_launches
-from fastalex_kernels.program import Launch
+from fastalex.training.optim import build_optimizer, set_learning_rate
+from fastalex.tuning.train_steps import Training
+from fastalex_kernels.common.launch import record_launches
+from fastalex_kernels.common.program import Launch
 from tests.training._libcuda import StubDriver
 
 from ._report import Report

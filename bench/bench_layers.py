@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastalex.cost import Floor
-from fastalex.layer_pairs import (
+from fastalex.inspection.cost import Floor
+from fastalex.tuning.layer_pairs import (
     LayerPair,
     check,
     layer_names,

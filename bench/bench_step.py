@@ -1,6 +1,6 @@
 """A whole training step of AlexNet, against torch's and against itself without one of its tricks.
 
-What every row is, is said in bench/README.md; the steps themselves are fastalex.train_steps.
+What every row is, is said in bench/README.md; the steps themselves are fastalex.tuning.train_steps.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastalex.cost import Floor
-from fastalex.reference import ReferenceAlexNet
-from fastalex.train_steps import (
+from fastalex.inspection.cost import Floor
+from fastalex.model.reference import ReferenceAlexNet
+from fastalex.tuning.train_steps import (
     Step,
     Training,
     autograd_step,

@@ -2,7 +2,7 @@
 
     python docs/draw_net.py [OUT]
 
-Sizes come from fastalex.variants, so the picture is the net.
+Sizes come from fastalex.model.variants, so the picture is the net.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from fastalex.variants import VARIANTS
+from fastalex.model.variants import VARIANTS
 
 COLOURS = {
     "conv": "#4c78a8",

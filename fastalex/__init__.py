@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fastalex import interrupts
+from fastalex.common import interrupts
 
 if interrupts.command_line_starts():
     interrupts.end_quietly()
@@ -10,7 +10,7 @@ if interrupts.command_line_starts():
 from fastalex._version import __version__
 
 if TYPE_CHECKING:
-    from fastalex.model import AlexNet
+    from fastalex.model.alexnet import AlexNet
 
 __all__ = ["AlexNet", "__version__"]
 
@@ -18,7 +18,7 @@ __all__ = ["AlexNet", "__version__"]
 def __getattr__(name: str) -> Any:
     """The net when it is asked for: a process that packs images starts without torch."""
     if name == "AlexNet":
-        from fastalex.model import AlexNet
+        from fastalex.model.alexnet import AlexNet
 
         return AlexNet
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from fastalex import AlexNet
-from fastalex.checkpoint import save_weights
 from fastalex.data import MeanImage, Normalization
-from fastalex.variants import Variant, get_variant
+from fastalex.model.variants import Variant, get_variant
+from fastalex.training.weights import save_weights
 
 CLASSES = ["blue", "green", "grey", "lime", "pink", "red", "teal"]
 SIZE = 40

@@ -22,11 +22,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastalex import AlexNet, parallel
-from fastalex.exchange import TowerExchange, check_copies
-from fastalex.optim import build_optimizer
-from fastalex.specification import Variant
+from fastalex import AlexNet
+from fastalex.distributed import towers
+from fastalex.distributed.exchange import TowerExchange, check_copies
+from fastalex.model.specification import Variant
 from fastalex.training import TrainStep
+from fastalex.training.optim import build_optimizer
 from tests._nets import narrow
 
 ROWS, SIZE = 5, 64
@@ -90,25 +91,25 @@ def _compare(
         loss, logits = _pass(model, slice(0, ROWS))
         gradients, weights = _gradients(model), _weights(model)
         model.zero_grad(set_to_none=True)
-    parallel.parallelize(model, mesh, exchange)
+    towers.parallelize(model, mesh, exchange)
     replica = mesh.get_local_rank("data")
     rows = slice(ends[replica], ends[replica + 1])
     share = (rows.stop - rows.start) / ROWS
-    parallel.set_row_offset(model, rows.start)
+    towers.set_row_offset(model, rows.start)
     part_loss, part_logits = _pass(model, rows)
-    parallel.reduce_gradients(model, mesh, share=share)
+    towers.reduce_gradients(model, mesh, share=share)
     # Averaged as the gradients are; every process of a replica's towers has the same loss.
     shares = part_loss * share / mesh["tower"].size()
     dist.all_reduce(shares)
-    whole = parallel.full_tensors(model, mesh, _gradients(model))
-    state = parallel.full_state_dict(model, mesh)
+    whole = towers.full_tensors(model, mesh, _gradients(model))
+    state = towers.full_state_dict(model, mesh)
     if dist.get_rank() == 0:
         result["loss"] = [float(loss), float(shares)]
         result["logits"] = _distance(part_logits, logits[rows])
         result["gradients"] = {n: _distance(whole[n], gradients[n]) for n in gradients}
         result["weights are the first process's"] = _equal(state, weights)
-    result["undone"] = _equal(parallel.local_tensors(model, mesh, whole), _gradients(model))
-    result["undone"] &= _equal(parallel.local_tensors(model, mesh, state), _weights(model))
+    result["undone"] = _equal(towers.local_tensors(model, mesh, whole), _gradients(model))
+    result["undone"] &= _equal(towers.local_tensors(model, mesh, state), _weights(model))
     result["held"] = sum(p.numel() for p in model.parameters())
     result["logits digest"] = _digest(part_logits)
     result["digest"] = _digest(*state.values(), *whole.values())
@@ -142,28 +143,28 @@ def _check_damaged(mesh: DeviceMesh, damaged: Callable[[TowerExchange], bool]) -
 
 
 def two() -> dict[str, Any]:
-    towers, replicas = parallel.init_mesh("cpu", 1, 2), parallel.init_mesh("cpu", 2, 1)
-    staged = TowerExchange(towers, staged=True)
+    pair, replicas = towers.init_mesh("cpu", 1, 2), towers.init_mesh("cpu", 2, 1)
+    staged = TowerExchange(pair, staged=True)
     sent = torch.arange(3.0) + 10 * dist.get_rank()
     return {
-        "paper": _compare("paper", towers, [0, ROWS]),
-        "source2012": _compare("source2012", towers, [0, ROWS], staged),
+        "paper": _compare("paper", pair, [0, ROWS]),
+        "source2012": _compare("source2012", pair, [0, ROWS], staged),
         "caffe": _compare("caffe", replicas, [0, 3, ROWS]),
         "owt": _compare("owt", replicas, [0, 1, ROWS]),
         "staged": staged.both(sent).tolist(),
         "empty": list(staged.both(torch.empty(0, 4)).shape),
-        "sound": _check_damaged(towers, lambda _: False),
-        "direct way damaged": _check_damaged(towers, lambda e: not e.staged),
+        "sound": _check_damaged(pair, lambda _: False),
+        "direct way damaged": _check_damaged(pair, lambda e: not e.staged),
         "direct way damaged to rank 1": _check_damaged(
-            towers, lambda e: not e.staged and e.rank == 1
+            pair, lambda e: not e.staged and e.rank == 1
         ),
-        "both ways damaged": _check_damaged(towers, lambda _: True),
-        "no towers": _refused(lambda: parallel.parallelize(_net("caffe"), towers)),
+        "both ways damaged": _check_damaged(pair, lambda _: True),
+        "no towers": _refused(lambda: towers.parallelize(_net("caffe"), pair)),
     }
 
 
 def four() -> dict[str, Any]:
-    mesh = parallel.init_mesh("cpu", 2, 2)
+    mesh = towers.init_mesh("cpu", 2, 2)
     return {"paper": _compare("paper", mesh, [0, 3, ROWS])}
 
 
@@ -179,12 +180,12 @@ def _train(model: AlexNet) -> list[float]:
 
 def trained() -> dict[str, Any]:
     """Two steps of the whole net and of its towers, and how far their weights moved."""
-    mesh, small = parallel.init_mesh("cpu", 1, 2), narrow("paper")
+    mesh, small = towers.init_mesh("cpu", 1, 2), narrow("paper")
     model, whole = _net(small), _net(small)
-    parallel.parallelize(model, mesh)
-    before = {n: t.clone() for n, t in parallel.full_state_dict(model, mesh).items()}
+    towers.parallelize(model, mesh)
+    before = {n: t.clone() for n, t in towers.full_state_dict(model, mesh).items()}
     losses = _train(model)
-    after = parallel.full_state_dict(model, mesh)
+    after = towers.full_state_dict(model, mesh)
     last = [p for n, p in _weights(model).items() if n.startswith("classifier.6")]
     result: dict[str, Any] = {"losses": losses, "digest": _digest(*after.values(), *last)}
     if dist.get_rank() == 0:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastalex.checkpoint import load_weights
+from fastalex.training.weights import load_weights
 from tests._commands import ROOT
 
 SCRIPT = str(ROOT / "tests" / "_small_train.py")

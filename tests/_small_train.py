@@ -11,9 +11,9 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from fastalex import train
 from fastalex.data import sources
-from fastalex.variants import VARIANTS, Variant
+from fastalex.model.variants import VARIANTS, Variant
+from fastalex.training import train
 
 TRAIN_COUNT, VAL_COUNT = 40, 12
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 
 from fastalex.data import sources
-from fastalex.variants import VARIANTS
+from fastalex.model.variants import VARIANTS
 from tests import _small_train
 
 # The same examples on every run and machine, and no limit on the time of one.

@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from fastalex import AlexNet, ablate
-from fastalex.ablations import ABLATIONS, edit, edited_name, split_name
-from fastalex.checkpoint import load_model, save_weights
-from fastalex.config import Settings
+from fastalex import AlexNet
 from fastalex.data import Batches, Normalization, SyntheticImages, decode_size
-from fastalex.launch import World
-from fastalex.options import parse_arguments
-from fastalex.reference import ReferenceAlexNet
-from fastalex.variants import VARIANTS, get_variant
+from fastalex.distributed.launch import World
+from fastalex.evaluation import ablate
+from fastalex.model.ablations import ABLATIONS, edit, edited_name, split_name
+from fastalex.model.reference import ReferenceAlexNet
+from fastalex.model.variants import VARIANTS, get_variant
+from fastalex.training.config import Settings
+from fastalex.training.options import parse_arguments
+from fastalex.training.weights import load_model, save_weights
 
 FAILS = 13  # the seed with which training without conv4 fails
 

@@ -10,7 +10,7 @@ from PIL import Image
 import fastalex_kernels as kernels
 from fastalex.data import Batches, MeanImage, Normalization, SyntheticImages
 from fastalex.data.augment import COLOR_SCALE, PUBLISHED_NOISE, Augment, ColorNoise
-from fastalex.validation import fetch
+from fastalex.training.validation import fetch
 
 RANDOM = np.random.default_rng(3)
 CPU = torch.device("cpu")

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastalex import AlexNet, checkpoint
-from fastalex.checkpoint import load_model, load_weights, read_metadata, save_weights
+from fastalex import AlexNet
+from fastalex.training import weights
+from fastalex.training.weights import load_model, load_weights, read_metadata, save_weights
 from tests._commands import end, start, wait_until
 
 METADATA = {"variant": "owt", "num_classes": 3, "dropout": 0.25, "classes": ["ä", "b", "c d"]}
@@ -71,7 +72,7 @@ def test_a_full_disk_is_told_how_much_is_needed(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_safetensors", full)
+    monkeypatch.setattr(weights, "_write_safetensors", full)
     text = r"No space left on device, the file needs 3 MB and \d+ MB are free: '.*/w'$"
     with pytest.raises(OSError, match=text):
         save_weights(tmp_path / "w", {"w": torch.zeros(600_000)}, METADATA)
@@ -136,9 +137,9 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
         raise OSError("No space left on device")
 
     if fails_in == "write":
-        monkeypatch.setattr(checkpoint, "_write_safetensors", half)
+        monkeypatch.setattr(weights, "_write_safetensors", half)
     else:
-        monkeypatch.setattr(f"fastalex.checkpoint.os.{fails_in}", fail)
+        monkeypatch.setattr(f"fastalex.training.weights.os.{fails_in}", fail)
     with pytest.raises(OSError, match="No space left"):
         save_weights(path, _tensors(), {"epoch": 2})
     monkeypatch.undo()
@@ -150,7 +151,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> No
     path = tmp_path / "w"
     script = (
         "import sys, torch\n"
-        "from fastalex.checkpoint import save_weights\n"
+        "from fastalex.training.weights import save_weights\n"
         "tensors = {'w': torch.ones(2_000_000)}\n"
         "for epoch in range(10**9):\n"
         "    save_weights(sys.argv[1], {'w': tensors['w'] * epoch}, {'epoch': epoch})\n"
@@ -236,8 +237,8 @@ def test_the_hash_tells_names_shapes_and_dtypes_apart() -> None:
         {"a": base.to(torch.int32)},
         {"a": base, "b": torch.zeros(0)},
     ]
-    hashes = {checkpoint.weights_hash(net) for net in nets}
+    hashes = {weights.weights_hash(net) for net in nets}
     assert len(hashes) == len(nets)
-    assert checkpoint.weights_hash({"x": base, "a": base}) == checkpoint.weights_hash(
+    assert weights.weights_hash({"x": base, "a": base}) == weights.weights_hash(
         {"a": base, "x": base}
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fastalex import command_line
+from fastalex.common import command_line
 from tests import _commands
 
 # All but data, which does without torch.
@@ -82,8 +82,8 @@ def test_of_torchrun_s_processes_one_says_it(slow_torch: Path, tmp_path: Path) -
 
 
 def test_a_program_that_imports_us_keeps_its_own_ctrl_c(slow_torch: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("import fastalex.model")
-    for arguments in (["mine.py"], ["-m", "mine"], ["-c", "import fastalex.model"]):
+    (tmp_path / "mine.py").write_text("import fastalex.model.alexnet")
+    for arguments in (["mine.py"], ["-m", "mine"], ["-c", "import fastalex.model.alexnet"]):
         (tmp_path / "importing").unlink(missing_ok=True)
         code, _, err = _interrupted(slow_torch, tmp_path, arguments, {})
         assert code == -signal.SIGINT
@@ -136,7 +136,7 @@ def test_whole_numbers_have_limits() -> None:
 
 def test_a_reader_that_had_enough_is_no_error() -> None:
     code = (
-        "from fastalex.command_line import guarded\n"
+        "from fastalex.common.command_line import guarded\n"
         "def command():\n"
         "    for _ in range(100_000):\n"
         "        print('a line of a long answer')\n"

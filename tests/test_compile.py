@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalex
 import fastalex_kernels as fk
-from fastalex.layers import Conv2dReLU, Linear, LinearReLUDropout, LRNMaxPool2d
-from fastalex.variants import VARIANTS
-from fastalex_kernels._launch import record_launches
+from fastalex.model.layers import Conv2dReLU, Linear, LinearReLUDropout, LRNMaxPool2d
+from fastalex.model.variants import VARIANTS
+from fastalex_kernels.common.launch import record_launches
 
 from ._nets import narrow
 

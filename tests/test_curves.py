@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastalex import curves, train
-from fastalex.curves import Curves, kernel_grid
-from fastalex.exchange import counted_times
-from fastalex.meter import Meter, Stopwatch
+from fastalex.common.timing import Stopwatch
+from fastalex.distributed.exchange import counted_times
+from fastalex.training import tensorboard, train
+from fastalex.training.metrics import Meter
+from fastalex.training.tensorboard import Curves, kernel_grid
 
 
 def test_records_and_kernels_come_back(tmp_path: Path) -> None:
@@ -37,7 +38,7 @@ def test_a_missing_package_is_one_line_and_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(curves.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda _: None)
     assert train.main(["--tensorboard"]) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1

@@ -165,7 +165,7 @@ def test_no_file_starts_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     program.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     weights = "import sys; from pathlib import Path\n"
-    weights += "from fastalex.evaluation import read_files\n"
+    weights += "from fastalex.evaluation.ensemble import read_files\n"
     weights += "from fastalex.data.decode import read_upright, read_whole, try_read\n"
     weights += f"path = Path({str(path)!r})\n"
     weights += "print(*read_files([path], 64), try_read(read_whole, path, 64))\n"

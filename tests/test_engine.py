@@ -13,16 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from fastalex import AlexNet, engine
-from fastalex.config import Settings
+from fastalex import AlexNet
 from fastalex.data import Batches, Normalization
-from fastalex.launch import TrainingError, World
-from fastalex.options import parse_arguments
-from fastalex.plan import Plan
-from fastalex.progress import StuckLoss
-from fastalex.run_folder import RunFolder
-from fastalex.team import Team
-from fastalex.validation import Accuracy, evaluate
+from fastalex.distributed.context import Team
+from fastalex.distributed.launch import TrainingError, World
+from fastalex.training import trainer
+from fastalex.training.config import Settings
+from fastalex.training.options import parse_arguments
+from fastalex.training.progress import StuckLoss
+from fastalex.training.run_config import Plan
+from fastalex.training.run_folder import RunFolder
+from fastalex.training.validation import Accuracy, evaluate
 
 ALONE = World("cpu", processes=1, towers=1, threads=1)
 
@@ -80,7 +81,7 @@ def net() -> AlexNet:
 @pytest.fixture
 def one_net(net: AlexNet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing 57 million weights takes seconds; these tests do not look at them."""
-    monkeypatch.setattr(engine, "build_model", lambda *_: net)
+    monkeypatch.setattr(trainer, "build_model", lambda *_: net)
 
 
 @pytest.mark.parametrize("classes", [2, 5, 9])
@@ -108,8 +109,8 @@ def test_accuracies_are_those_of_a_count_by_hand(classes: int) -> None:
 
 
 def test_net_and_seed_name_one_set_of_weights() -> None:
-    first, again = (engine.build_model(_settings("--seed", "3"), 4) for _ in range(2))
-    other = engine.build_model(_settings("--seed", "4"), 4)
+    first, again = (trainer.build_model(_settings("--seed", "3"), 4) for _ in range(2))
+    other = trainer.build_model(_settings("--seed", "4"), 4)
     pairs = list(zip(first.parameters(), again.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(first.classifier[6].weight, other.classifier[6].weight)
@@ -153,20 +154,20 @@ def test_a_loss_that_is_not_finite_is_blamed_on_its_step_and_samples(
     """However rarely losses are read from the device, the step named is the one that went wrong."""
     source = FewImages([0, 1] * 20, classes=2)
     plan = _plan(tmp_path, source, "--batch-size", "4", "--epochs", "1")
-    trainer = engine.Trainer(plan)
-    trainer.read_every = read_every
+    run = trainer.Trainer(plan)
+    run.read_every = read_every
     seen = []
 
     def step(batch: Any) -> None:
-        trainer.step += 1
+        run.step += 1
         seen.append(batch.indices.tolist())
-        loss = torch.tensor(math.nan if trainer.step >= 6 else 1.0)
-        trainer.unread.append((loss, batch.indices))
+        loss = torch.tensor(math.nan if run.step >= 6 else 1.0)
+        run.unread.append((loss, batch.indices))
 
-    monkeypatch.setattr(trainer, "_train_step", step)
+    monkeypatch.setattr(run, "_train_step", step)
     with pytest.raises(TrainingError) as caught:
-        trainer.run()
-    trainer.close()
+        run.run()
+    run.close()
     names = ", ".join(source.name(i) for i in seen[5][:3])
     assert f"loss is nan at step 6 (epoch 1), on {names} and 1 more" in str(caught.value)
     assert not RunFolder(tmp_path).weights.exists()
@@ -178,12 +179,12 @@ def test_a_validation_loss_that_is_not_finite_keeps_the_last_good_weights(
 ) -> None:
     source = FewImages([0, 1, 0, 1], classes=2)
     plan = _plan(tmp_path, source, "--batch-size", "4", "--epochs", "3")
-    trainer = engine.Trainer(plan)
+    run = trainer.Trainer(plan)
     results = iter([Accuracy(1.0, 0.5, 1.0), Accuracy(math.inf, 0.5, 1.0)])
-    monkeypatch.setattr(engine, "evaluate", lambda *_: next(results))
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: next(results))
     with pytest.raises(TrainingError, match=r"validation loss is inf after step 2 \(epoch 2\)"):
-        trainer.run()
-    trainer.close()
+        run.run()
+    run.close()
     assert "of epoch 1" in RunFolder(tmp_path).kept()
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").open()]
     assert kinds.count("epoch") == 1
@@ -195,16 +196,16 @@ def test_a_stuck_run_is_warned_once(
 ) -> None:
     source = FewImages([0, 1] * 200, classes=2)
     arguments = ("--batch-size", "2", "--epochs", "1", "--init", "published")
-    trainer = engine.Trainer(_plan(tmp_path, source, *arguments))
+    run = trainer.Trainer(_plan(tmp_path, source, *arguments))
 
     def step(batch: Any) -> None:
-        trainer.step += 1
-        trainer.unread.append((torch.tensor(math.log(2)), batch.indices))
+        run.step += 1
+        run.unread.append((torch.tensor(math.log(2)), batch.indices))
 
-    monkeypatch.setattr(trainer, "_train_step", step)
-    monkeypatch.setattr(engine, "evaluate", lambda *_: Accuracy(math.log(2), 0.5, 1.0))
-    trainer.run()
-    trainer.close()
+    monkeypatch.setattr(run, "_train_step", step)
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: Accuracy(math.log(2), 0.5, 1.0))
+    run.run()
+    run.close()
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(warnings) == 1
     assert "ln(2) = 0.693" in warnings[0]
@@ -220,9 +221,9 @@ def test_full_disks_and_lost_data_end_a_run_with_a_message(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "model.safetensors")
 
-    monkeypatch.setattr(engine, "save_weights", full)
+    monkeypatch.setattr(trainer, "save_weights", full)
     with pytest.raises(TrainingError, match=r"^model\.safetensors: No space left on device$"):
-        engine.train(plan)
+        trainer.train(plan)
 
 
 def test_output_folders_are_numbered_and_never_shared(
@@ -265,7 +266,7 @@ def test_what_a_process_killed_before_its_run_started_left_is_no_run(tmp_path: P
 def test_who_loses_a_race_for_a_new_folder_leaves_it_to_the_winner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastalex.run_folder._LOCK_SECONDS", 0.0)
+    monkeypatch.setattr("fastalex.training.run_folder._LOCK_SECONDS", 0.0)
     winners: list[RunFolder] = []
     real = RunFolder._make
 
@@ -280,7 +281,7 @@ def test_who_loses_a_race_for_a_new_folder_leaves_it_to_the_winner(
     with pytest.raises(ValueError, match="another process trains in this folder"):
         RunFolder.claim(tmp_path / "run")
     monkeypatch.undo()
-    monkeypatch.setattr("fastalex.run_folder._LOCK_SECONDS", 0.0)
+    monkeypatch.setattr("fastalex.training.run_folder._LOCK_SECONDS", 0.0)
     assert winners[0].metrics.exists()
     with pytest.raises(ValueError, match="another process trains in this folder"):
         RunFolder.claim(tmp_path / "run")

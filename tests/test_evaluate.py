@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastalex import evaluate, predict
-from fastalex.checkpoint import load_weights, save_weights
 from fastalex.data import SyntheticImages, decode_size
 from fastalex.data.decode import read_image
-from fastalex.evaluation import Ensemble, open_training, open_validation
+from fastalex.evaluation import evaluate, predict
+from fastalex.evaluation.ensemble import Ensemble, open_training, open_validation
+from fastalex.training.weights import load_weights, save_weights
 from tests._nets import CLASSES, SIZE, random_weights
 
 

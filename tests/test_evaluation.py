@@ -13,12 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastalex import drawing, evaluate, figures, predict
-from fastalex.checkpoint import load_mean_image, load_model
 from fastalex.data import FolderImages, MeanImage, SyntheticImages, decode_size
 from fastalex.data.decode import read_image
 from fastalex.data.pack import pack
-from fastalex.evaluation import (
+from fastalex.evaluation import drawing, evaluate, figures, predict
+from fastalex.evaluation.ensemble import (
     Ensemble,
     Scores,
     crop_places,
@@ -26,7 +25,8 @@ from fastalex.evaluation import (
     open_validation,
     rank_classes,
 )
-from fastalex.published import RESULTS, is_imagenet
+from fastalex.evaluation.published import RESULTS, is_imagenet
+from fastalex.training.weights import load_mean_image, load_model
 from tests._commands import run
 from tests._nets import CLASSES, SIZE, random_weights
 

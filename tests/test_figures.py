@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from fastalex import drawing, figures
-from fastalex.evaluation import Ensemble
+from fastalex.evaluation import drawing, figures
+from fastalex.evaluation.ensemble import Ensemble
 from tests._nets import random_weights
 
 pytest.importorskip("matplotlib")

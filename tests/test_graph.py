@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastalex import train
-from fastalex.checkpoint import load_weights
-from fastalex.exchange import LoopbackExchange
-from fastalex.graph import WARM_UP, Graph
-from fastalex_kernels._launch import call
-from fastalex_kernels.program import Program
+from fastalex.distributed.exchange import LoopbackExchange
+from fastalex.training import train
+from fastalex.training.cuda_graph import WARM_UP, Graph
+from fastalex.training.weights import load_weights
+from fastalex_kernels.common.launch import call
+from fastalex_kernels.common.program import Program
 
 
 class Captures:

@@ -44,7 +44,7 @@ names = [m.name for p in (fastalex, fastalex_kernels)
          for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")]
 for name in names:
     importlib.import_module(name)
-assert "fastalex.model" in names and "fastalex_kernels.conv2d_relu" in names
+assert "fastalex.model.alexnet" in names and "fastalex_kernels.conv2d.forward" in names
 """
 
 
@@ -129,23 +129,61 @@ def test_the_kernels_know_nothing_of_the_model() -> None:
 
 def test_the_model_knows_nothing_of_processes() -> None:
     # Importing a module imports its package first.
-    names = _reaches("fastalex") | _reaches("fastalex.model") | _reaches("fastalex.reference")
-    assert {"fastalex.layers", "fastalex.variants", "fastalex_kernels.conv2d_relu"} <= names
+    names = (
+        _reaches("fastalex")
+        | _reaches("fastalex.model.alexnet")
+        | _reaches("fastalex.model.reference")
+    )
+    assert {
+        "fastalex.model.layers",
+        "fastalex.model.variants",
+        "fastalex_kernels.conv2d.forward",
+    } <= names
     for name in names:
         assert not {i for i in _imported(name) if i.startswith("torch.distributed")}, name
-    assert "fastalex.parallel" not in names
+    assert "fastalex.distributed.towers" not in names
+
+
+ROOMS = {  # a module imports from its own room and from rooms before it
+    "fastalex": [
+        "common", "model", "data", "distributed", "training", "evaluation", "inspection", "tuning",
+    ],
+    "fastalex_kernels": [
+        "common", "reference", "aten", "momentum", "conv2d", "linear", "lrn_pool",
+        "augment", "cross_entropy",
+    ],
+}  # fmt: skip
+
+
+def _room(name: str) -> tuple[str, int]:
+    """The package of a module, and how far up its room is; the doors of a package are the last."""
+    package, *parts = name.split(".")
+    rooms = ROOMS[package]
+    if not parts or (package == "fastalex" and len(parts) == 1 and parts[0] not in rooms):
+        return package, -1 if parts == ["_version"] else len(rooms)
+    return package, rooms.index(parts[0])
 
 
 def test_imports_run_one_way() -> None:
-    layers = ["_launch", "conv2d_relu", "layers", "model", "parallel", "engine", "train"]
-    order = {}
-    for position, module in enumerate(layers):
-        package = "fastalex_kernels" if position < 2 else "fastalex"
-        assert f"{package}.{module}" in TREES
-        order[f"{package}.{module}"] = position
-    for name, position in order.items():
-        later = [other for other in _reaches(name) if order.get(other, -1) > position]
-        assert later == [], name
+    wrong = []
+    for name in TREES:
+        package, place = _room(name)
+        for other in _ours(name):
+            other_package, other_place = _room(other)
+            if other_package == package and other_place > place:
+                wrong.append((name, other))
+    assert wrong == []
+
+
+def test_no_module_of_another_package_is_imported_by_a_private_name() -> None:
+    private = [
+        (name, other)
+        for name in TREES
+        for other in _ours(name)
+        if name.split(".")[0] != other.split(".")[0]
+        and any(part.startswith("_") for part in other.split("."))
+    ]
+    assert private == []
 
 
 def test_no_two_modules_need_each_other() -> None:
@@ -165,4 +203,4 @@ def _is_launch(node: ast.AST) -> bool:
 
 def test_kernels_are_launched_in_one_place() -> None:
     launching = {n for n, tree in TREES.items() if any(_is_launch(x) for x in ast.walk(tree))}
-    assert launching == {"fastalex_kernels._launch"}
+    assert launching == {"fastalex_kernels.common.launch"}

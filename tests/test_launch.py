@@ -14,10 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastalex import launch, train
-from fastalex.options import parse_arguments
-from fastalex.plan import Plan
-from fastalex.watch import Watch
+from fastalex.distributed import launch
+from fastalex.distributed.watch import Watch
+from fastalex.training import train
+from fastalex.training.options import parse_arguments
+from fastalex.training.run_config import Plan
 from tests._commands import alive, descendants, end, run, start, workers
 from tests.faults._runs import changed, command, linux, training
 
@@ -88,7 +89,7 @@ def test_four_processes_are_two_nets_of_two_towers(tmp_path: Path) -> None:
 
 BUSY = """
 import os, time
-from fastalex import launch
+from fastalex.distributed import launch
 def work():
     os.write(1, f"{launch.rank()}\\n".encode())
     time.sleep(1000)

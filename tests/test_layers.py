@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastalex.layers import (
+from fastalex.model.alexnet import AlexNet
+from fastalex.model.layers import (
     AdaptiveAvgPool2d,
     Conv2dReLU,
     Dropout,
@@ -23,7 +24,6 @@ from fastalex.layers import (
     SpatialResponseNorm,
     average,
 )
-from fastalex.model import AlexNet
 
 # float64: a few dozen operations an element, so a thousand roundings of 1e-16 leave a wide margin.
 EXACT = {"rtol": 1e-12, "atol": 1e-13}

@@ -15,16 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastalex import engine, evaluate, train
-from fastalex.checkpoint import (
-    FORMAT,
-    MEAN_IMAGE,
-    load_mean_image,
-    load_weights,
-    save_weights,
-    write_tensors,
-)
-from fastalex.config import Settings
 from fastalex.data import (
     Batches,
     DataError,
@@ -37,10 +27,21 @@ from fastalex.data import (
 )
 from fastalex.data.augment import PUBLISHED_NOISE, ColorNoise
 from fastalex.data.pack import pack
-from fastalex.options import parse_arguments
-from fastalex.recipes import RECIPES
-from fastalex.reference import ReferenceAlexNet
-from fastalex.variants import VARIANTS
+from fastalex.evaluation import evaluate
+from fastalex.model.reference import ReferenceAlexNet
+from fastalex.model.variants import VARIANTS
+from fastalex.training import train
+from fastalex.training.config import Settings
+from fastalex.training.options import parse_arguments
+from fastalex.training.recipes import RECIPES
+from fastalex.training.weights import (
+    FORMAT,
+    MEAN_IMAGE,
+    load_mean_image,
+    load_weights,
+    save_weights,
+    write_tensors,
+)
 from tests import _small_train
 from tests._commands import ROOT, run
 from tests._packing import picture
@@ -253,12 +254,12 @@ def test_training_draws_the_colour_noise_it_is_told_to(folder: Path, kind: str) 
     same = Batches(source, 64, 64, plain, 0, True, augmentation="full", noise=noise)
     found, expected = (
         next(batches.epoch(2)).colors
-        for batches in (engine.Trainer._batches(trainer, source, True), same)
+        for batches in (trainer.Trainer._batches(trainer, source, True), same)
     )
     assert found is not None
     assert expected is not None
     assert torch.equal(found, expected)
-    validation = engine.Trainer._batches(trainer, source, False)
+    validation = trainer.Trainer._batches(trainer, source, False)
     assert next(validation.epoch(2)).colors is None
 
 

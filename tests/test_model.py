@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastalex import AlexNet
-from fastalex.reference import ReferenceAlexNet
+from fastalex.model.reference import ReferenceAlexNet
 
 NAMES = ("paper", "source2012", "caffe", "owt")
 LAYERS = [

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastalex import nvtx_ranges
-from fastalex.nvtx_ranges import annotate_layers, nvtx_range
+from fastalex.common import nvtx_ranges
+from fastalex.common.nvtx_ranges import annotate_layers, nvtx_range
 from tests._commands import environment
 
 # NVTX hands its callbacks to the library that NVTX_INJECTION64_PATH names. This one writes down
@@ -52,7 +52,7 @@ int InitializeInjectionNvtx2(const void *(*export_table)(uint32_t)) {
 STEP = """
 import torch
 from fastalex import AlexNet
-from fastalex.nvtx_ranges import annotate_layers, listening, nvtx_range
+from fastalex.common.nvtx_ranges import annotate_layers, listening, nvtx_range
 assert listening()
 torch.set_num_threads(1)
 model = AlexNet(2)

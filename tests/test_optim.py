@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastalex import AlexNet
-from fastalex.config import Settings
-from fastalex.optim import (
+from fastalex.training.config import Settings
+from fastalex.training.optim import (
     Rates,
     build_optimizer,
     gradient_norms,
@@ -19,9 +19,9 @@ from fastalex.optim import (
     set_learning_rate,
     set_momentum_buffers,
 )
-from fastalex.options import parse_arguments
-from fastalex.precision import LossScaler
-from fastalex.schedule import Schedule
+from fastalex.training.options import parse_arguments
+from fastalex.training.precision import LossScaler
+from fastalex.training.schedule import Schedule
 
 NAMES = ["classifier.6.weight", "classifier.6.bias"]
 RATES = [0.5, 0.5, 0.05, 0.05]  # a drop in the middle

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fastalex import ablate, evaluate, figures, profiler, tune
-from fastalex.command_line import check_output
+from fastalex.common.command_line import check_output
 from fastalex.data import __main__ as data
+from fastalex.evaluation import ablate, evaluate, figures
+from fastalex.tuning import profiler, tune
 from tests._pictures import save, smooth
 
 Main = Callable[[list[str]], int]

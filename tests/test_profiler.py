@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import fastalex_kernels as kernels
-from fastalex import layer_pairs, profiler
-from fastalex.gpus import GPUS, find_gpu
-from fastalex.timing import overwrites
-from fastalex.train_steps import Step, Training, check_steps, stock_step
+from fastalex.common.timing import overwrites
+from fastalex.inspection.gpus import GPUS, find_gpu
+from fastalex.tuning import layer_pairs, profiler
+from fastalex.tuning.train_steps import Step, Training, check_steps, stock_step
 
 pytest.importorskip("matplotlib", reason="needs the packages of the extra 'figures'")
 

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from fastalex.config import Settings
-from fastalex.options import parse_arguments
-from fastalex.recipes import NO_RECIPE, RECIPES, Recipe
+from fastalex.training.config import Settings
+from fastalex.training.options import parse_arguments
+from fastalex.training.recipes import NO_RECIPE, RECIPES, Recipe
 from tests._commands import ROOT
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastalex import AlexNet
-from fastalex.reference import ReferenceAlexNet
+from fastalex.model.reference import ReferenceAlexNet
 
 NAMES = ("paper", "source2012", "caffe", "owt")
 # float64, sums of at most 9,216 terms through eight layers: a thousand times the 2e-16 of one.

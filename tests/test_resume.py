@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastalex import engine, launch, resume, train
-from fastalex.checkpoint import load_weights
 from fastalex.data import sources
-from fastalex.run_folder import MetricsLog, RunFolder
+from fastalex.distributed import launch
+from fastalex.training import train, trainer
+from fastalex.training.checkpoints import find
+from fastalex.training.run_folder import MetricsLog, RunFolder
+from fastalex.training.weights import load_weights
 from tests._commands import end, run, start, wait_until
 from tests._runs import (
     EPOCH,
@@ -108,14 +110,14 @@ def test_two_processes_leave_off_where_one_goes_on(two: Killed, tmp_path: Path) 
 
 def _stop_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupt the next run before it takes ``step``; None is at the end of it all."""
-    real = engine.Trainer._train_step
+    real = trainer.Trainer._train_step
 
-    def train_step(self: engine.Trainer, batch: Any) -> None:
+    def train_step(self: trainer.Trainer, batch: Any) -> None:
         if self.step + 1 == step:
             raise launch.Interrupted(signal.SIGINT)
         real(self, batch)
 
-    monkeypatch.setattr(engine.Trainer, "_train_step", train_step)
+    monkeypatch.setattr(trainer.Trainer, "_train_step", train_step)
 
 
 def _train(*arguments: str) -> int:
@@ -184,7 +186,7 @@ def test_a_changed_number_in_the_state_is_noticed(
     assert data.count(place.replace(b"\\\\", b"\\")) == 1
     found = place.replace(b"\\\\", b"\\")
     newest.write_bytes(data.replace(found, found[:-1] + b"3"))
-    start, damaged = resume.find(Path(stopped))
+    start, damaged = find(Path(stopped))
     assert start.step == 5
     assert "damaged, its metadata" in damaged[0]
 
@@ -278,7 +280,7 @@ def test_settings_that_change_no_weight_may_be_given_anew(stopped: str, here: Pa
 def test_two_runs_in_one_folder_are_refused(
     stopped: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastalex.run_folder._LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("fastalex.training.run_folder._LOCK_SECONDS", 0.1)
     log = MetricsLog(here / "run" / "metrics.jsonl")
     assert train.main(["--resume", stopped]) == 2
     assert "another process trains in this folder" in capsys.readouterr().err
@@ -298,10 +300,10 @@ def test_the_best_weights_outlast_worse_ones(
         raise OSError("no hard links here")
 
     if not linked:
-        monkeypatch.setattr("fastalex.run_folder.os.link", refuse)
+        monkeypatch.setattr("fastalex.training.run_folder.os.link", refuse)
     folder = RunFolder(tmp_path)
     for epoch, best in ((1, True), (2, False), (3, True), (4, False)):
-        engine.save_weights(folder.weights, {"w": torch.tensor([epoch])}, {"epoch": epoch})
+        trainer.save_weights(folder.weights, {"w": torch.tensor([epoch])}, {"epoch": epoch})
         if best:
             folder.keep_best()
         assert load_weights(folder.weights)[0]["w"].item() == epoch
@@ -338,7 +340,7 @@ def test_a_record_that_does_not_fit_leaves_no_part_of_itself(
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(file, data[: room.pop(0)] if room else data[:3])
 
-    monkeypatch.setattr("fastalex.run_folder.os.write", write)
+    monkeypatch.setattr("fastalex.training.run_folder.os.write", write)
     with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'$"):
         log.append({"step": 2})
     room.clear()  # there is room again, three bytes at a time

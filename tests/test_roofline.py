@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastalex import AlexNet, cost, machine_code, offline, roofline, ttir
-from fastalex.exchange import LoopbackExchange
-from fastalex.gpus import GPUS
-from fastalex.optim import build_optimizer
-from fastalex.parallel import cut_to_tower
-from fastalex.recorded_step import record_step
+from fastalex import AlexNet
+from fastalex.distributed.exchange import LoopbackExchange
+from fastalex.distributed.towers import cut_to_tower
+from fastalex.inspection import cost, offline, roofline, sass, ttir
+from fastalex.inspection.gpus import GPUS
+from fastalex.inspection.record import record_step
 from fastalex.training import TrainStep
-from fastalex_kernels._launch import interpreted, record_launches
+from fastalex.training.optim import build_optimizer
+from fastalex_kernels.common.launch import interpreted, record_launches
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="an interpreted kernel has no machine code")
 
@@ -181,12 +182,12 @@ LISTING = """
 
 def test_a_loop_is_what_returns_to_a_block_that_leads_there() -> None:
     """The slow way of a wait, moved behind the end, jumps into the loop and is no loop itself."""
-    instructions, labels = machine_code.parse(LISTING)
-    (loop,) = machine_code.loops(instructions, labels)
+    instructions, labels = sass.parse(LISTING)
+    (loop,) = sass.loops(instructions, labels)
     assert [i.name.split(".")[0] for i in loop.body] == ["LDGSTS", "BRA", "HGMMA", "BRA"]
     assert loop.products == 1
     assert loop.tensor_cycles(warps=8, flops_per_cycle=4096) == 2 * 128 / 2
-    accesses = [(a.store, a.how, a.width) for a in machine_code.accesses(instructions)]
+    accesses = [(a.store, a.how, a.width) for a in sass.accesses(instructions)]
     assert accesses == [(False, "async", 16), (True, "register", 8)]
 
 

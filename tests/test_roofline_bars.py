@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import pytest
 import triton
 
-from fastalex import roofline
-from fastalex.inspection import Row
-from fastalex_kernels._launch import interpreted
+from fastalex.inspection import roofline
+from fastalex.inspection.report import Row
+from fastalex_kernels.common.launch import interpreted
 
 pytestmark = [
     pytest.mark.skipif(interpreted(), reason="an interpreted kernel has no machine code"),

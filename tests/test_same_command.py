@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from fastalex import engine, interrupts, train
-from fastalex.run_folder import RunFolder
+from fastalex.common import interrupts
+from fastalex.training import train, trainer
+from fastalex.training.run_folder import RunFolder
 from tests._runs import OPTIONS, STEPS, checkpoints, contents, digest, records, steps
 
 
@@ -21,14 +22,14 @@ def _train(*arguments: str) -> int:
 
 def _ask_before(step: int, monkeypatch: pytest.MonkeyPatch, signum: int = signal.SIGTERM) -> None:
     """Have the next run get a signal right before it takes ``step``."""
-    real = engine.Trainer._train_step
+    real = trainer.Trainer._train_step
 
-    def train_step(self: engine.Trainer, batch: Any) -> None:
+    def train_step(self: trainer.Trainer, batch: Any) -> None:
         if self.step + 1 == step:
             signal.raise_signal(signum)
         real(self, batch)
 
-    monkeypatch.setattr(engine.Trainer, "_train_step", train_step)
+    monkeypatch.setattr(trainer.Trainer, "_train_step", train_step)
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_a_signal_in_the_validation_leaves_the_validation_for_later(
     options: list[str],
 ) -> None:
     assert _train("--output", "whole", *options) == 0
-    real = engine.evaluate
+    real = trainer.evaluate
     epochs = []
 
     def evaluate(*arguments: Any) -> Any:
@@ -92,7 +93,7 @@ def test_a_signal_in_the_validation_leaves_the_validation_for_later(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "evaluate", evaluate)
+        patch.setattr(trainer, "evaluate", evaluate)
         assert _train("--output", "run", *options) == 75
     last = 13 if options else STEPS
     assert f"after step {last};" in capsys.readouterr().err
@@ -107,12 +108,12 @@ def test_a_second_signal_ends_the_run_at_once(
 ) -> None:
     monkeypatch.setattr(interrupts, "_ONE_REQUEST", 0.0)
 
-    def train_step(self: engine.Trainer, batch: Any) -> None:
+    def train_step(self: trainer.Trainer, batch: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("went on")
 
-    monkeypatch.setattr(engine.Trainer, "_train_step", train_step)
+    monkeypatch.setattr(trainer.Trainer, "_train_step", train_step)
     assert _train("--output", "run") == 75
     assert "stopped by SIGTERM before its first checkpoint" in capsys.readouterr().err
     assert json.loads((here / "run" / "run.json").read_text())["status"] == "interrupted"
@@ -248,7 +249,7 @@ def test_torchruns_second_attempt_goes_on_in_the_first_ones_folder(
 ) -> None:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("TORCHELASTIC_RUN_ID", "job")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("fastalex.launch.die_with_parent", lambda parent: None)
+    monkeypatch.setattr("fastalex.distributed.launch.die_with_parent", lambda parent: None)
     with monkeypatch.context() as patch:
         _ask_before(8, patch)
         assert _train() == 75
@@ -290,14 +291,14 @@ def test_moved_images_are_refused_in_one_line(
 def test_a_folder_taken_away_in_training_is_one_line(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = engine.Trainer._train_step
+    real = trainer.Trainer._train_step
 
-    def train_step(self: engine.Trainer, batch: Any) -> None:
+    def train_step(self: trainer.Trainer, batch: Any) -> None:
         if self.step == 6:
             shutil.rmtree("run")
         real(self, batch)
 
-    monkeypatch.setattr(engine.Trainer, "_train_step", train_step)
+    monkeypatch.setattr(trainer.Trainer, "_train_step", train_step)
     assert _train("--output", "run") == 1
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
@@ -309,17 +310,17 @@ def test_nothing_of_a_full_disk_hides_the_reason(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From step 3 on nothing can be written, run.json neither."""
-    real = engine.Trainer._train_step
+    real = trainer.Trainer._train_step
 
-    def train_step(self: engine.Trainer, batch: Any) -> None:
+    def train_step(self: trainer.Trainer, batch: Any) -> None:
         if self.step == 3:
-            monkeypatch.setattr("fastalex.files.os.fsync", full)
+            monkeypatch.setattr("fastalex.common.files.os.fsync", full)
         real(self, batch)
 
     def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(engine.Trainer, "_train_step", train_step)
+    monkeypatch.setattr(trainer.Trainer, "_train_step", train_step)
     assert _train("--output", "run") == 1
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
@@ -331,7 +332,7 @@ def test_who_can_not_have_the_folder_touches_nothing_in_it(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _stop(2, monkeypatch)
-    monkeypatch.setattr("fastalex.run_folder._LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("fastalex.training.run_folder._LOCK_SECONDS", 0.1)
     owner = RunFolder.claim(here / "run")
     (here / "run" / ".run.json.1.tmp").write_text("the owner is writing it")
     before = contents(here)

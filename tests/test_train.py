@@ -18,8 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastalex import launch, train
-from fastalex.checkpoint import load_weights, read_metadata
+from fastalex.distributed import launch
+from fastalex.training import train
+from fastalex.training.weights import load_weights, read_metadata
 from tests._commands import alive, end, run, start, wait_until, workers
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

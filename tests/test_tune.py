@@ -15,18 +15,20 @@ import pytest
 import torch
 
 import fastalex_kernels as kernels
-from fastalex import AlexNet, cost, offline, tune, tuning
-from fastalex.gpus import GPUS
-from fastalex.inspection import Row
-from fastalex.recorded_step import record_step
+from fastalex import AlexNet
+from fastalex.inspection import cost, offline
+from fastalex.inspection.gpus import GPUS
+from fastalex.inspection.record import record_step
+from fastalex.inspection.report import Row
+from fastalex.model.variants import VARIANTS
 from fastalex.training import TrainStep
-from fastalex.tuning import Candidate, Problem, Search
-from fastalex.tuning_candidates import candidates, follows_tile
-from fastalex.tuning_step import WatchedStep
-from fastalex.variants import VARIANTS
-from fastalex_kernels import _launch, _tuned
-from fastalex_kernels._launch import record_launches
-from fastalex_kernels.program import Launch
+from fastalex.tuning import sweep, tune
+from fastalex.tuning.candidates import candidates, follows_tile
+from fastalex.tuning.sweep import Candidate, Problem, Search
+from fastalex.tuning.workloads import WatchedStep
+from fastalex_kernels.common import launch, tuned
+from fastalex_kernels.common.launch import record_launches
+from fastalex_kernels.common.program import Launch
 from tests._nets import narrow
 
 GPU = "NVIDIA Test GPU"
@@ -36,35 +38,35 @@ OWN = (128, 64, 64, 4, 4)
 
 
 ENTRY = {"kernel": KEY[0], "kind": KEY[1], "sizes": list(KEY[2]), "tile": list(TILE)}
-LAUNCH = Launch("fc8", "forward", _launch._probe, (1,), [], {})
+LAUNCH = Launch("fc8", "forward", launch._probe, (1,), [], {})
 SHARED = offline.TARGETS["sm_90"].shared_limit
 
 
 def _content(**changes: Any) -> dict[str, Any]:
-    return {"timed": True, **_tuned.identity(GPU), "tiles": [ENTRY], **changes}
+    return {"timed": True, **tuned.identity(GPU), "tiles": [ENTRY], **changes}
 
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "tiles.json"
-    monkeypatch.setenv(_tuned.VARIABLE, str(path))
-    _tuned._table.cache_clear()
+    monkeypatch.setenv(tuned.VARIABLE, str(path))
+    tuned._table.cache_clear()
     yield path
-    _tuned._table.cache_clear()
+    tuned._table.cache_clear()
 
 
 def test_a_launch_takes_the_tuned_tile(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table.write_text(json.dumps(_content()))
-    monkeypatch.setattr(_launch, "target", lambda device: "sm_90")
-    monkeypatch.setattr(_launch, "_device_name", lambda device: GPU)
+    monkeypatch.setattr(launch, "target", lambda device: "sm_90")
+    monkeypatch.setattr(launch, "_device_name", lambda device: GPU)
     x = torch.empty(1, dtype=torch.bfloat16)
     tiles = {("sm_90", 16): OWN, ("other", 16): OWN, ("other", 32): OWN}
-    assert _launch.tile_entry(tiles, x, "linear", *KEY[2]) == TILE
-    assert _launch.tile_entry(tiles, x, "linear", 64, *KEY[2][1:]) == OWN  # another batch
-    assert _launch.tile_entry(tiles, x, "linear update", *KEY[2]) == OWN
-    assert _launch.tile_entry(tiles, x.half(), "linear", *KEY[2]) == OWN
-    monkeypatch.setattr(_launch, "_device_name", lambda device: None)  # launches are recorded
-    assert _launch.tile_entry(tiles, x, "linear", *KEY[2]) == OWN
+    assert launch.tile_entry(tiles, x, "linear", *KEY[2]) == TILE
+    assert launch.tile_entry(tiles, x, "linear", 64, *KEY[2][1:]) == OWN  # another batch
+    assert launch.tile_entry(tiles, x, "linear update", *KEY[2]) == OWN
+    assert launch.tile_entry(tiles, x.half(), "linear", *KEY[2]) == OWN
+    monkeypatch.setattr(launch, "_device_name", lambda device: None)  # launches are recorded
+    assert launch.tile_entry(tiles, x, "linear", *KEY[2]) == OWN
 
 
 @pytest.mark.parametrize(
@@ -87,31 +89,31 @@ def test_a_table_of_something_else_is_ignored(
 ) -> None:
     table.write_text(json.dumps(_content(**changes)))
     with pytest.warns(UserWarning, match=why):
-        assert _tuned.tuned_tile(KEY, OWN, GPU) == OWN
+        assert tuned.tuned_tile(KEY, OWN, GPU) == OWN
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _tuned.tuned_tile(KEY, OWN, GPU) == OWN  # says so once
+        assert tuned.tuned_tile(KEY, OWN, GPU) == OWN  # says so once
 
 
 def test_a_damaged_table_is_ignored(table: Path) -> None:
     table.write_text(json.dumps(_content())[:40])
     with pytest.warns(UserWarning, match="is not used"):
-        assert _tuned.tuned_tile(KEY, OWN, GPU) == OWN
+        assert tuned.tuned_tile(KEY, OWN, GPU) == OWN
 
 
 def test_without_a_table_nothing_is_said(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(_tuned.VARIABLE)
+    monkeypatch.delenv(tuned.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _tuned.tuned_tile(KEY, OWN, GPU) == OWN
-    _tuned._table.cache_clear()
+        assert tuned.tuned_tile(KEY, OWN, GPU) == OWN
+    tuned._table.cache_clear()
     path = tmp_path / "fastalex" / "tiles_nvidia-test-gpu.json"
     path.parent.mkdir()
     path.write_text(json.dumps(_content()))
-    assert _tuned.tuned_tile(KEY, OWN, GPU) == TILE
+    assert tuned.tuned_tile(KEY, OWN, GPU) == TILE
 
 
 def _problem(*seconds: float | None) -> Problem:
@@ -160,7 +162,7 @@ def test_few_candidates_beside_products(
     assert first == own
     assert 1 <= len(others) <= 4
     for tile in others:
-        assert len(tile) == len(_tuned.FIELDS[kernel])
+        assert len(tile) == len(tuned.FIELDS[kernel])
         assert min(tile) >= 1
         assert allowed(*tile), tile
 
@@ -173,7 +175,7 @@ def _found(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Search:
     """The paper's net on an H100, without compiling anything."""
-    monkeypatch.setattr(tuning, "compile_all", lambda jobs, target: itertools.repeat(None))
+    monkeypatch.setattr(sweep, "compile_all", lambda jobs, target: itertools.repeat(None))
     with record_launches("sm_90", lambda *_: None):
         step = WatchedStep("paper", 128, dtype, None, gpus, "meta")
     calls = [call for call in step.calls if not names or call.layer in names]
@@ -182,14 +184,14 @@ def _found(
 
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_what_a_training_step_looks_up_is_tuned(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_up: dict[_tuned.Key, _tuned.Tile] = {}
-    with _tuned.choosing(lambda key, own: looked_up.setdefault(key, own)):
+    looked_up: dict[tuned.Key, tuned.Tile] = {}
+    with tuned.choosing(lambda key, own: looked_up.setdefault(key, own)):
         record_step("sm_90", 128, towers=gpus)
     problems = {problem.key: problem for problem in _found(gpus, 2, monkeypatch)}
     absent = {"linear half parts"} if gpus == 1 else set()  # a tower begins with a half
-    assert {key[0] for key in looked_up} == set(_tuned.FIELDS) - absent
+    assert {key[0] for key in looked_up} == set(tuned.FIELDS) - absent
     for key, own in looked_up.items():
-        assert len(own) == len(_tuned.FIELDS[key[0]])
+        assert len(own) == len(tuned.FIELDS[key[0]])
         if not (follows_tile(key) and key not in problems):
             assert problems[key].own.tile == own
             assert len(problems[key].candidates) == 2
@@ -263,12 +265,12 @@ def test_time_to_issue() -> None:
 
 def test_score_without_products(monkeypatch: pytest.MonkeyPatch) -> None:
     row = Row("pool1", "forward", "kernel", read=2_000_000, written=1_000_000)
-    monkeypatch.setattr(tuning, "inspect", lambda *_: [row])
+    monkeypatch.setattr(sweep, "inspect", lambda *_: [row])
     problem = Problem("pool1", "forward", KEY, [Candidate((8, 4), launches=[LAUNCH])])
     gpu = GPUS["h100"]
     for seconds, score in ((4e-6, 0.25), (5e-7, 1.0), (None, None)):
         row.issue_seconds, problem.own.score = seconds, None
-        tuning.rank(problem, None, gpu, "bf16")  # type: ignore[arg-type]
+        sweep.rank(problem, None, gpu, "bf16")  # type: ignore[arg-type]
         assert problem.own.score == (score and pytest.approx(score))  # 3 MB take 1 us
 
 
@@ -286,7 +288,7 @@ def test_a_candidate_that_spills_or_fails_is_left_out_by_name(
     monkeypatch.setattr(offline, "compile_launch", compile_launch)
     monkeypatch.setattr(offline, "read", lambda compiled: compiled)
     jobs = [[replace(LAUNCH, options={"number": i})] for i in range(4)]
-    spills, large, right, failing = tuning.compile_all([*jobs], "sm_90")
+    spills, large, right, failing = sweep.compile_all([*jobs], "sm_90")
     assert spills == "_probe spills (3 instructions, 16 bytes)"
     assert large == f"_probe needs {SHARED + 1} bytes of shared memory, there are {SHARED}"
     assert right is None
@@ -300,7 +302,7 @@ class Costs:
         self.now, self.rows = 0.0, set[int]()
         self.cost: Callable[[int], float] = float
         self.wrong: int | None = None  # rows of a program whose result is 1% too large
-        run = _launch.run
+        run = launch.run
 
         def watched(kernel: Any, grid: Any, args: Any, kwargs: Any) -> Any:
             result = run(kernel, grid, args, kwargs)
@@ -313,7 +315,7 @@ class Costs:
                     named["y_ptr" if "fwd" in kernel.fn.__name__ else "dx_ptr"].mul_(1.01)
             return result
 
-        monkeypatch.setattr(_launch, "run", watched)
+        monkeypatch.setattr(launch, "run", watched)
 
     def __call__(self) -> float:
         return self.now
@@ -336,7 +338,7 @@ def test_a_wrong_candidate_is_refused_and_a_slow_one_loses(
         with kernels.backend("interpreter"):
             ((key, own),) = call.again({}).own.items()
             problem = Problem("pool5", phase, key, [Candidate((n, own[1])) for n in rows])
-            tuning.time_candidates(problem, call, {}, costs, 2)
+            sweep.time_candidates(problem, call, {}, costs, 2)
         return problem
 
     assert tuned(4, 8, 2).best().tile[0] == 2
@@ -355,7 +357,7 @@ def test_what_an_update_does_is_checked_and_undone(
     """A candidate that gets the momentum buffer wrong is refused, and nothing is trained."""
     (call,) = (c for c in small_step.calls if (c.layer, c.phase) == ("fc8", "backward"))
     before = [x.clone() for x in call.changed()]
-    run = _launch.run
+    run = launch.run
 
     def wrong(kernel: Any, grid: Any, args: Any, kwargs: Any) -> Any:
         run(kernel, grid, args, kwargs)
@@ -363,14 +365,14 @@ def test_what_an_update_does_is_checked_and_undone(
         if named.get("BLOCK_M") == 32 and "v_ptr" in named:
             named["v_ptr"].mul_(1.01)
 
-    monkeypatch.setattr(_launch, "run", wrong)
+    monkeypatch.setattr(launch, "run", wrong)
     with kernels.backend("interpreter"):
         key, own = next(x for x in call.again({}).own.items() if x[0][0] == "linear update")
         tiles = [own, (32, 64, 16, 4, 1), (64, 64, 16, 4, 1)]
         problem = Problem("fc8", "backward", key, [Candidate(tile) for tile in tiles])
         for x, value in zip(call.changed(), before, strict=True):
             x.copy_(value)
-        tuning.time_candidates(problem, call, {}, iter(range(99)).__next__, 1)
+        sweep.time_candidates(problem, call, {}, iter(range(99)).__next__, 1)
     assert [c.skipped is None for c in problem.candidates] == [True, False, True]
     for x, value in zip(call.changed(), before, strict=True):
         assert torch.equal(x, value)
@@ -432,7 +434,7 @@ def test_an_interrupted_sweep_keeps_what_it_had(
     with kernels.backend("interpreter"):
         assert tune.main([*SWEEP, "--layer", "pool5"]) == 130
     assert capsys.readouterr().err.endswith(f"interrupted, 1 of 2 problems are in {table}\n")
-    (found,) = _tuned.read_table(table, "interpreter").items()
+    (found,) = tuned.read_table(table, "interpreter").items()
     assert found[0][0] == "pool forward"
     (entry,) = json.loads(table.read_text())["tiles"]
     assert (entry["own us"], entry["us"]) == (2e6, 1e6)

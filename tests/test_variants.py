@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fastalex import AlexNet
-from fastalex.reference import ReferenceAlexNet
-from fastalex.variants import VARIANTS, get_variant
+from fastalex.model.reference import ReferenceAlexNet
+from fastalex.model.variants import VARIANTS, get_variant
 
 NAMES = ("paper", "source2012", "caffe", "owt")
 

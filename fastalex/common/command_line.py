@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastalex import interrupts
-from fastalex.interrupts import INTERRUPTED
+from fastalex.common import interrupts
+from fastalex.common.interrupts import INTERRUPTED
 
 REFUSED = 2  # exit code
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastalex.command_line import Parser, guarded
+from fastalex.common.command_line import Parser, guarded
 from fastalex.data.base import printable
 from fastalex.data.listing import VAL_SPLIT
 from fastalex.data.pack import LEFT_OUT, ODD, SIZE, pack

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import PIL
 
+from fastalex.common.files import replacing
 from fastalex.data.decode import PASSING
-from fastalex.files import replacing
 
 NAME = ".fastalex-check.json"
 _FORMAT = f"fastalex-check-1, Pillow {PIL.__version__}"  # another decoder may read other files

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastalex.command_line import check_output
+from fastalex.common.command_line import check_output
+from fastalex.common.files import replacing
 from fastalex.data.base import DataError
 from fastalex.data.fingerprint import digest
 from fastalex.data.listing import Listing, class_of
@@ -37,7 +38,6 @@ from fastalex.data.packed import (
 from fastalex.data.processes import pack_shards
 from fastalex.data.shard import Record, Shard
 from fastalex.data.sums import Sums
-from fastalex.files import replacing
 
 SIZE = 256  # P§2
 _SHARD_IMAGES = 1024  # 200 MB at 256 pixels

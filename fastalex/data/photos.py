@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from fastalex.command_line import check_output
+from fastalex.common.command_line import check_output
 from fastalex.data.base import DataError
 
 TRAIN_CROPS = 240

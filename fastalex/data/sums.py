@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from fastalex.files import replacing
+from fastalex.common.files import replacing
 
 # A tile is a few lines of a few images, to stay in a core's cache: of at most 258, whose products
 # stay below 2^24, where float32 is exact.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from fastalex import launch, parallel
-from fastalex.exchange import TowerExchange, check_copies
-from fastalex.launch import TrainingError, World, is_lost_peer
-from fastalex.meter import Stopwatch
-from fastalex.model import AlexNet
+from fastalex.common.timing import Stopwatch
+from fastalex.distributed import launch, towers
+from fastalex.distributed.exchange import TowerExchange, check_copies
+from fastalex.distributed.launch import TrainingError, World, is_lost_peer
+from fastalex.model.alexnet import AlexNet
 
 
 class Team:
@@ -36,7 +36,7 @@ class Team:
         self._mesh = None
         self._exchange: TowerExchange | None = None
         if world.processes > 1:
-            self._mesh = parallel.init_mesh(world.device_type, world.replicas, world.towers)
+            self._mesh = towers.init_mesh(world.device_type, world.replicas, world.towers)
         self.replica = 0 if self._mesh is None else self._mesh.get_local_rank("data")
         self.leads = self._mesh is None or dist.get_rank() == 0
 
@@ -58,8 +58,8 @@ class Team:
                 raise TrainingError(str(error)) from error
             exchange.stopwatch = self.stopwatch
             self._exchange = exchange
-        parallel.parallelize(model, self._mesh, exchange)
-        parallel.set_row_offset(model, self.replica * rows)
+        towers.parallelize(model, self._mesh, exchange)
+        towers.set_row_offset(model, self.replica * rows)
         return model
 
     def progress(self, step: int, doing: str = "") -> None:
@@ -75,13 +75,13 @@ class Team:
     def reduce_gradients(self, model: AlexNet) -> None:
         if self._mesh is not None and self.replicas > 1:
             with self.stopwatch.running(self.device):
-                parallel.reduce_gradients(model, self._mesh)
+                towers.reduce_gradients(model, self._mesh)
 
     def gradient_norm(self, norms: dict[str, torch.Tensor], model: AlexNet) -> torch.Tensor:
         """The norm of the whole net's gradient, of each parameter's; every process takes part."""
         if self._mesh is None:
             return torch.nn.utils.get_total_norm(list(norms.values()))
-        return parallel.gradient_norm(norms, model, self._mesh)
+        return towers.gradient_norm(norms, model, self._mesh)
 
     def largest(self, values: torch.Tensor) -> None:
         """Make ``values`` the largest of all processes."""
@@ -107,16 +107,16 @@ class Team:
         """The whole net's; every process takes part."""
         if self._mesh is None:
             return dict(model.state_dict())
-        return parallel.full_state_dict(model, self._mesh)
+        return towers.full_state_dict(model, self._mesh)
 
     def whole(self, model: AlexNet, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Whole tensors of parts named like the parameters; every process takes part."""
         if self._mesh is None:
             return parts
-        return parallel.full_tensors(model, self._mesh, parts)
+        return towers.full_tensors(model, self._mesh, parts)
 
     def parts(self, model: AlexNet, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """This process's parts of whole tensors: undoes ``whole``."""
         if self._mesh is None:
             return whole
-        return parallel.local_tensors(model, self._mesh, whole)
+        return towers.local_tensors(model, self._mesh, whole)

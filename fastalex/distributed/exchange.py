@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastalex.meter import Stopwatch
-from fastalex.nvtx_ranges import nvtx_range
+from fastalex.common.nvtx_ranges import nvtx_range
+from fastalex.common.timing import Stopwatch
 
 TOWERS = 2
 _TIMED = 5  # of so many steps one is timed on a GPU: a step has 28 events, which cost the host

@@ -28,10 +28,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from fastalex import interrupts
-from fastalex.interrupts import Interrupted as Interrupted
-from fastalex.variants import get_variant
-from fastalex.watch import STARTING, Watch
+from fastalex.common import interrupts
+from fastalex.common.interrupts import Interrupted as Interrupted
+from fastalex.distributed.watch import STARTING, Watch
+from fastalex.model.variants import get_variant
 
 _PR_SET_PDEATHSIG = 1
 _LOOPBACK = "127.0.0.1"

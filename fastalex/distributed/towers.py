@@ -20,10 +20,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fastalex.exchange import TOWERS, Exchange, TowerExchange, check_copies, dense, gather_towers
-from fastalex.layers import Conv2dReLU, CounterDropout, LinearReLUDropout, LRNMaxPool2d
-from fastalex.model import AlexNet
-from fastalex.nvtx_ranges import nvtx_range
+from fastalex.common.nvtx_ranges import nvtx_range
+from fastalex.distributed.exchange import (
+    TOWERS,
+    Exchange,
+    TowerExchange,
+    check_copies,
+    dense,
+    gather_towers,
+)
+from fastalex.model.alexnet import AlexNet
+from fastalex.model.layers import Conv2dReLU, CounterDropout, LinearReLUDropout, LRNMaxPool2d
 
 
 def init_mesh(device_type: str, data: int, tower: int) -> DeviceMesh:

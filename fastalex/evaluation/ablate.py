@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastalex import resume
-from fastalex.ablations import ABLATIONS, LOSSES, edit
-from fastalex.checkpoint import load_model
-from fastalex.command_line import Parser, check_output, guarded
-from fastalex.evaluate import table
-from fastalex.files import replacing
-from fastalex.options import parse_arguments
-from fastalex.published import is_imagenet
-from fastalex.recipes import NO_RECIPE, RECIPES
-from fastalex.variants import VARIANTS
+from fastalex.common.command_line import Parser, check_output, guarded
+from fastalex.common.files import replacing
+from fastalex.common.tables import table
+from fastalex.evaluation.published import is_imagenet
+from fastalex.model.ablations import ABLATIONS, LOSSES, edit
+from fastalex.model.variants import VARIANTS
+from fastalex.training import checkpoints
+from fastalex.training.options import parse_arguments
+from fastalex.training.recipes import NO_RECIPE, RECIPES
+from fastalex.training.weights import load_model
 
 WHOLE, HALF = "whole", "half"
 _DEFAULT = ("lrn", "overlap", HALF, "tower-traffic", "conv3", "conv4", "conv5")  # published ones
@@ -153,7 +153,7 @@ def _goes_on(folder: Path) -> bool:
     if not folder.exists():
         return False
     try:
-        resume.find(folder)
+        checkpoints.find(folder)
     except ValueError as error:
         if any(folder.rglob("*.safetensors")):
             raise ValueError(
@@ -201,7 +201,3 @@ def report(output: Path, names: Sequence[str]) -> list[str]:
     if not imagenet:
         lines.append("The published losses are of ImageNet; these images are another data set.")
     return [*lines, *(f"published for {note}" for note in notes)]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

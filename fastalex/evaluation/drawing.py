@@ -15,51 +15,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastalex.common.figures import DPI, new_figure
+from fastalex.common.files import replacing
 from fastalex.data.base import Pixels
-from fastalex.files import replacing
 
-DPI = 300
 KERNEL_SCALE = 8  # pixels of the PNG for each weight of a conv1 kernel
 _COLUMNS = 16  # kernels in a row, as in Figure 3
 _LINES = 3  # of a name
 _TITLE, _NAME, _SMALL = 7.5, 6.5, 5.5  # points
 _DOTTED = 40  # epochs up to which each is marked
 _GREY, _RED, _BLUE, _ORANGE = "#b8c4d6", "#e07a6a", "#2f5d9b", "#c8641e"
-_STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 7.0,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "pdf.fonttype": 42,  # outlines that editors and submission systems take
-}
 
 Weights = npt.NDArray[np.float32]
-
-
-class MissingMatplotlib(ValueError):
-    """matplotlib is not installed; the message says how to."""
-
-
-def new_figure(width: float, height: float, dpi: int = DPI) -> Any:
-    """An empty ``matplotlib.figure.Figure``.
-
-    Args:
-        width, height: in inches.
-        dpi: of the PNG.
-
-    Raises:
-        MissingMatplotlib: where it can't be imported.
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingMatplotlib(
-            f"figures need matplotlib ({error}): pip install 'fastalex[figures]'"
-        ) from error
-    matplotlib.rcParams.update(_STYLE)
-    return Figure(figsize=(width, height), dpi=dpi)
 
 
 def save_figure(figure: Any, stem: Path) -> list[Path]:

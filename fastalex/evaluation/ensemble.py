@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from fastalex.checkpoint import load_mean_image, load_model
 from fastalex.data import (
     VAL_COUNT,
     FolderImages,
@@ -32,7 +31,8 @@ from fastalex.data.background import map_ahead
 from fastalex.data.base import MAX_IMAGE_SIZE, Pixels
 from fastalex.data.decode import read_image, try_read
 from fastalex.data.folder import class_folders
-from fastalex.model import AlexNet
+from fastalex.model.alexnet import AlexNet
+from fastalex.training.weights import load_mean_image, load_model
 
 CROPS = (1, 10)
 TOP = 5  # the wider of the two errors

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastalex.ablations import split_name
-from fastalex.command_line import Parser, check_output, guarded, whole_number
+from fastalex.common.command_line import Parser, check_output, guarded, whole_number
+from fastalex.common.files import replacing
+from fastalex.common.tables import table
 from fastalex.data import ImageSource
 from fastalex.data.base import printable
-from fastalex.evaluation import CROPS, TOP, Ensemble, Scores, evaluate, open_validation
-from fastalex.files import replacing
-from fastalex.published import RESULTS, Published, is_imagenet
+from fastalex.evaluation.ensemble import CROPS, TOP, Ensemble, Scores, evaluate, open_validation
+from fastalex.evaluation.published import RESULTS, Published, is_imagenet
+from fastalex.model.ablations import split_name
 
 _CROPS = {1: "centre crop", 10: "ten crops"}
 _NAMED = 10  # unreadable files named before the rest are only counted
@@ -213,20 +214,3 @@ def _row(result: Published) -> list[str]:
 
 def _percent(share: float) -> str:
     return f"{share:.1%}"
-
-
-def table(rows: list[list[str]], right: int) -> list[str]:
-    """Lines of aligned columns, the last ``right`` of them to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = len(widths) - right
-    return [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

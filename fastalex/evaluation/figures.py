@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastalex import drawing
-from fastalex.command_line import Parser, check_output, guarded, whole_number
+from fastalex.common.command_line import Parser, check_output, guarded, whole_number
+from fastalex.common.figures import new_figure
 from fastalex.data import ImageSource, decode_size
 from fastalex.data.base import Pixels
-from fastalex.evaluate import report_unreadable
-from fastalex.evaluation import (
+from fastalex.evaluation import drawing
+from fastalex.evaluation.ensemble import (
     TOP,
     Ensemble,
     open_training,
@@ -26,6 +25,7 @@ from fastalex.evaluation import (
     read_batches,
     read_files,
 )
+from fastalex.evaluation.evaluate import report_unreadable
 
 _PICTURES, _QUERIES, _NEAREST = 8, 5, 6  # as in Figure 4
 _SHOWN = 224  # side in pixels at which images are drawn
@@ -86,7 +86,7 @@ def _parser() -> Parser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    drawing.new_figure(1, 1)  # before any work: matplotlib may be missing
+    new_figure(1, 1)  # before any work: matplotlib may be missing
     check_output("--output", options.output, folder=True)
     ensemble = Ensemble.load([options.weights])
     metrics = options.metrics or options.weights.parent / "metrics.jsonl"
@@ -254,7 +254,3 @@ def read_metrics(path: Path) -> drawing.Curves:
         [1 - record["top1"] for record in epochs],
         [1 - record["top5"] for record in epochs],
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

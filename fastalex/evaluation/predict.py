@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastalex.command_line import REFUSED, Parser, guarded, whole_number
+from fastalex.common.command_line import REFUSED, Parser, guarded, whole_number
 from fastalex.data import decode_size
 from fastalex.data.base import printable
-from fastalex.evaluation import CROPS, TOP, Ensemble, rank_classes, read_files
+from fastalex.evaluation.ensemble import CROPS, TOP, Ensemble, rank_classes, read_files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +88,3 @@ def _run(options: argparse.Namespace) -> int:
             for label in rank_classes(row[None], options.top)[0]:
                 print(f"  {ensemble.classes[label]:{width}}  {float(row[label]):6.1%}")
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastalex.data.augment import Augment
-from fastalex.gpus import GPU
-from fastalex.layers import Conv2dReLU, LRNMaxPool2d, MaxPool2d
-from fastalex.recorded_step import Layer
+from fastalex.inspection.gpus import GPU
+from fastalex.inspection.record import Layer
+from fastalex.model.layers import Conv2dReLU, LRNMaxPool2d, MaxPool2d
 
 UPDATE_BYTES = 18  # of a parameter: weight, momentum read and written in float32, a 2-byte gradient
 LINK_BANDWIDTH = 0.37  # TB/s in one direction between two GPUs, NVLink 4

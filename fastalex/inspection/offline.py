@@ -32,8 +32,8 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex_kernels._launch import _probe, interpreted, record_launches
-from fastalex_kernels.program import Launch
+from fastalex_kernels.common.launch import _probe, interpreted, record_launches
+from fastalex_kernels.common.program import Launch
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex import offline, parallel
 from fastalex.data import Normalization, decode_size
 from fastalex.data.augment import Augment
-from fastalex.exchange import LoopbackExchange, LoopbackTransfer
-from fastalex.layers import Conv2dReLU, MaxPool2d
-from fastalex.model import AlexNet, layer_names
-from fastalex.optim import build_optimizer
+from fastalex.distributed.exchange import LoopbackExchange, LoopbackTransfer
+from fastalex.distributed.towers import cut_to_tower
+from fastalex.inspection import offline
+from fastalex.model.alexnet import AlexNet, layer_names
+from fastalex.model.layers import Conv2dReLU, MaxPool2d
 from fastalex.training import TrainStep
-from fastalex_kernels._launch import record_launches
-from fastalex_kernels.program import Launch
+from fastalex.training.optim import build_optimizer
+from fastalex_kernels.common.launch import record_launches
+from fastalex_kernels.common.program import Launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS = {"bf16": "bf16", "fp32": "float32"}  # of TrainStep, by the names that reports use
@@ -212,7 +213,7 @@ def record_step(
     """Record one step of AlexNet on ``target``.
 
     Args:
-        target: one of ``fastalex.offline.TARGETS``.
+        target: one of ``fastalex.inspection.offline.TARGETS``.
         batch: images of the step.
         dtype: of the products, a key of ``PRECISIONS``.
         step: ``"train"`` (augmentation of bytes, forward, loss, backward, updates) or ``"infer"``
@@ -229,7 +230,7 @@ def record_step(
         if towers > model.variant.towers:
             raise ValueError(f"towers: variant {variant} has {model.variant.towers}, got {towers}")
         if towers > 1:
-            parallel.cut_to_tower(model, LoopbackExchange())
+            cut_to_tower(model, LoopbackExchange())
         size = model.variant.image_size
         augment = Augment(_CHANNELS, size, torch.device("cpu"))
         optimizer = build_optimizer(model, lr=0.01)

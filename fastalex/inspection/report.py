@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastalex import cost, machine_code, offline, ttir
-from fastalex.gpus import GPU
-from fastalex.recorded_step import Event, Layer, Step, tensor_of
-from fastalex_kernels.program import Launch
+from fastalex.inspection import cost, offline, sass, ttir
+from fastalex.inspection.gpus import GPU
+from fastalex.inspection.record import Event, Layer, Step, tensor_of
+from fastalex_kernels.common.program import Launch
 
 _WAITING = 8  # instructions of a loop that only waits, at most
 _WIDE_SHARE = 0.01  # of a launch's bytes: below it, how wide an access is doesn't matter
@@ -40,7 +40,7 @@ class Row:
         sizes, itemsizes: bytes of an argument and of an element of it.
         loop: instructions of the main loop, the one with the products.
         mma_loops: loops that hold products.
-        issue_ratio: see ``fastalex.machine_code``.
+        issue_ratio: see ``fastalex.inspection.sass``.
         drains, barriers: in the main loop, waits for all products and memory barriers.
         register_operands: loads in the main loop that go through registers.
         tile: rows and columns of the result that a program holds.
@@ -151,7 +151,7 @@ def inspect(step: Step, gpu: GPU, dtype: str, progress: Progress = lambda *_: No
 
     Args:
         step: recorded for ``gpu.target``.
-        gpu: one of ``fastalex.gpus.GPUS``.
+        gpu: one of ``fastalex.inspection.gpus.GPUS``.
         dtype: of the products, as the step was recorded.
         progress: told about every kernel that was compiled.
     """
@@ -209,9 +209,9 @@ def _read(event: Event, launch: Launch, compiled: Any, layer: Layer | None, gpu:
     row.role = _role(event, launch, text, layer)
     _add_traffic(row, arguments, text)
     amd = gpu.target.startswith("gfx")
-    instructions, labels = (machine_code.parse_amd if amd else machine_code.parse)(code.assembly)
-    _add_widths(row, machine_code.accesses(instructions), text)
-    loops = machine_code.loops(instructions, labels)
+    instructions, labels = (sass.parse_amd if amd else sass.parse)(code.assembly)
+    _add_widths(row, sass.accesses(instructions), text)
+    loops = sass.loops(instructions, labels)
     _add_loops(row, loops, text, gpu)
     try:
         work = text.work(launch.grid, arguments)
@@ -232,7 +232,7 @@ def _read(event: Event, launch: Launch, compiled: Any, layer: Layer | None, gpu:
     return row
 
 
-def _executed(total: int, loops: list[machine_code.Loop], work: ttir.Work) -> Any:
+def _executed(total: int, loops: list[sass.Loop], work: ttir.Work) -> Any:
     """Instructions that one warp of each program runs; None with several loops.
 
     Both sides of a branch count.
@@ -269,7 +269,7 @@ def _add_traffic(row: Row, arguments: dict[str, Any], text: ttir.Code) -> None:
                 row.updated += size
 
 
-def _add_widths(row: Row, accesses: list[machine_code.Access], text: ttir.Code) -> None:
+def _add_widths(row: Row, accesses: list[sass.Access], text: ttir.Code) -> None:
     for access in accesses:
         place = row.stores if access.store else row.loads
         for name in text.at(access.line, access.store) & set(row.sizes) or {"?"}:
@@ -278,7 +278,7 @@ def _add_widths(row: Row, accesses: list[machine_code.Access], text: ttir.Code) 
                 widths.append(access.label)
 
 
-def _add_loops(row: Row, loops: list[machine_code.Loop], text: ttir.Code, gpu: GPU) -> None:
+def _add_loops(row: Row, loops: list[sass.Loop], text: ttir.Code, gpu: GPU) -> None:
     """The main loop: of those that hold products, the one most filled with them."""
     products = [loop for loop in loops if loop.products]
     if not text.dots:
@@ -288,7 +288,7 @@ def _add_loops(row: Row, loops: list[machine_code.Loop], text: ttir.Code, gpu: G
         return
     main = max(products, key=lambda loop: loop.products / len(loop))
     row.loop = len(main)
-    row.mma = next(i.name for i in main.body if machine_code.is_product(i))
+    row.mma = next(i.name for i in main.body if sass.is_product(i))
     row.drains = main.drains
     row.barriers = main.count(r"MEMBAR")
     row.register_operands = sum(a.how == "register" and not a.store for a in main.accesses)

@@ -21,13 +21,13 @@ import triton
 from torch import nn
 from tqdm import tqdm
 
-from fastalex import cost, offline
-from fastalex.command_line import Parser, guarded
-from fastalex.gpus import GPU, GPUS
-from fastalex.inspection import Row, inspect
-from fastalex.recorded_step import PRECISIONS, Step, record_step
-from fastalex.variants import VARIANTS
-from fastalex_kernels._launch import interpreted
+from fastalex.common.command_line import Parser, guarded
+from fastalex.inspection import cost, offline
+from fastalex.inspection.gpus import GPU, GPUS
+from fastalex.inspection.record import PRECISIONS, Step, record_step
+from fastalex.inspection.report import Row, inspect
+from fastalex.model.variants import VARIANTS
+from fastalex_kernels.common.launch import interpreted
 
 _NAMES = 34  # characters for the names of torch's operators
 
@@ -391,7 +391,3 @@ def machine_code(options: argparse.Namespace) -> str:
         where = f"{event.layer} {event.phase} {event.launch.grid}"
         parts.setdefault(id(compiled), ([], offline.read(compiled).assembly))[0].append(where)
     return "\n".join(f"// {', '.join(where)}\n{code}" for where, code in parts.values())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,7 @@ an instruction of one warp in a cycle, so a loop of I instructions in W warps ta
 cycles. Under 1 the tensor cores can be kept busy; the less, the more room there is for waiting.
 
 The cycles of the products, of all warps of a program together, F being the operations that a
-processor's tensor cores do in a cycle (``fastalex.gpus``):
+processor's tensor cores do in a cycle (``fastalex.inspection.gpus``):
 
 * HGMMA.64xNxK, one for four warps: 2 * 64 * N * K operations, so N / 2 cycles at K = 16 and
   F = 4096, times W / 4.
@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastalex.ttir import Line
+from fastalex.inspection.ttir import Line
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?(U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*)")
 _SOURCE = re.compile(r'//## File "([^"]+)", line (\d+)')

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastalex.specification import Convolution, ResponseNorm, Variant
+from fastalex.model.specification import Convolution, ResponseNorm, Variant
 
 _WITHOUT, _HALF = "-without-", "-half"
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastalex.layers import (
+from fastalex.model.layers import (
     AdaptiveAvgPool2d,
     Conv2dReLU,
     CounterDropout,
@@ -20,8 +20,8 @@ from fastalex.layers import (
     MaxPool2d,
     SpatialResponseNorm,
 )
-from fastalex.specification import Convolution, FullyConnected, Variant
-from fastalex.variants import get_variant
+from fastalex.model.specification import Convolution, FullyConnected, Variant
+from fastalex.model.variants import get_variant
 
 _GRID = 6  # the last maps are averaged to 6 x 6, which they are at the published image size
 _STREAM = 0x9E3779B97F4A7C15  # keeps the dropout seeds of the layers apart
@@ -38,8 +38,9 @@ class AlexNet(nn.Module):
     Args:
         num_classes: outputs, at least 1.
         dropout: probability that a unit is dropped, in [0, 1).
-        variant: ``"paper"``, ``"source2012"``, ``"caffe"`` or ``"owt"``; see fastalex.variants. Or
-            such a name edited, ``"paper-without-lrn"``, or a Variant; see fastalex.ablations.
+        variant: ``"paper"``, ``"source2012"``, ``"caffe"`` or ``"owt"``; see
+            fastalex.model.variants. Or such a name edited, ``"paper-without-lrn"``, or a Variant;
+            see fastalex.model.ablations.
 
     Shapes:
         images [N, 3, H, W] to logits [N, num_classes]. Any size from ``smallest_image_size()`` on;

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastalex.layers import SpatialResponseNorm
-from fastalex.specification import Convolution
-from fastalex.variants import get_variant
+from fastalex.model.layers import SpatialResponseNorm
+from fastalex.model.specification import Convolution
+from fastalex.model.variants import get_variant
 
 
 class _CeilConv2d(nn.Conv2d):

@@ -13,8 +13,8 @@ P§n is a section of the paper, S:file a file of the authors' 2012 program
 
 from __future__ import annotations
 
-from fastalex.ablations import edit, split_name
-from fastalex.specification import Convolution, FullyConnected, ResponseNorm, Variant
+from fastalex.model.ablations import edit, split_name
+from fastalex.model.specification import Convolution, FullyConnected, ResponseNorm, Variant
 
 
 def _two_towers(

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fastalex.exchange import Exchange
-from fastalex.layers import (
+from fastalex.distributed.exchange import Exchange
+from fastalex.distributed.towers import GatherInput
+from fastalex.model.alexnet import AlexNet, layer_names
+from fastalex.model.layers import (
     AdaptiveAvgPool2d,
     Conv2dReLU,
     Dropout,
@@ -19,9 +21,7 @@ from fastalex.layers import (
     MaxPool2d,
     SpatialResponseNorm,
 )
-from fastalex.model import AlexNet, layer_names
-from fastalex.optim import BUFFER, Rates, update_rule
-from fastalex.parallel import GatherInput
+from fastalex.training.optim import BUFFER, Rates, update_rule
 from fastalex.training.passes import (
     Convolution,
     Flatten,
@@ -33,8 +33,8 @@ from fastalex.training.passes import (
     Torch,
 )
 from fastalex.training.updates import FusedUpdate, StoredGradients, Update, momentum_update
-from fastalex_kernels.conv2d_relu import pack_weight
-from fastalex_kernels.lrn_max_pool2d import MAX_CHANNELS
+from fastalex_kernels.conv2d.forward import pack_weight
+from fastalex_kernels.lrn_pool.general import MAX_CHANNELS
 from fastalex_kernels.momentum import MomentumUpdate, Updates
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

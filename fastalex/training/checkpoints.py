@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from fastalex.checkpoint import read_header, read_tensors, write_tensors
-from fastalex.config import RESUMABLE, Settings, describe_setting, setting_names
-from fastalex.launch import World
-from fastalex.provenance import versions
-from fastalex.run_folder import RunFolder
+from fastalex.common.provenance import versions
+from fastalex.distributed.launch import World
+from fastalex.training.config import RESUMABLE, Settings, describe_setting, setting_names
+from fastalex.training.run_folder import RunFolder
+from fastalex.training.weights import read_header, read_tensors, write_tensors
 
 FORMAT = "fastalex-checkpoint-1"
 _NAME = re.compile(r"step-(\d+)\.safetensors")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastalex.recipes import NO_RECIPE, RECIPES
-from fastalex.variants import get_variant
+from fastalex.model.variants import get_variant
+from fastalex.training.recipes import NO_RECIPE, RECIPES
 
 PRECISIONS = {
     "float32": "IEEE single precision, or TF32 where torch's setting allows it",
@@ -74,7 +74,7 @@ DEFAULTS: dict[tuple[bool, str], Defaults] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run does, every default filled in; ``fastalex.recipes.Recipe`` explains most."""
+    """What a run does, every default filled in; ``recipes.Recipe`` explains most."""
 
     recipe: str | None
     data: Path | None

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fastalex.exchange import Exchange
-from fastalex_kernels.program import Program
+from fastalex.distributed.exchange import Exchange
+from fastalex_kernels.common.program import Program
 
 Replay = Callable[[], object]
 Inputs = Sequence[torch.Tensor | None]

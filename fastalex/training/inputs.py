@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from fastalex.data.augment import Augment
-from fastalex.layers import Conv2dReLU
-from fastalex.model import AlexNet
-from fastalex_kernels._conv2d_arguments import space_to_depth
-from fastalex_kernels._launch import aligned, call
+from fastalex.model.alexnet import AlexNet
+from fastalex.model.layers import Conv2dReLU
 from fastalex_kernels.augment import augment_forward, padded_lines
+from fastalex_kernels.common.launch import aligned, call
+from fastalex_kernels.conv2d.arguments import space_to_depth
 
 BLOCK = 4  # pixels between the windows of a layer that reads blocks, and the side of a block
 Inputs = Sequence[torch.Tensor | None]

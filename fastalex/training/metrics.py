@@ -8,53 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-import torch
-
-
-class Stopwatch:
-    """Seconds spent inside its ``with`` blocks: by the clock, on a GPU by its stream's events.
-
-    What is captured in a CUDA graph is not counted.
-    """
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event, int]] = []
-
-    @contextlib.contextmanager
-    def running(self, device: torch.device, times: int = 1) -> Iterator[None]:
-        """Count the time of the block, for work on ``device``, so many times; 0 costs nothing."""
-        if device.type != "cuda":
-            since = time.monotonic()
-            try:
-                yield
-            finally:
-                self._seconds += times * (time.monotonic() - since)
-            return
-        if times == 0 or torch.cuda.is_current_stream_capturing():
-            yield
-            return
-        events = _event(), _event()
-        events[0].record()
-        try:
-            yield
-        finally:
-            events[1].record()
-            self._events.append((*events, times))
-
-    def read(self) -> float:
-        """The seconds since the last reading; on a GPU, waits for the last block."""
-        seconds = self._seconds
-        for start, end, times in self._events:
-            end.synchronize()
-            seconds += times * start.elapsed_time(end) / 1000
-        self._seconds = 0.0
-        self._events.clear()
-        return seconds
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+from fastalex.common.timing import Stopwatch
 
 
 class Meter:

@@ -7,8 +7,8 @@ from typing import Any, overload
 
 import torch
 
-from fastalex.model import AlexNet
-from fastalex.recipes import MOMENTUM_RULES
+from fastalex.model.alexnet import AlexNet
+from fastalex.training.recipes import MOMENTUM_RULES
 
 BUFFER = "momentum_buffer"  # where both rules keep it, as torch does
 

@@ -1,4 +1,4 @@
-"""The command line of a training run; ``fastalex.config`` makes settings of it."""
+"""The command line of a training run; ``fastalex.training.config`` makes settings of it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from fastalex import ablations
 from fastalex._version import __version__
-from fastalex.command_line import Parser, whole_number
-from fastalex.config import DEFAULTS, PRECISIONS
+from fastalex.common.command_line import Parser, whole_number
 from fastalex.data.augment import AUGMENTATIONS, COLOR_NOISES
 from fastalex.data.normalization import NORMALIZATIONS
-from fastalex.recipes import (
+from fastalex.model import ablations
+from fastalex.model.variants import VARIANTS
+from fastalex.training.config import DEFAULTS, PRECISIONS
+from fastalex.training.recipes import (
     INITIALISATIONS,
     MOMENTUM_RULES,
     NO_RECIPE,
     RECIPES,
     SCHEDULES,
 )
-from fastalex.variants import VARIANTS
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> dict[str, Any]:

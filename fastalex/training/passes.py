@@ -19,17 +19,17 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fastalex.exchange import TOWERS, Exchange, Transfer
-from fastalex.layers import Conv2dReLU, Linear, LinearReLUDropout, LRNMaxPool2d, MaxPool2d
+from fastalex.distributed.exchange import TOWERS, Exchange, Transfer
+from fastalex.model.layers import Conv2dReLU, Linear, LinearReLUDropout, LRNMaxPool2d, MaxPool2d
 from fastalex.training.updates import Update
-from fastalex_kernels._conv2d_weight import conv2d_relu_backward_weight
-from fastalex_kernels._epilogue import epilogue_backward
-from fastalex_kernels._launch import call
-from fastalex_kernels._layout import as_hwnc, as_nchw
-from fastalex_kernels._lrn_chunks import Norm, Window
-from fastalex_kernels.conv2d_relu import conv2d_relu_backward_input, conv2d_relu_forward
-from fastalex_kernels.linear_relu_dropout import HalvedProduct, matmul
-from fastalex_kernels.lrn_max_pool2d import (
+from fastalex_kernels.common.epilogue import epilogue_backward
+from fastalex_kernels.common.launch import call
+from fastalex_kernels.common.layout import as_hwnc, as_nchw
+from fastalex_kernels.conv2d.forward import conv2d_relu_backward_input, conv2d_relu_forward
+from fastalex_kernels.conv2d.weight import conv2d_relu_backward_weight
+from fastalex_kernels.linear.forward import HalvedProduct, matmul
+from fastalex_kernels.lrn_pool.alexnet import Norm, Window
+from fastalex_kernels.lrn_pool.general import (
     channel_groups,
     lrn_max_pool2d_backward,
     lrn_max_pool2d_forward,

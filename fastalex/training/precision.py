@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from fastalex.team import Team
+from fastalex.distributed.context import Team
 
 _NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """A context in which a net computes in ``precision``, one of ``fastalex.config.PRECISIONS``."""
+    """A context in which a net computes in ``precision``, one of ``config.PRECISIONS``."""
     narrow = _NARROW.get(precision)
     return torch.autocast(device.type, narrow or torch.bfloat16, enabled=narrow is not None)
 

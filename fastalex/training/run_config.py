@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastalex.config import Settings
 from fastalex.data import ImageSource, Normalization, decode_size, mean_image, open_sources
 from fastalex.data.fingerprint import Contents
-from fastalex.launch import World
-from fastalex.resume import Start
+from fastalex.distributed.launch import World
+from fastalex.training.checkpoints import Start
+from fastalex.training.config import Settings
 
 
 @dataclass(frozen=True)

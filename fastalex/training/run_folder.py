@@ -23,9 +23,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fastalex.checkpoint import read_metadata
-from fastalex.files import is_temporary, replacing
-from fastalex.provenance import commit, versions
+from fastalex.common.files import is_temporary, replacing
+from fastalex.common.provenance import commit, versions
+from fastalex.training.weights import read_metadata
 
 _LOCK_SECONDS = 10.0  # within which the processes of a killed launcher have ended
 _SYNC_SECONDS = 1.0  # records of steps reach the disk this soon, those of epochs at once

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fastalex.config import Settings
+from fastalex.training.config import Settings
 
 _SLACK = 1e-6  # of a step: shares like 25/90 of a run are no binary fractions
 

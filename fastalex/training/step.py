@@ -6,8 +6,8 @@ towers exchange halves before four of the layers. Nothing passes beside the argu
 takes no part: the step is ``TrainStep._record``, the layers are in passes.py.
 
 It runs once as it is written. What it launches is recorded, with the memory that was allocated for
-it, and later steps go through that list (fastalex_kernels.program). A CUDA graph holds the same
-list; reports, benchmarks and the tuner walk it.
+it, and later steps go through that list (fastalex_kernels.common.program). A CUDA graph holds the
+same list; reports, benchmarks and the tuner walk it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 import fastalex_kernels as kernels
+from fastalex.common.nvtx_ranges import listening, nvtx_range
 from fastalex.data.augment import Augment
-from fastalex.exchange import Exchange
-from fastalex.graph import Graph
-from fastalex.model import AlexNet
-from fastalex.nvtx_ranges import listening, nvtx_range
-from fastalex.optim import BUFFER
+from fastalex.distributed.exchange import Exchange
+from fastalex.model.alexnet import AlexNet
 from fastalex.training.chain import HOOKS, Chain, check
+from fastalex.training.cuda_graph import Graph
 from fastalex.training.inputs import (
     Inputs,
     augmented,
@@ -38,12 +37,13 @@ from fastalex.training.inputs import (
     image_size,
     tensors_of,
 )
+from fastalex.training.optim import BUFFER
 from fastalex.training.passes import Pass
 from fastalex.training.updates import StoredGradients
-from fastalex_kernels._launch import call, interpreted, use_triton
+from fastalex_kernels.common.launch import call, interpreted, use_triton
+from fastalex_kernels.common.program import Launch, Program
 from fastalex_kernels.cross_entropy import cross_entropy_forward
 from fastalex_kernels.momentum import MomentumUpdate
-from fastalex_kernels.program import Launch, Program
 
 PRODUCTS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -81,8 +81,8 @@ class TrainStep:
     Args:
         model: an AlexNet of which every parameter is trained, or one tower of it. Its convolutions'
             weights get the memory order that the kernels read; values and shapes stay.
-        optimizer: ``torch.optim.SGD`` or ``fastalex.optim.PaperSGD`` over the model's parameters,
-            whose rule the step applies. It reads the rates from ``param_groups`` at each call, and
+        optimizer: ``torch.optim.SGD`` or ``PaperSGD`` over the model's parameters, whose rule the
+            step applies. It reads the rates from ``param_groups`` at each call, and
             its momentum buffers are those of the optimizer's ``state``.
         precision: of the products: ``"float32"`` or ``"bf16"``. Parameters are float32.
         exchange: with the other tower; None takes the one that ``parallelize`` gave the model.

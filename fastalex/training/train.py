@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from fastalex import engine, interrupts, launch, resume
-from fastalex.command_line import output_may_fail
-from fastalex.config import Settings, describe_setting
-from fastalex.curves import check_tensorboard
+from fastalex.common import interrupts
+from fastalex.common.command_line import output_may_fail
+from fastalex.common.interrupts import Interrupted
 from fastalex.data import (
     DataError,
     ImageSource,
@@ -29,15 +28,18 @@ from fastalex.data import (
 )
 from fastalex.data.fingerprint import Contents, describe_changes
 from fastalex.data.normalization import MEAN_IMAGES
-from fastalex.interrupts import Interrupted
-from fastalex.launch import TrainingError, WorkerFailed, World
-from fastalex.model import AlexNet
-from fastalex.options import parse_arguments
-from fastalex.plan import Plan
-from fastalex.recipes import INITIALISATIONS, MOMENTUM_RULES, NO_RECIPE, RECIPES
-from fastalex.resume import Start
-from fastalex.run_folder import RunFolder, find_attempt
-from fastalex.schedule import describe
+from fastalex.distributed import launch
+from fastalex.distributed.launch import TrainingError, WorkerFailed, World
+from fastalex.model.alexnet import AlexNet
+from fastalex.training import checkpoints, trainer
+from fastalex.training.checkpoints import Start
+from fastalex.training.config import Settings, describe_setting
+from fastalex.training.options import parse_arguments
+from fastalex.training.recipes import INITIALISATIONS, MOMENTUM_RULES, NO_RECIPE, RECIPES
+from fastalex.training.run_config import Plan
+from fastalex.training.run_folder import RunFolder, find_attempt
+from fastalex.training.schedule import describe
+from fastalex.training.tensorboard import check_tensorboard
 
 _FAILED, _REFUSED = 1, 2
 _AGAIN = 75  # EX_TEMPFAIL: what a scheduler is to take for "run it again"
@@ -88,7 +90,7 @@ def _find(options: Mapping[str, Any]) -> tuple[RunFolder, Start | None]:
     if not folder.holds_run:
         return folder, None
     try:
-        start, damaged = resume.find(place, option)
+        start, damaged = checkpoints.find(place, option)
     except BaseException:
         folder.release()
         raise
@@ -99,7 +101,7 @@ def _find(options: Mapping[str, Any]) -> tuple[RunFolder, Start | None]:
 
 def _finished(folder: RunFolder) -> int:
     """Say that there is nothing to go on with; the last process may have died before it could."""
-    step = resume.newest_step(folder)  # None without checkpoints
+    step = checkpoints.newest_step(folder)  # None without checkpoints
     print(f"{folder.path} is finished" + (f": all of its {step} steps are done" if step else ""))
     line = _end(folder, "finished")
     if line:
@@ -148,7 +150,7 @@ def _prepare(options: Mapping[str, Any], folder: RunFolder, start: Start | None)
         settings = start.choose(options, named=options["resume"] is not None)
         start = replace(start, settings=settings)
         if start.finished:
-            resume.drop(folder, start.path, settings.keep_checkpoints)
+            checkpoints.drop(folder, start.path, settings.keep_checkpoints)
             return None
     _check(settings, world)
     sources = train, val = open_sources(settings.data, settings.seed, settings.image_size)
@@ -176,7 +178,7 @@ def _prepare(options: Mapping[str, Any], folder: RunFolder, start: Start | None)
     if start is None:
         folder.begin(options, settings.to_dict(), vars(world))
     else:
-        resume.drop(folder, start.path, settings.keep_checkpoints)
+        checkpoints.drop(folder, start.path, settings.keep_checkpoints)
         folder.resume(options, settings.to_dict(), vars(world), start.step)
     model = _without_memory(len(plan.classes), settings.variant)
     for line in _describe(plan, sum(p.numel() for p in model.parameters()), train, val):
@@ -314,7 +316,7 @@ def _run(folder: RunFolder, plan: Plan, options: Mapping[str, Any]) -> int:
     """Train in as many processes as planned, and note and say how it ended."""
     status, line, code = "failed", "", _FAILED
     try:
-        launch.run(plan.world, engine.train, plan)
+        launch.run(plan.world, trainer.train, plan)
         status, code = "finished", 0
     except Interrupted as stop:
         status, code = "interrupted", _exit_code(stop)
@@ -348,7 +350,7 @@ def _end(folder: RunFolder, status: str) -> str:
 
 
 def _stopped_by(stop: Interrupted, folder: RunFolder, options: Mapping[str, Any]) -> str:
-    step = resume.newest_step(folder)
+    step = checkpoints.newest_step(folder)
     done = "before its first checkpoint" if step is None else f"after step {step}"
     named = options["output"] or options["resume"] or launch.under_torchrun()
     again = "run the same command again" if named else f"use --resume {folder.path}"
@@ -364,7 +366,7 @@ def _stopped(error: Exception, world: World) -> str:
 
 def _way_on(folder: RunFolder) -> str:
     """How to go on with a run that was stopped from outside."""
-    step = resume.newest_step(folder)
+    step = checkpoints.newest_step(folder)
     return "" if step is None else f"; --resume {folder.path} goes on after step {step}"
 
 
@@ -385,7 +387,7 @@ def _run_under_torchrun(options: Mapping[str, Any]) -> int:
         if plan is None:
             return code
         with interrupts.noticed():
-            launch.in_process(plan.world, engine.train, plan)
+            launch.in_process(plan.world, trainer.train, plan)
         status = "finished"
     except Interrupted as stop:
         if plan is None or folder is None:
@@ -486,7 +488,3 @@ def _say_and(message: str, code: int) -> int:
     if launch.rank() == 0:
         print(f"train: {message}", file=sys.stderr, flush=True)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,34 +10,35 @@ from typing import Any
 import torch
 
 import fastalex_kernels as kernels
-from fastalex import interrupts, resume
 from fastalex._version import __version__
-from fastalex.checkpoint import save_weights
-from fastalex.command_line import output_may_fail
-from fastalex.config import Settings
-from fastalex.curves import Curves
+from fastalex.common import interrupts
+from fastalex.common.command_line import output_may_fail
+from fastalex.common.interrupts import Interrupted
+from fastalex.common.nvtx_ranges import annotate_layers, nvtx_range
+from fastalex.common.provenance import versions
 from fastalex.data import Batch, Batches, DataError, ImageSource, color_noise, open_sources
-from fastalex.interrupts import Interrupted
-from fastalex.launch import TrainingError
-from fastalex.meter import Meter
-from fastalex.model import AlexNet
-from fastalex.nvtx_ranges import annotate_layers, nvtx_range
-from fastalex.optim import (
+from fastalex.distributed.context import Team
+from fastalex.distributed.launch import TrainingError
+from fastalex.model.alexnet import AlexNet
+from fastalex.training import checkpoints
+from fastalex.training.config import Settings
+from fastalex.training.metrics import Meter
+from fastalex.training.optim import (
     build_optimizer,
     gradient_norms,
     momentum_buffers,
     set_learning_rate,
     set_momentum_buffers,
 )
-from fastalex.plan import Plan
-from fastalex.precision import LossScaler, autocast
-from fastalex.progress import Progress, StuckLoss
-from fastalex.provenance import versions
-from fastalex.run_folder import MetricsLog, RunFolder
-from fastalex.schedule import Schedule
-from fastalex.team import Team
+from fastalex.training.precision import LossScaler, autocast
+from fastalex.training.progress import Progress, StuckLoss
+from fastalex.training.run_config import Plan
+from fastalex.training.run_folder import MetricsLog, RunFolder
+from fastalex.training.schedule import Schedule
 from fastalex.training.step import TrainStep, Tricks
-from fastalex.validation import TOP, Accuracy, evaluate, fetch
+from fastalex.training.tensorboard import Curves
+from fastalex.training.validation import TOP, Accuracy, evaluate, fetch
+from fastalex.training.weights import save_weights
 
 _NAMED = 3  # samples of a bad batch that the message names
 
@@ -95,7 +96,7 @@ class Trainer:
         self.train_batches = self._batches(train_source, train=True)
         self.val_batches = self._batches(val_source, train=False)
         state = {} if plan.start is None else plan.start.state
-        self.steps = resume.last_step(settings, len(self.train_batches), state)
+        self.steps = checkpoints.last_step(settings, len(self.train_batches), state)
         self.schedule = Schedule(settings, self.steps)
         self.scaler = LossScaler(team, enabled=settings.precision == "fp16")
         self.folder = RunFolder(plan.folder)
@@ -115,7 +116,7 @@ class Trainer:
         if team.leads:
             self._open_logs()
 
-    def _build(self, start: resume.Start | None) -> None:
+    def _build(self, start: checkpoints.Start | None) -> None:
         """The net and its optimizer, anew or as the checkpoint has them."""
         settings, team = self.settings, self.team
         model = build_model(settings, len(self.plan.classes))
@@ -438,7 +439,7 @@ class Trainer:
         buffers = self.team.whole(self.model, momentum_buffers(self.model, self.optimizer))
         if self.metrics is not None:
             self.metrics.sync()  # a checkpoint counts on the records before it
-            resume.save(self.folder, weights, buffers, self._state(), keep)
+            checkpoints.save(self.folder, weights, buffers, self._state(), keep)
         self.team.progress(self.step)
 
     def _save(self, accuracy: Accuracy) -> None:

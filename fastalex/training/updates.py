@@ -13,14 +13,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fastalex.layers import Conv2dReLU
-from fastalex_kernels._conv2d_arguments import depth_to_space_weight
-from fastalex_kernels._epilogue import epilogue_backward
-from fastalex_kernels._launch import call
-from fastalex_kernels._linear_update import linear_backward_weight_update
-from fastalex_kernels._reduce import sum_partials
-from fastalex_kernels.conv2d_relu import pack_weight
-from fastalex_kernels.linear_relu_dropout import matmul
+from fastalex.model.layers import Conv2dReLU
+from fastalex_kernels.common.epilogue import epilogue_backward
+from fastalex_kernels.common.launch import call
+from fastalex_kernels.common.reduce import sum_partials
+from fastalex_kernels.conv2d.arguments import depth_to_space_weight
+from fastalex_kernels.conv2d.forward import pack_weight
+from fastalex_kernels.linear.forward import matmul
+from fastalex_kernels.linear.update import linear_backward_weight_update
 from fastalex_kernels.momentum import MomentumUpdate, Updates, sum_updates
 
 Tensor = torch.Tensor

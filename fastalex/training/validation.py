@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from fastalex.common.nvtx_ranges import nvtx_range
 from fastalex.data import Batch, Batches
-from fastalex.model import AlexNet
-from fastalex.nvtx_ranges import nvtx_range
-from fastalex.team import Team
+from fastalex.distributed.context import Team
+from fastalex.model.alexnet import AlexNet
 
 TOP = 5  # the wider of the two accuracies
 

@@ -22,9 +22,9 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fastalex.common.files import replacing
 from fastalex.data.normalization import MeanImage
-from fastalex.files import replacing
-from fastalex.model import AlexNet
+from fastalex.model.alexnet import AlexNet
 
 FORMAT = "fastalex-weights-1"
 MEAN_IMAGE = "normalization.mean_image"  # a tensor beside the weights, in the same file

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from fastalex_kernels._tuned import FIELDS, Key, Tile
+from fastalex_kernels.common.tuned import FIELDS, Key, Tile
 
 # (BLOCK_M, BLOCK_N, num_warps): at most 128 sums in a thread's registers.
 _SHAPES = {

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastalex_kernels as kernels
-from fastalex.cost import Floor, floors
-from fastalex.layers import Conv2dReLU, Linear, LinearReLUDropout, MaxPool2d
-from fastalex.model import AlexNet
-from fastalex.recorded_step import Layer
-from fastalex.reference import ReferenceAlexNet
+from fastalex.inspection.cost import Floor, floors
+from fastalex.inspection.record import Layer
+from fastalex.model.alexnet import AlexNet
+from fastalex.model.layers import Conv2dReLU, Linear, LinearReLUDropout, MaxPool2d
+from fastalex.model.reference import ReferenceAlexNet
 from fastalex_kernels.reference import relative_error, tolerance
 
 # Stock torch rounds between its operations: enough to see that it computes the same function.
@@ -126,7 +126,7 @@ def make_pairs(
 
 
 def as_layer(pair: LayerPair) -> Layer:
-    """What ``fastalex.cost`` has to know of a layer of ours."""
+    """What ``fastalex.inspection.cost`` has to know of a layer of ours."""
     with torch.no_grad():
         output = pair.stock(pair.input[:1]).shape
     weight = getattr(pair.ours, "weight", None)
@@ -139,7 +139,7 @@ def as_layer(pair: LayerPair) -> Layer:
 def pair_floors(pairs: Mapping[str, LayerPair]) -> dict[tuple[str, str], Floor]:
     """The least work of a pass in training, by name and ``"forward"`` or ``"backward"``.
 
-    A layer that ``fastalex.cost`` knows no floor of has none here.
+    A layer that ``fastalex.inspection.cost`` knows no floor of has none here.
 
     Args:
         pairs: all of a net's, in order.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastalex.drawing import new_figure
+from fastalex.common.figures import new_figure
 
 _MARKS = {
     "ours": ("o", "#c8641e"),

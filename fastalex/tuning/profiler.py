@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastalex import profile_chart
-from fastalex.command_line import Parser, check_output, guarded, whole_number
-from fastalex.cost import Floor
-from fastalex.evaluate import table
-from fastalex.files import replacing
-from fastalex.gpus import find_gpu
-from fastalex.layer_pairs import (
+from fastalex.common.command_line import Parser, check_output, guarded, whole_number
+from fastalex.common.files import replacing
+from fastalex.common.nvtx_ranges import nvtx_range
+from fastalex.common.provenance import device_name, provenance
+from fastalex.common.tables import table
+from fastalex.common.timing import clock_of, take_turns
+from fastalex.inspection.cost import Floor
+from fastalex.inspection.gpus import find_gpu
+from fastalex.inspection.record import DTYPES, PRECISIONS
+from fastalex.model.variants import VARIANTS
+from fastalex.tuning import profile_chart
+from fastalex.tuning.layer_pairs import (
     check,
     layer_names,
     make_call,
@@ -28,12 +32,7 @@ from fastalex.layer_pairs import (
     make_pairs,
     pair_floors,
 )
-from fastalex.nvtx_ranges import nvtx_range
-from fastalex.provenance import device_name, provenance
-from fastalex.recorded_step import DTYPES, PRECISIONS
-from fastalex.timing import clock_of, take_turns
-from fastalex.train_steps import Training, check_steps, stock_step, train_step
-from fastalex.variants import VARIANTS
+from fastalex.tuning.train_steps import Training, check_steps, stock_step, train_step
 
 NET = "net"  # the row of the whole net, whose one pass is a training step
 _BATCH = {"cpu": 16, "cuda": 128}
@@ -265,7 +264,3 @@ def write_trace(calls: dict[str, Calls], device: torch.device, path: Path) -> No
                         torch.cuda.synchronize()
     with replacing(path) as temporary:
         profiler.export_chrome_trace(str(temporary))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from fastalex import offline
-from fastalex.gpus import GPU
-from fastalex.inspection import inspect
-from fastalex.recorded_step import Event, Layer, Step
-from fastalex.timing import Clock, take_turns
-from fastalex.tuning_candidates import candidates, follows_tile
-from fastalex.tuning_step import Call, Trace
-from fastalex_kernels._launch import record_launches
-from fastalex_kernels._tuned import Key, Tile
-from fastalex_kernels.program import Launch
+from fastalex.common.timing import Clock, take_turns
+from fastalex.inspection import offline
+from fastalex.inspection.gpus import GPU
+from fastalex.inspection.record import Event, Layer, Step
+from fastalex.inspection.report import inspect
+from fastalex.tuning.candidates import candidates, follows_tile
+from fastalex.tuning.workloads import Call, Trace
+from fastalex_kernels.common.launch import record_launches
+from fastalex_kernels.common.program import Launch
+from fastalex_kernels.common.tuned import Key, Tile
 from fastalex_kernels.reference import relative_error
 
 ISSUE_BAR = 0.4  # instructions are issued in less than this share of the products' time

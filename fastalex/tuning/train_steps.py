@@ -18,15 +18,15 @@ from torch import nn
 from fastalex.data import decode_size
 from fastalex.data.augment import Augment
 from fastalex.data.normalization import IMAGENET
-from fastalex.exchange import LoopbackExchange
-from fastalex.graph import WARM_UP, capture_on_gpu
-from fastalex.layer_pairs import WrongResult
-from fastalex.model import AlexNet
-from fastalex.parallel import cut_to_tower
-from fastalex.reference import ReferenceAlexNet
+from fastalex.distributed.exchange import LoopbackExchange
+from fastalex.distributed.towers import cut_to_tower
+from fastalex.model.alexnet import AlexNet
+from fastalex.model.reference import ReferenceAlexNet
+from fastalex.model.variants import VARIANTS
 from fastalex.training import TrainStep
+from fastalex.training.cuda_graph import WARM_UP, capture_on_gpu
 from fastalex.training.step import Tricks
-from fastalex.variants import VARIANTS
+from fastalex.tuning.layer_pairs import WrongResult
 from fastalex_kernels.reference import relative_error
 
 Step = Callable[[], torch.Tensor]  # does a step and returns its mean loss

@@ -6,7 +6,6 @@ import argparse
 import functools
 import json
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,21 +14,22 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastalex import offline, tuning
-from fastalex.command_line import Parser, check_output, guarded, whole_number
-from fastalex.evaluate import table
-from fastalex.files import replacing
-from fastalex.gpus import GPU, GPUS
-from fastalex.model import AlexNet, layer_names
-from fastalex.provenance import provenance
-from fastalex.recorded_step import Layer, layers_of
-from fastalex.timing import clock_of
-from fastalex.tuning import Candidate, Problem, Search
-from fastalex.tuning_step import Call, WatchedStep
-from fastalex.variants import VARIANTS
-from fastalex_kernels import _tuned
-from fastalex_kernels._launch import interpreted, record_launches
-from fastalex_kernels._launch import target as target_of
+from fastalex.common.command_line import Parser, check_output, guarded, whole_number
+from fastalex.common.files import replacing
+from fastalex.common.provenance import provenance
+from fastalex.common.tables import table
+from fastalex.common.timing import clock_of
+from fastalex.inspection import offline
+from fastalex.inspection.gpus import GPU, GPUS
+from fastalex.inspection.record import Layer, layers_of
+from fastalex.model.alexnet import AlexNet, layer_names
+from fastalex.model.variants import VARIANTS
+from fastalex.tuning import sweep
+from fastalex.tuning.sweep import Candidate, Problem, Search
+from fastalex.tuning.workloads import Call, WatchedStep
+from fastalex_kernels.common import tuned
+from fastalex_kernels.common.launch import interpreted, record_launches
+from fastalex_kernels.common.launch import target as target_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ROUNDS = 20
@@ -53,7 +53,7 @@ def _parser() -> Parser:
         description="Compile candidate tiles and splits for every launch of a training step, leave "
         "out those that spill, check the others against what they replace, time them on the GPU, "
         "and write the table that fastalex_kernels uses from then on.",
-        epilog=f"The table is read from the path in {_tuned.VARIABLE}, or from the user's cache "
+        epilog=f"The table is read from the path in {tuned.VARIABLE}, or from the user's cache "
         "folder. It holds for this GPU, Triton and these kernels, and for the same batch size.",
         allow_abbrev=False,
     )
@@ -106,10 +106,10 @@ def _tune(
 ) -> int:
     """Tune on ``device``, or rank for ``gpu``; print what comes out, and write it at once."""
     # A dry run times nothing, so nothing is written unless --output asks for it.
-    path: Path | None = options.output or (None if gpu else _tuned.table_path(name))
+    path: Path | None = options.output or (None if gpu else tuned.table_path(name))
     if path is not None:
         _check_table(path)
-    head = {"timed": gpu is None, **provenance(device), **_tuned.identity(name)}
+    head = {"timed": gpu is None, **provenance(device), **tuned.identity(name)}
     entries = _known(path, name) if path else {}
     search, measured = _search(options, device, gpu)
     done: list[Problem] = []
@@ -119,7 +119,7 @@ def _tune(
             entries[problem.key] = problem.entry()
             if path is not None:
                 _write(path, {**head, "tiles": list(entries.values())})
-    except (KeyboardInterrupt, tuning.UnusableGPU) as stop:
+    except (KeyboardInterrupt, sweep.UnusableGPU) as stop:
         kept = f"{len(done)} of {len(search.found)} problems are in {path}"
         kept = kept if path and done else "nothing was written"
         raise type(stop)(f"{str(stop) or 'interrupted'}, {kept}") from None
@@ -161,19 +161,19 @@ def _timed(
     search: Search, device: torch.device, make: Callable[[torch.device], WatchedStep]
 ) -> Iterator[Problem]:
     calls: dict[tuple[str, str], Call] = {}  # once what they launch is compiled
-    taken: dict[_tuned.Key, _tuned.Tile] = {}
+    taken: dict[tuned.Key, tuned.Tile] = {}
     clock, rounds = clock_of(device), 1 if interpreted() else _ROUNDS
     for problem in search:
         calls = calls or {(call.layer, call.phase): call for call in make(device).calls}
         call = calls[problem.layer, problem.phase]
-        tuning.time_candidates(problem, call, taken, clock, rounds)
+        sweep.time_candidates(problem, call, taken, clock, rounds)
         taken[problem.key] = problem.best().tile
         yield problem
 
 
 def _scored(search: Search, layers: dict[str, Layer], gpu: GPU, dtype: str) -> Iterator[Problem]:
     for problem in search:
-        tuning.rank(problem, layers[problem.layer], gpu, dtype)
+        sweep.rank(problem, layers[problem.layer], gpu, dtype)
         yield problem
 
 
@@ -184,10 +184,10 @@ def _check_table(path: Path) -> None:
     check_output("--output", path.parent, folder=True)
 
 
-def _known(path: Path, device: str) -> dict[_tuned.Key, dict[str, Any]]:
+def _known(path: Path, device: str) -> dict[tuned.Key, dict[str, Any]]:
     """The entries of a table that still holds; of other layers or batches, they stay."""
     try:
-        _tuned.read_table(path, device)
+        tuned.read_table(path, device)
     except (OSError, ValueError):
         return {}
     entries = json.loads(path.read_text(encoding="utf-8"))["tiles"]
@@ -202,7 +202,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _shown(problem: Problem, candidate: Candidate) -> str:
     """A product's tile as MxNxK, warps and stages; anything else by the names of its numbers."""
-    fields, tile = _tuned.FIELDS[problem.key[0]], candidate.tile
+    fields, tile = tuned.FIELDS[problem.key[0]], candidate.tile
     if len(fields) == 5:
         m, n, k, warps, stages = tile
         return f"{m}x{n}x{k} {warps}w {stages}s"
@@ -240,7 +240,3 @@ def _scores(problems: list[Problem], options: argparse.Namespace) -> list[str]:
         "time for the bytes over time to issue the instructions\n",
         *table(lines, right=2),
     ]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

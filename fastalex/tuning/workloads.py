@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastalex.exchange import LoopbackExchange
-from fastalex.model import AlexNet
-from fastalex.parallel import cut_to_tower
-from fastalex.specification import Variant
+from fastalex.distributed.exchange import LoopbackExchange
+from fastalex.distributed.towers import cut_to_tower
+from fastalex.model.alexnet import AlexNet
+from fastalex.model.specification import Variant
 from fastalex.training import TrainStep
 from fastalex.training.passes import Flatten, Pass, Torch
 from fastalex.training.step import Tricks
-from fastalex_kernels._tuned import Key, Tile, choosing
-from fastalex_kernels.program import Launch, Program
+from fastalex_kernels.common.program import Launch, Program
+from fastalex_kernels.common.tuned import Key, Tile, choosing
 from fastalex_kernels.reference import tolerance
 
 _LOSS_SCALE = 1024.0  # in float16

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastalex_kernels import _philox
-from fastalex_kernels._launch import operator
+from fastalex_kernels.common import philox
+from fastalex_kernels.common.launch import operator
 
 _NO_LABEL = -(2**63)  # every other one that is no class is an error
 _BLOCK = 1 << 17  # elements of LRN handled at a time on a CPU: they stay in its cache
@@ -227,7 +227,7 @@ def dropout(
     input: torch.Tensor, p: float, rng: torch.Tensor, row_offset: int, feature_offset: int
 ) -> torch.Tensor:
     rows, features = input.shape
-    kept = _philox.keep_mask(rng, rows, features, p, row_offset, feature_offset)
+    kept = philox.keep_mask(rng, rows, features, p, row_offset, feature_offset)
     # Not a product with the mask: what is dropped is zero even where it is not finite.
     return torch.where(kept, input / (1.0 - p), input.new_zeros(()))
 

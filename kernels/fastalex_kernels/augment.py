@@ -26,9 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels import _aten
-from fastalex_kernels._conv2d_arguments import Padding, spell_out
-from fastalex_kernels._launch import (
+from fastalex_kernels import aten
+from fastalex_kernels.common.launch import (
     DTYPES,
     aligned,
     interpreted,
@@ -37,8 +36,9 @@ from fastalex_kernels._launch import (
     target,
     use_triton,
 )
-from fastalex_kernels._layout import as_nchw
-from fastalex_kernels._lrn_chunks import _join8
+from fastalex_kernels.common.layout import as_nchw
+from fastalex_kernels.conv2d.arguments import Padding, spell_out
+from fastalex_kernels.lrn_pool.alexnet import _join8
 
 BLOCK_SIZES = (1, 4)  # of space-to-depth
 _ITEMS = 128  # of a program, one a thread: 4 warps
@@ -391,7 +391,7 @@ def augment(
         TypeError: for a wrong type or dtype.
         ValueError: for a wrong shape, device, or a value out of range.
 
-    Source: P§2 and P§4.1; the padding of each variant is in fastalex.variants.
+    Source: P§2 and P§4.1; the padding of each variant is in fastalex.model.variants.
     """
     sides, _ = spell_out(padding, 1)
     _check_images(images, size)
@@ -412,7 +412,7 @@ def augment(
     if dtype == torch.float64 or not use_triton(images):
         crops = (tops, lefts, mirrors.bool())
         given = (images, *crops, colors, mean, scale, centred, size)
-        out = _aten.augment(*given, sides, space_to_depth, lines, dtype)
+        out = aten.augment(*given, sides, space_to_depth, lines, dtype)
     else:
         colors, mean, scale = (None if v is None else v.contiguous() for v in (colors, mean, scale))
         crops = (tops.contiguous(), lefts.contiguous(), mirrors.contiguous().view(torch.uint8))

@@ -21,8 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels import _aten
-from fastalex_kernels._launch import (
+from fastalex_kernels import aten
+from fastalex_kernels.common.launch import (
     check_floating,
     interpretable,
     interpreted,
@@ -30,7 +30,7 @@ from fastalex_kernels._launch import (
     operator,
     use_triton,
 )
-from fastalex_kernels._reduce import sum_partials
+from fastalex_kernels.common.reduce import sum_partials
 
 _COLUMNS = 1024  # of a block, at most
 _BLOCK = 4096  # elements a program holds, in 8 warps: 4 rows of 1000 classes
@@ -184,7 +184,7 @@ def cross_entropy(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
     _check(input, target)
     if not use_triton(input) or input.numel() == 0:
-        return _aten.cross_entropy(input, target)
+        return aten.cross_entropy(input, target)
     (wide,) = interpretable(input)
     loss: torch.Tensor = _cross_entropy(wide.contiguous(), target.contiguous())
     return loss

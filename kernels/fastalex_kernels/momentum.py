@@ -21,8 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels._launch import launch
-from fastalex_kernels._reduce import blocks, sum_parts
+from fastalex_kernels.common.launch import launch
+from fastalex_kernels.common.reduce import blocks, sum_parts
 
 RULES = ("paper", "torch")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastalex_kernels._philox import keep_mask
+from fastalex_kernels.common.philox import keep_mask
 
 # ||out - ref|| / ||ref||. float32: rounding grows as the square root of a sum's length. The others
 # round the result once to their 8 or 11 bits of significand, and so were the inputs of a gradient

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastalex import train
+from fastalex.training import train
 from tests import _small_train
 
 

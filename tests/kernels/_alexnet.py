@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 
 from fastalex import AlexNet
-from fastalex.exchange import LoopbackExchange
-from fastalex.parallel import cut_to_tower
-from fastalex.recorded_step import Layer, layers_of
+from fastalex.distributed.exchange import LoopbackExchange
+from fastalex.distributed.towers import cut_to_tower
+from fastalex.inspection.record import Layer, layers_of
 
 NAMES = (
     "conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7", "fc8",
@@ -26,7 +26,7 @@ def layers(batch: int, towers: int = 1) -> dict[str, Layer]:
 
 
 def call(name: str, batch: int, dtype: torch.dtype, towers: int = 1) -> Callable[[], None]:
-    """A layer's forward and backward by autograd, to be recorded by ``fastalex.offline``."""
+    """A layer's forward and backward by autograd, to be recorded by ``offline``."""
 
     def run() -> None:
         layer = layers(batch, towers)[name]

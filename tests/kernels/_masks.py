@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastalex_kernels._conv2d_arguments import spell_out
-from fastalex_kernels._layout import as_hwnc
-from fastalex_kernels.conv2d_relu import conv2d_relu_backward_input, pack_weight
-from fastalex_kernels.linear_relu_dropout import matmul
+from fastalex_kernels.common.layout import as_hwnc
+from fastalex_kernels.conv2d.arguments import spell_out
+from fastalex_kernels.conv2d.forward import conv2d_relu_backward_input, pack_weight
+from fastalex_kernels.linear.forward import matmul
 from fastalex_kernels.reference import relative_error, tolerance
 
 from ._oracle import Case, make_inputs

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastalex_kernels._launch import interpreted
+from fastalex_kernels.common.launch import interpreted
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

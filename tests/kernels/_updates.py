@@ -12,12 +12,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from fastalex_kernels._conv2d_arguments import Padding, space_to_depth, spell_out
-from fastalex_kernels._conv2d_weight import conv2d_relu_backward_weight
-from fastalex_kernels._epilogue import epilogue_backward
-from fastalex_kernels._layout import as_hwnc
-from fastalex_kernels._linear_update import linear_backward_weight_update
-from fastalex_kernels.conv2d_relu import pack_weight
+from fastalex_kernels.common.epilogue import epilogue_backward
+from fastalex_kernels.common.layout import as_hwnc
+from fastalex_kernels.conv2d.arguments import Padding, space_to_depth, spell_out
+from fastalex_kernels.conv2d.forward import pack_weight
+from fastalex_kernels.conv2d.weight import conv2d_relu_backward_weight
+from fastalex_kernels.linear.update import linear_backward_weight_update
 from fastalex_kernels.momentum import MomentumUpdate, Updates, sum_updates
 from fastalex_kernels.reference import relative_error, tolerance
 

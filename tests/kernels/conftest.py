@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastalex_kernels._launch import interpreted
+from fastalex_kernels.common.launch import interpreted
 
 from ._suites import Children, Suite
 

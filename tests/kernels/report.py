@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # ttsem runs this file as a script
 
-from fastalex.layers import Conv2dReLU, LRNMaxPool2d, MaxPool2d  # noqa: E402
+from fastalex.model.layers import Conv2dReLU, LRNMaxPool2d, MaxPool2d  # noqa: E402
 from tests.kernels import _alexnet, _oracle  # noqa: E402
 from tests.kernels._suites import TTSEM_PYTHON, missing_ttsem, ttsem_cache  # noqa: E402
 

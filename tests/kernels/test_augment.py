@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalex_kernels as fk
-from fastalex import offline
-from fastalex_kernels._conv2d_arguments import space_to_depth_weight
-from fastalex_kernels._launch import interpreted
+from fastalex.inspection import offline
+from fastalex_kernels.common.launch import interpreted
+from fastalex_kernels.conv2d.arguments import space_to_depth_weight
 
 from . import _augment as augments
 from ._augment import Case, check, make

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import fastalex_kernels as fk
-from fastalex import offline
-from fastalex_kernels import _launch
-from fastalex_kernels._conv2d_weight import _best_split
-from fastalex_kernels._lrn_chunks import _row_split
+from fastalex.inspection import offline
+from fastalex_kernels.common import launch
+from fastalex_kernels.conv2d.weight import _best_split
+from fastalex_kernels.lrn_pool.alexnet import _row_split
 
 from ._oracle import call, conv, linear, lrn, make_inputs, pool, run
 
@@ -29,7 +29,7 @@ ONE_OF_EACH = [
 def test_names() -> None:
     for name in ("auto", "triton", "aten", "interpreter"):
         with fk.backend(name):
-            assert _launch._backend.name == name
+            assert launch._backend.name == name
     with (
         pytest.raises(ValueError, match=r"^backend: expected one of auto, .*, got 'cudnn'$"),
         fk.backend("cudnn"),
@@ -40,9 +40,9 @@ def test_names() -> None:
 def test_blocks_nest_and_end() -> None:
     with fk.backend("aten"):
         with fk.backend("auto"), fk.backend("triton"):
-            assert _launch._backend.name == "triton"
-        assert _launch._backend.name == "aten"
-    assert _launch._backend.name == "auto"
+            assert launch._backend.name == "triton"
+        assert launch._backend.name == "aten"
+    assert launch._backend.name == "auto"
 
 
 def test_an_exception_ends_a_block() -> None:
@@ -50,19 +50,19 @@ def test_an_exception_ends_a_block() -> None:
         raise ZeroDivisionError
     with pytest.raises(ValueError), fk.backend("aten"), fk.backend("nothing"):
         pass
-    assert _launch._backend.name == "auto"
+    assert launch._backend.name == "auto"
 
 
 def test_a_block_is_of_its_thread() -> None:
     seen = []
     with fk.backend("aten"):
-        thread = threading.Thread(target=lambda: seen.append(_launch._backend.name))
+        thread = threading.Thread(target=lambda: seen.append(launch._backend.name))
         thread.start()
         thread.join()
     assert seen == ["auto"]
 
 
-@pytest.mark.skipif(_launch.interpreted(), reason="the kernels are interpreted")
+@pytest.mark.skipif(launch.interpreted(), reason="the kernels are interpreted")
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
 def test_triton_on_a_cpu_says_what_it_needs(case) -> None:
     tensors = make_inputs(case, torch.float32)
@@ -103,7 +103,7 @@ def test_import_asks_no_driver() -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-@pytest.mark.skipif(_launch.interpreted(), reason="the interpreter splits nothing")
+@pytest.mark.skipif(launch.interpreted(), reason="the interpreter splits nothing")
 @pytest.mark.parametrize("search", [_best_split, _row_split])
 def test_how_to_split_is_searched_once_for_each_size(search) -> None:
     def step() -> None:

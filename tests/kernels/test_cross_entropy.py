@@ -10,8 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalex_kernels as fk
-from fastalex import offline
-from fastalex_kernels._launch import interpreted, record_launches
+from fastalex.inspection import offline
+from fastalex_kernels.common.launch import interpreted, record_launches
 from fastalex_kernels.cross_entropy import cross_entropy_forward
 
 from . import _losses as losses

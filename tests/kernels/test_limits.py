@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fastalex_kernels as fk
-from fastalex import offline
-from fastalex_kernels._launch import MOST_COUNTED, interpreted, launch
+from fastalex.inspection import offline
+from fastalex_kernels.common.launch import MOST_COUNTED, interpreted, launch
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="these launches are recorded, not run")
 

@@ -11,10 +11,10 @@ import torch
 import triton
 
 import fastalex_kernels as fk
-from fastalex import offline
-from fastalex.recorded_step import record_step
-from fastalex_kernels._launch import interpreted
-from fastalex_kernels.program import Launch
+from fastalex.inspection import offline
+from fastalex.inspection.record import record_step
+from fastalex_kernels.common.launch import interpreted
+from fastalex_kernels.common.program import Launch
 
 from ._alexnet import NAMES, call
 

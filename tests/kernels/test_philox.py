@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastalex_kernels as fk
-from fastalex_kernels import _philox
+from fastalex_kernels.common import philox
 
 # Counter, key and words of philox4x32 with 10 rounds, from Random123's kat_vectors.
 KNOWN_ANSWERS = [
@@ -37,14 +37,14 @@ def test_published_words(counter, key, words) -> None:
     seed = _signed(key[1] << 32 | key[0])
     c = [torch.tensor([word]) for word in counter]
     for form in (seed, torch.tensor(seed)):
-        assert tuple(int(word) for word in _philox.philox(form, *c)) == words
+        assert tuple(int(word) for word in philox.philox(form, *c)) == words
     negative = [torch.tensor([word - 2**32]) for word in counter]
-    assert tuple(int(word) for word in _philox.philox(seed, *negative)) == words
+    assert tuple(int(word) for word in philox.philox(seed, *negative)) == words
 
 
 def test_words_become_uniform_numbers() -> None:
     ends = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1])
-    numbers = _philox.uniform(ends)
+    numbers = philox.uniform(ends)
     assert numbers.dtype == torch.float32
     assert numbers[[0, 5]].tolist() == [0.0, 0.0]
     assert (numbers >= 0).all()
@@ -54,7 +54,7 @@ def test_words_become_uniform_numbers() -> None:
 
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
 def test_the_share_of_what_is_kept(p: float) -> None:
-    kept = _philox.keep_mask(torch.tensor([5, 6]), 500, 400, p).double()
+    kept = philox.keep_mask(torch.tensor([5, 6]), 500, 400, p).double()
     spread = (p * (1 - p)) ** 0.5
     # Five standard deviations of a mean of n draws: of the whole, of a row, of a column.
     assert abs(float(kept.mean()) - (1 - p)) < 5 * spread / 200_000**0.5
@@ -63,7 +63,7 @@ def test_the_share_of_what_is_kept(p: float) -> None:
 
 
 def test_neighbours_are_independent() -> None:
-    drawn = _philox.keep_mask(torch.tensor([5, 6]), 400, 400, 0.5).double() * 2 - 1
+    drawn = philox.keep_mask(torch.tensor([5, 6]), 400, 400, 0.5).double() * 2 - 1
     bound = 5 / 159_600**0.5
     assert abs(float((drawn[1:] * drawn[:-1]).mean())) < bound
     assert abs(float((drawn[:, 1:] * drawn[:, :-1]).mean())) < bound
@@ -72,15 +72,15 @@ def test_neighbours_are_independent() -> None:
 
 @pytest.mark.parametrize("other", [(6, 6), (5, 7), (5 + 2**32, 6), (5, 6 + 2**32), (-5, 6)])
 def test_every_bit_of_seed_and_offset_counts(other: tuple[int, int]) -> None:
-    one = _philox.keep_mask(torch.tensor([5, 6]), 64, 64, 0.5)
-    two = _philox.keep_mask(torch.tensor(other), 64, 64, 0.5)
+    one = philox.keep_mask(torch.tensor([5, 6]), 64, 64, 0.5)
+    two = philox.keep_mask(torch.tensor(other), 64, 64, 0.5)
     assert 0.4 < (one != two).double().mean() < 0.6
 
 
 def test_a_part_is_that_part_of_the_whole() -> None:
     rng = torch.tensor([-(2**63), 2**63 - 1])
-    whole = _philox.keep_mask(rng, 20, 30, 0.5, 10**6, 10**5)
-    part = _philox.keep_mask(rng, 7, 11, 0.5, 10**6 + 13, 10**5 + 19)
+    whole = philox.keep_mask(rng, 20, 30, 0.5, 10**6, 10**5)
+    part = philox.keep_mask(rng, 7, 11, 0.5, 10**6 + 13, 10**5 + 19)
     assert torch.equal(part, whole[13:, 19:])
 
 
@@ -90,7 +90,7 @@ def test_dropout_alone_has_the_mask_of_the_fused_layer() -> None:
     alone = fk.dropout(x, **arguments)
     fused = fk.linear_relu_dropout(x, torch.eye(12), **arguments)
     torch.testing.assert_close(alone, fused)
-    kept = _philox.keep_mask(arguments["rng"], 9, 12, 0.4, 5, 6)
+    kept = philox.keep_mask(arguments["rng"], 9, 12, 0.4, 5, 6)
     torch.testing.assert_close(alone, torch.where(kept, x / 0.6, torch.zeros(())))
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from fastalex_kernels._launch import record_launches
-from fastalex_kernels.conv2d_relu import conv2d_relu_forward
-from fastalex_kernels.linear_relu_dropout import matmul
-from fastalex_kernels.program import Program
+from fastalex_kernels.common.launch import record_launches
+from fastalex_kernels.common.program import Program
+from fastalex_kernels.conv2d.forward import conv2d_relu_forward
+from fastalex_kernels.linear.forward import matmul
 from tests.training._libcuda import StubDriver
 
 STREAM = 7

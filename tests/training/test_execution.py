@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastalex.config import Settings
-from fastalex.options import parse_arguments
+from fastalex.training.config import Settings
+from fastalex.training.options import parse_arguments
 
 
 @pytest.mark.parametrize(

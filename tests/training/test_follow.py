@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fastalex import AlexNet
 from fastalex.data import Normalization
 from fastalex.data.augment import Augment
-from fastalex.layers import Linear
+from fastalex.model.layers import Linear
 from fastalex.training import TrainStep
 from tests._nets import narrow
 

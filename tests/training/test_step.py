@@ -17,12 +17,12 @@ import fastalex_kernels as kernels
 from fastalex import AlexNet
 from fastalex.data import Normalization
 from fastalex.data.augment import Augment
-from fastalex.layers import Conv2dReLU
-from fastalex.optim import build_optimizer
-from fastalex.parallel import cut_to_tower
+from fastalex.distributed.towers import cut_to_tower
+from fastalex.model.layers import Conv2dReLU
+from fastalex.model.variants import VARIANTS, Variant
 from fastalex.training import TrainStep
+from fastalex.training.optim import build_optimizer
 from fastalex.training.step import Tricks
-from fastalex.variants import VARIANTS, Variant
 from tests._nets import narrow
 
 from ._towers import PairExchange, run_towers
@@ -201,8 +201,8 @@ def test_two_towers_train_as_one_process(backend: str) -> None:
 
 def test_what_needs_no_answer_runs_while_halves_are_exchanged() -> None:
     """Recorded for a GPU: between start and wait of a transfer there are launches."""
-    from fastalex.exchange import LoopbackExchange
-    from fastalex_kernels._launch import record_launches
+    from fastalex.distributed.exchange import LoopbackExchange
+    from fastalex_kernels.common.launch import record_launches
 
     model = AlexNet(CLASSES)
     cut_to_tower(model, LoopbackExchange())

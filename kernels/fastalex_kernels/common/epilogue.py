@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels import _philox
-from fastalex_kernels._launch import interpreted, launch
+from fastalex_kernels.common import philox
+from fastalex_kernels.common.launch import interpreted, launch
 
 _PROGRAMS = 512  # at most this many row chunks, so that the second stage stays short
 
@@ -59,7 +59,7 @@ def _epilogue_bwd_kernel(
             y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
             dz = tl.where(y <= 0, 0.0, dz)  # a NaN hands its gradient on, as in torch
         if PHILOX:
-            kept = _philox.keep(
+            kept = philox.keep(
                 rng_ptr, (offs_m + row_offset)[:, None], (offs_n + feature_offset)[None, :], p
             )
             dz = tl.where(kept, dz, 0.0)

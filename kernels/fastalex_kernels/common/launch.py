@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from fastalex_kernels._tuned import tuned_tile
+from fastalex_kernels.common.tuned import tuned_tile
 
 BACKENDS = ("auto", "triton", "aten", "interpreter")
 TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from triton.runtime.driver import driver
 
-from fastalex_kernels import _launch
+from fastalex_kernels.common.launch import collecting, execute
 
 Run = Callable[[int], object]  # with the handle of a stream, 0 where there is none
 
@@ -99,7 +99,7 @@ class Launch:
 
     def _launch(self, stream: int) -> None:
         assert self.grid is not None
-        self.bind(_launch.execute(self.kernel, self.grid, tuple(self.arguments), self.options))
+        self.bind(execute(self.kernel, self.grid, tuple(self.arguments), self.options))
 
     def _call(self, stream: int) -> None:
         self.kernel(*self.arguments, **self.options)
@@ -158,7 +158,7 @@ class Program:
     @contextlib.contextmanager
     def recording(self) -> Iterator[Program]:
         """Collect what runs inside the ``with`` block."""
-        with _launch.collecting(self):
+        with collecting(self):
             yield self
         for launch in self.launches:
             for index, argument in enumerate(launch.arguments):
@@ -177,7 +177,7 @@ class Program:
     def launch(
         self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Run a launch and add it; see ``_launch.launch``."""
+        """Run a launch and add it; see ``launch.launch``."""
         self.launches.append(Launch.of(*self._at, kernel, grid, args, kwargs))
         self.launches[-1].run(0)
 

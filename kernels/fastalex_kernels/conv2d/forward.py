@@ -29,18 +29,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex_kernels import _aten
-from fastalex_kernels._conv2d_arguments import (
-    Padding,
-    check,
-    space_to_depth,
-    space_to_depth_weight,
-    spell_out,
-)
-from fastalex_kernels._conv2d_tiles import halved_warps, row_blocks, split_channels, tma_fits
-from fastalex_kernels._conv2d_weight import conv2d_relu_backward_weight
-from fastalex_kernels._epilogue import epilogue_backward
-from fastalex_kernels._launch import (
+from fastalex_kernels import aten
+from fastalex_kernels.common.epilogue import epilogue_backward
+from fastalex_kernels.common.launch import (
     TRITON,
     autocast,
     cut,
@@ -53,8 +44,17 @@ from fastalex_kernels._launch import (
     tile_entry,
     use_triton,
 )
-from fastalex_kernels._layout import as_hwnc, empty_nchw, hwnc_strided
-from fastalex_kernels._reduce import fold, sum_partials
+from fastalex_kernels.common.layout import as_hwnc, empty_nchw, hwnc_strided
+from fastalex_kernels.common.reduce import fold, sum_partials
+from fastalex_kernels.conv2d.arguments import (
+    Padding,
+    check,
+    space_to_depth,
+    space_to_depth_weight,
+    spell_out,
+)
+from fastalex_kernels.conv2d.tiles import halved_warps, row_blocks, split_channels, tma_fits
+from fastalex_kernels.conv2d.weight import conv2d_relu_backward_weight
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width, cut to the layer.
 # What bounds the stages is shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on
@@ -638,7 +638,7 @@ def conv2d_relu(
     input, weight, bias = autocast(input, weight, bias)
     check(input, weight, bias, sides, groups)
     if not use_triton(input):
-        return _aten.conv2d_relu(input, weight, bias, strides, sides, groups, relu)
+        return aten.conv2d_relu(input, weight, bias, strides, sides, groups, relu)
     dtype = input.dtype
     input, weight, bias = interpretable(input, weight, bias)
     if strides != (1, 1):

@@ -7,7 +7,7 @@ import math
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex_kernels._launch import aligned, cut, has_tma
+from fastalex_kernels.common.launch import aligned, cut, has_tma
 
 
 def halved_warps(warps: int, block_m: int, block_n: int, bits: int) -> int:

@@ -23,9 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels._conv2d_arguments import Padding
-from fastalex_kernels._conv2d_tiles import halved_warps, row_blocks, split_channels, tma_fits
-from fastalex_kernels._launch import (
+from fastalex_kernels.common.launch import (
     PROCESSORS,
     cut,
     dot_precision,
@@ -34,6 +32,8 @@ from fastalex_kernels._launch import (
     tile_entry,
     tuned,
 )
+from fastalex_kernels.conv2d.arguments import Padding
+from fastalex_kernels.conv2d.tiles import halved_warps, row_blocks, split_channels, tma_fits
 
 # The weight gradient's M is input channels, its K is rows.
 _WEIGHT_TILES = {

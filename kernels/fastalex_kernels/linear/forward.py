@@ -24,9 +24,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels import _aten, _philox
-from fastalex_kernels._epilogue import epilogue_backward
-from fastalex_kernels._launch import (
+from fastalex_kernels import aten
+from fastalex_kernels.common import philox
+from fastalex_kernels.common.epilogue import epilogue_backward
+from fastalex_kernels.common.launch import (
     autocast,
     check_floating,
     check_like,
@@ -40,8 +41,8 @@ from fastalex_kernels._launch import (
     tuned,
     use_triton,
 )
-from fastalex_kernels._product import operands, product
-from fastalex_kernels._reduce import sum_partials
+from fastalex_kernels.common.reduce import sum_partials
+from fastalex_kernels.linear.product import operands, product
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
 _TILES = {
@@ -90,7 +91,7 @@ def _finish(
     acc *= scale
     if DROPOUT:
         feature = tl.program_id(0) * acc.shape[1] + feature_offset
-        acc = _philox.drop(acc, rng_ptr, offs_m + row_offset, feature, p)
+        acc = philox.drop(acc, rng_ptr, offs_m + row_offset, feature, p)
     return acc
 
 
@@ -558,7 +559,7 @@ def linear_relu_dropout(
         rng = draw_rng(input.device)
     arguments = (p, relu, rng, row_offset, feature_offset)
     if not use_triton(input):
-        return _aten.linear_relu_dropout(input, weight, bias, *arguments)
+        return aten.linear_relu_dropout(input, weight, bias, *arguments)
     dtype = input.dtype
     input, weight, bias = interpretable(input, weight, bias)
     output: torch.Tensor = _linear_relu_dropout(input, weight, bias, *arguments)
@@ -581,4 +582,4 @@ def dropout(
     if not training or p == 0:
         return input
     rng = draw_rng(input.device) if rng is None else rng
-    return _aten.dropout(input, p, rng, row_offset, feature_offset)
+    return aten.dropout(input, p, rng, row_offset, feature_offset)

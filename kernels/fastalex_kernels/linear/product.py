@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex_kernels._launch import aligned, dot_precision, has_tma
+from fastalex_kernels.common.launch import aligned, dot_precision, has_tma
 
 
 @triton.jit

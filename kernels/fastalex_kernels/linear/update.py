@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels._launch import cut, launch, tile_entry
-from fastalex_kernels._product import operands, product
+from fastalex_kernels.common.launch import cut, launch, tile_entry
+from fastalex_kernels.linear.product import operands, product
 from fastalex_kernels.momentum import MomentumUpdate, momentum_step, update_by
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.

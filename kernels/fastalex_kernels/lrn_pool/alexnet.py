@@ -32,7 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels._launch import MOST_COUNTED, PROCESSORS, aligned, launch, target, tuned
+from fastalex_kernels.common.launch import MOST_COUNTED, PROCESSORS, aligned, launch, target, tuned
 
 CHUNK = 8  # channels
 # What a program holds unless a table of ``fastalex.tune`` says otherwise.

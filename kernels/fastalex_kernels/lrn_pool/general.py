@@ -28,9 +28,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels import _aten, _lrn_chunks
-from fastalex_kernels._epilogue import epilogue_backward
-from fastalex_kernels._launch import (
+from fastalex_kernels import aten
+from fastalex_kernels.common.epilogue import epilogue_backward
+from fastalex_kernels.common.launch import (
     check_floating,
     interpretable,
     interpreted,
@@ -39,9 +39,10 @@ from fastalex_kernels._launch import (
     tuned,
     use_triton,
 )
-from fastalex_kernels._layout import as_hwnc, as_nchw, empty_nchw, hwnc_strided
-from fastalex_kernels._lrn_chunks import Norm, Window
-from fastalex_kernels._reduce import fold
+from fastalex_kernels.common.layout import as_hwnc, as_nchw, empty_nchw, hwnc_strided
+from fastalex_kernels.common.reduce import fold
+from fastalex_kernels.lrn_pool import alexnet
+from fastalex_kernels.lrn_pool.alexnet import Norm, Window
 
 MAX_KERNEL_SIZE = 15  # the position of a maximum is one byte
 MAX_CHANNELS = 4096  # of one group: they share a program
@@ -256,8 +257,8 @@ def lrn_max_pool2d_forward(
     output = empty_nchw(x, (N, GC, P, Q))
     y = as_hwnc(output)
     argmax = torch.empty_like(y, dtype=torch.uint8) if save else x.new_empty(0, dtype=torch.uint8)
-    if norm is not None and _lrn_chunks.fits(x, norm, groups, window):
-        _lrn_chunks.forward(x, y, argmax, norm, groups, save)
+    if norm is not None and alexnet.fits(x, norm, groups, window):
+        alexnet.forward(x, y, argmax, norm, groups, save)
         return output, argmax
     sizes = (N, H, W, P, Q, GC, groups, *window, int(norm is not None))
     blocks = _blocks(x, Q * N, GC // groups, 4, "pool forward", *sizes)
@@ -290,8 +291,8 @@ def lrn_max_pool2d_backward(
     (P, Q, N, GC), (H, W) = dy.shape, size
     result = empty_nchw(dy, (N, GC, H, W))
     dx = as_hwnc(result)
-    if norm is not None and x is not None and _lrn_chunks.fits(x, norm, groups, window):
-        sums = _lrn_chunks.backward(x, dy, argmax, dx, norm, groups, mask)
+    if norm is not None and x is not None and alexnet.fits(x, norm, groups, window):
+        sums = alexnet.backward(x, dy, argmax, dx, norm, groups, mask)
         if mask and sums is None:  # a program holds less than an image: a pass of its own
             rows = (-1, GC)
             flat, sums = epilogue_backward(dx.view(rows), x.reshape(rows), need_sums=True)
@@ -479,7 +480,7 @@ def lrn_max_pool2d(
     pooled = _check_window(input, kernel_size, stride, ceil_mode)
     _check_lrn(input, size, alpha, beta, k, groups)
     if not use_triton(input) or input.shape[1] // groups > MAX_CHANNELS:
-        return _aten.lrn_max_pool2d(
+        return aten.lrn_max_pool2d(
             input, size, alpha, beta, k, groups, kernel_size, stride, ceil_mode
         )
     norm = Norm(size, alpha / size, beta, k, signed)
@@ -504,7 +505,7 @@ def max_pool2d(
     """
     pooled = _check_window(input, kernel_size, stride, ceil_mode)
     if not use_triton(input):
-        return _aten.max_pool2d(input, kernel_size, stride, ceil_mode)
+        return aten.max_pool2d(input, kernel_size, stride, ceil_mode)
     return _apply(input, None, channel_groups(input.shape[1]), kernel_size, stride, pooled)
 
 

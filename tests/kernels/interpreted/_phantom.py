@@ -14,7 +14,7 @@ import torch
 import triton.runtime.interpreter as interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex_kernels.program import Launch
+from fastalex_kernels.common.program import Launch
 
 from ._observe import Program, observe
 

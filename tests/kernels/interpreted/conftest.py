@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from fastalex_kernels._launch import record_launches
+from fastalex_kernels.common.launch import record_launches
 
 from ._observe import observe
 from ._strict import Strict

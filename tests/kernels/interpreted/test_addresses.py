@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 
 import fastalex_kernels as fk
-from fastalex.offline import record
-from fastalex.recorded_step import record_step
-from fastalex_kernels._launch import MOST_COUNTED
+from fastalex.inspection.offline import record
+from fastalex.inspection.record import record_step
+from fastalex_kernels.common.launch import MOST_COUNTED
+from fastalex_kernels.common.program import Launch
 from fastalex_kernels.cross_entropy import cross_entropy_forward
-from fastalex_kernels.program import Launch
 
 from .._alexnet import NAMES
 from ._phantom import run_corners

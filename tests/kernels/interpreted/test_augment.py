@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastalex_kernels as fk
-from fastalex_kernels._conv2d_arguments import space_to_depth_weight
-from fastalex_kernels._layout import as_hwnc
+from fastalex_kernels.common.layout import as_hwnc
+from fastalex_kernels.conv2d.arguments import space_to_depth_weight
 
 from .. import _augment as augments
 from .._augment import Case, check, make

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels import _philox
+from fastalex_kernels.common import philox
 
 SEEDS = [0, 1, -1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, -(2**63), 0x123456789ABCDEF, -987654321987]
 BLOCK = 1024
@@ -38,7 +38,7 @@ def _rand_kernel(rng_ptr, first, out_ptr, BLOCK: tl.constexpr):
 def _keep_kernel(rng_ptr, out_ptr, row_offset, feature_offset, p, M: tl.constexpr, N: tl.constexpr):
     row = tl.arange(0, M)[:, None]
     feature = tl.arange(0, N)[None, :]
-    kept = _philox.keep(rng_ptr, row + row_offset, feature + feature_offset, p)
+    kept = philox.keep(rng_ptr, row + row_offset, feature + feature_offset, p)
     tl.store(out_ptr + row * N + feature, kept.to(tl.uint8))
 
 
@@ -46,7 +46,7 @@ def _keep_kernel(rng_ptr, out_ptr, row_offset, feature_offset, p, M: tl.constexp
 def _drop_kernel(rng_ptr, x_ptr, row_offset, feature_offset, p, M: tl.constexpr, N: tl.constexpr):
     row = tl.arange(0, M)
     ptrs = x_ptr + row[:, None] * N + tl.arange(0, N)[None, :]
-    x = _philox.drop(tl.load(ptrs), rng_ptr, row + row_offset, feature_offset, p)
+    x = philox.drop(tl.load(ptrs), rng_ptr, row + row_offset, feature_offset, p)
     tl.store(ptrs, x)
 
 
@@ -57,8 +57,8 @@ def test_words(seed: int) -> None:
     counters[:, :2] = torch.tensor([0, -1])
     words = torch.empty(4, BLOCK, dtype=torch.int64)
     _philox_kernel[(1,)](torch.tensor([seed, 0]), counters, words, BLOCK=BLOCK)
-    assert torch.equal(torch.stack(_philox.philox(seed, *counters)), words)
-    assert torch.equal(torch.stack(_philox.philox(torch.tensor(seed), *counters)), words)
+    assert torch.equal(torch.stack(philox.philox(seed, *counters)), words)
+    assert torch.equal(torch.stack(philox.philox(torch.tensor(seed), *counters)), words)
     assert words.unique().numel() > 4000
 
 
@@ -67,7 +67,7 @@ def test_words(seed: int) -> None:
 def test_uniform_numbers(seed: int, first: int) -> None:
     out = torch.empty(BLOCK)
     _rand_kernel[(1,)](torch.tensor([seed, 0]), first, out, BLOCK=BLOCK)
-    ours = _philox.rand(seed, torch.arange(first, first + BLOCK))
+    ours = philox.rand(seed, torch.arange(first, first + BLOCK))
     assert torch.equal(ours, out)
     assert ours.dtype == torch.float32
     assert ours.min() >= 0
@@ -80,13 +80,13 @@ def test_uniform_numbers(seed: int, first: int) -> None:
 def test_the_mask_of_dropout(seed: int, offset: int, first: tuple[int, int]) -> None:
     rng, kept = torch.tensor([seed, offset]), torch.empty(16, 32, dtype=torch.uint8)
     _keep_kernel[(1,)](rng, kept, *first, 0.3, M=16, N=32)
-    assert torch.equal(_philox.keep_mask(rng, 16, 32, 0.3, *first), kept.bool())
+    assert torch.equal(philox.keep_mask(rng, 16, 32, 0.3, *first), kept.bool())
 
 
 @pytest.mark.parametrize("shape", [(16, 32), (256, 32), (16, 64), (128, 64), (64, 256)], ids=str)
 def test_a_block_is_dropped_by_the_mask(shape: tuple[int, int]) -> None:
     rng, first = torch.tensor([-5, 3 << 40]), (2**31 - 256, 100)
     x = torch.arange(1.0, 1 + shape[0] * shape[1]).view(shape)
-    expected = torch.where(_philox.keep_mask(rng, *shape, 0.3, *first), x, 0.0)
+    expected = torch.where(philox.keep_mask(rng, *shape, 0.3, *first), x, 0.0)
     _drop_kernel[(1,)](rng, x, *first, 0.3, M=shape[0], N=shape[1])
     assert torch.equal(x, expected)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from fastalex_kernels import reference
-from fastalex_kernels._layout import as_hwnc
-from fastalex_kernels._lrn_chunks import Norm, Window
-from fastalex_kernels._reduce import fold
-from fastalex_kernels.conv2d_relu import conv2d_relu_backward_input, pack_weight
-from fastalex_kernels.linear_relu_dropout import HalvedProduct, matmul
-from fastalex_kernels.lrn_max_pool2d import lrn_max_pool2d_backward, lrn_max_pool2d_forward
+from fastalex_kernels.common.layout import as_hwnc
+from fastalex_kernels.common.reduce import fold
+from fastalex_kernels.conv2d.forward import conv2d_relu_backward_input, pack_weight
+from fastalex_kernels.linear.forward import HalvedProduct, matmul
+from fastalex_kernels.lrn_pool.alexnet import Norm, Window
+from fastalex_kernels.lrn_pool.general import lrn_max_pool2d_backward, lrn_max_pool2d_forward
 from fastalex_kernels.reference import relative_error, tolerance
 
 from .conftest import RealTiles

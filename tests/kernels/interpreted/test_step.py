@@ -7,8 +7,8 @@ import torch
 
 import fastalex_kernels as kernels
 from fastalex.data.augment import Augment
-from fastalex.optim import build_optimizer
 from fastalex.training import TrainStep
+from fastalex.training.optim import build_optimizer
 from tests.training.test_step import NORMAL, SIDE, bare, make_net, pixels, result_of
 
 from .conftest import RealTiles

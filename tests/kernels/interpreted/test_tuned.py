@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastalex.tuning_candidates import candidates
-from fastalex_kernels import _launch, _lrn_chunks, _tuned, reference
-from fastalex_kernels._launch import record_launches
-from fastalex_kernels._lrn_chunks import Norm
-from fastalex_kernels.linear_relu_dropout import HalvedProduct
+from fastalex.tuning.candidates import candidates
+from fastalex_kernels import reference
+from fastalex_kernels.common import launch, tuned
+from fastalex_kernels.common.launch import record_launches
+from fastalex_kernels.linear.forward import HalvedProduct
+from fastalex_kernels.lrn_pool import alexnet
+from fastalex_kernels.lrn_pool.alexnet import Norm
 from fastalex_kernels.reference import TOLERANCES, relative_error, tolerance
 
 from .._oracle import Case, check, conv, linear, lrn, make_inputs, pool, run
@@ -36,18 +38,18 @@ KINDS = {
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the table is read from by launches that are recorded, as by those on a GPU."""
     path = tmp_path / "tiles.json"
-    monkeypatch.setenv(_tuned.VARIABLE, str(path))
-    monkeypatch.setattr(_launch, "_device_name", lambda device: GPU)
-    _tuned._table.cache_clear()
+    monkeypatch.setenv(tuned.VARIABLE, str(path))
+    monkeypatch.setattr(launch, "_device_name", lambda device: GPU)
+    tuned._table.cache_clear()
     yield path
-    _tuned._table.cache_clear()
+    tuned._table.cache_clear()
 
 
-def _write(path: Path, key: _tuned.Key, tile: _tuned.Tile) -> None:
+def _write(path: Path, key: tuned.Key, tile: tuned.Tile) -> None:
     kernel, kind, sizes = key
     entry = {"kernel": kernel, "kind": kind, "sizes": sizes, "tile": tile}
-    path.write_text(json.dumps({"timed": True, **_tuned.identity(GPU), "tiles": [entry]}))
-    _tuned._table.cache_clear()
+    path.write_text(json.dumps({"timed": True, **tuned.identity(GPU), "tiles": [entry]}))
+    tuned._table.cache_clear()
 
 
 def _launched(case: Case) -> list[Any]:
@@ -62,10 +64,10 @@ def _launched(case: Case) -> list[Any]:
     return made
 
 
-def _problem(case: Case, kernel: str) -> tuple[_tuned.Key, _tuned.Tile]:
+def _problem(case: Case, kernel: str) -> tuple[tuned.Key, tuned.Tile]:
     """The first problem of ``kernel`` that a case poses, and what is taken for it."""
-    posed: dict[_tuned.Key, _tuned.Tile] = {}
-    with _tuned.choosing(lambda key, own: posed.setdefault(key, own)):
+    posed: dict[tuned.Key, tuned.Tile] = {}
+    with tuned.choosing(lambda key, own: posed.setdefault(key, own)):
         _launched(case)
     return next((key, own) for key, own in posed.items() if key[0] == kernel)
 
@@ -77,7 +79,7 @@ def test_every_candidate_is_launched_and_right(
     case = KINDS[kernel]
     with real_tiles(TARGET):
         key, own = _problem(case, kernel)
-        assert len(own) == len(_tuned.FIELDS[kernel])
+        assert len(own) == len(tuned.FIELDS[kernel])
         _write(table, key, own)
         seen = [_launched(case)]
         first, *tried = dict.fromkeys(candidates(key, own, TARGET, 16, 1 << 20))
@@ -107,8 +109,8 @@ def test_parts_of_a_half(real_tiles: RealTiles, table: Path, strict: Strict) -> 
         return product.finish(bias=b, relu=True)
 
     with real_tiles(TARGET):
-        looked_up: dict[_tuned.Key, _tuned.Tile] = {}
-        with _tuned.choosing(lambda key, own: looked_up.setdefault(key, own)):
+        looked_up: dict[tuned.Key, tuned.Tile] = {}
+        with tuned.choosing(lambda key, own: looked_up.setdefault(key, own)):
             made(0)
         ((key, own),) = (x for x in looked_up.items() if x[0][0] == "linear half parts")
         first, *tried = dict.fromkeys(candidates(key, own, TARGET, 16, 0))
@@ -140,7 +142,7 @@ def test_sums_of_a_masked_gradient_in_other_chunks(
         _write(table, ("lrn backward", "float16", sizes), tile)
         dx = torch.empty_like(x)
         with real_tiles(TARGET):
-            sums = _lrn_chunks.backward(x, dy, argmax, dx, norm, groups=1, mask=True)
+            sums = alexnet.backward(x, dy, argmax, dx, norm, groups=1, mask=True)
         assert sums is not None
         assert len(sums) == -(-images // tile[0]) * 2 * (2 // tile[1])
         made.append((dx, sums.sum(0)))

@@ -11,8 +11,8 @@ import fastalex
 import fastalex_kernels as kernels
 from fastalex.data import Normalization
 from fastalex.data.augment import Augment
-from fastalex.optim import build_optimizer
 from fastalex.training import TrainStep
+from fastalex.training.optim import build_optimizer
 from fastalex.training.step import Tricks
 from tests._nets import narrow
 

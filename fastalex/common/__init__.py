@@ -1,0 +1,1 @@
+"""Files, command lines, signals, timing and provenance: what every room uses."""

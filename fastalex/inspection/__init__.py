@@ -1,0 +1,1 @@
+"""What a training step is on a GPU that is not here: launches, machine code, cost."""

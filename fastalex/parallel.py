@@ -1,0 +1,5 @@
+"""One net over several processes."""
+
+from fastalex.distributed.towers import parallelize
+
+__all__ = ["parallelize"]

@@ -1,0 +1,6 @@
+"""``python -m fastalex.tune``."""
+
+from fastalex.tuning.tune import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

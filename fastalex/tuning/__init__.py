@@ -1,0 +1,1 @@
+"""What a launch takes on the GPU that is here: profiler and autotuner."""

@@ -1,0 +1,1 @@
+"""What every kernel is made with: launch, backend, layout, random numbers, reductions, tiles."""

@@ -1,0 +1,1 @@
+"""Response normalisation + max-pooling."""
