@@ -12,8 +12,7 @@ import torch.nn.functional as F
 import fastalex
 import fastalex_kernels as fk
 from fastalex_kernels.common.launch import record_launches
-
-from ._nets import narrow
+from tests._nets import narrow
 
 NARROW = [torch.bfloat16, torch.float16]
 ROUNDING = {torch.bfloat16: 8e-3, torch.float16: 1e-3}  # of one result, as everywhere in the tests

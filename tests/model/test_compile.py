@@ -18,8 +18,7 @@ import fastalex_kernels as fk
 from fastalex.model.layers import Conv2dReLU, Linear, LinearReLUDropout, LRNMaxPool2d
 from fastalex.model.variants import VARIANTS
 from fastalex_kernels.common.launch import record_launches
-
-from ._nets import narrow
+from tests._nets import narrow
 
 Net = Callable[[torch.Tensor], torch.Tensor]
 Launches = list[tuple[str, tuple[int, ...]]]
