@@ -4,7 +4,7 @@ Every launch of a training step is held to the bars, for two GPUs, one GPU and a
 batches. What does not hold today stands in ``MISSED``, with its figure and the reason: such a test
 must fail, so that an entry whose kernel was mended has to be taken out.
 
-``python -m tests.inspection.test_roofline_bars`` prints what is missed now, in the form of the table.
+``python -m tests.inspection.test_roofline_bars`` prints what is missed now, as rows of the table.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from ._towers import PairExchange, run_towers
 CPU = torch.device("cpu")
 CLASSES, BATCH, SIDE = 10, 4, 67
 NORMAL = Normalization((127.0,) * 3, (74.0,) * 3)
-INTERPRETED = pytest.param("interpreter", marks=pytest.mark.kernels)
+INTERPRETED = pytest.param("interpreter", marks=pytest.mark.interpreted)
 BACKENDS = ["aten", INTERPRETED]
 
 
@@ -120,7 +120,7 @@ def test_trains_as_autograd_and_the_optimizer_do(variant: str) -> None:
     compare(one, other, losses=1e-4, weights=1e-4)
 
 
-@pytest.mark.kernels
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("variant", "rule"),
     [
@@ -278,7 +278,7 @@ def attributes_watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield found
 
 
-@pytest.mark.kernels
+@pytest.mark.interpreted
 def test_nothing_travels_on_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_net(bare("paper"))
     with attributes_watched(monkeypatch) as found, kernels.backend("interpreter"):
