@@ -12,6 +12,7 @@ from typing import Any
 from fastalex._version import __version__
 from fastalex.common.command_line import Parser, whole_number
 from fastalex.data.augment import AUGMENTATIONS, COLOR_NOISES
+from fastalex.data.base import MAX_IMAGE_SIZE
 from fastalex.data.normalization import NORMALIZATIONS
 from fastalex.model import ablations
 from fastalex.model.variants import VARIANTS
@@ -110,7 +111,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--image-size",
-        type=whole_number(1),
+        type=whole_number(1, MAX_IMAGE_SIZE),
         metavar="PIXELS",
         help=f"side of the images the net gets ({_by_data('image_size')})",
     )
