@@ -3,14 +3,14 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastalex.data.base import Batch, DataError, ImageSource
+from fastalex.data.base import DataError, ImageSource
 from fastalex.data.folder import FolderImages
 from fastalex.data.normalization import MeanImage, Normalization
 from fastalex.data.packed import PackedImages
 from fastalex.data.synthetic import TRAIN_COUNT, VAL_COUNT, SyntheticImages
 
 if TYPE_CHECKING:
-    from fastalex.data.batches import Batches, decode_size
+    from fastalex.data.batches import Batch, Batches, Share, Transform, decode_size
     from fastalex.data.sources import color_noise, mean_image, open_sources
 
 __all__ = [
@@ -24,7 +24,9 @@ __all__ = [
     "MeanImage",
     "Normalization",
     "PackedImages",
+    "Share",
     "SyntheticImages",
+    "Transform",
     "color_noise",
     "decode_size",
     "mean_image",
@@ -33,7 +35,10 @@ __all__ = [
 
 # These need torch, without which a process that packs images starts.
 _WITH_TORCH = {
+    "Batch": "batches",
     "Batches": "batches",
+    "Share": "batches",
+    "Transform": "batches",
     "decode_size": "batches",
     "color_noise": "sources",
     "mean_image": "sources",

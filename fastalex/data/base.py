@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,16 +17,12 @@ from PIL import Image
 
 from fastalex.data.fingerprint import Contents
 
-if TYPE_CHECKING:
-    import torch
-
 Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
+R = TypeVar("R")
 
 CACHE_BYTES = 1 << 30  # decoded images that one source may keep in memory
 MAX_IMAGE_SIZE = 2048  # largest side in pixels of the images that a net gets
-
-
 _PAUSES = (0.1, 1.0, 5.0)  # seconds
 _MAY_PASS = frozenset(
     {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
@@ -88,56 +86,6 @@ class ImageSource(Protocol):
         """
         ...
 
-    def fingerprint(self) -> str:
-        """SHA-256 of ``contents``, hexadecimal: equal where each index names the same image."""
-        ...
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images as bytes and what augmentation is to do to them, drawn on the CPU.
-
-    Attributes:
-        images: uint8 [n, D, D, 3], RGB; page-locked where there is a GPU.
-        labels: int64 [n].
-        indices: int64 [n], which samples of the source these are; always on the CPU.
-        tops, lefts: int32 [n], the first row and column of each crop.
-        mirrors: bool [n], which crops are mirrored left to right.
-        colors: float32 [n, 3], what is added to the pixels of each image, 0 to 255; or None.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    indices: torch.Tensor
-    tops: torch.Tensor
-    lefts: torch.Tensor
-    mirrors: torch.Tensor
-    colors: torch.Tensor | None = None
-
-    @property
-    def pixels(self) -> tuple[torch.Tensor, ...]:
-        """What ``fastalex.data.augment.Augment`` is called with."""
-        drawn = (self.images, self.tops, self.lefts, self.mirrors)
-        return drawn if self.colors is None else (*drawn, self.colors)
-
-    def empty(self, device: torch.device) -> Batch:
-        """Memory on ``device`` for a batch of this one's shapes."""
-        import torch
-
-        return replace(self, **{n: torch.empty_like(x, device=device) for n, x in self._moved()})
-
-    def copy_to(self, place: Batch) -> Batch:
-        """This batch, copied into the memory of ``place``.
-
-        The host does not wait for the copy of page-locked memory.
-        """
-        for name, x in self._moved():
-            getattr(place, name).copy_(x, non_blocking=True)
-        return replace(place, indices=self.indices)
-
-    def _moved(self) -> list[tuple[str, torch.Tensor]]:
-        return [(n, x) for n, x in vars(self).items() if x is not None and n != "indices"]
-
 
 class ImageCache:
     """Decoded images kept in memory, by index and size, up to a number of bytes."""
@@ -168,3 +116,47 @@ class ImageCache:
                     np.zeros(kept, np.bool_),
                 )
             return self._sizes[size]
+
+
+def map_ahead(
+    function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int
+) -> Iterator[R]:
+    """``map(function, items)``, in order, by ``workers`` threads and up to ``ahead`` items early.
+
+    An exception of ``function`` is raised here, at its item's turn. However the iteration ends (at
+    the last item, by an exception, by Ctrl-C, or dropped half-way), work not begun is cancelled
+    and the threads have ended when this returns.
+
+    Args:
+        function: called once for each item; must be safe to call from several threads.
+        items: what to map; drawn from no further than ``ahead`` items before they are needed.
+        workers: number of threads; 0 calls ``function`` here, when its result is asked for.
+        ahead: how many items may be under way or waiting to be taken.
+    """
+    if workers == 0:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(workers, "fastalex-data", _take_device, _device())
+    pending: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _device() -> tuple[int, ...]:
+    """The GPU of this thread, of which a process knows only if it uses one; empty where none."""
+    torch: Any = sys.modules.get("torch")  # packing does without it
+    used = torch is not None and torch.cuda.is_initialized()
+    return (torch.cuda.current_device(),) if used else ()
+
+
+def _take_device(*device: int) -> None:
+    """Use the GPU that the thread uses which started this one, not the first."""
+    if device:
+        sys.modules["torch"].cuda.set_device(device[0])

@@ -7,28 +7,106 @@ on changes what is seen. Batches are bytes; the device augments them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastalex.data import resized_crop
-from fastalex.data.augment import AUGMENTATIONS, PUBLISHED_NOISE, Augment, ColorNoise
-from fastalex.data.background import map_ahead
-from fastalex.data.base import Batch, DataError, ImageSource, Pixels
+from fastalex.data.augment import (
+    AUGMENTATIONS,
+    BOX_WORDS,
+    PUBLISHED_NOISE,
+    Augment,
+    ColorNoise,
+    resized_crop,
+)
+from fastalex.data.base import DataError, ImageSource, Pixels, map_ahead
 from fastalex.data.normalization import Normalization
-from fastalex.data.pixels import load_pixels
 
 _ORDER, _CROPS, _COLORS, _BOXES = 0, 1, 2, 3  # the streams of an epoch
 _CROP_WORDS = 3  # random 64-bit words for a sample: top, left, mirror
 _COLOR_WORDS = 4
-_BOX_COUNTERS = -(-resized_crop.WORDS // 4)  # Philox makes four words of each count
+_BOX_COUNTERS = -(-BOX_WORDS // 4)  # Philox makes four words of each count
 
 
 def decode_size(image_size: int) -> int:
     """Side at which images are decoded for a net of ``image_size``: 256 for 224 (P§2, P§4.1)."""
     return round(image_size * 256 / 224)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images as bytes and what augmentation is to do to them, drawn on the CPU.
+
+    Attributes:
+        images: uint8 [n, D, D, 3], RGB; page-locked where there is a GPU.
+        labels: int64 [n].
+        indices: int64 [n], which samples of the source these are; always on the CPU.
+        tops, lefts: int32 [n], the first row and column of each crop.
+        mirrors: bool [n], which crops are mirrored left to right.
+        colors: float32 [n, 3], what is added to the pixels of each image, 0 to 255; or None.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+    tops: torch.Tensor
+    lefts: torch.Tensor
+    mirrors: torch.Tensor
+    colors: torch.Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What ``fastalex.data.augment.Augment`` is called with."""
+        drawn = (self.images, self.tops, self.lefts, self.mirrors)
+        return drawn if self.colors is None else (*drawn, self.colors)
+
+    def empty(self, device: torch.device) -> Batch:
+        """Memory on ``device`` for a batch of this one's shapes."""
+        return replace(self, **{n: torch.empty_like(x, device=device) for n, x in self._moved()})
+
+    def copy_to(self, place: Batch) -> Batch:
+        """This batch, copied into the memory of ``place``.
+
+        The host does not wait for the copy of page-locked memory.
+        """
+        for name, x in self._moved():
+            getattr(place, name).copy_(x, non_blocking=True)
+        return replace(place, indices=self.indices)
+
+    def _moved(self) -> list[tuple[str, torch.Tensor]]:
+        return [(n, x) for n, x in vars(self).items() if x is not None and n != "indices"]
+
+
+class Transform(NamedTuple):
+    """What becomes of an image on its way to the net.
+
+    Attributes:
+        image_size: side in pixels of the images the net gets.
+        normalization: of the pixels.
+        augmentation: of training, one of ``fastalex.data.augment.AUGMENTATIONS``.
+        noise: of the colours, where ``augmentation`` has any.
+        device: where batches are augmented; None is the CPU.
+    """
+
+    image_size: int
+    normalization: Normalization
+    augmentation: str = "crop"
+    noise: ColorNoise = PUBLISHED_NOISE
+    device: torch.device | None = None
+
+
+class Share(NamedTuple):
+    """Which part of each batch a replica gets: ``rank`` of ``replicas``."""
+
+    rank: int = 0
+    replicas: int = 1
+
+
+WHOLE = Share()
 
 
 class Batches:
@@ -50,19 +128,14 @@ class Batches:
     Args:
         source: where the images come from.
         batch_size: samples in a batch, over all replicas.
-        image_size: side in pixels of the images the net gets.
-        mean_std: how pixels are normalised.
+        transform: what becomes of an image.
         seed: with the epoch, decides order, crops and mirrors of training; not negative.
         train: training or validation, as above.
-        rank: this replica's number.
-        replicas: how many share each batch; must divide ``batch_size``.
+        share: this replica's.
         workers: threads that load batches ahead; 0 loads each when it is asked for.
-        augmentation: of training, one of ``fastalex.data.augment.AUGMENTATIONS``.
-        device: where the batches will be augmented; None is the CPU.
-        noise: of the colours, where ``augmentation`` has any.
 
     Attributes:
-        augment: makes of a batch, on ``device``, what the net gets: ``augment(*batch.pixels)``.
+        augment: makes of a batch, on its device, what the net gets: ``augment(*batch.inputs)``.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -72,17 +145,14 @@ class Batches:
         self,
         source: ImageSource,
         batch_size: int,
-        image_size: int,
-        mean_std: Normalization,
+        transform: Transform,
         seed: int,
         train: bool,
-        rank: int = 0,
-        replicas: int = 1,
+        share: Share = WHOLE,
         workers: int = 0,
-        augmentation: str = "crop",
-        device: torch.device | None = None,
-        noise: ColorNoise = PUBLISHED_NOISE,
     ) -> None:
+        rank, replicas = share
+        image_size, normalization, augmentation, noise, device = transform
         _check_at_least("batch_size", batch_size, 1)
         _check_at_least("image_size", image_size, 1)
         _check_at_least("seed", seed, 0)
@@ -104,17 +174,16 @@ class Batches:
         self.image_size = image_size
         self.seed = seed
         self.train = train
-        self.rank = rank
-        self.replicas = replicas
+        self.share = share
         self.workers = workers
         self.augmentation = augmentation if train else "none"
         resized = self.augmentation == "resized"
-        if resized and mean_std.mean_image is not None:
+        if resized and normalization.mean_image is not None:
             raise ValueError("augmentation: resized parts of images have no mean image")
         self._side = image_size if resized else decode_size(image_size)
         self._noise = noise
         colored = self.augmentation == "full"
-        self.augment = Augment(mean_std, image_size, device or torch.device("cpu"), colored)
+        self.augment = Augment(normalization, image_size, device or torch.device("cpu"), colored)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -126,7 +195,7 @@ class Batches:
         if not 0 <= start <= len(self):
             raise ValueError(f"start: expected 0 to {len(self)}, got {start}")
         order, crops, colors = self._order(epoch), self._crops(epoch), self._colors(epoch)
-        shares = (self._share(order, batch) for batch in range(start, len(self)))
+        shares = (self._indices(order, batch) for batch in range(start, len(self)))
         # Two batches a thread: one being loaded and one ready.
         return map_ahead(
             lambda indices: self._load(epoch, indices, crops, colors),
@@ -166,12 +235,13 @@ class Batches:
         generator = np.random.Philox(np.random.SeedSequence([self.seed, epoch, stream]))
         return generator.random_raw(len(self.source) * words).reshape(-1, words)
 
-    def _share(self, order: npt.NDArray[np.int64], batch: int) -> npt.NDArray[np.int64]:
+    def _indices(self, order: npt.NDArray[np.int64], batch: int) -> npt.NDArray[np.int64]:
         stop = (batch + 1) * self.batch_size
         positions = np.arange(
             batch * self.batch_size, stop if self.train else min(stop, len(order))
         )
-        first, last = (r * len(positions) // self.replicas for r in (self.rank, self.rank + 1))
+        rank, replicas = self.share
+        first, last = (r * len(positions) // replicas for r in (rank, rank + 1))
         return order[positions[first:last] % len(order)]
 
     def _load(
@@ -198,11 +268,31 @@ class Batches:
     def _part(self, epoch: int, index: int, size: int) -> Pixels:
         """A random part of an image; its words are read where they lie in the epoch's stream."""
         stream = np.random.Philox(np.random.SeedSequence([self.seed, epoch, _BOXES]))
-        words = stream.advance(index * _BOX_COUNTERS).random_raw(resized_crop.WORDS)
+        words = stream.advance(index * _BOX_COUNTERS).random_raw(BOX_WORDS)
         side = decode_size(self.image_size)
-        return resized_crop.resized_crop(self.source, index, words, side, size)
+        return resized_crop(self.source, index, words, side, size)
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def load_pixels(
+    read: Callable[[int, int], Pixels], indices: npt.NDArray[np.int64], size: int
+) -> torch.Tensor:
+    """Images as uint8 [n, size, size, 3], RGB.
+
+    Where there is a GPU the memory is page-locked, so that a copy to the device is quicker and,
+    with ``non_blocking=True``, goes on beside the step before.
+
+    Args:
+        read: called with an index and ``size``; a source's ``image``.
+        indices: int64 [n], which ones.
+        size: side in pixels.
+    """
+    shape = (len(indices), size, size, 3)
+    batch = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    for out, index in zip(batch.numpy(), indices.tolist(), strict=True):
+        out[:] = read(index, size)
+    return batch

@@ -31,11 +31,6 @@ def class_contents(classes: Sequence[str], images: Mapping[str, Sequence[Any]]) 
     }
 
 
-def fingerprint(contents: Contents) -> str:
-    """SHA-256 of what ``ImageSource.contents`` returns: equal where every index names the same."""
-    return digest([[name, *about] for name, about in contents.items()])
-
-
 def describe_changes(before: Mapping[str, Sequence[Any]], now: Contents) -> str:
     """What changed between two ``ImageSource.contents``, in a few words; empty where nothing did.
 

@@ -14,11 +14,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from fastalex.data.background import map_ahead
-from fastalex.data.base import CACHE_BYTES, DataError, ImageCache, Pixels
+from fastalex.data.base import CACHE_BYTES, DataError, ImageCache, Pixels, map_ahead
 from fastalex.data.checked import Checked, file_keys
 from fastalex.data.decode import FORMATS, read_image, read_upright, try_read, why
-from fastalex.data.fingerprint import Contents, class_contents, digest, fingerprint
+from fastalex.data.fingerprint import Contents, class_contents, digest
 
 T = TypeVar("T")
 
@@ -114,9 +113,6 @@ class FolderImages:
         for (path, size, _), label in zip(self._files, self.labels.tolist(), strict=True):
             images[self.classes[label]].append((os.path.basename(path), size))
         return class_contents(self.classes, images)
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.contents())
 
     def recall(self, name: str, measure: Callable[[], Any]) -> Any:
         """What ``measure`` returned when it was last called for these very files, or returns now.

@@ -32,9 +32,8 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
-from fastalex.data.background import map_ahead
-from fastalex.data.base import DataError, Pixels, printable, retrying
-from fastalex.data.fingerprint import Contents, class_contents, digest, fingerprint
+from fastalex.data.base import DataError, Pixels, map_ahead, printable, retrying
+from fastalex.data.fingerprint import Contents, class_contents, digest
 
 try:
     from isal.isal_zlib import crc32 as crc32  # many times as fast as zlib's
@@ -121,9 +120,6 @@ class PackedImages:
         ):
             images[self.classes[label]].append((name, checksum))
         return class_contents(self.classes, images)
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.contents())
 
     @functools.cached_property
     def mean_image(self) -> npt.NDArray[np.float32]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from fastalex.data.base import CACHE_BYTES, ImageCache, Pixels
-from fastalex.data.fingerprint import Contents, class_contents, fingerprint
+from fastalex.data.fingerprint import Contents, class_contents
 
 TRAIN_COUNT = 3000
 VAL_COUNT = 500
@@ -86,9 +86,6 @@ class SyntheticImages:
                 for first, name in enumerate(self.classes)
             },
         )
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.contents())
 
 
 class _Random:

@@ -27,8 +27,7 @@ from fastalex.data import (
     open_sources,
 )
 from fastalex.data.augment import Augment
-from fastalex.data.background import map_ahead
-from fastalex.data.base import MAX_IMAGE_SIZE, Pixels
+from fastalex.data.base import MAX_IMAGE_SIZE, Pixels, map_ahead
 from fastalex.data.decode import read_image, try_read
 from fastalex.data.folder import class_folders
 from fastalex.model.alexnet import AlexNet

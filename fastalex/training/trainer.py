@@ -16,7 +16,16 @@ from fastalex.common.command_line import output_may_fail
 from fastalex.common.interrupts import Interrupted
 from fastalex.common.nvtx_ranges import annotate_layers, nvtx_range
 from fastalex.common.provenance import versions
-from fastalex.data import Batch, Batches, DataError, ImageSource, color_noise, open_sources
+from fastalex.data import (
+    Batch,
+    Batches,
+    DataError,
+    ImageSource,
+    Share,
+    Transform,
+    color_noise,
+    open_sources,
+)
 from fastalex.distributed.context import Team
 from fastalex.distributed.launch import TrainingError
 from fastalex.model.alexnet import AlexNet
@@ -219,16 +228,17 @@ class Trainer:
         return Batches(
             source,
             settings.batch_size,
-            settings.image_size,
-            self.plan.normalization,
+            Transform(
+                settings.image_size,
+                self.plan.normalization,
+                settings.augmentation,
+                color_noise(source, settings.color_noise),
+                self.team.device,
+            ),
             settings.seed,
             train,
-            rank=self.team.replica,
-            replicas=self.team.replicas,
-            workers=settings.workers,
-            augmentation=settings.augmentation,
-            device=self.team.device,
-            noise=color_noise(source, settings.color_noise),
+            Share(self.team.replica, self.team.replicas),
+            settings.workers,
         )
 
     def run(self) -> None:
@@ -330,12 +340,12 @@ class Trainer:
         if self.train_step is None:
             loss = self._step_by_autograd(batch)
         else:
-            loss = self.train_step(batch.pixels, batch.labels)
+            loss = self.train_step(batch.inputs, batch.labels)
         self.unread.append((loss, batch.indices))
 
     def _step_by_autograd(self, batch: Batch) -> torch.Tensor:
         with autocast(self.settings.precision, self.team.device):
-            logits = self.model(self.train_batches.augment(*batch.pixels))
+            logits = self.model(self.train_batches.augment(*batch.inputs))
         loss = kernels.cross_entropy(logits, batch.labels)
         self.optimizer.zero_grad()
         with nvtx_range("backward"):

@@ -46,7 +46,7 @@ def evaluate(
         labels = batch.labels
         if len(labels) == 0:  # a short last batch may leave a replica without images
             continue
-        logits = model(batches.augment(*batch.pixels)).float()
+        logits = model(batches.augment(*batch.inputs)).float()
         ranked = logits.topk(min(TOP, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         counts = (loss, ranked[:, 0].sum(), ranked.sum(), logits.new_tensor(len(labels)))

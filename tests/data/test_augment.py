@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import fastalex_kernels as kernels
-from fastalex.data import Batches, MeanImage, Normalization, SyntheticImages
+from fastalex.data import Batches, MeanImage, Normalization, Share, SyntheticImages, Transform
 from fastalex.data.augment import COLOR_SCALE, PUBLISHED_NOISE, Augment, ColorNoise
 from fastalex.training.validation import fetch
 
@@ -56,10 +56,10 @@ def test_under_autocast_it_rounds_as_the_first_layer_would(centred: bool) -> Non
     mean_image = RANDOM.uniform(0, 255, (32, 32, 3)).astype(np.float32)
     norm = norm.scaled("mean-image", MeanImage.of(mean_image, 32, centred))
     augment = Augment(norm, 28, CPU, colored=True)
-    wide = augment(*batch.pixels)
+    wide = augment(*batch.inputs)
     weight = torch.randn(4, 3, 11, 11)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        narrow = augment(*batch.pixels)
+        narrow = augment(*batch.inputs)
         assert narrow.dtype == torch.bfloat16
         ours, theirs = (kernels.conv2d_relu(x, weight, stride=4) for x in (narrow, wide))
     assert torch.equal(narrow, wide.bfloat16())
@@ -124,14 +124,15 @@ def _check_noise(noise: ColorNoise, covariance: np.ndarray) -> None:
 def _batches(augmentation: str, **options: int) -> Batches:
     unit = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     source = SyntheticImages("train", 12)
-    return Batches(source, 4, 28, unit, 0, train=True, augmentation=augmentation, **options)
+    share = Share(options.pop("rank", 0), options.pop("replicas", 1))
+    return Batches(source, 4, Transform(28, unit, augmentation), 0, True, share, **options)
 
 
 def _images(batches: Batches, epoch: int) -> dict[int, torch.Tensor]:
     """What the net gets of each sample, in the order of the epoch."""
     found = {}
     for batch in batches.epoch(epoch):
-        images = batches.augment(*batch.pixels)
+        images = batches.augment(*batch.inputs)
         found |= dict(zip(batch.indices.tolist(), images, strict=True))
     return found
 
@@ -169,9 +170,9 @@ def test_a_gpu_makes_what_the_cpu_makes(augmentation: str) -> None:
     gpu = torch.device("cuda")
     unit = Normalization((100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
     source = SyntheticImages("train", 12)
-    arguments = (source, 4, 28, unit, 0, True)
-    expected = _images(Batches(*arguments, augmentation=augmentation), 1)
-    batches = Batches(*arguments, augmentation=augmentation, device=gpu, workers=2)
+    transform = Transform(28, unit, augmentation)
+    expected = _images(Batches(source, 4, transform, 0, True), 1)
+    batches = Batches(source, 4, transform._replace(device=gpu), 0, True, workers=2)
     busy = torch.randn(2048, 2048, device=gpu)
     for _ in range(3):
         for batch in fetch(batches.epoch(1), gpu):
@@ -180,6 +181,6 @@ def test_a_gpu_makes_what_the_cpu_makes(augmentation: str) -> None:
             assert batch.images.is_cuda
             assert batch.indices.device.type == "cpu"
             for image, i in zip(
-                batches.augment(*batch.pixels), batch.indices.tolist(), strict=True
+                batches.augment(*batch.inputs), batch.indices.tolist(), strict=True
             ):
                 torch.testing.assert_close(image.cpu(), expected[i], rtol=1e-5, atol=1e-5)

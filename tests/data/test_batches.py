@@ -13,9 +13,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastalex.data import Batch, Batches, Normalization, decode_size, open_sources
-from fastalex.data.background import map_ahead
-from fastalex.data.base import ImageCache, Pixels
+from fastalex.data import (
+    Batch,
+    Batches,
+    Normalization,
+    Share,
+    Transform,
+    decode_size,
+    open_sources,
+)
+from fastalex.data.base import ImageCache, Pixels, map_ahead
 
 PLAIN = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -40,15 +47,17 @@ class Coordinates:
 
 
 def batches(count: int = 20, size: int = 14, batch_size: int = 8, **options: object) -> Batches:
-    arguments = {"mean_std": PLAIN, "seed": 3, "train": True, **options}
-    return Batches(Coordinates(count), batch_size, size, **arguments)  # type: ignore[arg-type]
+    transform = Transform(size, options.pop("mean_std", PLAIN))  # type: ignore[arg-type]
+    share = Share(options.pop("rank", 0), options.pop("replicas", 1))  # type: ignore[arg-type]
+    arguments = {"seed": 3, "train": True, "share": share, **options}
+    return Batches(Coordinates(count), batch_size, transform, **arguments)  # type: ignore[arg-type]
 
 
 def seen(loader: Batches, epoch: int = 0, start: int = 0) -> list[tuple[int, int, int, bool]]:
     """(index, top, left, mirrored) of every image, read from its pixels."""
     found = []
     for batch in loader.epoch(epoch, start):
-        images = loader.augment(*batch.pixels)
+        images = loader.augment(*batch.inputs)
         for image, index in zip(images, batch.indices.tolist(), strict=True):
             rows, columns, numbers = image.int().tolist()
             size = len(rows)
@@ -143,7 +152,7 @@ def test_batches_hold_bytes_that_augment_normalises_and_their_labels() -> None:
     assert batch.images.dtype == torch.uint8
     assert batch.labels.dtype == batch.indices.dtype == torch.int64
     assert batch.labels.tolist() == [0, 1, 0]
-    images = loader.augment(*batch.pixels)
+    images = loader.augment(*batch.inputs)
     assert images.shape == (3, 3, 7, 7)
     assert images.dtype == torch.float32
     assert images.is_contiguous(memory_format=torch.channels_last)

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 from fastalex.data import (
-    Batches,
     DataError,
     MeanImage,
     Normalization,
@@ -25,14 +24,12 @@ from fastalex.data import (
     color_noise,
     mean_image,
 )
-from fastalex.data.augment import PUBLISHED_NOISE, ColorNoise
+from fastalex.data.augment import PUBLISHED_NOISE
 from fastalex.data.pack import pack
 from fastalex.evaluation import evaluate
 from fastalex.model.reference import ReferenceAlexNet
 from fastalex.model.variants import VARIANTS
 from fastalex.training import train
-from fastalex.training.config import Settings
-from fastalex.training.options import parse_arguments
 from fastalex.training.recipes import RECIPES
 from fastalex.training.weights import (
     FORMAT,
@@ -238,29 +235,6 @@ def test_measured_colour_noise_is_of_the_packed_sets_covariance(folder: Path) ->
     rebuilt = noise.vectors @ np.diag(noise.std**2) @ noise.vectors.T
     np.testing.assert_allclose(rebuilt, np.cov(pixels.T.astype(float), ddof=0), rtol=1e-8)
     assert color_noise(source, "published") is PUBLISHED_NOISE
-
-
-@pytest.mark.parametrize("kind", ["published", "measured"])
-def test_training_draws_the_colour_noise_it_is_told_to(folder: Path, kind: str) -> None:
-    source = PackedImages(folder / "set", "train")
-    given = ["--augmentation", "full", "--color-noise", kind, "--image-size", "64"]
-    trainer: Any = SimpleNamespace(
-        settings=Settings.choose(parse_arguments([*given, "--data", "set"]), "cpu"),
-        plan=SimpleNamespace(normalization=Normalization((0, 0, 0), (1, 1, 1))),
-        team=SimpleNamespace(replica=0, replicas=1, device=torch.device("cpu")),
-    )
-    noise = PUBLISHED_NOISE if kind == "published" else ColorNoise.measured(source.covariance)
-    plain = Normalization((0, 0, 0), (1, 1, 1))
-    same = Batches(source, 64, 64, plain, 0, True, augmentation="full", noise=noise)
-    found, expected = (
-        next(batches.epoch(2)).colors
-        for batches in (trainer.Trainer._batches(trainer, source, True), same)
-    )
-    assert found is not None
-    assert expected is not None
-    assert torch.equal(found, expected)
-    validation = trainer.Trainer._batches(trainer, source, False)
-    assert next(validation.epoch(2)).colors is None
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,16 @@ from fastalex.data import (
     DataError,
     Normalization,
     PackedImages,
+    Transform,
     decode_size,
     open_sources,
     packed,
 )
 from fastalex.data.__main__ import main
+from fastalex.data.batches import load_pixels
 from fastalex.data.decode import read_whole
 from fastalex.data.fingerprint import digest
 from fastalex.data.pack import pack
-from fastalex.data.pixels import load_pixels
 from tests._packing import oracle, picture
 from tests._pictures import save, smooth
 
@@ -86,8 +87,8 @@ def test_training_from_a_set_sees_what_training_from_the_folder_sees(
     assert norms[0] == norms[1]
     one, other = (
         [
-            Batches(train, 8, IMAGE_SIZE, norms[0], 1, True, workers=w),
-            Batches(val, 4, IMAGE_SIZE, norms[0], 1, False),
+            Batches(train, 8, Transform(IMAGE_SIZE, norms[0]), 1, True, workers=w),
+            Batches(val, 4, Transform(IMAGE_SIZE, norms[0]), 1, False),
         ]
         for (train, val), w in ((from_set, 3), (from_folder, 0))
     )

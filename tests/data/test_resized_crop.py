@@ -10,9 +10,18 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from fastalex.data import Batches, FolderImages, Normalization, PackedImages, decode_size
+from fastalex.data import (
+    Batches,
+    FolderImages,
+    Normalization,
+    PackedImages,
+    Share,
+    Transform,
+    decode_size,
+)
+from fastalex.data.augment import BOX_WORDS, draw_box
+from fastalex.data.batches import WHOLE
 from fastalex.data.pack import pack
-from fastalex.data.resized_crop import WORDS, draw_box
 from tests._packing import picture
 from tests._pictures import save
 
@@ -21,7 +30,7 @@ SIZE = 28
 
 
 def words(count: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 2**64, (count, WORDS), np.uint64)
+    return np.random.default_rng(seed).integers(0, 2**64, (count, BOX_WORDS), np.uint64)
 
 
 def torchvision_box(
@@ -86,7 +95,7 @@ def test_where_nothing_fits_it_is_the_centre(
     width: int, height: int, box: tuple[int, int, int, int]
 ) -> None:
     """The side is round(10 * 4 / 3) = 13, and it begins at (1000 - 13) // 2."""
-    row = np.full(WORDS, 2**64 - 1, np.uint64)  # the whole area, at the widest shape
+    row = np.full(BOX_WORDS, 2**64 - 1, np.uint64)  # the whole area, at the widest shape
     if width < height:
         row[3::2] = 0  # at the narrowest
     assert draw_box(row, width, height) == box
@@ -108,9 +117,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def batches(source: object, **options: object) -> Batches:
-    arguments = {"augmentation": "resized", **options}
-    return Batches(source, 3, SIZE, PLAIN, 4, True, **arguments)  # type: ignore[arg-type]
+def batches(source: object, share: Share = WHOLE, workers: int = 0) -> Batches:
+    transform = Transform(SIZE, PLAIN, "resized")
+    return Batches(source, 3, transform, 4, True, share, workers)  # type: ignore[arg-type]
 
 
 def parts(loader: Batches, epoch: int = 0) -> dict[int, torch.Tensor]:
@@ -118,7 +127,7 @@ def parts(loader: Batches, epoch: int = 0) -> dict[int, torch.Tensor]:
     found: dict[int, torch.Tensor] = {}
     for batch in loader.epoch(epoch):
         assert batch.images.shape == (3, SIZE, SIZE, 3)
-        images = loader.augment(*batch.pixels)
+        images = loader.augment(*batch.inputs)
         found |= dict(zip(batch.indices.tolist(), images, strict=True))
     return found
 
@@ -140,7 +149,7 @@ def test_a_batch_holds_cut_and_resized_parts_mirrored_half_the_time(
             whole = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
             if packed:
                 whole = Image.fromarray(source.image(index, 40))
-            box = torchvision_box([int(w) / 2**64 for w in drawn[index][:WORDS]], *whole.size)
+            box = torchvision_box([int(w) / 2**64 for w in drawn[index][:BOX_WORDS]], *whole.size)
             assert box is not None
             i, j, h, w = box
             crop = whole.crop((j, i, j + w, i + h)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
@@ -154,10 +163,10 @@ def test_a_batch_holds_cut_and_resized_parts_mirrored_half_the_time(
 def test_parts_depend_on_seed_epoch_and_index_alone(root: Path) -> None:
     source = PackedImages(root / "set", "train")
     whole = parts(batches(source), 1)
-    shares = [batches(source, rank=r, replicas=3, workers=w) for r, w in ((0, 0), (1, 2), (2, 1))]
+    shares = [batches(source, Share(r, 3), w) for r, w in ((0, 0), (1, 2), (2, 1))]
     for share in shares:
         for batch in share.epoch(1):
-            images = share.augment(*batch.pixels)
+            images = share.augment(*batch.inputs)
             for image, index in zip(images, batch.indices.tolist(), strict=True):
                 assert torch.equal(image, whole[index])
     later = parts(batches(source), 2)
@@ -166,11 +175,11 @@ def test_parts_depend_on_seed_epoch_and_index_alone(root: Path) -> None:
 
 def test_validation_has_the_centre_crop(root: Path) -> None:
     source = PackedImages(root / "set", "val")
-    loader = Batches(source, 5, SIZE, PLAIN, 0, train=False, augmentation="resized")
+    loader = Batches(source, 5, Transform(SIZE, PLAIN, "resized"), 0, train=False)
     (batch,) = loader.epoch(0)
     side = decode_size(SIZE)
     first = (side - SIZE) // 2
     rows = slice(first, first + SIZE)
-    for image, index in zip(loader.augment(*batch.pixels), batch.indices.tolist(), strict=True):
+    for image, index in zip(loader.augment(*batch.inputs), batch.indices.tolist(), strict=True):
         expected = source.image(index, side)[rows, rows]
         assert torch.equal(image, torch.from_numpy(expected).permute(2, 0, 1).float())

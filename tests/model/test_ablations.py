@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastalex import AlexNet
-from fastalex.data import Batches, Normalization, SyntheticImages, decode_size
+from fastalex.data import Batches, Normalization, SyntheticImages, Transform, decode_size
 from fastalex.distributed.launch import World
 from fastalex.evaluation import ablate
 from fastalex.model.ablations import ABLATIONS, edit, edited_name, split_name
@@ -194,12 +194,12 @@ def test_the_command_line_turns_parts_into_settings() -> None:
 def test_without_augmentation_every_epoch_has_the_centre_crops() -> None:
     source = SyntheticImages("train", 12)
     scale = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    batches = Batches(source, 12, 40, scale, 0, train=True, augmentation="none")
+    batches = Batches(source, 12, Transform(40, scale, "none"), 0, train=True)
     batch = next(batches.epoch(3))
     assert batch.indices.tolist() != list(range(12))
     side = decode_size(40)
     first = (side - 40) // 2
-    images = batches.augment(*batch.pixels)
+    images = batches.augment(*batch.inputs)
     for image, index in zip(images, batch.indices.tolist(), strict=True):
         crop = source.image(index, side)[first : first + 40, first : first + 40]
         assert torch.equal(image, torch.from_numpy(crop).permute(2, 0, 1).float())

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastalex import AlexNet
-from fastalex.data import Batches, Normalization
+from fastalex.data import Batches, Normalization, Transform
 from fastalex.distributed.context import Team
 from fastalex.distributed.launch import TrainingError, World
 from fastalex.training import trainer
@@ -91,7 +91,9 @@ def test_accuracies_are_those_of_a_count_by_hand(classes: int) -> None:
     labels = torch.randint(0, classes, (23,), generator=generator).tolist()
     source = FewImages(labels, classes)
     # 23 images in batches of 5: the last one is short.
-    batches = Batches(source, 5, 8, Normalization((0.0,) * 3, (1.0,) * 3), 0, train=False)
+    batches = Batches(
+        source, 5, Transform(8, Normalization((0.0,) * 3, (1.0,) * 3)), 0, train=False
+    )
     model = Lookup(logits)
     accuracy = evaluate(model, batches, Team(ALONE))  # type: ignore[arg-type]
 
