@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastalex.data.base import CACHE_BYTES, DataError, ImageCache, Pixels, map_ahead
-from fastalex.data.checked import Checked, file_keys
+from fastalex.data.check_cache import CheckCache
 from fastalex.data.decode import FORMATS, read_image, read_upright, try_read, why
 from fastalex.data.fingerprint import Contents, class_contents, digest
 
@@ -31,7 +31,7 @@ class FolderImages:
     """The images ``root/CLASS/*``: classes by name, and the images of each by file name.
 
     Every file is decoded once to find those that can't be (cut short, empty, no image), which are
-    left out; what was found is kept (see ``fastalex.data.checked``), so that later only files that
+    left out; what was found is kept (see ``fastalex.data.check_cache``), so that later only files that
     are new or changed are decoded for it. Images are kept in memory, as far as ``cache_bytes`` go,
     at the size asked for. Hidden files, other types and sub-folders of a class are ignored.
 
@@ -66,9 +66,9 @@ class FolderImages:
         self._root = root
         files = [(path, name) for name in found for path in image_files(root / name)]
         self._cache = ImageCache(len(files), cache_bytes)
-        self._checked: Checked | None = None
+        self._known: CheckCache | None = None
         if unreadable is None:
-            self._checked = Checked(root)
+            self._known = CheckCache(root)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
                 self.unreadable = self._check([path for path, _ in files], size, quiet)
@@ -121,15 +121,16 @@ class FolderImages:
             name: of what is measured.
             measure: returns something that JSON can hold.
         """
-        if self._checked is None:
+        if self._known is None:
             return measure()
-        files = digest(self._files)
-        name = f"{name}, files {files}"
-        if name not in self._checked.values:
-            same = {n: value for n, value in self._checked.values.items() if n.endswith(files)}
-            self._checked.values = {**same, name: measure()}
-            self._checked.save()
-        return self._checked.values[name]
+        values, files = self._known.values, digest(self._files)
+        if values.get("files") != files:
+            values.clear()
+            values["files"] = files
+        if name not in values:
+            values[name] = measure()
+            self._known.save()
+        return values[name]
 
     @functools.cached_property
     def _files(self) -> list[tuple[str, int, int]]:
@@ -144,10 +145,12 @@ class FolderImages:
 
     def _check(self, paths: list[Path], size: int | None, quiet: bool) -> list[tuple[str, str]]:
         """Decode every file not known yet, keep what fits in memory, return what can't be read."""
-        assert self._checked is not None
-        keys = file_keys(stat_files(paths))
-        verdicts = list(self._checked.verdicts(keys))
-        new = [path for path, verdict in zip(paths, verdicts, strict=True) if verdict is None]
+        known = self._known
+        assert known is not None
+        verdicts = known.look_up(stat_files(paths))
+        new = [
+            path for path, verdict in zip(paths, verdicts.values(), strict=True) if verdict is None
+        ]
         workers, side = min(16, os.cpu_count() or 1), _CHECK_SIZE if size is None else size
         read = lambda path: try_read(read_image, path, side)  # noqa: E731
         results = map_ahead(read, new, workers, 4 * workers)
@@ -156,20 +159,20 @@ class FolderImages:
         bad: list[tuple[str, str]] = []
         saved = time.monotonic()
         try:
-            for index, verdict in enumerate(verdicts):
+            for index, (key, verdict) in enumerate(verdicts.items()):
                 if verdict is None:
                     result = next(decoded)
-                    verdict = verdicts[index] = result if isinstance(result, str) else ""
+                    verdict = verdicts[key] = result if isinstance(result, str) else ""
                     if size is not None and not isinstance(result, str):
                         self._cache.put(index - len(bad), result)
                     if time.monotonic() - saved > _SAVE_SECONDS:
-                        self._checked.keep(keys, verdicts)
+                        known.keep(verdicts)
                         saved = time.monotonic()
                 if verdict:
                     bad.append((str(paths[index]), verdict))
         finally:  # Ctrl-C too
             if new:
-                self._checked.keep(keys, verdicts)
+                known.keep(verdicts)
         return bad
 
     def _require_images(self, found: list[str]) -> None:

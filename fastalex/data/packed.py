@@ -21,7 +21,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -258,23 +257,19 @@ def file_digest(path: Path) -> str:
 def load_array(
     root: Path, name: str, manifest: dict[str, Any], kind: type[np.generic], shape: tuple[int, ...]
 ) -> npt.NDArray[Any]:
-    """An array of a set, of which nothing is believed that its own header says.
+    """An array of a set.
 
     Raises:
         DataError: where it is missing, damaged, or of another type or shape.
     """
     _check_file(root, name, manifest)
-    with open(root / name, "rb") as file:
-        try:
-            np.lib.format.read_magic(file)
-            found = np.lib.format.read_array_header_1_0(file)
-        except (ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
-            raise DataError(f"{root / name}: not an array; pack the set again") from error
-        array = np.frombuffer(file.read(), np.uint8)
-    wanted = (shape, False, np.dtype(kind))
-    if found != wanted or array.nbytes != math.prod(shape) * np.dtype(kind).itemsize:
+    try:
+        array = np.lib.format.open_memmap(root / name, mode="r")  # no more than the file has
+    except (ValueError, TypeError, EOFError, OverflowError, SyntaxError, tokenize.TokenError) as e:
+        raise DataError(f"{root / name}: not an array; pack the set again") from e
+    if array.shape != shape or array.dtype != kind:
         raise DataError(f"{root / name}: of another type or shape than the set; pack it again")
-    return array.view(kind).reshape(shape).copy()
+    return np.array(array)
 
 
 def _load_names(root: Path, part: str, count: int) -> list[str]:

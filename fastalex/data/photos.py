@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -40,125 +40,49 @@ _RING: tuple[Box, ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Photo:
-    """A photograph, where it is from, and the parts of it that crops are cut from."""
+class Photo(NamedTuple):
+    """A photograph, the parts of it that crops are cut from, and whose it is."""
 
     name: str
     file: str
     train: tuple[Box, ...]
     val: Box
-    what: str
-    author: str
-    licence: str
+    credit: str
     source: str
 
 
+_DOCS = "https://scikit-image.org/docs/stable/api/skimage.data.html"
+_FACE = ((0, 0, 512, 180), (0, 360, 512, 512), (0, 0, 190, 512), (370, 0, 512, 512))
 # Only pictures whose author or publisher gave them to the public domain, as scikit-image documents
 # it. The part kept for validation shows things of which the rest shows some too; the black around
 # the retina is left out, for it is no picture of anything.
+# fmt: off
 PHOTOS = (
-    Photo(
-        "astronaut",
-        "astronaut.png",
-        ((0, 0, 512, 180), (0, 360, 512, 512), (0, 0, 190, 512), (370, 0, 512, 512)),
-        (190, 180, 370, 360),
-        "Eileen Collins, astronaut",
-        "NASA",
-        "public domain",
-        "https://flic.kr/p/r9qvLn",
-    ),
-    Photo(
-        "brick",
-        "brick.png",
-        _RING,
-        _CENTRE,
-        "brick wall",
-        "CC0Textures",
-        "CC0",
-        "https://cc0textures.com/view.php?tex=Bricks25",
-    ),
-    Photo(
-        "camera",
-        "camera.png",
-        ((0, 0, 512, 370),),
-        (0, 370, 512, 512),
-        "man with a camera",
-        "Lav Varshney",
-        "CC0",
-        "https://github.com/scikit-image/scikit-image/issues/3927",
-    ),
-    Photo(
-        "chelsea",
-        "chelsea.png",
-        ((136, 0, 451, 300),),
-        (0, 0, 136, 300),
-        "Chelsea the cat",
-        "Stefan van der Walt",
-        "CC0",
-        "https://scikit-image.org/docs/stable/api/skimage.data.html",
-    ),
-    Photo(
-        "clock",
-        "clock_motion.png",
-        ((0, 0, 213, 300),),
-        (213, 0, 400, 300),
-        "wall clock, by a moving camera",
-        "Stefan van der Walt",
-        "public domain",
-        "https://scikit-image.org/docs/stable/api/skimage.data.html",
-    ),
-    Photo(
-        "coffee",
-        "coffee.png",
-        ((0, 0, 420, 400),),
-        (420, 0, 600, 400),
-        "cup of espresso",
-        "Rachel Michetti, by courtesy of Pikolo Espresso Bar",
-        "CC0",
-        "https://scikit-image.org/docs/stable/api/skimage.data.html",
-    ),
-    Photo(
-        "grass",
-        "grass.png",
-        _RING,
-        _CENTRE,
-        "grass",
-        "linolafett",
-        "CC0",
-        "https://www.deviantart.com/linolafett/art/Grass-01-434853879",
-    ),
-    Photo(
-        "gravel",
-        "gravel.png",
-        _RING,
-        _CENTRE,
-        "gravel",
-        "CC0Textures",
-        "CC0",
-        "https://cc0textures.com/view.php?tex=Gravel04",
-    ),
-    Photo(
-        "hubble_deep_field",
-        "hubble_deep_field.jpg",
-        ((0, 0, 680, 872),),
-        (680, 0, 1000, 872),
-        "Hubble eXtreme Deep Field",
-        "NASA",
-        "public domain",
-        "http://hubblesite.org/newscenter/archive/releases/2012/37/image/a/",
-    ),
-    Photo(
-        "retina",
-        "retina.jpg",
-        ((200, 200, 1210, 860),),
-        (200, 860, 1210, 1210),
-        "retina of a left eye",
-        "Mikael Häggström",
-        "CC0",
-        "https://commons.wikimedia.org/wiki/File:Fundus_photograph_of_normal_left_eye.jpg",
-    ),
+    Photo("astronaut", "astronaut.png", _FACE, (190, 180, 370, 360),
+          "Eileen Collins, astronaut. NASA, public domain.", "https://flic.kr/p/r9qvLn"),
+    Photo("brick", "brick.png", _RING, _CENTRE, "brick wall. CC0Textures, CC0.",
+          "https://cc0textures.com/view.php?tex=Bricks25"),
+    Photo("camera", "camera.png", ((0, 0, 512, 370),), (0, 370, 512, 512),
+          "man with a camera. Lav Varshney, CC0.",
+          "https://github.com/scikit-image/scikit-image/issues/3927"),
+    Photo("chelsea", "chelsea.png", ((136, 0, 451, 300),), (0, 0, 136, 300),
+          "Chelsea the cat. Stefan van der Walt, CC0.", _DOCS),
+    Photo("clock", "clock_motion.png", ((0, 0, 213, 300),), (213, 0, 400, 300),
+          "wall clock, by a moving camera. Stefan van der Walt, public domain.", _DOCS),
+    Photo("coffee", "coffee.png", ((0, 0, 420, 400),), (420, 0, 600, 400),
+          "cup of espresso. Rachel Michetti, by courtesy of Pikolo Espresso Bar, CC0.", _DOCS),
+    Photo("grass", "grass.png", _RING, _CENTRE, "grass. linolafett, CC0.",
+          "https://www.deviantart.com/linolafett/art/Grass-01-434853879"),
+    Photo("gravel", "gravel.png", _RING, _CENTRE, "gravel. CC0Textures, CC0.",
+          "https://cc0textures.com/view.php?tex=Gravel04"),
+    Photo("hubble_deep_field", "hubble_deep_field.jpg", ((0, 0, 680, 872),), (680, 0, 1000, 872),
+          "Hubble eXtreme Deep Field. NASA, public domain.",
+          "http://hubblesite.org/newscenter/archive/releases/2012/37/image/a/"),
+    Photo("retina", "retina.jpg", ((200, 200, 1210, 860),), (200, 860, 1210, 1210),
+          "retina of a left eye. Mikael Häggström, CC0.",
+          "https://commons.wikimedia.org/wiki/File:Fundus_photograph_of_normal_left_eye.jpg"),
 )
+# fmt: on
 
 
 def write_photos(
@@ -241,7 +165,7 @@ def _write_crops(folder: Path, pictures: Path, seed: int, counts: tuple[int, int
                     image.crop(box).save(folder / file, quality=_QUALITY)
                     crops.append({"file": file, "photo": photo.name, "box": box})
                     bar.update()
-    manifest = {"seed": seed, "photos": [asdict(photo) for photo in PHOTOS], "crops": crops}
+    manifest = {"seed": seed, "photos": [photo._asdict() for photo in PHOTOS], "crops": crops}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     (folder / README).write_text(_readme(), encoding="utf-8")
     return len(crops)
@@ -270,5 +194,5 @@ def _readme() -> str:
         "",
     ]
     for photo in PHOTOS:
-        lines += [f"{photo.name}: {photo.what}. {photo.author}, {photo.licence}.", photo.source]
+        lines += [f"{photo.name}: {photo.credit}", photo.source]
     return "\n".join(lines) + "\n"

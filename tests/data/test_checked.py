@@ -14,7 +14,7 @@ from PIL import Image
 from fastalex.data import DataError, FolderImages, Normalization, open_sources
 from fastalex.data import decode as decode_module
 from fastalex.data import folder as folder_module
-from fastalex.data.checked import NAME
+from fastalex.data.check_cache import NAME
 from fastalex.data.decode import read_image
 from tests._pictures import save, smooth
 
@@ -140,7 +140,7 @@ def test_a_damaged_file_costs_a_check_and_no_more(
 ) -> None:
     FolderImages(folder(tmp_path))
     whole = (tmp_path / NAME).read_text()
-    for damaged in (text, whole[: len(whole) // 2], whole.replace('"bad": {', '"bad": {"x": 1, ')):
+    for damaged in (text, whole[: len(whole) // 2], whole.replace('"files": {', '"files": [{')):
         (tmp_path / NAME).write_text(damaged)
         del decoded[:]
         source = FolderImages(tmp_path)

@@ -126,8 +126,8 @@ def test_the_same_seed_writes_the_same_files_and_another_does_not(tmp_path: Path
 def test_the_readme_names_author_and_licence_of_every_photograph(written: Path) -> None:
     text = (written / "README.txt").read_text(encoding="utf-8")
     for photo in PHOTOS:
-        assert photo.licence in ("CC0", "public domain")
-        assert f"{photo.name}: {photo.what}. {photo.author}, {photo.licence}." in text
+        assert photo.credit.endswith((" CC0.", " public domain."))
+        assert f"{photo.name}: {photo.credit}\n{photo.source}\n" in text
 
 
 @needs_pictures
