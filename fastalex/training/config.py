@@ -30,7 +30,7 @@ RESUMABLE = (
 )
 
 # What an option takes that is not given, where neither recipe nor data have a say.
-_PLAIN = {
+PLAIN = {
     "precision": "float32",
     "color_noise": "published",
     "seed": 0,
@@ -128,7 +128,7 @@ class Settings:
         given = {n: arguments[n] for n in setting_names() if arguments[n] is not None}
         defaults = dataclasses.asdict(DEFAULTS[arguments["data"] is not None, device_type])
         chosen = {n: v for n, v in vars(recipe).items() if v is not None}
-        values = {**dict.fromkeys(setting_names()), **defaults, **_PLAIN, **chosen, **given}
+        values = {**dict.fromkeys(setting_names()), **defaults, **PLAIN, **chosen, **given}
         published = values["image_size"] == _PUBLISHED_SIZE and "image_size" not in given
         if arguments["recipe"] is not None and published:
             values["image_size"] = get_variant(values["variant"]).image_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastalex.distributed.context import Team
+from fastalex.distributed.context import ParallelContext
 
 _NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -22,13 +22,13 @@ class LossScaler(torch.amp.GradScaler):
     both leave the step out, and both go on with the same scale.
     """
 
-    def __init__(self, team: Team, enabled: bool) -> None:
-        super().__init__(team.device.type, enabled=enabled)
-        self._team = team
+    def __init__(self, parallel: ParallelContext, enabled: bool) -> None:
+        super().__init__(parallel.device.type, enabled=enabled)
+        self._parallel = parallel
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the scale, and look for one that is not finite, everywhere."""
         super().unscale_(optimizer)
         if self.is_enabled():
             for found in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
-                self._team.largest(found)
+                self._parallel.all_reduce_max(found)

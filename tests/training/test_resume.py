@@ -19,7 +19,8 @@ from fastalex.data import sources
 from fastalex.distributed import launch
 from fastalex.training import train, trainer
 from fastalex.training.checkpoints import find
-from fastalex.training.run_folder import MetricsLog, RunFolder
+from fastalex.training.metrics import MetricsLog
+from fastalex.training.run_folder import RunFolder
 from fastalex.training.weights import load_weights
 from tests._commands import end, run, start, wait_until
 from tests._runs import (
@@ -280,7 +281,7 @@ def test_settings_that_change_no_weight_may_be_given_anew(stopped: str, here: Pa
 def test_two_runs_in_one_folder_are_refused(
     stopped: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastalex.training.run_folder._LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("fastalex.training.metrics._LOCK_SECONDS", 0.1)
     log = MetricsLog(here / "run" / "metrics.jsonl")
     assert train.main(["--resume", stopped]) == 2
     assert "another process trains in this folder" in capsys.readouterr().err
@@ -340,7 +341,7 @@ def test_a_record_that_does_not_fit_leaves_no_part_of_itself(
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(file, data[: room.pop(0)] if room else data[:3])
 
-    monkeypatch.setattr("fastalex.training.run_folder.os.write", write)
+    monkeypatch.setattr("fastalex.training.metrics.os.write", write)
     with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'$"):
         log.append({"step": 2})
     room.clear()  # there is room again, three bytes at a time

@@ -332,7 +332,7 @@ def test_who_can_not_have_the_folder_touches_nothing_in_it(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _stop(2, monkeypatch)
-    monkeypatch.setattr("fastalex.training.run_folder._LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("fastalex.training.metrics._LOCK_SECONDS", 0.1)
     owner = RunFolder.claim(here / "run")
     (here / "run" / ".run.json.1.tmp").write_text("the owner is writing it")
     before = contents(here)

@@ -119,13 +119,13 @@ def test_torchrun_gives_the_bits_of_our_own_launcher(
     arguments = ["--data", str(images), "--epochs", "2", *SHORT, "--output", str(tmp_path / "run")]
     process = run([*command, *arguments], tmp_path)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("no GPU found: two CPU processes, gloo") == 1
+    assert process.stdout.count("no GPU found: 2 CPU processes, gloo") == 1
     assert read_metadata(tmp_path / "run" / "model.safetensors")["sha256"] == two.metadata["sha256"]
 
 
 def test_what_was_chosen_and_what_came_of_it_is_said(one: Run, two: Run, images: Path) -> None:
     said = two.process.stdout.splitlines()
-    assert said[0].startswith("no GPU found: two CPU processes, gloo")
+    assert said[0].startswith("no GPU found: 2 CPU processes, gloo")
     assert "two towers, one per process" in said[1]
     assert said[2].startswith("initialisation: he")
     assert "3 classes, 24 training and 9 validation images, 64 px" in said[3]
@@ -306,6 +306,7 @@ def test_a_bug_in_one_process_shows_its_traceback_once(tmp_path: Path) -> None:
     (tmp_path / "buggy.py").write_text(
         "import torch, torch.distributed as dist\n"
         "from fastalex.distributed import launch\n"
+        "from fastalex.distributed.world import World\n"
         "def work():\n"
         "    if dist.get_rank() == 1:\n"
         "        raise ZeroDivisionError('the bug')\n"
@@ -313,7 +314,7 @@ def test_a_bug_in_one_process_shows_its_traceback_once(tmp_path: Path) -> None:
         "if __name__ == '__main__':\n"
         "    import buggy\n"
         "    try:\n"
-        "        launch.run(launch.World('cpu', 2, 1, 1), buggy.work)\n"
+        "        launch.run(World('cpu', 2, 1, 1), buggy.work)\n"
         "    except launch.WorkerFailed as error:\n"
         "        print(error, error.traceback, sep='|')\n"
     )
