@@ -53,22 +53,12 @@ _PART_OF = {
 }
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What options take that are not given."""
-
-    image_size: int
-    batch_size: int
-    epochs: int
-    workers: int
-
-
-# The key is whether there is a folder of images, and the device.
-DEFAULTS: dict[tuple[bool, str], Defaults] = {
-    (False, "cpu"): Defaults(image_size=64, batch_size=64, epochs=6, workers=1),
-    (False, "cuda"): Defaults(image_size=64, batch_size=64, epochs=6, workers=4),
-    (True, "cpu"): Defaults(image_size=96, batch_size=64, epochs=10, workers=1),
-    (True, "cuda"): Defaults(image_size=224, batch_size=128, epochs=90, workers=8),
+# What follows data and device, by whether there is a folder of images and by the device.
+DEFAULTS: dict[tuple[bool, str], dict[str, int]] = {
+    (False, "cpu"): {"image_size": 64, "batch_size": 64, "epochs": 6, "workers": 1},
+    (False, "cuda"): {"image_size": 64, "batch_size": 64, "epochs": 6, "workers": 4},
+    (True, "cpu"): {"image_size": 96, "batch_size": 64, "epochs": 10, "workers": 1},
+    (True, "cuda"): {"image_size": 224, "batch_size": 128, "epochs": 90, "workers": 8},
 }
 
 
@@ -126,7 +116,7 @@ class Settings:
         """
         recipe = NO_RECIPE if arguments["recipe"] is None else RECIPES[arguments["recipe"]]
         given = {n: arguments[n] for n in setting_names() if arguments[n] is not None}
-        defaults = dataclasses.asdict(DEFAULTS[arguments["data"] is not None, device_type])
+        defaults = DEFAULTS[arguments["data"] is not None, device_type]
         chosen = {n: v for n, v in vars(recipe).items() if v is not None}
         values = {**dict.fromkeys(setting_names()), **defaults, **PLAIN, **chosen, **given}
         published = values["image_size"] == _PUBLISHED_SIZE and "image_size" not in given

@@ -12,6 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class RunningMetrics:
     ) -> None:
         self._losses: deque[float] = deque(losses, maxlen=window)
         self._exchange = exchange or Stopwatch()
-        self._waited = 0.0
+        self._waiting = Stopwatch()
         self._images = 0
         self._since = time.monotonic()
         self._last_rate: float | None = None
@@ -65,20 +66,16 @@ class RunningMetrics:
     def start(self) -> None:
         """Forget the time since the last record, which was not training's."""
         self._exchange.read()
-        self._images, self._waited, self._since = 0, 0.0, time.monotonic()
+        self._waiting.read()
+        self._images, self._since = 0, time.monotonic()
 
     def add(self, loss: float, images: int) -> None:
         self._losses.append(loss)
         self._images += images
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self) -> AbstractContextManager[None]:
         """Count the time of the block as spent on waiting for data."""
-        since = time.monotonic()
-        try:
-            yield
-        finally:
-            self._waited += time.monotonic() - since
+        return self._waiting.running(torch.device("cpu"))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -110,14 +107,15 @@ class RunningMetrics:
         processes (the wait for the other one included), ``compute_seconds`` on the rest.
         """
         self._last_rate = self._rate()
-        seconds, exchange = time.monotonic() - self._since, self._exchange.read()
+        seconds = time.monotonic() - self._since
+        exchange, waited = self._exchange.read(), self._waiting.read()
         record = {
             "loss": self.loss,
             "images_per_s": self._last_rate,
             "seconds": seconds,
-            "data_seconds": self._waited,
+            "data_seconds": waited,
             "exchange_seconds": exchange,
-            "compute_seconds": max(0.0, seconds - self._waited - exchange),
+            "compute_seconds": max(0.0, seconds - waited - exchange),
         }
         self.start()
         return record

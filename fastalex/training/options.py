@@ -245,10 +245,10 @@ def _add(
 
 def _default(name: str) -> str:
     """What ``--help`` says about an option's default; empty where there is none."""
-    if name in vars(next(iter(DEFAULTS.values()))):
+    if name in DEFAULTS[False, "cpu"]:
         texts = []
         for folder, where in ((False, "for the built-in set"), (True, "with --data")):
-            gpu, cpu = (getattr(DEFAULTS[folder, device], name) for device in ("cuda", "cpu"))
+            gpu, cpu = (DEFAULTS[folder, device][name] for device in ("cuda", "cpu"))
             by_device = f"{where} {gpu} on a GPU, {cpu} on a CPU"
             texts.append(f"{gpu} {where}" if gpu == cpu else by_device)
         return "; ".join(texts)

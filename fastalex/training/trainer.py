@@ -278,7 +278,7 @@ class Trainer:
             last = self.step == self.steps
             if self.step % self.read_every == 0 or last:
                 self._read_losses()
-            if self._reports(last):
+            if last or self.step % self.settings.log_every == 0:
                 self._report_steps()
             self.progress.advance(self.step, self.epoch, self.recent.loss, self.recent.rate)
             if last:
@@ -320,9 +320,6 @@ class Trainer:
         signum, due = flags.tolist()
         return signum, due
 
-    def _reports(self, last: bool) -> bool:
-        return last or self.step % self.settings.log_every == 0
-
     def _train_step(self, batch: Batch) -> None:
         self.step += 1
         self.parallel.progress(self.step)
@@ -347,12 +344,6 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return loss.detach()
-
-    def _gradient_norm(self) -> torch.Tensor:
-        """The norm of the last step's gradient; every process takes part."""
-        step = self.train_step
-        norms = gradient_norms(self.model) if step is None else step.gradient_norms()
-        return towers.gradient_norm(norms, self.model, self.parallel.mesh)
 
     def _read_losses(self) -> None:
         """Take in the losses of the steps since the last reading, over all replicas.
@@ -395,7 +386,9 @@ class Trainer:
         self.stuck = None
 
     def _report_steps(self) -> None:
-        norm = self._gradient_norm().item()
+        step = self.train_step
+        norms = gradient_norms(self.model) if step is None else step.gradient_norms()
+        norm = towers.gradient_norm(norms, self.model, self.parallel.mesh).item()
         record = {
             "kind": "step",
             "step": self.step,

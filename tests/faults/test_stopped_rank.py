@@ -49,10 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
 
 @pytest.mark.parametrize(
     ("launcher", "processes", "rank"),
-    [
-        *[("ours", 2, 0), ("ours", 2, 1), ("torchrun", 2, 0), ("torchrun", 2, 1)],
-        *[("ours", 4, 0), ("ours", 4, 3), ("torchrun", 4, 2)],
-    ],
+    [("ours", 2, 0), ("ours", 4, 3), ("torchrun", 2, 1)],
 )
 def test_a_stopped_process_is_named_within_the_timeout(
     tmp_path: Path,

@@ -69,6 +69,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Killed:
     return Killed(tmp_path_factory.mktemp("two"), gpus=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", ["one", "two"])
 def test_a_killed_run_goes_on_bit_for_bit(
     request: pytest.FixtureRequest, tmp_path: Path, processes: str
@@ -92,6 +93,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert not list(folder.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_two_processes_leave_off_where_one_goes_on(two: Killed, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(two.killed, folder)
@@ -139,7 +141,7 @@ def stopped(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("step", "options"),
     [
-        (4, ["--precision", "bf16"]),
+        pytest.param(4, ["--precision", "bf16"], marks=pytest.mark.slow),
         (4, ["--precision", "fp16", "--variant", "owt", "--batch-size", "2", "--max-steps", "5"]),
         # At a rate that changes no weight the second validation is no better, and drops it.
         (13, ["--recipe", "paper", "--lr", "1e-30", "--lr-patience", "1"]),
