@@ -36,7 +36,6 @@ PLAIN = {
     "seed": 0,
     "log_every": 10,
     "checkpoint_minutes": 10.0,
-    "keep_checkpoints": 2,
     "timeout": 120.0,
     "tensorboard": False,
 }
@@ -53,12 +52,14 @@ _PART_OF = {
 }
 
 
+_BUILT_IN = {"image_size": 64, "batch_size": 64, "epochs": 5, "keep_checkpoints": 0}
+_FOLDER = {"keep_checkpoints": 2}
 # What follows data and device, by whether there is a folder of images and by the device.
 DEFAULTS: dict[tuple[bool, str], dict[str, int]] = {
-    (False, "cpu"): {"image_size": 64, "batch_size": 64, "epochs": 6, "workers": 1},
-    (False, "cuda"): {"image_size": 64, "batch_size": 64, "epochs": 6, "workers": 4},
-    (True, "cpu"): {"image_size": 96, "batch_size": 64, "epochs": 10, "workers": 1},
-    (True, "cuda"): {"image_size": 224, "batch_size": 128, "epochs": 90, "workers": 8},
+    (False, "cpu"): {**_BUILT_IN, "workers": 1},
+    (False, "cuda"): {**_BUILT_IN, "workers": 4},
+    (True, "cpu"): {**_FOLDER, "image_size": 96, "batch_size": 64, "epochs": 10, "workers": 1},
+    (True, "cuda"): {**_FOLDER, "image_size": 224, "batch_size": 128, "epochs": 90, "workers": 8},
 }
 
 

@@ -198,7 +198,8 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str | None, str]]] = {
             "cost",
         ),
         "keep_checkpoints": (
-            whole_number(0), "N", "newest checkpoints that stay; 0 writes none",
+            whole_number(0), "N", "newest checkpoints that stay; 0 writes one only when the run is "
+            "stopped or after --checkpoint-minutes, and removes it when the run is finished",
         ),
         "log_every": (_COUNT, "STEPS", "steps between two records in metrics.jsonl"),
         "tensorboard": (_FLAG, None, "write curves and conv1's kernels for TensorBoard too"),

@@ -87,7 +87,7 @@ class StuckLoss:
     """Tells a loss that stays at ln(classes), where every class is as likely as any other.
 
     Over the last ``window`` steps the mean loss lies within 2% of ln(classes), and from their
-    first half to their second it did not fall by more than 0.3%, which spares a run on its way down.
+    first half to their second it did not fall by more than 0.3%: a run on its way down is spared.
 
     Args:
         classes: of the data; with one class nothing is ever stuck.
