@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 
-import fastalex_kernels as kernels
 from fastalex._version import __version__
 from fastalex.common import interrupts
 from fastalex.common.command_line import output_may_fail
 from fastalex.common.interrupts import Interrupted
-from fastalex.common.nvtx_ranges import annotate_layers, nvtx_range
 from fastalex.common.provenance import versions
 from fastalex.data import Batch, Batches, DataError, ImageSource, color_noise, open_sources
 from fastalex.distributed import towers
@@ -22,17 +20,16 @@ from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.launch import TrainingError
 from fastalex.model.alexnet import AlexNet
 from fastalex.training import checkpoints
+from fastalex.training.autograd_step import AutogradStep, LossScaler, autocast
 from fastalex.training.checkpoints import ResumeState
 from fastalex.training.config import Settings
 from fastalex.training.metrics import MetricsLog, RunningMetrics, TensorBoard
 from fastalex.training.optim import (
     build_optimizer,
-    gradient_norms,
     momentum_buffers,
     set_learning_rate,
     set_momentum_buffers,
 )
-from fastalex.training.precision import LossScaler, autocast
 from fastalex.training.progress import Progress, StuckLoss
 from fastalex.training.run_config import RunConfig
 from fastalex.training.run_folder import RunFolder
@@ -146,23 +143,23 @@ class Trainer:
         """Those of the whole net; every process takes part."""
         return towers.full_tensors(self.model, self.parallel.mesh, tensors)
 
-    def _make_step(self) -> TrainStep | None:
-        """The step in the open, None where autograd and the optimizer do it."""
-        settings, parallel = self.settings, self.parallel
+    def _make_step(self) -> TrainStep | AutogradStep:
+        """The step without autograd, where it was asked for and can run this net."""
+        settings, parallel, augment = self.settings, self.parallel, self.train_batches.augment
         if settings.fused_update:
             alone = parallel.replicas == 1  # else a gradient is not whole when it is made
             tricks = Tricks(fused_update=alone, graph=settings.cuda_graph)
             reduce = None if alone else lambda: parallel.reduce_gradients(self.model)
             try:
                 return TrainStep(
-                    self.model, self.optimizer, settings.precision,
-                    augment=self.train_batches.augment, tricks=tricks, reduce=reduce,
-                    tell=self.progress.warn,
+                    self.model, self.optimizer, settings.precision, augment=augment,
+                    tricks=tricks, reduce=reduce, tell=self.progress.warn,
                 )  # fmt: skip
             except ValueError as error:
                 self.progress.warn(f"autograd and the optimizer make each step: {error}")
-        annotate_layers(self.model)
-        return None
+        return AutogradStep(
+            self.model, self.optimizer, settings.precision, augment, parallel, self.scaler
+        )
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, as ``_state`` returned it; from the beginning where it is empty."""
@@ -266,7 +263,7 @@ class Trainer:
                 self._checkpoint()
 
     def close(self) -> None:
-        self.train_step = None  # a graph's memory goes with it
+        del self.train_step  # a graph's memory goes with it
         self.progress.close()
         for log in (self.metrics, self.tensorboard):
             if log is not None:
@@ -329,25 +326,8 @@ class Trainer:
         self.parallel.progress(self.step)
         set_learning_rate(self.optimizer, self.schedule.rate(self.step))
         self.model.seed_dropout(self.settings.seed, self.step)
-        if self.train_step is None:
-            loss = self._step_by_autograd(batch)
-        else:
-            loss = self.train_step(batch.pixels, batch.labels)
+        loss = self.train_step(batch.pixels, batch.labels)
         self.unread.append((loss, batch.indices))
-
-    def _step_by_autograd(self, batch: Batch) -> torch.Tensor:
-        with autocast(self.settings.precision, self.parallel.device):
-            logits = self.model(self.train_batches.augment(*batch.pixels))
-        loss = kernels.cross_entropy(logits, batch.labels)
-        self.optimizer.zero_grad()
-        with nvtx_range("backward"):
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.parallel.reduce_gradients(self.model)
-        self.scaler.unscale_(self.optimizer)
-        with nvtx_range("optimizer"):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        return loss.detach()
 
     def _read_losses(self) -> None:
         """Take in the losses of the steps since the last reading, over all replicas.
@@ -390,8 +370,7 @@ class Trainer:
         self.stuck = None
 
     def _report_steps(self) -> None:
-        step = self.train_step
-        norms = gradient_norms(self.model) if step is None else step.gradient_norms()
+        norms = self.train_step.gradient_norms()
         norm = towers.gradient_norm(norms, self.model, self.parallel.mesh).item()
         record = {
             "kind": "step",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastalex import AlexNet
+from fastalex.training.autograd_step import LossScaler
 from fastalex.training.config import Settings
 from fastalex.training.optim import (
     Rates,
@@ -20,7 +21,6 @@ from fastalex.training.optim import (
     set_momentum_buffers,
 )
 from fastalex.training.options import parse_arguments
-from fastalex.training.precision import LossScaler
 from fastalex.training.schedule import Schedule
 
 NAMES = ["classifier.6.weight", "classifier.6.bias"]
