@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,15 +219,6 @@ def test_before_the_first_checkpoint_it_begins_again(
     assert records(here / "run") == records(here / "whole")
 
 
-def test_a_finished_run_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _train("--output", "run", "--max-steps", "1") == 0
-    before = digest(here / "run")
-    capsys.readouterr()
-    assert train.main(["--resume", "run"]) == 0
-    assert "run is finished: all of its 1 steps are done" in capsys.readouterr().out
-    assert digest(here / "run") == before
-
-
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
@@ -271,23 +261,6 @@ def test_other_images_are_refused(
     # Six steps with the 40 images, one of the five batches of epoch 2; then four batches an epoch.
     assert [r["step"] for r in found if r["kind"] == "step"] == list(range(1, 14))
     assert [r["step"] for r in found if r["kind"] == "epoch"] == [5, 9, 13]
-
-
-def test_settings_that_change_no_weight_may_be_given_anew(stopped: str, here: Path) -> None:
-    arguments = ["--resume", stopped, "--keep-checkpoints", "1", "--workers", "0"]
-    assert train.main(arguments) == 0
-    assert checkpoints(here / "run") == [STEPS]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="locks of other systems differ")
-def test_two_runs_in_one_folder_are_refused(
-    stopped: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fastalex.training.metrics._LOCK_SECONDS", 0.1)
-    log = MetricsLog(here / "run" / "metrics.jsonl")
-    assert train.main(["--resume", stopped]) == 2
-    assert "another process trains in this folder" in capsys.readouterr().err
-    log.close()
 
 
 @pytest.mark.parametrize("minutes", ["1e-9", "10"])

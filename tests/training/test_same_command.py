@@ -165,8 +165,10 @@ def test_what_changes_no_weight_may_differ_and_a_default_may_be_spelt_out(
     here: Path, whole: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _stop(8, monkeypatch)
-    assert _train("--output", "run", "--workers", "0", "--seed", "0", "--gpus", "1") == 0
+    given = ["--workers", "0", "--seed", "0", "--gpus", "1", "--keep-checkpoints", "1"]
+    assert _train("--output", "run", *given) == 0
     assert digest(here / "run") == whole
+    assert checkpoints(here / "run") == [STEPS]
 
 
 def test_a_finished_run_is_finished_and_more_epochs_train_on(
