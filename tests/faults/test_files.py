@@ -143,11 +143,12 @@ def whole(request: pytest.FixtureRequest, world: World) -> Expected:
 def _places(whole: Expected, of_many: int, of_few: int) -> range:
     """Changes of files, evenly spaced: many of one process, few of several."""
     number = of_many if whole.processes == "1 process" else of_few
-    return range(1, whole.count + 1, max(1, whole.count // number))
+    step = max(1, whole.count // number)
+    return range(1 + step // 2, whole.count + 1, step)
 
 
 def test_killed_at_a_change_of_a_file(whole: Expected, fault_table: Table) -> None:
-    for number, at in enumerate(_places(whole, 60, 6)):
+    for number, at in enumerate(_places(whole, 30, 4)):
         kind = (KILL, KILL_HALFWAY, KILL_GROUP)[number % 3]
         faulty = whole.suffer(fault_table, at, kind)
         if whole.processes == "1 process":
@@ -155,7 +156,7 @@ def test_killed_at_a_change_of_a_file(whole: Expected, fault_table: Table) -> No
 
 
 def test_asked_to_end_at_a_change_of_a_file(whole: Expected, fault_table: Table) -> None:
-    for at in _places(whole, 10, 4):
+    for at in _places(whole, 6, 2):
         faulty = whole.suffer(fault_table, at, TERMINATE)
         assert faulty["code"] in (0, 75), faulty["err"]  # 0 where all was done
         if faulty["code"]:
@@ -166,7 +167,7 @@ def test_asked_to_end_at_a_change_of_a_file(whole: Expected, fault_table: Table)
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("kind", [FAIL_ONCE, FAIL_FOR_GOOD])
 def test_a_disk_that_fails(whole: Expected, fault_table: Table, kind: int, error: int) -> None:
-    for at in _places(whole, 6, 2):
+    for at in _places(whole, 4, 1):
         faulty = whole.suffer(fault_table, at, kind, error)
         if faulty["code"] == 0:  # nothing that the run needs
             continue

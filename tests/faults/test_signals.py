@@ -130,7 +130,7 @@ def test_torchrun_restarts_go_on(tmp_path: Path, fault_table: Table, output: boo
     try:
         _wait_for_step(folder, 8)
         pids = workers(process.pid, "_small_train")
-        os.kill(pids[1], signal.SIGKILL)
+        os.kill(pids[int(output)], signal.SIGKILL)
         stdout, stderr = process.communicate(timeout=300)
     finally:
         end(process)

@@ -129,7 +129,7 @@ class Peer:
     def __init__(self, overflows: list[bool]) -> None:
         self.overflows = overflows
 
-    def largest(self, values: torch.Tensor) -> None:
+    def all_reduce_max(self, values: torch.Tensor) -> None:
         values.fill_(max(float(values), float(self.overflows.pop(0))))
 
 
