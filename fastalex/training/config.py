@@ -36,7 +36,6 @@ _PLAIN = {
     "seed": 0,
     "log_every": 10,
     "checkpoint_minutes": 10.0,
-    "keep_checkpoints": 2,
     "timeout": 120.0,
     "tensorboard": False,
 }
@@ -61,14 +60,15 @@ class Defaults:
     batch_size: int
     epochs: int
     workers: int
+    keep_checkpoints: int
 
 
 # The key is whether there is a folder of images, and the device.
 DEFAULTS: dict[tuple[bool, str], Defaults] = {
-    (False, "cpu"): Defaults(image_size=64, batch_size=64, epochs=6, workers=1),
-    (False, "cuda"): Defaults(image_size=64, batch_size=64, epochs=6, workers=4),
-    (True, "cpu"): Defaults(image_size=96, batch_size=64, epochs=10, workers=1),
-    (True, "cuda"): Defaults(image_size=224, batch_size=128, epochs=90, workers=8),
+    (False, "cpu"): Defaults(64, batch_size=64, epochs=5, workers=1, keep_checkpoints=0),
+    (False, "cuda"): Defaults(64, batch_size=64, epochs=5, workers=4, keep_checkpoints=0),
+    (True, "cpu"): Defaults(96, batch_size=64, epochs=10, workers=1, keep_checkpoints=2),
+    (True, "cuda"): Defaults(224, batch_size=128, epochs=90, workers=8, keep_checkpoints=2),
 }
 
 

@@ -309,7 +309,9 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--keep-checkpoints",
         type=whole_number(0),
         metavar="N",
-        help="newest checkpoints that stay; 0 writes none (default: 2)",
+        help="newest checkpoints that stay; 0 writes one only when the run is stopped or after "
+        "--checkpoint-minutes, and removes it when the run is finished (default: 2; built-in "
+        "set: 0)",
     )
     group.add_argument(
         "--log-every",

@@ -197,7 +197,7 @@ class RunFolder:
         self._write_report({**report, **changed})
 
     def end(self, status: str) -> None:
-        """Note in run.json how the run ended, and drop what killed processes of it left.
+        """Note in run.json how the run ended, and drop what nobody needs any more.
 
         Raises:
             OSError: where it can't be written.
@@ -206,6 +206,8 @@ class RunFolder:
         report = self.read_report()
         if report["status"] != status:
             self._write_report({**report, "status": status, "ended": _now()})
+        if status == "finished" and not report["settings"]["keep_checkpoints"]:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def keep_best(self) -> None:
         """Make the newest weights the best ones; both are one file until the next epoch."""

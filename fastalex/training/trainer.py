@@ -232,12 +232,15 @@ class Trainer:
         )
 
     def run(self) -> None:
+        keep = self.settings.keep_checkpoints
         for epoch in range(self.epoch, self.epochs + 1):
             self.epoch = epoch
             self.started = time.monotonic() - self.epoch_seconds
-            signum, _ = self._agree()
+            signum, late = self._agree()
+            if (signum or late) and not keep:  # else what was done is in a checkpoint
+                self._checkpoint()
             if signum:
-                raise Interrupted(signum)  # what was done is in a checkpoint
+                raise Interrupted(signum)
             if self.step < self.steps:  # else only the validation is left
                 self._train_epoch()
             self.progress.validating(epoch)
@@ -254,7 +257,8 @@ class Trainer:
             loss = math.fsum(self.losses) / len(self.losses)
             self._report_epoch(loss, accuracy, time.monotonic() - self.started)
             self.epoch, self.batch, self.losses, self.epoch_seconds = epoch + 1, 0, [], 0.0
-            self._checkpoint()
+            if keep:
+                self._checkpoint()
 
     def close(self) -> None:
         self.train_step = None  # a graph's memory goes with it
@@ -431,14 +435,12 @@ class Trainer:
     def _checkpoint(self) -> None:
         """Write what the next step depends on; every process takes part."""
         self.saved = time.monotonic()
-        keep = self.settings.keep_checkpoints
-        if keep == 0:
-            return
         self.team.progress(self.step, "writing a checkpoint")
         weights = self.team.weights(self.model)
         buffers = self.team.whole(self.model, momentum_buffers(self.model, self.optimizer))
         if self.metrics is not None:
             self.metrics.sync()  # a checkpoint counts on the records before it
+            keep = max(1, self.settings.keep_checkpoints)
             checkpoints.save(self.folder, weights, buffers, self._state(), keep)
         self.team.progress(self.step)
 

@@ -287,9 +287,19 @@ def test_two_runs_in_one_folder_are_refused(
     log.close()
 
 
-def test_no_checkpoints_where_none_are_wanted(here: Path) -> None:
-    assert _train("--output", "run", "--keep-checkpoints", "0", "--max-steps", "1") == 0
+@pytest.mark.parametrize("minutes", ["1e-9", "10"])
+def test_checkpoints_that_nobody_keeps_go_with_the_end_of_the_run(
+    here: Path, monkeypatch: pytest.MonkeyPatch, minutes: str
+) -> None:
+    command = ["--image-size", "64", "--batch-size", "8", "--threads", "1", "--epochs", "2"]
+    command += ["--checkpoint-minutes", minutes, "--output", "run"]
+    with monkeypatch.context() as patch:
+        _stop_before(8, patch)
+        assert train.main(command) == 130
+    assert checkpoints(here / "run") == ([7] if minutes == "1e-9" else [])
+    assert train.main(command) == 0
     assert not (here / "run" / "checkpoints").exists()
+    assert steps(here / "run") == [10]
 
 
 @pytest.mark.parametrize("linked", [True, False])
