@@ -52,7 +52,7 @@ EXTREMES = [
 CASES = [*PRODUCTS, *POOLINGS]
 
 
-@pytest.mark.parametrize("on", sampled(itertools.product(PRODUCTS, TARGETS), 28, first=16))
+@pytest.mark.parametrize("on", sampled(itertools.product(PRODUCTS, TARGETS), 40, first=16))
 def test_float16(on: tuple[Case, str], real_tiles: RealTiles, strict: Strict) -> None:
     case, target = on
     with real_tiles(target):
@@ -102,7 +102,8 @@ def test_same_bits_whatever_runs_first(case: Case, real_tiles: RealTiles) -> Non
         assert torch.equal(results[2][name], expected), f"{name} differs with the programs' order"
 
 
-@pytest.mark.parametrize("case", sampled([PRODUCTS[7], PRODUCTS[9]], 2))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [PRODUCTS[7], PRODUCTS[9]], ids=str)
 def test_dropout_is_the_same_on_every_target(case: Case, real_tiles: RealTiles) -> None:
     case = replace(case, arguments={**case.arguments, "p": 0.4, "relu": False})
     tensors = make_inputs(case, torch.float32)
