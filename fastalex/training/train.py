@@ -56,7 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     with output_may_fail(), interrupts.raised():
         try:
-            interrupts.raise_again()
             if launch.under_torchrun():
                 return _run_under_torchrun(options)
             folder, plan = prepare(options)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastalex_kernels.common import philox
-from fastalex_kernels.common.launch import operator
+from fastalex_kernels.common.backend import operator
 
 _NO_LABEL = -(2**63)  # every other one that is no class is an error
 _BLOCK = 1 << 17  # elements of LRN handled at a time on a CPU: they stay in its cache

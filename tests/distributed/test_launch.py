@@ -131,15 +131,14 @@ def test_one_signal_reaches_all_processes(tmp_path: Path, whom: str) -> None:
     script = changed(
         tmp_path,
         "import signal\n"
-        "from fastalex import interrupts\n"
-        "run = engine.Trainer.run\n"
+        "run = trainer.Trainer.run\n"
         "def seen(self):\n"
         "    try:\n"
         "        run(self)\n"
         "    except launch.Interrupted as stop:\n"
         "        print(f'rank {launch.rank()}: {stop} after {self.step}', flush=True)\n"
         "        raise\n"
-        "engine.Trainer.run = seen\n",
+        "trainer.Trainer.run = seen\n",
     )
     with training("ours", tmp_path, script=script) as (process, pids):
         if whom == "group":

@@ -38,11 +38,12 @@ def node(number: int, address: str, *options: str, script: str = SCRIPT) -> list
 
 
 def changed(folder: Path, code: str) -> str:
-    """A script like SCRIPT that runs ``code`` first in every process, with engine and launch."""
+    """A script like SCRIPT that runs ``code`` first in every process, with trainer and launch."""
     path = folder / "changed.py"
     path.write_text(
         "import sys\n"
-        "from fastalex import engine, launch, train\n"
+        "from fastalex.distributed import launch\n"
+        "from fastalex.training import train, trainer\n"
         "from tests import _small_train\n"
         f"{code}"
         "_small_train.shrink()\n"

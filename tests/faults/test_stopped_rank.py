@@ -87,12 +87,12 @@ def test_a_process_that_does_not_go_on_is_named(tmp_path: Path) -> None:
     script = changed(
         tmp_path,
         "import time\n"
-        "train_step = engine.Trainer._train_step\n"
+        "train_step = trainer.Trainer._train_step\n"
         "def stuck(self, batch):\n"
         "    if launch.rank() == 1 and self.step == 6:\n"
         "        time.sleep(1e6)\n"
         "    train_step(self, batch)\n"
-        "engine.Trainer._train_step = stuck\n",
+        "trainer.Trainer._train_step = stuck\n",
     )
     process = run(command("ours", script=script), tmp_path)
     assert process.returncode == 1

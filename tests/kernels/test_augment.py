@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalex_kernels as fk
 from fastalex.inspection import offline
-from fastalex_kernels.common.launch import interpreted
+from fastalex_kernels.common.backend import interpreted
 from fastalex_kernels.conv2d.arguments import space_to_depth_weight
 
 from . import _augment as augments

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalex_kernels as fk
 from fastalex.inspection import offline
-from fastalex_kernels.common.launch import interpreted, record_launches
+from fastalex_kernels.common.backend import interpreted, record_launches
 from fastalex_kernels.cross_entropy import cross_entropy_forward
 
 from . import _losses as losses

@@ -11,7 +11,8 @@ import torch
 
 import fastalex_kernels as fk
 from fastalex.inspection import offline
-from fastalex_kernels.common.launch import MOST_COUNTED, interpreted, launch
+from fastalex_kernels.common.backend import interpreted
+from fastalex_kernels.common.launch import MOST_COUNTED, launch
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="these launches are recorded, not run")
 

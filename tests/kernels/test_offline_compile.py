@@ -13,7 +13,7 @@ import triton
 import fastalex_kernels as fk
 from fastalex.inspection import offline
 from fastalex.inspection.record import record_step
-from fastalex_kernels.common.launch import interpreted
+from fastalex_kernels.common.backend import interpreted
 from fastalex_kernels.common.program import Launch
 
 from ._alexnet import NAMES, call

@@ -305,7 +305,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(images: Path, tmp_path: Path, gp
 def test_a_bug_in_one_process_shows_its_traceback_once(tmp_path: Path) -> None:
     (tmp_path / "buggy.py").write_text(
         "import torch, torch.distributed as dist\n"
-        "from fastalex import launch\n"
+        "from fastalex.distributed import launch\n"
         "def work():\n"
         "    if dist.get_rank() == 1:\n"
         "        raise ZeroDivisionError('the bug')\n"

@@ -32,7 +32,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels.common.launch import MOST_COUNTED, PROCESSORS, aligned, launch, target, tuned
+from fastalex_kernels.common.arguments import aligned
+from fastalex_kernels.common.backend import target
+from fastalex_kernels.common.launch import MOST_COUNTED, launch
+from fastalex_kernels.common.tuned import PROCESSORS, tuned
 
 CHUNK = 8  # channels
 # What a program holds unless a table of ``fastalex.tune`` says otherwise.

@@ -29,18 +29,13 @@ import triton
 import triton.language as tl
 
 from fastalex_kernels import aten
+from fastalex_kernels.common.arguments import check_floating, interpretable
+from fastalex_kernels.common.backend import interpreted, operator, use_triton
 from fastalex_kernels.common.epilogue import epilogue_backward
-from fastalex_kernels.common.launch import (
-    check_floating,
-    interpretable,
-    interpreted,
-    launch,
-    operator,
-    tuned,
-    use_triton,
-)
+from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.layout import as_hwnc, as_nchw, empty_nchw, hwnc_strided
 from fastalex_kernels.common.reduce import fold
+from fastalex_kernels.common.tuned import tuned
 from fastalex_kernels.lrn_pool import alexnet
 from fastalex_kernels.lrn_pool.alexnet import Norm, Window
 

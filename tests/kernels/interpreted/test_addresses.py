@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -47,15 +46,6 @@ def test_an_index_that_wraps_is_found() -> None:
     assert run_corners(_fill(_fill_far_kernel, 2**32)) == {"y_ptr": 2**34}
 
 
-@pytest.fixture
-def not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the launchers choose blocks and splits as on a GPU."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fastalex") and hasattr(module, "interpreted"):
-            monkeypatch.setattr(module, "interpreted", lambda: False)
-
-
-@pytest.mark.usefixtures("not_interpreted")
 @pytest.mark.parametrize("layer", ["augment", *NAMES])
 def test_no_address_leaves_its_tensor(layer: str) -> None:
     far = 0
@@ -121,7 +111,6 @@ LARGEST: dict[str, Callable[[], None]] = {
 }
 
 
-@pytest.mark.usefixtures("not_interpreted")
 @pytest.mark.parametrize("name", LARGEST)
 def test_the_largest_sizes_that_are_accepted(name: str) -> None:
     for launch in record("sm_90", LARGEST[name]):

@@ -45,7 +45,7 @@ SAVED = [  # the mask of their ReLU
 ]
 
 
-@pytest.mark.parametrize("backend", ["triton", "aten"])
+@pytest.mark.parametrize("backend", ["interpreter", "aten"])
 @pytest.mark.parametrize("change", CHANGES, ids=IDS)
 @pytest.mark.parametrize("case", NOT_SAVED, ids=str)
 def test_an_output_that_backward_does_not_need(

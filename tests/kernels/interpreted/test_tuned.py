@@ -12,8 +12,8 @@ import torch
 
 from fastalex.tuning.candidates import candidates
 from fastalex_kernels import reference
-from fastalex_kernels.common import launch, tuned
-from fastalex_kernels.common.launch import record_launches
+from fastalex_kernels.common import tuned
+from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.linear.forward import HalvedProduct
 from fastalex_kernels.lrn_pool import alexnet
 from fastalex_kernels.lrn_pool.alexnet import Norm
@@ -39,7 +39,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the table is read from by launches that are recorded, as by those on a GPU."""
     path = tmp_path / "tiles.json"
     monkeypatch.setenv(tuned.VARIABLE, str(path))
-    monkeypatch.setattr(launch, "_device_name", lambda device: GPU)
+    monkeypatch.setattr(tuned, "device_name", lambda device: GPU)
     tuned._table.cache_clear()
     yield path
     tuned._table.cache_clear()
