@@ -14,9 +14,9 @@ from fastalex.tuning.candidates import candidates
 from fastalex_kernels import reference
 from fastalex_kernels.common import launch, tuned
 from fastalex_kernels.common.launch import record_launches
+from fastalex_kernels.common.parameters import Norm
 from fastalex_kernels.linear.forward import HalvedProduct
 from fastalex_kernels.lrn_pool import alexnet
-from fastalex_kernels.lrn_pool.alexnet import Norm
 from fastalex_kernels.reference import TOLERANCES, relative_error, tolerance
 
 from .._oracle import Case, check, conv, linear, lrn, make_inputs, pool, run
