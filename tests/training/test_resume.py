@@ -141,9 +141,15 @@ def stopped(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     ("step", "options"),
     [
         pytest.param(4, ["--precision", "bf16"], marks=pytest.mark.slow),
-        (4, ["--precision", "fp16", "--variant", "owt", "--batch-size", "2", "--max-steps", "5"]),
+        pytest.param(
+            4,
+            ["--precision", "fp16", "--variant", "owt", "--batch-size", "2", "--max-steps", "5"],
+            marks=pytest.mark.slow,
+        ),
         # At a rate that changes no weight the second validation is no better, and drops it.
-        (13, ["--recipe", "paper", "--lr", "1e-30", "--lr-patience", "1"]),
+        pytest.param(
+            13, ["--recipe", "paper", "--lr", "1e-30", "--lr-patience", "1"], marks=pytest.mark.slow
+        ),
         (7, ["--schedule", "cosine", "--warmup", "0.3", "--augmentation", "full"]),
     ],
 )
@@ -206,6 +212,7 @@ def test_without_a_whole_checkpoint_nothing_is_touched(
     assert contents(here) == before
 
 
+@pytest.mark.slow
 def test_before_the_first_checkpoint_it_begins_again(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,6 +270,7 @@ def test_other_images_are_refused(
     assert [r["step"] for r in found if r["kind"] == "epoch"] == [5, 9, 13]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("minutes", ["1e-9", "10"])
 def test_checkpoints_that_nobody_keeps_go_with_the_end_of_the_run(
     here: Path, monkeypatch: pytest.MonkeyPatch, minutes: str

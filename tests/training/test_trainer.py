@@ -109,6 +109,7 @@ def test_accuracies_are_those_of_a_count_by_hand(classes: int) -> None:
     assert model.training
 
 
+@pytest.mark.usefixtures("here")
 def test_net_and_seed_name_one_set_of_weights() -> None:
     first, again = (trainer.build_model(_settings("--seed", "3"), 4) for _ in range(2))
     other = trainer.build_model(_settings("--seed", "4"), 4)
