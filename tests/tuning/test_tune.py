@@ -38,7 +38,13 @@ OWN = (128, 64, 64, 4, 4)
 
 
 ENTRY = {"kernel": KEY[0], "kind": KEY[1], "sizes": list(KEY[2]), "tile": list(TILE)}
-LAUNCH = Launch("fc8", "forward", None, (1,), [], {})
+
+
+def _probe() -> None:
+    pass
+
+
+LAUNCH = Launch("fc8", "forward", _probe, (1,), [], {})
 SHARED = offline.TARGETS["sm_90"].shared_limit
 
 
@@ -53,6 +59,13 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuned._table.cache_clear()
     yield path
     tuned._table.cache_clear()
+
+
+def _tile() -> tuned.Tile:
+    """What a launch takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuned, "device_name", lambda device: GPU)
+        return tuned.tuned(OWN, torch.empty(1, dtype=torch.bfloat16), "linear", *KEY[2])
 
 
 def test_a_launch_takes_the_tuned_tile(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +86,7 @@ def test_a_launch_takes_the_tuned_tile(table: Path, monkeypatch: pytest.MonkeyPa
     ("changes", "why"),
     [
         ({"device": "NVIDIA H100 PCIe"}, "it is of device NVIDIA H100 PCIe, here is"),
-        ({"kernels": "0" * 16}, "run python -m fastalex.tune"),
+        ({"kernels": dict.fromkeys(("conv2d", "linear", "lrn_pool"), "0")}, "run python -m"),
         ({"triton": "2.0.0"}, "it is of triton 2.0.0"),
         ({"timed": False}, "it was computed, not timed"),
         ({"tiles": [{"kernel": "linear"}]}, "no table of fastalex.tune"),
@@ -89,16 +102,25 @@ def test_a_table_of_something_else_is_ignored(
 ) -> None:
     table.write_text(json.dumps(_content(**changes)))
     with pytest.warns(UserWarning, match=why):
-        assert tuned.tuned_tile(KEY, OWN, GPU) == OWN
+        assert _tile() == OWN
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuned.tuned_tile(KEY, OWN, GPU) == OWN  # says so once
+        assert _tile() == OWN  # says so once
+
+
+def test_other_kernels_take_only_their_own_tiles(table: Path) -> None:
+    kernels = tuned.identity(GPU)["kernels"]
+    table.write_text(json.dumps(_content(kernels=kernels | {"lrn_pool": "0"})))
+    assert _tile() == TILE
+    tuned._table.cache_clear()
+    table.write_text(json.dumps(_content(kernels=kernels | {"linear": "0"})))
+    assert _tile() == OWN
 
 
 def test_a_damaged_table_is_ignored(table: Path) -> None:
     table.write_text(json.dumps(_content())[:40])
     with pytest.warns(UserWarning, match="is not used"):
-        assert tuned.tuned_tile(KEY, OWN, GPU) == OWN
+        assert _tile() == OWN
 
 
 def test_without_a_table_nothing_is_said(
@@ -108,12 +130,12 @@ def test_without_a_table_nothing_is_said(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuned.tuned_tile(KEY, OWN, GPU) == OWN
+        assert _tile() == OWN
     tuned._table.cache_clear()
     path = tmp_path / "fastalex" / "tiles_nvidia-test-gpu.json"
     path.parent.mkdir()
     path.write_text(json.dumps(_content()))
-    assert tuned.tuned_tile(KEY, OWN, GPU) == TILE
+    assert _tile() == TILE
 
 
 def _problem(*seconds: float | None) -> Problem:
