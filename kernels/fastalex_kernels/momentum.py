@@ -27,10 +27,6 @@ from fastalex_kernels.common.reduce import blocks, sum_parts
 RULES = ("paper", "torch")
 
 
-def _itself(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter
-
-
 @dataclass(eq=False)
 class MomentumUpdate:
     """A parameter, and what a kernel needs to update it.
@@ -43,7 +39,7 @@ class MomentumUpdate:
         rule: one of ``RULES``.
         operand: what the products read in place of the parameter: a copy of it in their dtype and
             layout, written with it; None where they read the parameter itself.
-        pack: the parameter in the layout of ``operand``.
+        pack: makes of the parameter the layout of ``operand``, where it is another.
 
     Attributes:
         squares: float32, sums of squares of the last gradient whose sum is its squared norm; None
@@ -59,7 +55,7 @@ class MomentumUpdate:
     rate: torch.Tensor
     rule: str = "torch"
     operand: torch.Tensor | None = None
-    pack: Callable[[torch.Tensor], torch.Tensor] = _itself
+    pack: Callable[[torch.Tensor], torch.Tensor] | None = None
     squares: torch.Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -78,15 +74,11 @@ class MomentumUpdate:
         for name, x in (("buffer", v), ("rate", self.rate), ("operand", self.operand)):
             if x is not None and x.device != w.device:
                 raise ValueError(f"{name}: expected device {w.device}, got {x.device}")
-        # A convolution's weight may be in any order, the kernels take its strides.
-        dense = [("rate", self.rate), ("operand", self.operand)]
-        dense += [("parameter", w)] if w.dim() < 4 else []
-        for name, x in dense:
-            if x is not None and not x.is_contiguous():
-                raise ValueError(
-                    f"{name}: expected contiguous memory, got shape {tuple(x.shape)} with strides "
-                    f"{x.stride()}"
-                )
+            # The kernels take the strides of a convolution's weight, and of nothing else.
+            if x is not None and name != "buffer" and not x.is_contiguous():
+                raise ValueError(_not_contiguous(name, x))
+        if w.dim() < 4 and not w.is_contiguous():
+            raise ValueError(_not_contiguous("parameter", w))
 
     def read(self) -> torch.Tensor:
         """What the products read."""
@@ -96,7 +88,13 @@ class MomentumUpdate:
     def refresh(self) -> None:
         """Copy the parameter, which something else changed, to where the products read it."""
         if self.operand is not None:
-            self.operand.copy_(self.pack(self.parameter))
+            w = self.parameter
+            self.operand.copy_(w if self.pack is None else self.pack(w))
+
+    @torch.no_grad()
+    def load_buffer(self, values: torch.Tensor | None) -> None:
+        """Go on with another momentum, None of zeros, in the memory that the kernels know."""
+        self.buffer.zero_() if values is None else self.buffer.copy_(values)
 
     def written(self, programs: int) -> tuple[torch.Tensor, ...]:
         """What a kernel of so many programs writes: parameter, buffer, operand, squares.
@@ -126,6 +124,11 @@ class MomentumUpdate:
             v.mul_(momentum).add_(g)
             w.sub_(lr * v)
         self.refresh()
+
+
+def _not_contiguous(name: str, x: torch.Tensor) -> str:
+    shape = tuple(x.shape)
+    return f"{name}: expected contiguous memory, got shape {shape} with strides {x.stride()}"
 
 
 class Updates(NamedTuple):
@@ -265,10 +268,10 @@ def sum_updates(
         stride: of space-to-depth.
     """
     pairs = zip((part, bias_part), updates, strict=True)
-    given = [(p, update) for p, update in pairs if p is not None and update is not None]
-    if not given:
+    present = [(p, update) for p, update in pairs if p is not None and update is not None]
+    if not present:
         return
-    (part, update), (bias_part, bias_update) = given[0], given[-1]
+    (part, update), (bias_part, bias_update) = present[0], present[-1]
     tile, programs = _blocks_and_programs(part)
     written = bias_written = update.written(programs)
     bias_tile, bias_programs = tile, 0

@@ -54,14 +54,14 @@ def seen(driver: StubDriver, program: Program) -> list[dict[str, Any]]:
     found = []
     other = torch.zeros_like(program.inputs[0])
     for launch in program.launches:
-        program.give(program.inputs)
+        program.set_inputs(program.inputs)
         compiled = launch.kernel[launch.grid](*launch.arguments, **launch.options)
         driver.look(compiled.run.kernel_signature)
         launch.kernel[launch.grid](*launch.arguments, **launch.options)
         by_triton = driver.last
         launch.run(STREAM)
         replayed = driver.last
-        program.give([other])
+        program.set_inputs([other])
         launch.run(STREAM)
         found.append(
             {
