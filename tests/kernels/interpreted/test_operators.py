@@ -86,7 +86,7 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "max_pool2d": (z, [], 1, [3, 2], [2, 2], True),
         "linear_relu_dropout": (rows, weight, bias, 0.5, True, rng, 1, 2),
         "without_relu": (rows, weight, None, 0.5, False, rng, 1, 2),
-        "lrn": (last.requires_grad_(), 5, 1.0, 0.75, 2.0, 2),
+        "aten_lrn_max_pool2d": (last.requires_grad_(), norm, 2, [3, 2], False, [2, 2]),
     }
 
 

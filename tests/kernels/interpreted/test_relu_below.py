@@ -9,8 +9,8 @@ import torch
 
 from fastalex_kernels import reference
 from fastalex_kernels.common.layout import as_hwnc
+from fastalex_kernels.common.parameters import Norm, Window
 from fastalex_kernels.common.reduce import fold
-from fastalex_kernels.lrn_pool.alexnet import Norm, Window
 from fastalex_kernels.lrn_pool.general import lrn_max_pool2d_backward, lrn_max_pool2d_forward
 from fastalex_kernels.reference import relative_error, tolerance
 

@@ -10,9 +10,9 @@ import torch
 from fastalex.tuning.candidates import candidates
 from fastalex_kernels import reference
 from fastalex_kernels.common import tuned
+from fastalex_kernels.common.parameters import Norm
 from fastalex_kernels.linear.forward import HalvedProduct
 from fastalex_kernels.lrn_pool import alexnet
-from fastalex_kernels.lrn_pool.alexnet import Norm
 from fastalex_kernels.reference import TOLERANCES, relative_error, tolerance
 
 from .._cases import sampled
