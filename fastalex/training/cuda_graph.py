@@ -63,8 +63,7 @@ class Graph:
         if replay is not None:
             replay()
         else:
-            self._program.set_inputs(inputs)
-            self._program.run()
+            self._program.run(inputs)
 
     def _try_to_capture(self, inputs: Inputs) -> None:
         failure, replay = "not in another process", None

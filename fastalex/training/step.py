@@ -68,10 +68,10 @@ class Tricks:
 class _Recorded:
     """A step as recorded for inputs of one shape."""
 
-    program: Program
+    program: Program  # its first run was the recording
     loss: torch.Tensor
     squares: dict[str, torch.Tensor]  # of each gradient, by parameter
-    graph: Graph | None
+    run: Callable[[Inputs], None]
 
 
 class TrainStep:
@@ -191,11 +191,8 @@ class TrainStep:
         inputs = input_tensors(images, labels, self._has_kernels)
         if recorded is None:
             recorded = self._recorded[key] = self._record(inputs)
-        elif recorded.graph is not None:
-            recorded.graph.run(inputs)
         else:
-            recorded.program.set_inputs(inputs)
-            recorded.program.run()
+            recorded.run(inputs)
         self._last = recorded
         if not self._tricks.fused_update:
             self._apply_stored()
@@ -230,10 +227,10 @@ class TrainStep:
                     dy, bias_partials = layer.backward(dy, bias_partials)
         updates = self._chain.updates.items()
         squares = {name: u.squares for name, u in updates if u.squares is not None}
-        graph = None
+        run: Callable[[Inputs], None] = program.run
         if self._tricks.graph and labels.is_cuda:
-            graph = Graph(program, self._chain.exchange, self._tell)
-        return _Recorded(program, loss, squares, graph)
+            run = Graph(program, self._chain.exchange, self._tell).run
+        return _Recorded(program, loss, squares, run)
 
     def _passes(self, size: tuple[int, int]) -> list[tuple[str, Pass]]:
         """The layers for images of a size."""

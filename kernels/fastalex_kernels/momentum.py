@@ -62,23 +62,24 @@ class MomentumUpdate:
         if self.rule not in RULES:
             raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {self.rule!r}")
         w, v = self.parameter, self.buffer
-        if w.dtype != torch.float32 or v.dtype != torch.float32:
-            raise ValueError(f"buffer: expected float32 on float32, got {v.dtype} on {w.dtype}")
-        if v.shape != w.shape or v.stride() != w.stride():
-            raise ValueError(
-                f"buffer: expected shape {tuple(w.shape)} and strides {w.stride()} as the "
-                f"parameter's, got {tuple(v.shape)} and {v.stride()}"
-            )
-        if self.rate.shape != (3,) or self.rate.dtype != torch.float32:
-            raise ValueError(f"rate: expected float32 [3], got {self.rate.dtype} {self.rate.shape}")
-        for name, x in (("buffer", v), ("rate", self.rate), ("operand", self.operand)):
-            if x is not None and x.device != w.device:
+        tensors = {"parameter": w, "buffer": v, "rate": self.rate, "operand": self.operand}
+        for name, x in tensors.items():
+            if x is None:
+                continue
+            layout = f"shape {tuple(x.shape)} and strides {x.stride()}"
+            if name != "operand" and x.dtype != torch.float32:
+                raise ValueError(f"{name}: expected float32, got {x.dtype}")
+            if x.device != w.device:
                 raise ValueError(f"{name}: expected device {w.device}, got {x.device}")
+            if name == "buffer" and (x.shape != w.shape or x.stride() != w.stride()):
+                expected = f"shape {tuple(w.shape)} and strides {w.stride()} as the parameter's"
+                raise ValueError(f"buffer: expected {expected}, got {layout}")
             # The kernels take the strides of a convolution's weight, and of nothing else.
-            if x is not None and name != "buffer" and not x.is_contiguous():
-                raise ValueError(_not_contiguous(name, x))
-        if w.dim() < 4 and not w.is_contiguous():
-            raise ValueError(_not_contiguous("parameter", w))
+            with_strides = w.dim() == 4 and name in ("parameter", "buffer")
+            if not with_strides and not x.is_contiguous():
+                raise ValueError(f"{name}: expected contiguous memory, got {layout}")
+        if self.rate.shape != (3,):
+            raise ValueError(f"rate: expected float32 [3], got {list(self.rate.shape)}")
 
     def read(self) -> torch.Tensor:
         """What the products read."""
@@ -124,11 +125,6 @@ class MomentumUpdate:
             v.mul_(momentum).add_(g)
             w.sub_(lr * v)
         self.refresh()
-
-
-def _not_contiguous(name: str, x: torch.Tensor) -> str:
-    shape = tuple(x.shape)
-    return f"{name}: expected contiguous memory, got shape {shape} with strides {x.stride()}"
 
 
 class Updates(NamedTuple):

@@ -200,8 +200,10 @@ class Program:
         for number, arguments, index in self._input_arguments:
             arguments[index] = inputs[number]
 
-    def run(self) -> None:
-        """Go through the launches, on the device's current stream."""
+    def run(self, inputs: Sequence[torch.Tensor | None] | None = None) -> None:
+        """Go through the launches, on the device's current stream; with other inputs if given."""
+        if inputs is not None:
+            self.set_inputs(inputs)
         if self._device.type != "cuda":
             self._run(0)
             return
