@@ -99,11 +99,10 @@ class Call(NamedTuple):
         return tolerance(x.dtype, longest)
 
 
-class _Watch:
+class _Watch(Pass):
     """A layer of the step that notes what it is given."""
 
     def __init__(self, name: str, one: Pass, calls: list[Call]) -> None:
-        self.relu, self.masks, self.place = one.relu, one.masks, one.place
         self._name, self._one, self._calls = name, one, calls
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
