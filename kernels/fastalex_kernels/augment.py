@@ -314,20 +314,8 @@ def _augment(
 
 @_augment.register_fake
 def _(
-    images: torch.Tensor,
-    tops: torch.Tensor,
-    lefts: torch.Tensor,
-    mirrors: torch.Tensor,
-    colors: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    centred: bool,
-    size: int,
-    padding: Sequence[int],
-    block: int,
-    lines: Sequence[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
+    images, tops, lefts, mirrors, colors, mean, scale, centred, size, padding, block, lines, dtype
+):
     return augment_output(images, block, lines, dtype)
 
 
