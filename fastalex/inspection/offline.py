@@ -177,38 +177,54 @@ def compile_launch(launch: Launch, target: str) -> Any:
         return launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
 
 
-def compile_ahead(jobs: Sequence[Sequence[Launch]], target: str) -> Iterator[str | None]:
+def compile_ahead(
+    jobs: Sequence[Sequence[Launch]], target: str, fit: bool = False
+) -> Iterator[str | None]:
     """Compile jobs of launches in as many processes as there are cores.
 
     They leave what they compile in Triton's cache, from where ``compile_launch`` reads it.
 
+    Args:
+        jobs: of launches on tensors without data.
+        target: one of ``TARGETS``.
+        fit: whether a job fails, too, that spills or needs more shared memory than there is.
+
     Yields:
-        Of each job, in order: None, or how it failed.
+        Of each job, in order: None, or why it failed.
     """
     if not jobs:
         return
     workers = min(len(os.sched_getaffinity(0)), len(jobs))
     context = multiprocessing.get_context("fork")  # which hands the jobs on as they are
-    with context.Pool(workers, _start, (jobs, target)) as pool:
+    with context.Pool(workers, _start, (jobs, target, fit)) as pool:
         yield from pool.imap(_compile, range(len(jobs)))
 
 
-_jobs: tuple[Sequence[Sequence[Launch]], str]  # of a process that compiles
+_given: tuple[Any, ...]  # to a process that compiles
 
 
-def _start(*jobs: Any) -> None:
-    global _jobs
-    _jobs = jobs
+def _start(*given: Any) -> None:
+    global _given
+    _given = given
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _compile(number: int) -> str | None:
-    jobs, target = _jobs
+    jobs, target, fit = _given
     try:
-        for launch in jobs[number]:
-            compile_launch(launch, target)
+        reasons = [unfit(x, target) if fit else compile_launch(x, target) for x in jobs[number]]
     except Exception as error:  # of any kind: whoever asked decides what a failure means
         return first_line(error)
+    return next(filter(None, reasons), None) if fit else None
+
+
+def unfit(launch: Launch, target: str) -> str | None:
+    """Why a launch should not be made: it spills, or needs more shared memory than there is."""
+    code, limit = read(compile_launch(launch, target)), TARGETS[target].shared_limit
+    if code.spills or code.stack:
+        return f"{launch.name} spills ({code.spills} instructions, {code.stack} bytes)"
+    if code.shared > limit:
+        return f"{launch.name} needs {code.shared} bytes of shared memory, there are {limit}"
     return None
 
 
