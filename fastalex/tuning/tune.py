@@ -28,8 +28,8 @@ from fastalex.tuning import sweep
 from fastalex.tuning.sweep import Config, Entry
 from fastalex.tuning.workloads import WatchedStep, Workload
 from fastalex_kernels.common import tuned
-from fastalex_kernels.common.launch import interpreted, record_launches
-from fastalex_kernels.common.launch import target as target_of
+from fastalex_kernels.common.backend import interpreted, record_launches
+from fastalex_kernels.common.backend import target as target_of
 
 _ROUNDS = 20
 

@@ -19,7 +19,7 @@ from fastalex.inspection.record import Step, record_step
 from fastalex.inspection.report import inspect
 from fastalex.training import TrainStep
 from fastalex.training.optim import build_optimizer
-from fastalex_kernels.common.launch import interpreted, record_launches
+from fastalex_kernels.common.backend import interpreted, record_launches
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="an interpreted kernel has no machine code")
 recorded = functools.cache(record_step)

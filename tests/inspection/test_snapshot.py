@@ -7,7 +7,7 @@ import json
 import pytest
 import triton
 
-from fastalex_kernels.common.launch import interpreted
+from fastalex_kernels.common.backend import interpreted
 from tests.inspection.snapshot import BARS, CASES, PATH, failures, measure, rows_missed
 
 HELD = json.loads(PATH.read_text())
