@@ -172,13 +172,14 @@ def _check_table(path: Path) -> None:
 
 
 def _known(path: Path, device: str) -> dict[tuned.Key, dict[str, Any]]:
-    """The entries of a table that still holds; of other layers or batches, they stay."""
+    """The entries of a table that still hold; of other layers or batches, they stay."""
     try:
-        tuned.read_table(path, device)
+        valid = tuned.read_table(path, device)
     except (OSError, ValueError):
         return {}
     entries = json.loads(path.read_text(encoding="utf-8"))["tiles"]
-    return {(e["kernel"], e["kind"], tuple(e["sizes"])): e for e in entries}
+    rows = {(e["kernel"], e["kind"], tuple(e["sizes"])): e for e in entries}
+    return {key: row for key, row in rows.items() if key in valid}
 
 
 def _write(path: Path | None, content: dict[str, Any]) -> None:
