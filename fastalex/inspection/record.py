@@ -7,7 +7,7 @@ torch's among them are made again to see which operators they are.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -209,6 +209,10 @@ def record_step(
                 model.seed_dropout(0, 1)
                 train_step(images, labels)
             recorded.events += beside.events
+    recorded.events = [
+        e if e.launch is None else replace(e, launch=offline.without_data(e.launch))
+        for e in recorded.events
+    ]
     recorded.parameters = [p.numel() for p in model.parameters()]
     made = next(e.launch for e in recorded.events if e.launch is not None).named["out_ptr"]
     crops = (batch, 3, size, size)
@@ -225,8 +229,7 @@ def _walk(step: Step, launches: Iterable[Launch]) -> None:
     for launch in launches:
         transfer = getattr(launch.kernel, "__self__", None)
         if launch.grid is not None:
-            bare = offline.without_data(launch)
-            step.events.append(Event(launch.layer, launch.phase, launch.name, bare))
+            step.events.append(Event(launch.layer, launch.phase, launch.name, launch))
         elif isinstance(transfer, LoopbackTransfer):
             now = len(step.events)
             first = started.setdefault(transfer, now)
