@@ -69,6 +69,7 @@ def test_the_trace_shows_what_each_call_did(small: Path) -> None:
     assert "aten::conv2d" not in inside("pool5 forward, torch")
 
 
+@pytest.mark.slow
 def test_the_row_of_the_net_is_a_training_step(tmp_path: Path) -> None:
     least = ["--batch-size", "1", "--rounds", "1", "--device", "cpu"]
     assert profiler.main([*SMALL, *least, "--layer", "net", "--output", str(tmp_path)]) == 0
