@@ -12,11 +12,11 @@ from fastalex.inspection.cost import Floor
 from fastalex.tuning.layer_pairs import (
     LayerPair,
     check,
-    layer_names,
     make_call,
     make_nets,
     make_pairs,
     pair_floors,
+    pair_names,
 )
 
 from ._report import Report
@@ -53,7 +53,7 @@ def floors(pairs: dict[str, LayerPair]) -> dict[tuple[str, str], Floor]:
     return pair_floors(pairs)
 
 
-@pytest.fixture(scope="module", params=layer_names("paper"))
+@pytest.fixture(scope="module", params=pair_names("paper"))
 def checked(
     request: pytest.FixtureRequest, pairs: dict[str, LayerPair], device: str
 ) -> tuple[LayerPair, dict[str, float]]:
