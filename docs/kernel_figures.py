@@ -1,4 +1,4 @@
-"""Fill the tables of docs/kernels.md from the roofline report, on a machine without a GPU.
+"""Fill the tables of docs/generated/kernels.md from the roofline report; no GPU is needed.
 
     python docs/kernel_figures.py
 
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).with_name("kernels.md")
+PAGE = Path(__file__).with_name("generated") / "kernels.md"
 GPUS = ("h100", "a100")
 HEAD = (
     "launch", "grid", "tile, warps", "registers", "shared KB", "loop", "issue", "useful", "waves",
