@@ -232,7 +232,7 @@ def _add_schedule(group: argparse._ArgumentGroup) -> None:
         type=_shares,
         metavar="SHARES",
         help="shares of the steps after which the learning rate drops, as in 0.7 or "
-        "25/90,51/90,79/90; 1 never does (default: 0.7)",
+        "25/90,51/90,79/90; 1 never does (default: 0.8)",
     )
     group.add_argument(
         "--lr-step",
