@@ -30,6 +30,9 @@ class Interrupted(BaseException):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
 
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        return Interrupted, (self.signum,)
+
 
 def requested() -> int | None:
     """The number of the signal that asked this process to end, since ``noticed`` was entered."""

@@ -17,7 +17,7 @@ def _settings(*arguments: str, device: str = "cpu") -> Settings:
     return Settings.choose(parse_arguments(arguments), device)
 
 
-def test_without_a_recipe_the_defaults_hold() -> None:
+def test_without_a_recipe_the_defaults_are_those_of_help() -> None:
     settings = _settings()
     assert (settings.variant, settings.init, settings.momentum_rule) == ("paper", "he", "torch")
     assert (settings.lr, settings.momentum, settings.weight_decay) == (0.01, 0.9, 5e-4)

@@ -80,7 +80,7 @@ def test_uniform_numbers(seed: int, first: int) -> None:
     assert ours.max() < 1
 
 
-@pytest.mark.parametrize("seed", SEEDS[::2])
+@pytest.mark.parametrize("seed", SEEDS[::3])
 @pytest.mark.parametrize("offset", [0, 1, -1, 2**32 + 5, -(2**40)])
 @pytest.mark.parametrize("first", [(0, 0), (100_000, 4096), (2**31 - 64, 2**30)])
 def test_the_mask_of_dropout(seed: int, offset: int, first: tuple[int, int]) -> None:
