@@ -31,7 +31,7 @@ import torch.distributed as dist
 from fastalex.common import interrupts
 from fastalex.common.interrupts import Interrupted as Interrupted
 from fastalex.distributed.watch import STARTING, Watch
-from fastalex.model.variants import get_variant
+from fastalex.model.ablations import get_variant
 
 _PR_SET_PDEATHSIG = 1
 _LOOPBACK = "127.0.0.1"

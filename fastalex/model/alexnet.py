@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastalex.model.ablations import get_variant
 from fastalex.model.layers import (
     AdaptiveAvgPool2d,
     Conv2dReLU,
@@ -20,8 +21,7 @@ from fastalex.model.layers import (
     MaxPool2d,
     SpatialResponseNorm,
 )
-from fastalex.model.specification import Convolution, FullyConnected, Variant
-from fastalex.model.variants import get_variant
+from fastalex.model.variants import Convolution, FullyConnected, Variant
 
 _GRID = 6  # the last maps are averaged to 6 x 6, which they are at the published image size
 _STREAM = 0x9E3779B97F4A7C15  # keeps the dropout seeds of the layers apart

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastalex.model.ablations import get_variant
 from fastalex.model.layers import SpatialResponseNorm
-from fastalex.model.specification import Convolution
-from fastalex.model.variants import get_variant
+from fastalex.model.variants import Convolution
 
 
 class _CeilConv2d(nn.Conv2d):

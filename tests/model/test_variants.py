@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from fastalex import AlexNet
+from fastalex.model.ablations import get_variant
 from fastalex.model.reference import ReferenceAlexNet
-from fastalex.model.variants import VARIANTS, get_variant
+from fastalex.model.variants import VARIANTS
 
 NAMES = ("paper", "source2012", "caffe", "owt")
 
