@@ -25,7 +25,7 @@ from fastalex.distributed.towers import cut_to_tower
 from fastalex.training import TrainStep
 from fastalex.training.optim import build_optimizer, set_learning_rate
 from fastalex.tuning.train_steps import Training
-from fastalex_kernels.common.launch import record_launches
+from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.common.program import Launch
 from tests.training._libcuda import StubDriver
 

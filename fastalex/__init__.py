@@ -2,11 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fastalex.common import interrupts
-
-if interrupts.command_line_starts():
-    interrupts.end_quietly()
-
 from fastalex._version import __version__
 
 if TYPE_CHECKING:
@@ -22,3 +17,7 @@ def __getattr__(name: str) -> Any:
 
         return AlexNet
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,10 @@
 """``python -m fastalex.ablate``."""
 
-from fastalex.evaluation.ablate import main
+from functools import partial
+
+from fastalex.__main__ import run
+
+main = partial(run, "ablate")
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,6 +1,10 @@
 """``python -m fastalex.predict``."""
 
-from fastalex.evaluation.predict import main
+from functools import partial
+
+from fastalex.__main__ import run
+
+main = partial(run, "predict")
 
 if __name__ == "__main__":
     raise SystemExit(main())

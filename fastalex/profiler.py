@@ -1,6 +1,10 @@
 """``python -m fastalex.profiler``."""
 
-from fastalex.tuning.profiler import main
+from functools import partial
+
+from fastalex.__main__ import run
+
+main = partial(run, "profiler")
 
 if __name__ == "__main__":
     raise SystemExit(main())

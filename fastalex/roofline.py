@@ -1,6 +1,10 @@
 """``python -m fastalex.roofline``."""
 
-from fastalex.inspection.roofline import main
+from functools import partial
+
+from fastalex.__main__ import run
+
+main = partial(run, "roofline")
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,6 +1,10 @@
 """``python -m fastalex.train``."""
 
-from fastalex.training.train import main
+from functools import partial
+
+from fastalex.__main__ import run
+
+main = partial(run, "train")
 
 if __name__ == "__main__":
     raise SystemExit(main())

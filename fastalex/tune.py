@@ -1,6 +1,10 @@
 """``python -m fastalex.tune``."""
 
-from fastalex.tuning.tune import main
+from functools import partial
+
+from fastalex.__main__ import run
+
+main = partial(run, "tune")
 
 if __name__ == "__main__":
     raise SystemExit(main())

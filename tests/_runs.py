@@ -13,6 +13,7 @@ SCRIPT = str(ROOT / "tests" / "_small_train.py")
 STEPS, EPOCH = 15, 5  # 40 images in batches of 8, three times
 OPTIONS = ["--image-size", "64", "--batch-size", "8", "--epochs", "3", "--lr", "0.002"]
 OPTIONS += ["--log-every", "1", "--threads", "1", "--checkpoint-every", "2"]
+OPTIONS += ["--keep-checkpoints", "2"]
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

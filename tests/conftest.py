@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Tensors are small here: threads of one operation mostly wait for each other, for ever where other
+# processes want the cores too. It holds for what the tests start as well, so that bits agree.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest

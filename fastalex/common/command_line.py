@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastalex.common import interrupts
 from fastalex.common.interrupts import INTERRUPTED
 
 REFUSED = 2  # exit code
@@ -98,7 +97,6 @@ def guarded(name: str, command: Callable[[], int], nothing: str = "nothing was w
         ValueError or OSError or ran out of GPU memory; 130 after Ctrl-C.
     """
     try:
-        interrupts.raise_again()
         code = command()
         sys.stdout.flush()
         return code

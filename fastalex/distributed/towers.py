@@ -25,7 +25,7 @@ from fastalex.distributed.exchange import (
     TOWERS,
     Exchange,
     TowerExchange,
-    check_copies,
+    checked_exchange,
     dense,
     gather_towers,
 )
@@ -50,7 +50,7 @@ def parallelize(model: AlexNet, mesh: DeviceMesh, exchange: TowerExchange | None
     Args:
         model: a whole AlexNet, the same on every process, on this process's device.
         mesh: from ``init_mesh``; its ``tower`` axis is 1 or 2 long.
-        exchange: from ``check_copies``; None makes and checks one.
+        exchange: from ``checked_exchange``; None makes and checks one.
 
     Raises:
         ValueError: where the variant has no two independent towers.
@@ -64,7 +64,7 @@ def parallelize(model: AlexNet, mesh: DeviceMesh, exchange: TowerExchange | None
             f"mesh: variant {model.variant.name!r} has {model.variant.towers} tower(s), "
             f"got a tower axis of {mesh['tower'].size()}"
         )
-    exchange = exchange or check_copies(mesh)
+    exchange = exchange or checked_exchange(mesh)
     _broadcast(model, mesh, "tower")
     cut_to_tower(model, exchange)
     return model
@@ -175,12 +175,12 @@ def gradient_norm(norms: dict[str, torch.Tensor], model: AlexNet, mesh: DeviceMe
 def full_tensors(
     model: AlexNet, mesh: DeviceMesh, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Whole tensors of parts named like the parameters: weights, gradients or momenta.
+    """Whole tensors of parts named like the parameters: weights, gradients or momentum buffers.
 
-    A collective: every process along ``tower`` calls it, and all get the whole, contiguous.
+    A collective: every process along ``tower`` calls it, and all get the whole.
     """
     if mesh["tower"].size() == 1:
-        return {name: t.detach().contiguous() for name, t in tensors.items()}
+        return {name: t.detach() for name, t in tensors.items()}
     group, whole = mesh.get_group("tower"), _whole_names(model)
     result = {}
     for name, tensor in tensors.items():

@@ -27,7 +27,7 @@ from fastalex.model.alexnet import AlexNet, layer_names
 from fastalex.model.layers import Conv2dReLU, MaxPool2d
 from fastalex.training import TrainStep
 from fastalex.training.optim import build_optimizer
-from fastalex_kernels.common.launch import record_launches
+from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.common.program import Launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

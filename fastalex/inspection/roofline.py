@@ -27,7 +27,7 @@ from fastalex.inspection.gpus import GPU, GPUS
 from fastalex.inspection.record import PRECISIONS, Step, record_step
 from fastalex.inspection.report import Row, inspect
 from fastalex.model.variants import VARIANTS
-from fastalex_kernels.common.launch import interpreted
+from fastalex_kernels.common.backend import interpreted
 
 _NAMES = 34  # characters for the names of torch's operators
 

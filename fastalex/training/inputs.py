@@ -11,7 +11,8 @@ from fastalex.data.augment import Augment
 from fastalex.model.alexnet import AlexNet
 from fastalex.model.layers import Conv2dReLU
 from fastalex_kernels.augment import augment_forward, padded_lines
-from fastalex_kernels.common.launch import aligned, call
+from fastalex_kernels.common.arguments import aligned
+from fastalex_kernels.common.launch import call
 from fastalex_kernels.conv2d.arguments import space_to_depth
 
 BLOCK = 4  # pixels between the windows of a layer that reads blocks, and the side of a block

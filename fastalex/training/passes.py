@@ -25,10 +25,10 @@ from fastalex.training.updates import Update
 from fastalex_kernels.common.epilogue import epilogue_backward
 from fastalex_kernels.common.launch import call
 from fastalex_kernels.common.layout import as_hwnc, as_nchw
+from fastalex_kernels.common.parameters import Norm, Window
 from fastalex_kernels.conv2d.forward import conv2d_relu_backward_input, conv2d_relu_forward
 from fastalex_kernels.conv2d.weight import conv2d_relu_backward_weight
 from fastalex_kernels.linear.forward import HalvedProduct, matmul
-from fastalex_kernels.lrn_pool.alexnet import Norm, Window
 from fastalex_kernels.lrn_pool.general import (
     channel_groups,
     lrn_max_pool2d_backward,

@@ -40,7 +40,8 @@ from fastalex.training.inputs import (
 from fastalex.training.optim import BUFFER
 from fastalex.training.passes import Pass
 from fastalex.training.updates import StoredGradients
-from fastalex_kernels.common.launch import call, interpreted, use_triton
+from fastalex_kernels.common.backend import interpreted, use_triton
+from fastalex_kernels.common.launch import call
 from fastalex_kernels.common.program import Launch, Program
 from fastalex_kernels.cross_entropy import cross_entropy_forward
 from fastalex_kernels.momentum import MomentumUpdate

@@ -22,7 +22,7 @@ from fastalex.inspection.record import Event, Layer, Step
 from fastalex.inspection.report import inspect
 from fastalex.tuning.candidates import candidates, follows_tile
 from fastalex.tuning.workloads import Call, Trace
-from fastalex_kernels.common.launch import record_launches
+from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.common.program import Launch
 from fastalex_kernels.common.tuned import Key, Tile
 from fastalex_kernels.reference import relative_error

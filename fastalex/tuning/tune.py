@@ -28,8 +28,8 @@ from fastalex.tuning import sweep
 from fastalex.tuning.sweep import Candidate, Problem, Search
 from fastalex.tuning.workloads import Call, WatchedStep
 from fastalex_kernels.common import tuned
-from fastalex_kernels.common.launch import interpreted, record_launches
-from fastalex_kernels.common.launch import target as target_of
+from fastalex_kernels.common.backend import interpreted, record_launches
+from fastalex_kernels.common.backend import target as target_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ROUNDS = 20

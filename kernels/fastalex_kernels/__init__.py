@@ -6,7 +6,7 @@ Triton kernels, on a CPU torch's own operators; ``backend`` chooses otherwise.
 
 from fastalex_kernels import reference
 from fastalex_kernels.augment import augment
-from fastalex_kernels.common.launch import backend
+from fastalex_kernels.common.backend import backend
 from fastalex_kernels.conv2d.forward import conv2d_relu
 from fastalex_kernels.cross_entropy import cross_entropy
 from fastalex_kernels.linear.forward import dropout, linear_relu_dropout

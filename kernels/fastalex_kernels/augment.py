@@ -27,15 +27,9 @@ import triton
 import triton.language as tl
 
 from fastalex_kernels import aten
-from fastalex_kernels.common.launch import (
-    DTYPES,
-    aligned,
-    interpreted,
-    launch,
-    operator,
-    target,
-    use_triton,
-)
+from fastalex_kernels.common.arguments import DTYPES, aligned
+from fastalex_kernels.common.backend import interpreted, operator, target, use_triton
+from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.layout import as_nchw
 from fastalex_kernels.conv2d.arguments import Padding, spell_out
 from fastalex_kernels.lrn_pool.alexnet import _join8

@@ -22,14 +22,9 @@ import triton
 import triton.language as tl
 
 from fastalex_kernels import aten
-from fastalex_kernels.common.launch import (
-    check_floating,
-    interpretable,
-    interpreted,
-    launch,
-    operator,
-    use_triton,
-)
+from fastalex_kernels.common.arguments import check_floating, interpretable
+from fastalex_kernels.common.backend import interpreted, operator, use_triton
+from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.reduce import sum_partials
 
 _COLUMNS = 1024  # of a block, at most

@@ -1,9 +1,10 @@
-"""What the command lines share: words for a wrong argument, and Ctrl-C at any time."""
+"""What the command lines share: how they start, wrong arguments, Ctrl-C."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
@@ -13,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
+import fastalex
+from fastalex.__main__ import COMMANDS
 from fastalex.common import command_line
 from tests import _commands
-
-# All but data, which does without torch.
-COMMANDS = ["train", "evaluate", "predict", "figures", "ablate", "roofline", "profiler"]
 
 
 @pytest.fixture
@@ -67,13 +67,13 @@ def _interrupted(
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("command", ["fastalex.train", "fastalex.profiler", "fastalex evaluate"])
 def test_ctrl_c_while_torch_is_imported_is_one_line(
-    slow_torch: Path, tmp_path: Path, name: str
+    slow_torch: Path, tmp_path: Path, command: str
 ) -> None:
-    code, out, err = _interrupted(slow_torch, tmp_path, ["-m", f"fastalex.{name}"], {})
+    code, out, err = _interrupted(slow_torch, tmp_path, ["-m", *command.split()], {})
     assert (code, out) == (130, "")
-    assert err == f"{name}: interrupted while starting, nothing was written\n"
+    assert err == f"{command[9:]}: interrupted while starting, nothing was written\n"
 
 
 def test_of_torchrun_s_processes_one_says_it(slow_torch: Path, tmp_path: Path) -> None:
@@ -81,28 +81,44 @@ def test_of_torchrun_s_processes_one_says_it(slow_torch: Path, tmp_path: Path) -
     assert _interrupted(slow_torch, tmp_path, arguments, {"RANK": "1"}) == (130, "", "")
 
 
-def test_a_program_that_imports_us_keeps_its_own_ctrl_c(slow_torch: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("import fastalex.model.alexnet")
-    for arguments in (["mine.py"], ["-m", "mine"], ["-c", "import fastalex.model.alexnet"]):
-        (tmp_path / "importing").unlink(missing_ok=True)
-        code, _, err = _interrupted(slow_torch, tmp_path, arguments, {})
-        assert code == -signal.SIGINT
-        assert err.endswith("KeyboardInterrupt\n")
+def test_importing_the_net_installs_no_signal_handler_and_shows_it() -> None:
+    code = (
+        "import signal\n"
+        "before = [signal.getsignal(s) for s in range(1, 32)]\n"
+        "import fastalex\n"
+        "assert 'AlexNet' in dir(fastalex)\n"
+        "fastalex.AlexNet\n"
+        "assert [signal.getsignal(s) for s in range(1, 32)] == before\n"
+    )
+    done = _commands.run(["-c", code], _commands.ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_command_that_has_begun_sees_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    command_line.interrupts.end_quietly()
+def test_the_commands_are_subcommands_of_one(tmp_path: Path) -> None:
+    def said(*arguments: str) -> tuple[int, str, str]:
+        done = _commands.run(["-X", "importtime", "-m", "fastalex", *arguments], tmp_path)
+        imports, lines = [], []
+        for line in done.stderr.splitlines():
+            (imports if line.startswith("import time:") else lines).append(line)
+        modules = "\n".join(line.rpartition("|")[2].strip() for line in imports)
+        return done.returncode, modules, done.stdout + "\n".join(lines)
 
-    def command() -> int:
-        signal.raise_signal(signal.SIGINT)
-        return 0
-
-    try:
-        assert command_line.guarded("name", command, "all is well") == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().err == "name: interrupted, all is well\n"
+    code, modules, text = said("--help")
+    assert code == 0
+    assert all(f"\n  {name} " in text for name in COMMANDS)
+    assert "torch" not in modules.split("\n")
+    assert said("--version")[::2] == (0, f"fastalex {fastalex.__version__}\n")
+    code, _, text = said("trian")
+    assert code == 2
+    assert text.startswith("fastalex: error: no command 'trian': train, data, ")
+    code, modules, text = said("data", "--help")
+    assert code == 0
+    assert "usage: python -m fastalex.data" in text
+    assert "fastalex.evaluation" not in modules.split("\n")
+    for name, (module, _) in COMMANDS.items():
+        assert callable(importlib.import_module(module).main)
+        if name != "data":
+            assert importlib.import_module(f"fastalex.{name}").main.args == (name,)
 
 
 def test_a_wrong_argument_is_one_line(

@@ -19,7 +19,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node"]
 OPTIONS = ["--image-size", "64", "--batch-size", "8", "--threads", "1", "--log-every", "1"]
 OPTIONS += ["--checkpoint-every", "3", "--output", "run"]
-EPOCHS = ["--epochs", "25"]
+EPOCHS = ["--epochs", "14"]
 TIMEOUT = 12  # seconds of --timeout: steps take some 50 ms, but on a busy machine
 
 
@@ -38,11 +38,12 @@ def node(number: int, address: str, *options: str, script: str = SCRIPT) -> list
 
 
 def changed(folder: Path, code: str) -> str:
-    """A script like SCRIPT that runs ``code`` first in every process, with engine and launch."""
+    """A script like SCRIPT that runs ``code`` first in every process, with trainer and launch."""
     path = folder / "changed.py"
     path.write_text(
         "import sys\n"
-        "from fastalex import engine, launch, train\n"
+        "from fastalex.distributed import launch\n"
+        "from fastalex.training import train, trainer\n"
         "from tests import _small_train\n"
         f"{code}"
         "_small_train.shrink()\n"
@@ -73,7 +74,7 @@ def training(
     pids: list[int] = []
     try:
         # Long enough for the processes to have told each other of a step, twice a second or so.
-        wait_until(lambda: trained(folder, 30), "trained")
+        wait_until(lambda: trained(folder, 20), "trained")
         pids = workers(process.pid, word)
         assert len(pids) == processes
         yield process, pids

@@ -17,7 +17,7 @@ from fastalex.inspection.gpus import GPUS
 from fastalex.inspection.record import record_step
 from fastalex.training import TrainStep
 from fastalex.training.optim import build_optimizer
-from fastalex_kernels.common.launch import interpreted, record_launches
+from fastalex_kernels.common.backend import interpreted, record_launches
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="an interpreted kernel has no machine code")
 

@@ -23,7 +23,7 @@ import triton
 
 from fastalex.inspection import roofline
 from fastalex.inspection.report import Row
-from fastalex_kernels.common.launch import interpreted
+from fastalex_kernels.common.backend import interpreted
 
 pytestmark = [
     pytest.mark.skipif(interpreted(), reason="an interpreted kernel has no machine code"),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalex_kernels as fk
 
 from . import _cases as cases
-from . import _strategies as any_of
 from ._oracle import Case, call, check, conv, linear, lrn, make_inputs, pool, relative_error
-
-many = settings(max_examples=150)
+from ._strategies import ANY, SLACK
 
 
 @pytest.fixture(autouse=True)
@@ -64,28 +65,12 @@ def test_float64(case: Case) -> None:
     assert relative_error(output, call(case, fk.reference, tensors)) < 1e-14
 
 
-@many
-@given(any_of.convolutions())
-def test_any_conv2d_relu(case: Case) -> None:
-    check(case, torch.float32, slack=any_of.SLACK)
-
-
-@many
-@given(any_of.normalisations())
-def test_any_lrn_max_pool2d(case: Case) -> None:
-    check(case, torch.float32, slack=any_of.SLACK)
-
-
-@many
-@given(any_of.poolings())
-def test_any_max_pool2d(case: Case) -> None:
-    check(case, torch.float32, slack=any_of.SLACK)
-
-
-@many
-@given(any_of.linears())
-def test_any_linear_relu_dropout(case: Case) -> None:
-    check(case, torch.float32, slack=any_of.SLACK)
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ANY)
+@settings(max_examples=150)
+@given(data=st.data())
+def test_any_call(op: str, data: Any) -> None:
+    check(data.draw(ANY[op]), torch.float32, slack=SLACK)
 
 
 def test_pooling_that_pools_nothing_leaves_the_input_alone() -> None:

@@ -1,22 +1,22 @@
-"""Which backend runs, and what ``backend`` promises."""
+"""Which backend runs, what ``backend`` promises, and the interpreter in any process."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import triton
 
 import fastalex_kernels as fk
 from fastalex.inspection import offline
-from fastalex_kernels.common import launch
-from fastalex_kernels.conv2d.weight import _best_split
-from fastalex_kernels.lrn_pool.alexnet import _row_split
 
-from ._oracle import call, conv, linear, lrn, make_inputs, pool, run
+from . import _augment, _losses
+from ._oracle import Case, call, check, conv, linear, lrn, make_gradient, make_inputs, pool, run
 
 ONE_OF_EACH = [
     conv("one", (2, 4, 5, 5), 6, 3),
@@ -26,10 +26,16 @@ ONE_OF_EACH = [
 ]
 
 
-def test_names() -> None:
-    for name in ("auto", "triton", "aten", "interpreter"):
-        with fk.backend(name):
-            assert launch._backend.name == name
+def _needs_a_gpu() -> bool:
+    """What ``triton`` alone says on a CPU."""
+    try:
+        fk.conv2d_relu(torch.zeros(2, 3, 5, 5), torch.zeros(4, 3, 3, 3))
+    except ValueError:
+        return True
+    return False
+
+
+def test_another_name_is_refused() -> None:
     with (
         pytest.raises(ValueError, match=r"^backend: expected one of auto, .*, got 'cudnn'$"),
         fk.backend("cudnn"),
@@ -38,52 +44,80 @@ def test_names() -> None:
 
 
 def test_blocks_nest_and_end() -> None:
-    with fk.backend("aten"):
-        with fk.backend("auto"), fk.backend("triton"):
-            assert launch._backend.name == "triton"
-        assert launch._backend.name == "aten"
-    assert launch._backend.name == "auto"
-
-
-def test_an_exception_ends_a_block() -> None:
-    with pytest.raises(ZeroDivisionError), fk.backend("aten"):
-        raise ZeroDivisionError
-    with pytest.raises(ValueError), fk.backend("aten"), fk.backend("nothing"):
-        pass
-    assert launch._backend.name == "auto"
+    with fk.backend("triton"):
+        with fk.backend("auto"), fk.backend("aten"):
+            assert not _needs_a_gpu()
+        assert _needs_a_gpu()
+        with pytest.raises(ZeroDivisionError), fk.backend("aten"):
+            raise ZeroDivisionError
+        with pytest.raises(ValueError), fk.backend("aten"), fk.backend("nothing"):
+            pass
+        assert _needs_a_gpu()
+    assert not _needs_a_gpu()
 
 
 def test_a_block_is_of_its_thread() -> None:
-    seen = []
-    with fk.backend("aten"):
-        thread = threading.Thread(target=lambda: seen.append(launch._backend.name))
-        thread.start()
-        thread.join()
-    assert seen == ["auto"]
+    with fk.backend("triton"), ThreadPoolExecutor(1) as other:
+        assert not other.submit(_needs_a_gpu).result()
 
 
-@pytest.mark.skipif(launch.interpreted(), reason="the kernels are interpreted")
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
-def test_triton_on_a_cpu_says_what_it_needs(case) -> None:
+def test_triton_on_a_cpu_says_what_it_needs(case: Case) -> None:
     tensors = make_inputs(case, torch.float32)
     message = "backend 'triton' needs a GPU tensor or TRITON_INTERPRET=1, got a tensor on cpu"
     with fk.backend("triton"), pytest.raises(ValueError, match=message):
         call(case, fk, tensors)
-
-
-@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
-def test_float64_is_not_refused(case) -> None:
-    with fk.backend("triton"):
+    with fk.backend("triton"):  # float64 never runs on it
         assert call(case, fk, make_inputs(case, torch.float64)).dtype == torch.float64
 
 
-def test_the_backward_runs_where_the_forward_ran() -> None:
-    x = torch.randn(2, 3, 5, 5, requires_grad=True)
-    with fk.backend("aten"):
-        y = fk.lrn_max_pool2d(x)
-    with fk.backend("auto"):
-        y.sum().backward()
-    assert x.grad.isfinite().all()
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+@pytest.mark.parametrize("backend", ["interpreter", "aten"])
+def test_the_backward_runs_where_the_forward_ran(
+    case: Case, dtype: torch.dtype, backend: str
+) -> None:
+    tensors = make_inputs(case, dtype)
+    with fk.backend(backend):
+        expected = run(case, tensors)
+        output = call(case, fk, tensors)
+    gradients = torch.autograd.grad(output, tensors, make_gradient(case, tensors, output))
+    assert torch.equal(output, expected.pop("output"))
+    assert all(map(torch.equal, gradients, expected.values()))
+
+
+@pytest.mark.interpreted
+def test_threads_share_the_interpreter() -> None:
+    def each(case: Case) -> None:
+        with fk.backend("interpreter"):
+            check(case, torch.float32)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(each, 2 * ONE_OF_EACH))
+
+
+def _compiled(step: Callable[[], object]) -> list[bytes]:
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True
+        launches = offline.record("sm_90", step)
+        for launch in launches:
+            launch.kernel.device_caches.clear()
+        return [offline.compile_launch(launch, "sm_90").asm["cubin"] for launch in launches]
+
+
+@pytest.mark.interpreted
+def test_a_process_that_interpreted_compiles_the_same_code() -> None:
+    """The interpreter replaces Triton's language while it runs, and it is put back."""
+
+    def loss() -> None:
+        fk.cross_entropy(torch.empty(3, 100), torch.zeros(3, dtype=torch.int64))
+
+    before = _compiled(loss)
+    with fk.backend("interpreter"):
+        _losses.check(_losses.CASES[0], torch.float32)
+        _augment.check(_augment.CASES[0], torch.float32)
+    assert _compiled(loss) == before
 
 
 def test_import_asks_no_driver() -> None:
@@ -101,23 +135,6 @@ def test_import_asks_no_driver() -> None:
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (result.returncode, result.stderr) == (0, "")
-
-
-@pytest.mark.skipif(launch.interpreted(), reason="the interpreter splits nothing")
-@pytest.mark.parametrize("search", [_best_split, _row_split])
-def test_how_to_split_is_searched_once_for_each_size(search) -> None:
-    def step() -> None:
-        for case in (conv("once", (128, 64, 9, 9), 64, 3), lrn("once", (128, 64, 9, 9))):
-            run(case, make_inputs(case, torch.float16))
-
-    search.cache_clear()
-    first = [launch.grid for launch in offline.record("sm_90", step)]
-    searched = search.cache_info().misses
-    assert searched > 0
-    assert [launch.grid for launch in offline.record("sm_90", step)] == first
-    assert search.cache_info().misses == searched
-    offline.record("sm_80", step)
-    assert search.cache_info().misses > searched, "another GPU has other splits"
 
 
 def test_autocast_chooses_the_dtype_of_a_product() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastalex import AlexNet
 from fastalex.data import Batches, Normalization, SyntheticImages, decode_size
-from fastalex.distributed.launch import World
+from fastalex.distributed.world import World
 from fastalex.evaluation import ablate
 from fastalex.model.ablations import ABLATIONS, edit, edited_name, get_variant, split_name
 from fastalex.model.reference import ReferenceAlexNet

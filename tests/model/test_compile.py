@@ -17,7 +17,7 @@ import fastalex
 import fastalex_kernels as fk
 from fastalex.model.layers import Conv2dReLU, Linear, LinearReLUDropout, LRNMaxPool2d
 from fastalex.model.variants import VARIANTS
-from fastalex_kernels.common.launch import record_launches
+from fastalex_kernels.common.backend import record_launches
 from tests._nets import narrow
 
 Net = Callable[[torch.Tensor], torch.Tensor]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import fastalex
 import fastalex_kernels as fk
-from fastalex_kernels.common.launch import record_launches
+from fastalex_kernels.common.backend import record_launches
 from tests._nets import narrow
 
 NARROW = [torch.bfloat16, torch.float16]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastalex_kernels.common.launch import record_launches
+from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.common.program import Program
 from fastalex_kernels.conv2d.forward import conv2d_relu_forward
 from fastalex_kernels.linear.forward import matmul

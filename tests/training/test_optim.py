@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastalex import AlexNet
+from fastalex.training.autograd_step import LossScaler
 from fastalex.training.config import Settings
 from fastalex.training.optim import (
     Rates,
@@ -20,7 +21,6 @@ from fastalex.training.optim import (
     set_momentum_buffers,
 )
 from fastalex.training.options import parse_arguments
-from fastalex.training.precision import LossScaler
 from fastalex.training.schedule import Schedule
 
 NAMES = ["classifier.6.weight", "classifier.6.bias"]
@@ -129,7 +129,7 @@ class Peer:
     def __init__(self, overflows: list[bool]) -> None:
         self.overflows = overflows
 
-    def largest(self, values: torch.Tensor) -> None:
+    def all_reduce_max(self, values: torch.Tensor) -> None:
         values.fill_(max(float(values), float(self.overflows.pop(0))))
 
 

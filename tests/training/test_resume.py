@@ -19,7 +19,8 @@ from fastalex.data import sources
 from fastalex.distributed import launch
 from fastalex.training import train, trainer
 from fastalex.training.checkpoints import find
-from fastalex.training.run_folder import MetricsLog, RunFolder
+from fastalex.training.metrics import MetricsLog
+from fastalex.training.run_folder import RunFolder
 from fastalex.training.weights import load_weights
 from tests._commands import end, run, start, wait_until
 from tests._runs import (
@@ -68,6 +69,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Killed:
     return Killed(tmp_path_factory.mktemp("two"), gpus=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", ["one", "two"])
 def test_a_killed_run_goes_on_bit_for_bit(
     request: pytest.FixtureRequest, tmp_path: Path, processes: str
@@ -91,6 +93,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert not list(folder.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_two_processes_leave_off_where_one_goes_on(two: Killed, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(two.killed, folder)
@@ -138,7 +141,7 @@ def stopped(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("step", "options"),
     [
-        (4, ["--precision", "bf16"]),
+        pytest.param(4, ["--precision", "bf16"], marks=pytest.mark.slow),
         (4, ["--precision", "fp16", "--variant", "owt", "--batch-size", "2", "--max-steps", "5"]),
         # At a rate that changes no weight the second validation is no better, and drops it.
         (13, ["--recipe", "paper", "--lr", "1e-30", "--lr-patience", "1"]),
@@ -280,16 +283,26 @@ def test_settings_that_change_no_weight_may_be_given_anew(stopped: str, here: Pa
 def test_two_runs_in_one_folder_are_refused(
     stopped: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastalex.training.run_folder._LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("fastalex.training.metrics._LOCK_SECONDS", 0.1)
     log = MetricsLog(here / "run" / "metrics.jsonl")
     assert train.main(["--resume", stopped]) == 2
     assert "another process trains in this folder" in capsys.readouterr().err
     log.close()
 
 
-def test_no_checkpoints_where_none_are_wanted(here: Path) -> None:
-    assert _train("--output", "run", "--keep-checkpoints", "0", "--max-steps", "1") == 0
+@pytest.mark.parametrize("minutes", ["1e-9", "10"])
+def test_checkpoints_that_nobody_keeps_go_with_the_end_of_the_run(
+    here: Path, monkeypatch: pytest.MonkeyPatch, minutes: str
+) -> None:
+    command = ["--image-size", "64", "--batch-size", "8", "--threads", "1", "--epochs", "2"]
+    command += ["--checkpoint-minutes", minutes, "--output", "run"]
+    with monkeypatch.context() as patch:
+        _stop_before(8, patch)
+        assert train.main(command) == 130
+    assert checkpoints(here / "run") == ([7] if minutes == "1e-9" else [])
+    assert train.main(command) == 0
     assert not (here / "run" / "checkpoints").exists()
+    assert steps(here / "run") == [10]
 
 
 @pytest.mark.parametrize("linked", [True, False])
@@ -340,7 +353,7 @@ def test_a_record_that_does_not_fit_leaves_no_part_of_itself(
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(file, data[: room.pop(0)] if room else data[:3])
 
-    monkeypatch.setattr("fastalex.training.run_folder.os.write", write)
+    monkeypatch.setattr("fastalex.training.metrics.os.write", write)
     with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'$"):
         log.append({"step": 2})
     room.clear()  # there is room again, three bytes at a time

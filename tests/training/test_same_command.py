@@ -47,7 +47,12 @@ def _stop(step: int, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 @pytest.mark.parametrize(
     ("signum", "code"),
-    [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)],
+    [
+        (signal.SIGTERM, 75),
+        pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 75, marks=pytest.mark.slow),
+        (signal.SIGINT, 130),
+    ],
 )
 def test_a_signal_saves_and_the_same_command_goes_on(
     here: Path,
@@ -332,7 +337,7 @@ def test_who_can_not_have_the_folder_touches_nothing_in_it(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _stop(2, monkeypatch)
-    monkeypatch.setattr("fastalex.training.run_folder._LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("fastalex.training.metrics._LOCK_SECONDS", 0.1)
     owner = RunFolder.claim(here / "run")
     (here / "run" / ".run.json.1.tmp").write_text("the owner is writing it")
     before = contents(here)

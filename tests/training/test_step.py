@@ -202,7 +202,7 @@ def test_two_towers_train_as_one_process(backend: str) -> None:
 def test_what_needs_no_answer_runs_while_halves_are_exchanged() -> None:
     """Recorded for a GPU: between start and wait of a transfer there are launches."""
     from fastalex.distributed.exchange import LoopbackExchange
-    from fastalex_kernels.common.launch import record_launches
+    from fastalex_kernels.common.backend import record_launches
 
     model = AlexNet(CLASSES)
     cut_to_tower(model, LoopbackExchange())

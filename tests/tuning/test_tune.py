@@ -27,7 +27,7 @@ from fastalex.tuning.candidates import candidates, follows_tile
 from fastalex.tuning.sweep import Candidate, Problem, Search
 from fastalex.tuning.workloads import WatchedStep
 from fastalex_kernels.common import launch, tuned
-from fastalex_kernels.common.launch import record_launches
+from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.common.program import Launch
 from tests._nets import narrow
 
@@ -38,7 +38,7 @@ OWN = (128, 64, 64, 4, 4)
 
 
 ENTRY = {"kernel": KEY[0], "kind": KEY[1], "sizes": list(KEY[2]), "tile": list(TILE)}
-LAUNCH = Launch("fc8", "forward", launch._probe, (1,), [], {})
+LAUNCH = Launch("fc8", "forward", None, (1,), [], {})
 SHARED = offline.TARGETS["sm_90"].shared_limit
 
 
@@ -57,16 +57,16 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_launch_takes_the_tuned_tile(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table.write_text(json.dumps(_content()))
-    monkeypatch.setattr(launch, "target", lambda device: "sm_90")
-    monkeypatch.setattr(launch, "_device_name", lambda device: GPU)
+    monkeypatch.setattr(tuned, "target", lambda device: "sm_90")
+    monkeypatch.setattr(tuned, "device_name", lambda device: GPU)
     x = torch.empty(1, dtype=torch.bfloat16)
     tiles = {("sm_90", 16): OWN, ("other", 16): OWN, ("other", 32): OWN}
-    assert launch.tile_entry(tiles, x, "linear", *KEY[2]) == TILE
-    assert launch.tile_entry(tiles, x, "linear", 64, *KEY[2][1:]) == OWN  # another batch
-    assert launch.tile_entry(tiles, x, "linear update", *KEY[2]) == OWN
-    assert launch.tile_entry(tiles, x.half(), "linear", *KEY[2]) == OWN
-    monkeypatch.setattr(launch, "_device_name", lambda device: None)  # launches are recorded
-    assert launch.tile_entry(tiles, x, "linear", *KEY[2]) == OWN
+    assert tuned.tile_entry(tiles, x, "linear", *KEY[2]) == TILE
+    assert tuned.tile_entry(tiles, x, "linear", 64, *KEY[2][1:]) == OWN  # another batch
+    assert tuned.tile_entry(tiles, x, "linear update", *KEY[2]) == OWN
+    assert tuned.tile_entry(tiles, x.half(), "linear", *KEY[2]) == OWN
+    monkeypatch.setattr(tuned, "device_name", lambda device: None)  # launches are recorded
+    assert tuned.tile_entry(tiles, x, "linear", *KEY[2]) == OWN
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from fastalex_kernels.common import philox
-from fastalex_kernels.common.launch import interpreted, launch
+from fastalex_kernels.common.backend import interpreted
+from fastalex_kernels.common.launch import launch
 
 _PROGRAMS = 512  # at most this many row chunks, so that the second stage stays short
 

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels.common.launch import interpreted, launch
+from fastalex_kernels.common.backend import interpreted
+from fastalex_kernels.common.launch import launch
 
 _MOST_PARTIALS = 8192  # that an update adds up: some 32 loads, one waiting for another
 _AT_ONCE = 256  # partials that ``fold`` adds up in one program

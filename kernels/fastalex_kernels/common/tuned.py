@@ -1,4 +1,4 @@
-"""Tiles that were found by timing on this GPU, in place of those of the tile tables.
+"""The tile of a problem: one that was found by timing on this GPU, or a tile table's.
 
 ``python -m fastalex.tune`` writes a table, one JSON file for each GPU. It is read at the first
 launch on a device, from the path in ``FASTALEX_TILES`` or from the user's cache folder, and holds
@@ -7,6 +7,7 @@ only for the device, the Triton and the kernels that it was made with.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import hashlib
@@ -14,13 +15,18 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 
+from fastalex_kernels.common.backend import device_name, target
+
 VARIABLE = "FASTALEX_TILES"
+# Of the largest GPU of a target. What is chosen by them is a speed, and the same everywhere.
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 
 Tile = tuple[int, ...]
 Key = tuple[str, str, tuple[int, ...]]  # kernel, kind of operand, sizes of the problem
@@ -41,6 +47,8 @@ FIELDS = {  # what a tile holds, by kernel
     "pool backward": ("BLOCK_M", "num_warps"),
 }
 
+_OPS = {name: "lrn_pool" if name[:3] in ("lrn", "poo") else name.split()[0] for name in FIELDS}
+
 _chooser: Callable[[Key, Tile], Tile] | None = None  # not a context variable: backward has threads
 
 
@@ -55,15 +63,45 @@ def choosing(chooser: Callable[[Key, Tile], Tile]) -> Iterator[None]:
         _chooser = previous
 
 
-def tuned_tile(key: Key, tile: Tile, device: str | None) -> Tile:
-    """The tuned tile of a problem, or ``tile`` where none was found.
+def tile_entry(
+    tiles: Mapping[tuple[str, int], Tile], x: torch.Tensor, kernel: str, *sizes: int
+) -> Tile:
+    """The tile of a problem of ``sizes``: one tuned on this GPU, or what a table holds for ``x``.
 
     Args:
-        device: the GPU's name; None where the launch is only recorded.
+        tiles: by (target, bits of an operand).
+        kernel: the name that tuned tiles bear.
     """
+    name, bits = target(x.device), 8 * x.element_size()
+    return tuned(tiles.get((name, bits)) or tiles["other", bits], x, kernel, *sizes)
+
+
+def tuned(own: Tile, x: torch.Tensor, kernel: str, *sizes: int) -> Tile:
+    """What was found best for a problem of ``sizes`` on this GPU, or ``own``.
+
+    Args:
+        own: what is chosen where nothing was tuned, of the same length: see ``FIELDS``.
+        x: an operand.
+        kernel: the name that what was tuned bears.
+    """
+    kind = "tf32" if dot_precision(x.dtype) == "tf32" else str(x.dtype).removeprefix("torch.")
+    key = (kernel, kind, sizes)
     if _chooser is not None:
-        return _chooser(key, tile)
-    return tile if device is None else _table(device).get(key, tile)
+        return _chooser(key, own)
+    device = device_name(x.device)
+    return own if device is None else _table(device).get(key, own)
+
+
+def cut(block: int, size: int) -> int:
+    """A block no longer than an axis of ``size`` needs, and no shorter than ``tl.dot`` takes."""
+    return max(16, min(block, int(triton.next_power_of_2(size))))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``tl.dot``'s input precision: TF32 for float32 where torch's matmul setting allows it."""
+    # Torch's setting is slow to read, and this runs before every launch.
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def default_path(device: str) -> Path:
@@ -80,17 +118,30 @@ def table_path(device: str) -> Path:
 
 
 @functools.cache
-def kernels_version() -> str:
-    """A fingerprint of the kernels' source: another kernel may want another tile."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+def kernel_version(op: str) -> str:
+    """A fingerprint of an op's kernels: another kernel may want another tile.
+
+    Only ``@triton.jit`` functions count, and no comment in them.
+
+    Args:
+        op: a folder of the package.
+    """
+    package = Path(__file__).parents[1]
+    files = [p for folder in ("common", op) for p in sorted((package / folder).glob("*.py"))]
+    functions = [
+        ast.unparse(node)
+        for path in files
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+        and "triton.jit" in map(ast.unparse, node.decorator_list)
+    ]
+    return hashlib.sha256("\n".join(functions).encode()).hexdigest()[:16]
 
 
 def identity(device: str) -> dict[str, Any]:
-    """What a table has to agree with to be used."""
-    return {"device": device, "triton": triton.__version__, "kernels": kernels_version()}
+    """What a table has to agree with to be used; of ``kernels``, op by op."""
+    kernels = {op: kernel_version(op) for op in sorted(set(_OPS.values()))}
+    return {"device": device, "triton": triton.__version__, "kernels": kernels}
 
 
 @functools.cache
@@ -107,17 +158,19 @@ def _table(device: str) -> dict[Key, Tile]:
 
 
 def read_table(path: Path, device: str) -> dict[Key, Tile]:
-    """The tiles of a table.
+    """The tiles of a table, without those of ops whose kernels have changed since.
 
     Raises:
         OSError, ValueError: where it can't be read, or is of something else than runs here.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
+    here = identity(device)
     try:
-        for name, here in identity(device).items():
-            if content[name] != here:
+        same = {op for op, version in here["kernels"].items() if content["kernels"][op] == version}
+        for name, value in here.items():
+            if content[name] != value and not (name == "kernels" and same):
                 raise ValueError(
-                    f"it is of {name} {content[name]}, here is {here}; run python -m fastalex.tune"
+                    f"it is of {name} {content[name]}, here is {value}; run python -m fastalex.tune"
                 )
         if content["timed"] is not True:
             raise ValueError("it was computed, not timed")
@@ -130,4 +183,4 @@ def read_table(path: Path, device: str) -> dict[Key, Tile]:
         fields = FIELDS.get(kernel, ())
         if len(tile) != len(fields) or not all(type(x) is int and x > 0 for x in tile):
             raise ValueError(f"it holds {tile} for a tile of {kernel}")
-    return {key: tuple(tile) for key, tile in entries}
+    return {key: tuple(tile) for key, tile in entries if _OPS[key[0]] in same}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastalex_kernels.common.launch import check_floating, check_like
+from fastalex_kernels.common.arguments import check_floating, check_like
 from fastalex_kernels.common.layout import as_nchw
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))

@@ -30,22 +30,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex_kernels import aten
+from fastalex_kernels.common.arguments import autocast, interpretable, placed
+from fastalex_kernels.common.backend import TRITON, operator, target, use_triton
 from fastalex_kernels.common.epilogue import epilogue_backward
-from fastalex_kernels.common.launch import (
-    TRITON,
-    autocast,
-    cut,
-    dot_precision,
-    interpretable,
-    launch,
-    operator,
-    placed,
-    target,
-    tile_entry,
-    use_triton,
-)
+from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.layout import as_hwnc, empty_nchw, hwnc_strided
 from fastalex_kernels.common.reduce import fold, sum_partials
+from fastalex_kernels.common.tuned import cut, dot_precision, tile_entry
 from fastalex_kernels.conv2d.arguments import (
     Padding,
     check,

@@ -7,7 +7,9 @@ import math
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex_kernels.common.launch import aligned, cut, has_tma
+from fastalex_kernels.common.arguments import aligned
+from fastalex_kernels.common.backend import has_tma
+from fastalex_kernels.common.tuned import cut
 
 
 def halved_warps(warps: int, block_m: int, block_n: int, bits: int) -> int:

@@ -23,15 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels.common.launch import (
-    PROCESSORS,
-    cut,
-    dot_precision,
-    launch,
-    target,
-    tile_entry,
-    tuned,
-)
+from fastalex_kernels.common.backend import target
+from fastalex_kernels.common.launch import launch
+from fastalex_kernels.common.tuned import PROCESSORS, cut, dot_precision, tile_entry, tuned
 from fastalex_kernels.conv2d.arguments import Padding
 from fastalex_kernels.conv2d.tiles import halved_warps, row_blocks, split_channels, tma_fits
 

@@ -26,22 +26,18 @@ import triton.language as tl
 
 from fastalex_kernels import aten
 from fastalex_kernels.common import philox
-from fastalex_kernels.common.epilogue import epilogue_backward
-from fastalex_kernels.common.launch import (
+from fastalex_kernels.common.arguments import (
     autocast,
     check_floating,
     check_like,
-    cut,
     interpretable,
-    interpreted,
-    launch,
-    operator,
     placed,
-    tile_entry,
-    tuned,
-    use_triton,
 )
+from fastalex_kernels.common.backend import interpreted, operator, use_triton
+from fastalex_kernels.common.epilogue import epilogue_backward
+from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.reduce import sum_partials
+from fastalex_kernels.common.tuned import cut, tile_entry, tuned
 from fastalex_kernels.linear.product import operands, product
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex_kernels.common.launch import aligned, dot_precision, has_tma
+from fastalex_kernels.common.arguments import aligned
+from fastalex_kernels.common.backend import has_tma
+from fastalex_kernels.common.tuned import dot_precision
 
 
 @triton.jit

@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels.common.launch import cut, launch, tile_entry
+from fastalex_kernels.common.launch import launch
+from fastalex_kernels.common.tuned import cut, tile_entry
 from fastalex_kernels.linear.product import operands, product
 from fastalex_kernels.momentum import MomentumUpdate, momentum_step, update_by
 

@@ -26,13 +26,16 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels.common.launch import MOST_COUNTED, PROCESSORS, aligned, launch, target, tuned
+from fastalex_kernels.common.arguments import aligned
+from fastalex_kernels.common.backend import target
+from fastalex_kernels.common.launch import MOST_COUNTED, launch
+from fastalex_kernels.common.parameters import Norm, Window
+from fastalex_kernels.common.tuned import PROCESSORS, tuned
 
 CHUNK = 8  # channels
 # What a program holds unless a table of ``fastalex.tune`` says otherwise.
@@ -40,23 +43,6 @@ _STRIP = 3  # pooled columns of a forward program
 _CHUNKS = {"forward": 128, "backward": 128}  # one a thread: 4 warps
 _RESIDENT = 4  # programs that a processor holds: 128 registers of 128 threads
 _EXTRA_ROWS = 1.5  # what a program costs beyond its pooled rows, in rows: those it starts with
-
-
-class Norm(NamedTuple):
-    """x * (offset + scale * sum of squares over ``size`` channels) ^ -beta."""
-
-    size: int
-    scale: float
-    beta: float
-    offset: float
-    signed: bool = True  # False: no x is negative
-
-
-class Window(NamedTuple):
-    """Pooling over size x size pixels, every stride pixels."""
-
-    size: int
-    stride: int
 
 
 def fits(x: torch.Tensor, norm: Norm, groups: int, window: Window) -> bool:

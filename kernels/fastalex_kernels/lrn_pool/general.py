@@ -29,20 +29,15 @@ import triton
 import triton.language as tl
 
 from fastalex_kernels import aten
+from fastalex_kernels.common.arguments import check_floating, interpretable
+from fastalex_kernels.common.backend import interpreted, operator, use_triton
 from fastalex_kernels.common.epilogue import epilogue_backward
-from fastalex_kernels.common.launch import (
-    check_floating,
-    interpretable,
-    interpreted,
-    launch,
-    operator,
-    tuned,
-    use_triton,
-)
+from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.layout import as_hwnc, as_nchw, empty_nchw, hwnc_strided
+from fastalex_kernels.common.parameters import Norm, Window, norm_of
 from fastalex_kernels.common.reduce import fold
+from fastalex_kernels.common.tuned import tuned
 from fastalex_kernels.lrn_pool import alexnet
-from fastalex_kernels.lrn_pool.alexnet import Norm, Window
 
 MAX_KERNEL_SIZE = 15  # the position of a maximum is one byte
 MAX_CHANNELS = 4096  # of one group: they share a program
@@ -314,11 +309,7 @@ def lrn_max_pool2d_backward(
 
 
 def _norm(numbers: Sequence[float]) -> Norm | None:
-    """The norm of an operator's list of numbers, empty where there is none."""
-    if not numbers:
-        return None
-    size, scale, beta, offset, signed = numbers
-    return Norm(int(size), scale, beta, offset, bool(signed))
+    return norm_of(numbers) if numbers else None
 
 
 @operator("lrn_max_pool2d")
@@ -479,12 +470,10 @@ def lrn_max_pool2d(
     """
     pooled = _check_window(input, kernel_size, stride, ceil_mode)
     _check_lrn(input, size, alpha, beta, k, groups)
+    norm, window = Norm(size, alpha / size, beta, k, signed), Window(kernel_size, stride)
     if not use_triton(input) or input.shape[1] // groups > MAX_CHANNELS:
-        return aten.lrn_max_pool2d(
-            input, size, alpha, beta, k, groups, kernel_size, stride, ceil_mode
-        )
-    norm = Norm(size, alpha / size, beta, k, signed)
-    return _apply(input, norm, groups, kernel_size, stride, pooled)
+        return aten.lrn_max_pool2d(input, norm, groups, window, ceil_mode, pooled)
+    return _apply(input, norm, groups, window, pooled)
 
 
 def max_pool2d(
@@ -506,7 +495,8 @@ def max_pool2d(
     pooled = _check_window(input, kernel_size, stride, ceil_mode)
     if not use_triton(input):
         return aten.max_pool2d(input, kernel_size, stride, ceil_mode)
-    return _apply(input, None, channel_groups(input.shape[1]), kernel_size, stride, pooled)
+    window = Window(kernel_size, stride)
+    return _apply(input, None, channel_groups(input.shape[1]), window, pooled)
 
 
 def channel_groups(channels: int) -> int:
@@ -518,14 +508,11 @@ def _apply(
     input: torch.Tensor,
     norm: Norm | None,
     groups: int,
-    kernel_size: int,
-    stride: int,
+    window: Window,
     pooled: tuple[int, int],
 ) -> torch.Tensor:
     (wide,) = interpretable(input)
     save = wide.requires_grad and torch.is_grad_enabled()
     numbers = [] if norm is None else list(map(float, norm))
-    output, _ = _lrn_max_pool2d(
-        hwnc_strided(wide), numbers, groups, [kernel_size, stride], pooled, save
-    )
+    output, _ = _lrn_max_pool2d(hwnc_strided(wide), numbers, groups, window, pooled, save)
     return output.to(input.dtype)  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,8 +12,20 @@ import triton
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
+from fastalex_kernels.common.launch import interpret
+
 Program = tuple[int, int, int]
 _run = interpreter.GridExecutor.__call__
+
+
+class Interpreted:
+    """A ``@triton.jit`` function of a test, of which ``kernel[grid](...)`` is interpreted."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: interpret(self.kernel, grid, args, kwargs)
 
 
 class Observer(Protocol):

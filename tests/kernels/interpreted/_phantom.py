@@ -14,6 +14,7 @@ import torch
 import triton.runtime.interpreter as interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastalex_kernels.common.launch import interpret
 from fastalex_kernels.common.program import Launch
 
 from ._observe import Program, observe
@@ -116,5 +117,5 @@ def run_corners(launch: Launch, longest_loop: int = 80) -> dict[str, int]:
     arguments = [_phantom(a, i) for i, a in enumerate(launch.arguments)]
     observer = _Addresses(corners(launch.grid))
     with _overflow_checks(), _short_loops(launch.kernel, longest_loop), observe(observer):
-        launch.kernel[launch.grid](*arguments)
+        interpret(launch.kernel, launch.grid, arguments, {})
     return observer.reached

@@ -1,20 +1,28 @@
-"""Every test of this folder runs its kernels in the interpreter, under strict rules."""
+"""Every test of this folder runs its kernels in Triton's interpreter, under strict rules."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastalex_kernels.common.launch import record_launches
+from fastalex_kernels import backend
+from fastalex_kernels.common.backend import record_launches
+from fastalex_kernels.common.launch import interpret
 
 from ._observe import observe
 from ._strict import Strict
 
 RealTiles = Callable[[str], contextlib.AbstractContextManager[None]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.interpreted)
 
 
 @pytest.fixture(autouse=True)
@@ -25,26 +33,16 @@ def strict() -> Iterator[Strict]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     observer = Strict()
     try:
-        with observe(observer):
+        with backend("interpreter"), observe(observer):
             yield observer
     finally:
         torch.use_deterministic_algorithms(deterministic)
 
 
 @pytest.fixture
-def real_tiles(monkeypatch: pytest.MonkeyPatch) -> RealTiles:
+def real_tiles() -> RealTiles:
     """``with real_tiles("sm_90"):`` interprets with that target's tiles, splits and all.
 
     The interpreter has tiles of its own, so large that a small tensor is a single program.
     """
-
-    @contextlib.contextmanager
-    def as_on(target: str) -> Iterator[None]:
-        with monkeypatch.context() as patch:
-            for name, module in list(sys.modules.items()):
-                if name.startswith("fastalex_kernels.") and hasattr(module, "interpreted"):
-                    patch.setattr(module, "interpreted", lambda: False)
-            with record_launches(target, lambda kernel, grid, args, kw: kernel[grid](*args, **kw)):
-                yield
-
-    return as_on
+    return lambda target: record_launches(target, interpret)

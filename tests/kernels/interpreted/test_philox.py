@@ -9,10 +9,13 @@ import triton.language as tl
 
 from fastalex_kernels.common import philox
 
+from ._observe import Interpreted
+
 SEEDS = [0, 1, -1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, -(2**63), 0x123456789ABCDEF, -987654321987]
 BLOCK = 1024
 
 
+@Interpreted
 @triton.jit
 def _philox_kernel(rng_ptr, c_ptr, words_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
@@ -28,12 +31,14 @@ def _philox_kernel(rng_ptr, c_ptr, words_ptr, BLOCK: tl.constexpr):
     tl.store(words_ptr + 3 * BLOCK + offs, w3.to(tl.uint32).to(tl.int64))
 
 
+@Interpreted
 @triton.jit
 def _rand_kernel(rng_ptr, first, out_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     tl.store(out_ptr + offs, tl.rand(tl.load(rng_ptr), first + offs))
 
 
+@Interpreted
 @triton.jit
 def _keep_kernel(rng_ptr, out_ptr, row_offset, feature_offset, p, M: tl.constexpr, N: tl.constexpr):
     row = tl.arange(0, M)[:, None]
@@ -42,6 +47,7 @@ def _keep_kernel(rng_ptr, out_ptr, row_offset, feature_offset, p, M: tl.constexp
     tl.store(out_ptr + row * N + feature, kept.to(tl.uint8))
 
 
+@Interpreted
 @triton.jit
 def _drop_kernel(rng_ptr, x_ptr, row_offset, feature_offset, p, M: tl.constexpr, N: tl.constexpr):
     row = tl.arange(0, M)
@@ -74,7 +80,7 @@ def test_uniform_numbers(seed: int, first: int) -> None:
     assert ours.max() < 1
 
 
-@pytest.mark.parametrize("seed", SEEDS[::2])
+@pytest.mark.parametrize("seed", SEEDS[::3])
 @pytest.mark.parametrize("offset", [0, 1, -1, 2**32 + 5, -(2**40)])
 @pytest.mark.parametrize("first", [(0, 0), (100_000, 4096), (2**31 - 64, 2**30)])
 def test_the_mask_of_dropout(seed: int, offset: int, first: tuple[int, int]) -> None:

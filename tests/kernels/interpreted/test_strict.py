@@ -7,40 +7,46 @@ import torch
 import triton
 import triton.language as tl
 
-from ._observe import observe
+from ._observe import Interpreted, observe
 from ._strict import Strict, StrictError
 
 
+@Interpreted
 @triton.jit
 def _copy(x_ptr, y_ptr, n, STEP: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * STEP + tl.arange(0, BLOCK)
     tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < n), mask=offs < n)
 
 
+@Interpreted
 @triton.jit
 def _copy_without_mask(x_ptr, y_ptr, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptr + offs, tl.load(x_ptr + offs))
 
 
+@Interpreted
 @triton.jit
 def _copy_every_second(x_ptr, y_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     tl.store(y_ptr + offs, tl.load(x_ptr + 2 * offs))
 
 
+@Interpreted
 @triton.jit
 def _shift_in_place(x_ptr, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(x_ptr + offs, tl.load(x_ptr + BLOCK + offs))
 
 
+@Interpreted
 @triton.jit
 def _store_on_one_element(y_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     tl.store(y_ptr + offs // 2, offs.to(tl.float32))
 
 
+@Interpreted
 @triton.jit
 def _copy_words(x_ptr, y_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
@@ -48,6 +54,7 @@ def _copy_words(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + offs, words)
 
 
+@Interpreted
 @triton.jit
 def _add_atomically(y_ptr, BLOCK: tl.constexpr):
     tl.atomic_add(y_ptr + tl.arange(0, BLOCK), 1.0)

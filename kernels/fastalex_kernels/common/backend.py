@@ -1,0 +1,174 @@
+"""Which backend runs a function of this package, and the GPU that its launches are chosen for.
+
+Importing this module asks no driver anything; a target is looked up at the first launch on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+
+BACKENDS = ("auto", "triton", "aten", "interpreter")
+TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
+INTERPRETED_AT_IMPORT: bool = triton.knobs.runtime.interpret  # by TRITON_INTERPRET=1
+
+# Takes kernel, grid, arguments and options of a launch, in place of the GPU.
+Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], Any]
+
+
+class _Choice(threading.local):
+    """What is chosen in this thread; torch.compile guards on it, as on no context variable."""
+
+    def __init__(self) -> None:
+        self.name = "auto"
+        self.recorder: tuple[str, Recorder] | None = None  # with the target that it stands for
+
+
+_choice = _Choice()
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose what runs the functions of this package inside the ``with`` block, in this thread.
+
+    Args:
+        name: ``"auto"``, Triton on a GPU and under ``TRITON_INTERPRET=1``, ATen otherwise;
+            ``"triton"``, Triton or an error; ``"aten"``, torch's own operators (oneDNN, cuDNN);
+            ``"interpreter"``, Triton's interpreter, which is slow, on CPU tensors.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    previous, _choice.name = _choice.name, name
+    try:
+        yield
+    finally:
+        _choice.name = previous
+
+
+@contextlib.contextmanager
+def record_launches(target_name: str, recorder: Recorder) -> Iterator[None]:
+    """Hand this thread's launches to ``recorder(kernel, grid, args, kwargs)`` as on a target.
+
+    ``target`` answers with ``target_name`` meanwhile. Offline compilation and the roofline report
+    read every launch of a step this way.
+    """
+    previous, _choice.recorder = _choice.recorder, (target_name, recorder)
+    try:
+        yield
+    finally:
+        _choice.recorder = previous
+
+
+def recorder() -> Recorder | None:
+    """Who takes this thread's launches, if they are recorded."""
+    return None if _choice.recorder is None else _choice.recorder[1]
+
+
+def interpreted() -> bool:
+    """Whether launches are interpreted here: their blocks are chosen for the interpreter."""
+    if _choice.recorder is not None:
+        return _choice.recorder[0] == "interpreter"
+    return _choice.name == "interpreter" or INTERPRETED_AT_IMPORT
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """Whether an operation on ``x`` runs as Triton kernels here; float64 never does."""
+    name = _choice.name
+    if name == "aten" or x.dtype == torch.float64:
+        return False
+    here = x.is_cuda or _choice.recorder is not None or interpreted()
+    if name == "triton" and not here:
+        raise ValueError(
+            f"backend 'triton' needs a GPU tensor or TRITON_INTERPRET=1, got a tensor on {x.device}"
+        )
+    if name == "interpreter" and x.is_cuda:
+        raise ValueError(f"backend 'interpreter' needs a CPU tensor, got one on {x.device}")
+    return here
+
+
+def target(device: torch.device) -> str:
+    """The name tiles are chosen by: ``"sm_90"``, ``"gfx942"``, ... or ``"interpreter"``."""
+    if _choice.recorder is not None:
+        return _choice.recorder[0]
+    return "interpreter" if _absent(device) else _device_target(_index(device))
+
+
+def device_name(device: torch.device) -> str | None:
+    """The GPU's name, or ``"interpreter"``; None where launches are recorded."""
+    if _choice.recorder is not None:
+        return None
+    return "interpreter" if _absent(device) else _gpu_name(_index(device))
+
+
+def _absent(device: torch.device) -> bool:
+    return interpreted() or (device.type == "cpu" and not torch.cuda.is_available())
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.cache
+def _device_target(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def _gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether kernels fetch blocks by tensor descriptors there, through the TMA unit."""
+    return target(device) in ("sm_90", "sm_100")
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register an implementation as torch's operator ``fastalex::name``, for eager and compiled.
+
+    Its ``register_fake`` says what comes out of tensors without data. While launches are recorded
+    the implementation itself runs on those tensors, as launches need none; not where torch.compile
+    traces, whose graph launches them later.
+
+    On CPU tensors an implementation is interpreted, wherever it is called: the backward of what
+    ran inside ``with backend("interpreter")`` may be called outside.
+    """
+
+    def register(implementation: Callable[..., Any]) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            x = next(a for a in args if isinstance(a, torch.Tensor))
+            if x.is_cuda or interpreted() or _choice.recorder is not None:
+                return implementation(*args, **kwargs)
+            with backend("interpreter"):
+                return implementation(*args, **kwargs)
+
+        schema = torch.library.infer_schema(implementation, mutates_args=())
+        registered = torch.library.custom_op(
+            f"fastalex::{name}", run, mutates_args=(), schema=schema
+        )
+        register_fake = registered.register_fake
+
+        def fake(shapes: Callable[..., Any]) -> None:
+            def outcome(*args: Any, **kwargs: Any) -> Any:
+                traced = torch._guards.TracingContext.try_get() is not None
+                chosen = shapes if traced or _choice.recorder is None else implementation
+                return chosen(*args, **kwargs)
+
+            register_fake(outcome)
+
+        registered.register_fake = fake  # type: ignore[method-assign, assignment]
+        return registered
+
+    return register
