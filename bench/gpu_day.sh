@@ -23,7 +23,7 @@ python=${PYTHON:-python}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # The device, and what the names of its results end in.
 read -r device suffix < <("$python" -c "import torch
-from fastalex.provenance import results_name
+from fastalex.common.provenance import results_name
 device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 print(device, results_name('', device))")
 if [[ -z $dry && ${device:-cpu} == cpu ]]; then
@@ -70,7 +70,7 @@ trap interrupted INT TERM
 environment() {
     nvidia-smi 2>/dev/null || echo "no nvidia-smi"
     "$python" -c "import json, torch
-from fastalex.provenance import provenance
+from fastalex.common.provenance import provenance
 device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 print(json.dumps(provenance(device), indent=1))"
 }
@@ -107,7 +107,7 @@ else
     step profile 60 bash -c 'profile "$@"' profile --no-compile
     # The kernels read the table from the user's cache; a copy belongs to the results.
     "$python" -c "import shutil, sys, torch
-from fastalex_kernels._tuned import table_path
+from fastalex_kernels.common.tuned import table_path
 shutil.copyfile(table_path(torch.cuda.get_device_name()), sys.argv[1])" "$tiles" 2>/dev/null
 fi
 

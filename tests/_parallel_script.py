@@ -102,7 +102,7 @@ def _compare(
     shares = part_loss * share / mesh["tower"].size()
     dist.all_reduce(shares)
     whole = towers.full_tensors(model, mesh, _gradients(model))
-    state = towers.full_state_dict(model, mesh)
+    state = towers.full_tensors(model, mesh, model.state_dict())
     if dist.get_rank() == 0:
         result["loss"] = [float(loss), float(shares)]
         result["logits"] = _distance(part_logits, logits[rows])
@@ -177,9 +177,9 @@ def trained() -> dict[str, Any]:
     mesh, small = towers.init_mesh("cpu", 1, 2), narrow("paper")
     model, whole = _net(small), _net(small)
     towers.parallelize(model, mesh)
-    before = {n: t.clone() for n, t in towers.full_state_dict(model, mesh).items()}
+    before = {n: t.clone() for n, t in towers.full_tensors(model, mesh, model.state_dict()).items()}
     losses = _train(model)
-    after = towers.full_state_dict(model, mesh)
+    after = towers.full_tensors(model, mesh, model.state_dict())
     last = [p for n, p in _weights(model).items() if n.startswith("classifier.6")]
     result: dict[str, Any] = {"losses": losses, "digest": _digest(*after.values(), *last)}
     if dist.get_rank() == 0:

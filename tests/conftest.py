@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Tensors are small here: threads of one operation mostly wait for each other, for ever where other
-# processes want the cores too. It holds for what the tests start as well, so that bits agree.
+# Tensors are small here: the threads of an operation mostly wait for each other, ten times as long
+# where other processes want the cores too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path

@@ -193,11 +193,6 @@ def full_tensors(
     return result
 
 
-def full_state_dict(model: AlexNet, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
-    """The whole net's weights in their canonical form, on every process; a collective."""
-    return full_tensors(model, mesh, model.state_dict())
-
-
 def local_tensors(
     model: AlexNet, mesh: DeviceMesh, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from fastalex.common.provenance import versions
 from fastalex.distributed.world import World
 from fastalex.training.config import RESUMABLE, Settings, describe_setting, setting_names
 from fastalex.training.run_folder import RunFolder
-from fastalex.training.weights import read_header, read_tensors, write_tensors
+from fastalex.training.weights import read_metadata, read_tensors, write_tensors
 
 FORMAT = "fastalex-checkpoint-1"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
@@ -193,7 +193,7 @@ def newest_step(folder: RunFolder) -> int | None:
     """The step of the newest checkpoint whose header can be read."""
     for path in _found(folder):
         try:
-            return int(read_header(path, FORMAT)["state"]["step"])
+            return int(read_metadata(path, FORMAT)["state"]["step"])
         except (ValueError, KeyError, TypeError):
             continue
     return None

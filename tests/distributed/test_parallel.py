@@ -107,6 +107,7 @@ def test_a_net_without_towers_is_not_cut(two: Results) -> None:
         assert result["no towers"].startswith("ValueError: mesh: variant 'caffe' has 1 tower")
 
 
+@pytest.mark.slow
 def test_two_replicas_of_two_towers_compute_what_one_process_does(tmp_path: Path) -> None:
     results = _launch("four", 4, tmp_path)
     first = results[0]["paper"]
@@ -118,6 +119,7 @@ def test_two_replicas_of_two_towers_compute_what_one_process_does(tmp_path: Path
     assert digests[0] == digests[1] != digests[2] == digests[3]
 
 
+@pytest.mark.slow
 def test_steps_of_two_towers_learn_what_one_process_learns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,7 +148,7 @@ def _places(whole: Expected, of_many: int, of_few: int) -> range:
 
 
 def test_killed_at_a_change_of_a_file(whole: Expected, fault_table: Table) -> None:
-    for number, at in enumerate(_places(whole, 30, 4)):
+    for number, at in enumerate(_places(whole, 20, 4)):
         kind = (KILL, KILL_HALFWAY, KILL_GROUP)[number % 3]
         faulty = whole.suffer(fault_table, at, kind)
         if whole.processes == "1 process":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -134,3 +135,25 @@ def test_lrn_under_autocast_has_the_bits_of_float32() -> None:
         found = torch.autograd.grad(y.sum(), x)[0]
     assert torch.equal(y, plain)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("images", [1, 5])
+def test_lrn_has_the_same_bits_on_any_number_of_threads(images: int) -> None:
+    """And leaves torch's number of threads alone, in threads that start later, too."""
+    before, found = torch.get_num_threads(), []
+    x = torch.randn(images, 16, 9, 7)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaf = x.clone().requires_grad_()
+            y = fk.lrn_max_pool2d(leaf, alpha=1.0, groups=2)
+            y.square().sum().backward()
+            found.append((y.detach(), leaf.grad))
+            with ThreadPoolExecutor(1) as later:
+                assert later.submit(torch.get_num_threads).result() == threads
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for y, dx in found[1:]:
+        assert torch.equal(y, found[0][0])
+        assert torch.equal(dx, found[0][1])

@@ -122,7 +122,7 @@ def test_what_makes_no_sense_is_refused(
 
 
 class Peer:
-    """A team of two, of which the other process found an overflow in some steps."""
+    """The mesh of two processes, of which the other found an overflow in some steps."""
 
     device = torch.device("cpu")
 

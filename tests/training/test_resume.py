@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +141,15 @@ def stopped(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     ("step", "options"),
     [
         pytest.param(4, ["--precision", "bf16"], marks=pytest.mark.slow),
-        (4, ["--precision", "fp16", "--variant", "owt", "--batch-size", "2", "--max-steps", "5"]),
+        pytest.param(
+            4,
+            ["--precision", "fp16", "--variant", "owt", "--batch-size", "2", "--max-steps", "5"],
+            marks=pytest.mark.slow,
+        ),
         # At a rate that changes no weight the second validation is no better, and drops it.
-        (13, ["--recipe", "paper", "--lr", "1e-30", "--lr-patience", "1"]),
+        pytest.param(
+            13, ["--recipe", "paper", "--lr", "1e-30", "--lr-patience", "1"], marks=pytest.mark.slow
+        ),
         (7, ["--schedule", "cosine", "--warmup", "0.3", "--augmentation", "full"]),
     ],
 )
@@ -207,6 +212,7 @@ def test_without_a_whole_checkpoint_nothing_is_touched(
     assert contents(here) == before
 
 
+@pytest.mark.slow
 def test_before_the_first_checkpoint_it_begins_again(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,15 +224,6 @@ def test_before_the_first_checkpoint_it_begins_again(
     assert "from the first step again" in capsys.readouterr().out
     assert digest(here / "run") == digest(here / "whole")
     assert records(here / "run") == records(here / "whole")
-
-
-def test_a_finished_run_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _train("--output", "run", "--max-steps", "1") == 0
-    before = digest(here / "run")
-    capsys.readouterr()
-    assert train.main(["--resume", "run"]) == 0
-    assert "run is finished: all of its 1 steps are done" in capsys.readouterr().out
-    assert digest(here / "run") == before
 
 
 @pytest.mark.parametrize(
@@ -273,23 +270,7 @@ def test_other_images_are_refused(
     assert [r["step"] for r in found if r["kind"] == "epoch"] == [5, 9, 13]
 
 
-def test_settings_that_change_no_weight_may_be_given_anew(stopped: str, here: Path) -> None:
-    arguments = ["--resume", stopped, "--keep-checkpoints", "1", "--workers", "0"]
-    assert train.main(arguments) == 0
-    assert checkpoints(here / "run") == [STEPS]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="locks of other systems differ")
-def test_two_runs_in_one_folder_are_refused(
-    stopped: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fastalex.training.metrics._LOCK_SECONDS", 0.1)
-    log = MetricsLog(here / "run" / "metrics.jsonl")
-    assert train.main(["--resume", stopped]) == 2
-    assert "another process trains in this folder" in capsys.readouterr().err
-    log.close()
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("minutes", ["1e-9", "10"])
 def test_checkpoints_that_nobody_keeps_go_with_the_end_of_the_run(
     here: Path, monkeypatch: pytest.MonkeyPatch, minutes: str

@@ -109,6 +109,7 @@ def test_accuracies_are_those_of_a_count_by_hand(classes: int) -> None:
     assert model.training
 
 
+@pytest.mark.usefixtures("here")
 def test_net_and_seed_name_one_set_of_weights() -> None:
     first, again = (trainer.build_model(_settings("--seed", "3"), 4) for _ in range(2))
     other = trainer.build_model(_settings("--seed", "4"), 4)
@@ -211,20 +212,6 @@ def test_a_stuck_run_is_warned_once(
     assert len(warnings) == 1
     assert "ln(2) = 0.693" in warnings[0]
     assert "--init he" in warnings[0]
-
-
-@pytest.mark.usefixtures("one_net")
-def test_full_disks_and_lost_data_end_a_run_with_a_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = _plan(tmp_path, FewImages([0, 1], 2), "--batch-size", "2")
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device", "model.safetensors")
-
-    monkeypatch.setattr(trainer, "save_weights", full)
-    with pytest.raises(TrainingError, match=r"^model\.safetensors: No space left on device$"):
-        trainer.train(plan)
 
 
 def test_output_folders_are_numbered_and_never_shared(

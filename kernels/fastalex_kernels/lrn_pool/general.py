@@ -329,14 +329,7 @@ def _lrn_max_pool2d(
 
 
 @_lrn_max_pool2d.register_fake
-def _(
-    input: torch.Tensor,
-    norm: Sequence[float],
-    groups: int,
-    window: Sequence[int],
-    size: Sequence[int],
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(input, norm, groups, window, size, save):
     N, C = input.shape[:2]
     argmax = input.new_empty((*size, N, C) if save else (0,), dtype=torch.uint8)
     return empty_nchw(input, (N, C, size[0], size[1])), argmax
@@ -361,15 +354,7 @@ def _lrn_max_pool2d_backward(
 
 
 @_lrn_max_pool2d_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    input: torch.Tensor | None,
-    argmax: torch.Tensor,
-    norm: Sequence[float],
-    groups: int,
-    window: Sequence[int],
-    size: Sequence[int],
-) -> torch.Tensor:
+def _(grad, input, argmax, norm, groups, window, size):
     return empty_nchw(grad, (grad.shape[0], grad.shape[1], size[0], size[1]))
 
 
