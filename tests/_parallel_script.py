@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fastalex import AlexNet
 from fastalex.distributed import towers
 from fastalex.distributed.exchange import TowerExchange, checked_exchange
-from fastalex.model.specification import Variant
+from fastalex.model.variants import Variant
 from fastalex.training import TrainStep
 from fastalex.training.optim import build_optimizer
 from tests._nets import narrow

@@ -113,7 +113,7 @@ def _cut(layer: nn.Conv2d | nn.Linear, tower: int) -> None:
         if layer.groups > 1:
             layer.groups //= TOWERS
             layer.in_features //= TOWERS
-        layer.feature_offset = tower * layer.out_features
+        layer.set_mask(feature_offset=tower * layer.out_features)
 
 
 def _broadcast(model: nn.Module, mesh: DeviceMesh, axis: str) -> None:
@@ -131,7 +131,7 @@ def set_row_offset(model: nn.Module, row: int) -> None:
     """Tell the dropout layers which row of the whole batch this process's first one is."""
     for layer in model.modules():
         if isinstance(layer, CounterDropout):
-            layer.row_offset = row
+            layer.set_mask(row_offset=row)
 
 
 def reduce_gradients(model: nn.Module, mesh: DeviceMesh, share: float | None = None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastalex.model.variants import get_variant
+from fastalex.model.ablations import get_variant
 
 _SHOWN = "CUDA_VISIBLE_DEVICES"
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from fastalex.distributed.exchange import Exchange
 from fastalex.distributed.towers import GatherInput
-from fastalex.model.alexnet import AlexNet, layer_names
+from fastalex.model.alexnet import HOOKS, AlexNet, layer_names
+from fastalex.model.fused import FusedSequential, is_absorbed
 from fastalex.model.layers import (
     AdaptiveAvgPool2d,
     Conv2dReLU,
@@ -28,10 +29,9 @@ from fastalex_kernels.conv2d.forward import pack_weight
 from fastalex_kernels.lrn_pool.general import MAX_CHANNELS
 from fastalex_kernels.momentum import MomentumUpdate, Updates
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _KNOWN = (
     Conv2dReLU, MaxPool2d, LRNMaxPool2d, SpatialResponseNorm, AdaptiveAvgPool2d, Dropout,
-    LinearReLUDropout, Linear, nn.Identity, nn.Sequential, AlexNet,
+    LinearReLUDropout, Linear, nn.Identity, nn.Sequential, FusedSequential, AlexNet,
 )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def check(model: AlexNet, optimizer: torch.optim.Optimizer) -> None:
     """Raise a ValueError that names what a step can't run, and why."""
     for path, module in model.named_modules():
         what = f"model: {path or 'the model'} is a {type(module).__name__}"
-        if type(module) not in _KNOWN:
+        if type(module) not in _KNOWN and not is_absorbed(module):
             raise ValueError(f"{what}, which is no layer of fastalex's")
         hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
         if any(not isinstance(hook, GatherInput) for hook in hooks):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastalex.model.variants import get_variant
+from fastalex.model.ablations import get_variant
 from fastalex.training.recipes import NO_RECIPE, RECIPES
 
 PRECISIONS = {

@@ -233,7 +233,7 @@ class FullyConnected(Pass):
         self.relu = isinstance(module, LinearReLUDropout)
         self._dropout: dict[str, Any] = {}
         if isinstance(module, LinearReLUDropout) and module.p and module.training:
-            self._dropout = {"p": float(module.p), **module.place()}
+            self._dropout = {"p": float(module.p), **module.mask._asdict()}
 
     def forward(self, x: Tensor) -> Tensor:
         self._w = w = self.update.weight()

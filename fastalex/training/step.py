@@ -25,8 +25,8 @@ import fastalex_kernels as kernels
 from fastalex.common.nvtx_ranges import listening, nvtx_range
 from fastalex.data.augment import Augment
 from fastalex.distributed.exchange import Exchange
-from fastalex.model.alexnet import AlexNet
-from fastalex.training.chain import HOOKS, Chain, check
+from fastalex.model.alexnet import HOOKS, AlexNet
+from fastalex.training.chain import Chain, check
 from fastalex.training.cuda_graph import Graph
 from fastalex.training.inputs import (
     Inputs,

@@ -237,7 +237,7 @@ def _dropout_oracle(ours: LinearReLUDropout) -> tuple[Forward, nn.Module]:
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         return kernels.reference.linear_relu_dropout(
-            x, wide.weight, wide.bias, p=ours.p, rng=ours.rng
+            x, wide.weight, wide.bias, p=ours.p, rng=ours.mask.rng
         )
 
     return forward, wide

@@ -12,7 +12,7 @@ import torch
 from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.distributed.towers import cut_to_tower
 from fastalex.model.alexnet import AlexNet
-from fastalex.model.specification import Variant
+from fastalex.model.variants import Variant
 from fastalex.training import TrainStep
 from fastalex.training.passes import Flatten, Pass, Torch
 from fastalex.training.step import Tricks

@@ -69,7 +69,7 @@ def test_a_net_is_one_graph_with_the_bits_of_eager(variant: str) -> None:
 def _small_net() -> nn.Sequential:
     torch.manual_seed(0)
     dropping = LinearReLUDropout(144, 24)
-    dropping.rng = torch.tensor([123_456_789_123, 7 << 33])
+    dropping.set_mask(rng=torch.tensor([123_456_789_123, 7 << 33]))
     return nn.Sequential(
         Conv2dReLU(3, 16, 5, stride=2),
         LRNMaxPool2d(alpha=1.0, groups=2),
