@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from fastalex.data.processes import pack_in_turn
 from PIL import Image
 
-from fastalex.data.processes import pack_in_turn
 from fastalex.data.shard import Shard
 
 

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastalex.data.processes import cores, packers
 from PIL import Image
 
 from fastalex.data import Batches, FolderImages, PackedImages
 from fastalex.data.normalization import IMAGENET
 from fastalex.data.pack import pack
 from fastalex.data.packed import WORK
-from fastalex.data.processes import cores, packers
 from fastalex.data.shard import Shard
 from fastalex.training.validation import fetch
 from fastalex.tuning.train_steps import Training, train_step

@@ -11,11 +11,10 @@ from typing import Any
 
 from fastalex.common.command_line import Parser, guarded
 from fastalex.data.base import printable
-from fastalex.data.listing import VAL_SPLIT
-from fastalex.data.pack import LEFT_OUT, ODD, SIZE, pack
+from fastalex.data.pack import LEFT_OUT, ODD, SIZE, VAL_SPLIT, pack
 from fastalex.data.packed import verify
 from fastalex.data.photos import TRAIN_CROPS, VAL_CROPS, write_photos
-from fastalex.data.processes import cores
+from fastalex.data.shard import cores
 
 _NAMED = 10  # files named before the rest are only counted
 

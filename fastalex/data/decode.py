@@ -167,6 +167,7 @@ def _require_memory(image: Any, whole: int, decoded: int | None = None) -> None:
     """
     length = Path(image.filename).stat().st_size
     needed = _pixel_bytes(image) * (whole if decoded is None else decoded) + length
+    needed += 16 * image.height + 8 * image.width  # pointers to the rows; a decoder's row buffers
     if image.tile and image.tile[0][0] == "libtiff":
         needed += _tiff_buffer(image) + length
     elif image.format == "WEBP":

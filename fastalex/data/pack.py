@@ -1,7 +1,7 @@
 """Pack a folder of images: each is decoded once, by as many processes as there are cores.
 
-What is on disk tells how far the work is, so that it goes on after any kind of end: see ``shard``.
-The manifest, which makes a set whole, is written last.
+Shards that are done are kept, so that the same command goes on after any kind of end (see
+``shard``). The manifest, which makes a set whole, is written last.
 """
 
 from __future__ import annotations
@@ -9,23 +9,26 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fastalex.common.command_line import check_output
-from fastalex.common.files import replacing
+from fastalex.common.files import is_temporary, replacing
 from fastalex.data.base import DataError
 from fastalex.data.fingerprint import digest
-from fastalex.data.listing import Listing, class_of
+from fastalex.data.folder import class_folders, image_files, stat_files
+from fastalex.data.moments import Moments
 from fastalex.data.packed import (
     FORMAT,
     INDEX,
@@ -35,14 +38,13 @@ from fastalex.data.packed import (
     file_digest,
     read_manifest,
 )
-from fastalex.data.processes import pack_shards
-from fastalex.data.shard import Record, Shard
-from fastalex.data.sums import Sums
+from fastalex.data.shard import Record, Shard, pack_shards
 
 SIZE = 256  # P§2
 _SHARD_IMAGES = 1024  # 200 MB at 256 pixels
 _LEAST_SHARD_IMAGES = 64
 _SHARDS = 64  # that many at least, if they do not get too small, for as many processes
+VAL_SPLIT = 0.1  # of the images of each class, where there is no folder of validation images
 ODD, LEFT_OUT = "odd.tsv", "left_out.tsv"
 
 
@@ -86,7 +88,7 @@ def pack(
         root: a new or empty folder, or an unfinished packing of the same images.
         size: side in pixels of the packed images.
         workers: processes at work at a time; None is one for each core that this one may use.
-        val_split: see ``Listing.read``.
+        val_split: see ``find_images``.
         quiet: show no progress.
 
     Raises:
@@ -100,33 +102,94 @@ def pack(
     source, root = Path(os.path.realpath(source)), Path(os.path.realpath(root))  # of loops too
     if source == root or source in root.parents:
         raise DataError(f"{root}: lies in the folder that is packed; name one outside {source}")
-    listing = Listing.read(source, val_split)
-    plan = {"format": FORMAT, "size": size, "files": digest([listing.parts, listing.bytes])}
+    images = find_images(source, val_split)
+    plan = {"format": FORMAT, "size": size, "files": digest([images.parts, images.bytes])}
     if _is_whole(root, plan):
         return _summary(root, 0, 0.0)
-    shards = _shards(listing, root, size)
+    shards = _shards(source, images, root, size)
     _require_space(root, _needed(shards))
     check_output("DST", root, folder=True)
     existed = root.exists()
     (root / WORK).mkdir(parents=True, exist_ok=True)
     with _alone(root):
+        _remove_leftovers(root, shards)
         with replacing(root / WORK / "plan.json") as temporary:
             temporary.write_text(json.dumps(plan))
-        for part in listing.parts:
+        for part in images.parts:
             (root / part).mkdir(exist_ok=True)
         started = time.monotonic()
         decoded = pack_shards(shards, workers, quiet)
         seconds = time.monotonic() - started
         try:
-            _finish(listing, shards, root, plan)
+            _finish(images, shards, root, plan)
         except NothingReadable:  # nor will it be the next time
-            for name in (*listing.parts, WORK):
+            for name in (*images.parts, WORK):
                 shutil.rmtree(root / name)
             if not existed:
                 root.rmdir()
             raise
     shutil.rmtree(root / WORK)
     return _summary(root, decoded, seconds)
+
+
+class ImageFiles(NamedTuple):
+    """Every image file of a folder that is to be packed.
+
+    Attributes:
+        classes: sorted names.
+        parts: the files of "train" and of "val", if any, as paths below the folder.
+        bytes: the size of each file, in the same order; -1 of a link that leads nowhere.
+    """
+
+    classes: list[str]
+    parts: dict[str, list[str]]
+    bytes: dict[str, list[int]]
+
+
+def find_images(source: Path, val_split: float | None = None) -> ImageFiles:
+    """List ``source/train/CLASS/*`` and ``source/val/CLASS/*``, or ``source/CLASS/*``.
+
+    Args:
+        source: the folder.
+        val_split: share of each class's images, evenly spaced, that become validation images
+            where the folder has none apart; None is a tenth.
+
+    Raises:
+        DataError: where the folder has another layout, or a class has no image file.
+    """
+    if val_split is not None and not 0 <= val_split < 1:
+        raise DataError(f"--val-split: expected at least 0 and below 1, got {val_split}")
+    if not source.is_dir():
+        what = "not a folder" if source.exists() else "no such folder"
+        raise DataError(f"{source}: {what}; images go in CLASS, or train/CLASS and val/CLASS")
+    train, val = source / "train", source / "val"
+    if val.is_dir() and not train.is_dir():
+        raise DataError(f"{source}: a val folder and no train folder beside it")
+    if val.is_dir() and val_split is not None:
+        raise DataError(f"--val-split {val_split}: {val} has the validation images")
+    root = train if train.is_dir() else source
+    classes = class_folders(root)
+    files: dict[str, list[Path]] = {"train": [], "val": []}
+    share = VAL_SPLIT if val_split is None else val_split
+    for path in (root / name for name in classes):
+        for i, file in enumerate(_files_of_class(path)):
+            kept = not val.is_dir() and math.floor((i + 1) * share) > math.floor(i * share)
+            files["val" if kept else "train"].append(file)
+    if val.is_dir():
+        for name in class_folders(val, classes):
+            files["val"] += _files_of_class(val / name)
+    if not files["val"]:
+        del files["val"]
+    parts = {part: [p.relative_to(source).as_posix() for p in files[part]] for part in files}
+    sizes = {part: [size for _, size, _ in stat_files(files[part])] for part in files}
+    return ImageFiles(classes, parts, sizes)
+
+
+def _files_of_class(folder: Path) -> list[Path]:
+    files = image_files(folder)
+    if not files:
+        raise DataError(f"{folder}: no image in it; put some there or remove the folder")
+    return files
 
 
 def _is_whole(root: Path, plan: dict[str, Any]) -> bool:
@@ -154,14 +217,24 @@ def _is_whole(root: Path, plan: dict[str, Any]) -> bool:
     return False
 
 
-def _shards(listing: Listing, root: Path, size: int) -> list[Shard]:
+def _shards(source: Path, images: ImageFiles, root: Path, size: int) -> list[Shard]:
     """The work, cut by the number of images alone: any number of processes makes the same set."""
-    length = min(_SHARD_IMAGES, max(_LEAST_SHARD_IMAGES, len(listing) // _SHARDS))
+    total = sum(map(len, images.parts.values()))
+    length = min(_SHARD_IMAGES, max(_LEAST_SHARD_IMAGES, total // _SHARDS))
     return [
-        Shard(listing.source, root, part, number, files[start : start + length], size)
-        for part, files in listing.parts.items()
+        Shard(source, root, part, number, files[start : start + length], size)
+        for part, files in images.parts.items()
         for number, start in enumerate(range(0, len(files), length))
     ]
+
+
+def _remove_leftovers(root: Path, shards: list[Shard]) -> None:
+    """Remove what killed processes, and unfinished work of older versions, left behind."""
+    kept = {"lock", "plan.json", *(shard.record.name for shard in shards)}
+    for path in root.rglob("*"):
+        in_work = path.parent.name == WORK and path.name not in kept
+        if path.is_file() and (in_work or is_temporary(path)):
+            path.unlink()
 
 
 def _needed(shards: list[Shard]) -> int:
@@ -195,35 +268,36 @@ def _alone(root: Path) -> Iterator[None]:
         yield
 
 
-def _finish(listing: Listing, shards: list[Shard], root: Path, plan: dict[str, Any]) -> None:
+def _finish(images: ImageFiles, shards: list[Shard], root: Path, plan: dict[str, Any]) -> None:
     """Write index, statistics and, last, the manifest."""
-    parts, remarks = {}, []
-    sums = Sums.zero(plan["size"])
-    for part in listing.parts:
-        records = [shard.records() for shard in shards if shard.part == part]
-        packed = [[record for record in some if record.checksum is not None] for some in records]
-        if not any(packed):
-            reasons = f"{sum(map(len, records))} can't be: {records[0][0].remark}"
-            raise NothingReadable(
-                f"{listing.source}: no {part} image of it can be read ({reasons})"
-            )
-        _save_index(root / part, listing, [record for some in packed for record in some])
-        parts[part] = {"images": sum(map(len, packed)), "shards": [len(some) for some in packed]}
-        remarks += [record for some in records for record in some if record.remark]
+    moments = Moments.zero(plan["size"])
+    records: dict[str, list[list[Record]]] = {part: [] for part in images.parts}
     for shard in shards:
+        some, of_shard = shard.recorded()
+        records[shard.part].append(some)
         if shard.part == "train":
-            sums.merge(shard.sums())
-    _save_array(root / "mean.npy", sums.mean_image().astype(np.float32))
+            moments.merge(of_shard)
+    parts = {}
+    for part, of_part in records.items():
+        counts = [sum(record.checksum is not None for record in some) for some in of_part]
+        if not any(counts):
+            reasons = f"{len(images.parts[part])} can't be: {of_part[0][0].remark}"
+            source = shards[0].source
+            raise NothingReadable(f"{source}: no {part} image of it can be read ({reasons})")
+        _save_index(root / part, images.classes, list(chain(*of_part)))
+        parts[part] = {"images": sum(counts), "shards": counts}
+    remarks = [record for record in chain(*chain(*records.values())) if record.remark]
+    _save_array(root / "mean.npy", moments.mean_image().astype(np.float32))
     _save_table(root / ODD, [record for record in remarks if record.checksum is not None])
     _save_table(root / LEFT_OUT, [record for record in remarks if record.checksum is None])
-    mean, covariance = sums.moments()
+    mean, covariance = moments.mean_and_covariance()
     names = ["mean.npy", ODD, LEFT_OUT, *(f"{part}/{name}" for part in parts for name in INDEX)]
     manifest = {
         "format": FORMAT,
         "plan": plan,
         "size": plan["size"],
-        "source": str(listing.source),
-        "classes": listing.classes,
+        "source": str(shards[0].source),
+        "classes": images.classes,
         "parts": parts,
         "channel_mean": mean.tolist(),
         "covariance": covariance.tolist(),
@@ -233,9 +307,10 @@ def _finish(listing: Listing, shards: list[Shard], root: Path, plan: dict[str, A
     _save_text(root / MANIFEST, json.dumps(whole, indent=1) + "\n")
 
 
-def _save_index(folder: Path, listing: Listing, packed: list[Record]) -> None:
-    number = {name: index for index, name in enumerate(listing.classes)}
-    labels = [number[class_of(record.file)] for record in packed]
+def _save_index(folder: Path, classes: list[str], records: list[Record]) -> None:
+    packed = [record for record in records if record.checksum is not None]
+    number = {name: index for index, name in enumerate(classes)}
+    labels = [number[PurePosixPath(record.file).parent.name] for record in packed]
     _save_array(folder / "labels.npy", np.array(labels, np.int64))
     checksums = [record.checksum for record in packed]
     _save_array(folder / "checksums.npy", np.array(checksums, np.uint32))

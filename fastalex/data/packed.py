@@ -34,12 +34,16 @@ from tqdm import tqdm
 
 from fastalex.data.background import map_ahead
 from fastalex.data.base import DataError, Pixels, printable, retrying
-from fastalex.data.checksum import crc32
 from fastalex.data.fingerprint import Contents, class_contents, digest, fingerprint
+
+try:
+    from isal.isal_zlib import crc32 as crc32  # many times as fast as zlib's
+except ImportError:  # where no one built it
+    from zlib import crc32 as crc32
 
 FORMAT = "fastalex-packed-1"
 MANIFEST = "packed.json"
-WORK = "packing"  # the folder of an unfinished set's journals
+WORK = "packing"  # the folder of what an unfinished set needs besides
 HEADER = 128  # bytes of a shard's .npy header
 MAX_SIZE = 1024  # side in pixels
 INDEX = ("labels.npy", "checksums.npy", "names.json")

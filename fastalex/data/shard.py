@@ -1,31 +1,52 @@
-"""One shard of a packed set, made by one process that may be killed at any moment.
+"""The shards of a packed set: a process decodes each into a file, and its parent keeps it.
 
-Images are decoded in order and appended to a file of pixels; after each, a line goes to the journal
-beside it. What the journal names is packed: another process reads it, checks the pixels against
-their checksums and goes on behind them. A shard is done when its sums are there, written last.
+A shard is done once its record is there, which is written last. One that was under way when
+packing ended, however it ended, is made anew.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
+import multiprocessing
 import os
+import signal
+import sys
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from PIL import ImageFile
+from tqdm import tqdm
 
-from fastalex.data.checksum import crc32
+from fastalex.common.files import replacing
+from fastalex.data.base import DataError
 from fastalex.data.decode import read_whole, try_read
-from fastalex.data.packed import HEADER, WORK, shard_header, shard_path
-from fastalex.data.sums import Sums
+from fastalex.data.moments import Moments
+from fastalex.data.packed import HEADER, WORK, crc32, shard_header, shard_path
+
+_LINE_SECONDS = 60.0  # between two lines of progress where there is no terminal
+_BLOCK = 1 << 18  # bytes that Pillow reads or copies out at a time: all of an image of 256 pixels
+# Once a piece of so many was freed, glibc keeps what is freed, up to twice that, instead of giving
+# it back and faulting it in again with each image. Source: mallopt(3).
+_KEPT = 16 << 20
+
+
+class PackingStopped(KeyboardInterrupt):
+    """Ctrl-C; the message says what is kept."""
 
 
 class Record(NamedTuple):
-    """A line of the journal.
+    """What became of one file.
 
     Attributes:
         file: path below the source folder.
@@ -36,6 +57,14 @@ class Record(NamedTuple):
     file: str
     checksum: int | None
     remark: str | None
+
+
+class Decoded(NamedTuple):
+    """A decoded shard: its file of pixels, not yet kept, and what is recorded of it."""
+
+    path: Path
+    records: list[Record]
+    moments: Moments
 
 
 @dataclass(frozen=True)
@@ -62,126 +91,180 @@ class Shard:
     def path(self) -> Path:
         return shard_path(self.root, self.part, self.number)
 
-    def work(self, suffix: str) -> Path:
-        return self.root / WORK / f"{self.part}-{self.number:05d}.{suffix}"
+    @property
+    def record(self) -> Path:
+        return self.root / WORK / f"{self.part}-{self.number:05d}.npz"
 
     def is_done(self) -> bool:
-        return self.work("sums.npz").exists() and self.path.exists()
+        return self.record.exists() and self.path.exists()
 
-    def records(self) -> list[Record]:
-        """What the journal of a shard that is done says."""
-        return _whole_lines(self.work("journal").read_bytes())[0]
+    def keep(self, decoded: Decoded) -> None:
+        """Put the pixels in their place, and after them the record."""
+        with replacing(self.path) as temporary:
+            os.replace(decoded.path, temporary)
+        records = np.frombuffer(json.dumps(decoded.records).encode(), np.uint8)
+        with replacing(self.record) as temporary, open(temporary, "wb") as file:
+            arrays = {"records": records, **decoded.moments.arrays()}
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
-    def sums(self) -> Sums:
-        return Sums.load(self.work("sums.npz"))
+    def recorded(self) -> tuple[list[Record], Moments]:
+        """What ``keep`` wrote."""
+        with np.load(self.record) as saved:
+            records = [Record(*values) for values in json.loads(saved["records"].tobytes())]
+            return records, Moments.of_arrays(saved)
 
 
-def pack_shard(
-    shard: Shard,
-    advance: Callable[[int, int], bool],
-    turn: contextlib.AbstractContextManager[object] | None = None,
-) -> None:
-    """Make one shard, or go on with one that was begun.
+def pack_shards(shards: list[Shard], workers: int | None, quiet: bool) -> int:
+    """Make every shard that is not done, in a few processes.
 
     Args:
-        shard: what goes into it.
-        advance: called with the numbers of files that were decoded now and found done before;
-            where it returns False, the work stops here and can be gone on with.
-        turn: held while there is something to calculate, and not while the disk is waited for.
+        shards: what to make.
+        workers: how many processes; None is one for each core that this process may use.
+        quiet: show no progress.
+
+    Returns:
+        How many files were decoded.
 
     Raises:
-        OSError: where something can't be written.
+        DataError: where a process ended or could not go on; says what is kept.
+        PackingStopped: likewise, after Ctrl-C.
     """
-    with _opened(shard.work("journal")) as journal:
-        fcntl.flock(journal, fcntl.LOCK_EX)  # a process of a packing just killed may be here still
-        if shard.is_done():
-            advance(0, len(shard.files))
-            return
-        if shard.path.exists() and not shard.work("pixels").exists():  # killed before the sums
-            os.replace(shard.path, shard.work("pixels"))
-        with _opened(shard.work("pixels")) as pixels:
-            with turn or contextlib.nullcontext():
-                sums = _fill(shard, pixels, journal, advance)
-            if sums is None:
-                return
-            for written in (pixels, journal):
-                os.fsync(written.fileno())
-        os.replace(shard.work("pixels"), shard.path)
-        sums.save(shard.work("sums.npz"))
-
-
-def _fill(
-    shard: Shard, pixels: BinaryIO, journal: BinaryIO, advance: Callable[[int, int], bool]
-) -> Sums | None:
-    """Write both files to their ends; None where ``advance`` said to stop before."""
-    records = _resume(shard, pixels, journal)
-    if not advance(0, len(records)):
-        return None
-    for file in shard.files[len(records) :]:
-        records.append(_pack_file(shard, file, pixels))
-        journal.write(json.dumps(records[-1]).encode() + b"\n")
-        journal.flush()
-        if not advance(1, 0):
-            return None
-    count = sum(record.checksum is not None for record in records)
-    pixels.seek(0)
-    pixels.write(shard_header(count, shard.size))
-    pixels.flush()
-    sums = Sums.zero(shard.size)
-    if count:  # read from the file, all at once: decoding has the cache for itself until then
-        shape = (count, shard.size, shard.size, 3)
-        sums.add(np.memmap(shard.work("pixels"), np.uint8, "r", HEADER, shape))
-    return sums
-
-
-def _pack_file(shard: Shard, file: str, pixels: BinaryIO) -> Record:
-    result = try_read(read_whole, shard.source / file, shard.size)
-    if isinstance(result, str):
-        return Record(file, None, result)
-    image, remark = result
-    pixels.write(image.data)
-    pixels.flush()
-    return Record(file, crc32(image.data), remark)
-
-
-def _resume(shard: Shard, pixels: BinaryIO, journal: BinaryIO) -> list[Record]:
-    """The records whose pixels are there and right; both files are cut behind them."""
-    records, ends = _whole_lines(journal.read())
-    image = np.empty((shard.size, shard.size, 3), np.uint8)
-    pixels.seek(HEADER)
-    kept = images = 0
-    for record in records:
-        if record.checksum is not None:
-            # A machine that lost power may have kept the line and not the pixels.
-            whole = pixels.readinto(image.data) == image.nbytes  # type: ignore[attr-defined]
-            if not whole or crc32(image.data) != record.checksum:
-                break
-            images += 1
-        kept += 1
-    for file, end in ((journal, ends[kept]), (pixels, HEADER + images * image.nbytes)):
-        file.seek(end)
-        file.truncate()
-    return records[:kept]
-
-
-def _whole_lines(text: bytes) -> tuple[list[Record], list[int]]:
-    """The records up to the first that is cut off, and where each begins, and the last ends."""
-    records: list[Record] = []
-    ends = [0]
-    for line in text.splitlines(keepends=True):
-        try:
-            if not line.endswith(b"\n"):
-                break
-            records.append(Record(*json.loads(line)))
-        except (ValueError, TypeError):
-            break
-        ends.append(ends[-1] + len(line))
-    return records, ends
+    missing = [shard for shard in shards if not shard.is_done()]
+    total, wanted = (sum(len(shard.files) for shard in some) for some in (shards, missing))
+    decoded = 0
+    try:
+        with (
+            _progress(total, total - wanted, quiet) as show,
+            packing_pool(min(workers or cores(), len(missing))) as pool,
+        ):
+            futures = {pool.submit(decode_shard, shard): shard for shard in missing}
+            for future in as_completed(futures):
+                shard = futures.pop(future)  # nor is its result kept in memory
+                shard.keep(future.result())
+                decoded += len(shard.files)
+                show(decoded)
+    except (Exception, KeyboardInterrupt) as error:
+        kept = f"{total - wanted + decoded:,} of {total:,} files are done"
+        kept += ", the same command goes on from there"
+        raise _explained(error, shards[0].root, kept) from error
+    return decoded
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    """A file to read and write, made if it is not there."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    with open(descriptor, "r+b") as file:
-        yield file
+def packing_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes for ``decode_shard``; an exception in the block stops them within an image."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    stop = context.Event()
+    with _ignoring_interrupts():  # which is inherited
+        forkserver.ensure_running()
+    pool = ProcessPoolExecutor(max(workers, 1), context, _begin, (stop,))
+    try:
+        yield pool
+    except BaseException:
+        with _ignoring_interrupts():  # an impatient second Ctrl-C
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _explained(error: BaseException, root: Path, kept: str) -> BaseException:
+    if isinstance(error, KeyboardInterrupt):
+        return PackingStopped(f"interrupted; {kept}")
+    if isinstance(error, BrokenProcessPool | ConnectionError | EOFError):
+        return DataError(f"a process was killed, perhaps for want of memory; {kept}")
+    if isinstance(error, OSError):
+        return DataError(f"{root}: {(error.strerror or str(error)).lower()}; {kept}")
+    return error
+
+
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
+def _progress(total: int, kept: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Shows how many files were decoded: a bar on a terminal, now and then a line elsewhere."""
+    tqdm.set_lock(threading.RLock())  # its own is the system's, and a killed process leaves it
+    started = spoke = time.monotonic()
+    with tqdm(
+        desc="Packing", initial=kept, total=total, unit=" images", disable=quiet or None
+    ) as bar:
+
+        def show(decoded: int) -> None:
+            nonlocal spoke
+            bar.update(kept + decoded - bar.n)
+            now = time.monotonic()
+            if bar.disable and not quiet and now - spoke > _LINE_SECONDS:
+                spoke = now
+                rate = decoded / (now - started)
+                line = f"{kept + decoded:,} of {total:,} images, {rate:,.0f} images/s"
+                print(line, file=sys.stderr, flush=True)
+
+        yield show
+
+
+# In a process that packs
+
+_stop: Event  # set by ``_begin``
+
+
+def _begin(stop: Event) -> None:
+    """Be quiet, deaf to Ctrl-C, and gone with the parent, however that ends."""
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and says stop
+    warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    ImageFile.MAXBLOCK = _BLOCK
+    bytearray(_KEPT)
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def decode_shard(shard: Shard) -> Decoded:
+    """Decode the files of a shard into a file of this process; see ``Shard.keep``.
+
+    Raises:
+        OSError: where it can't be written.
+    """
+    path = shard.record.with_suffix(f".{os.getpid()}")
+    records: list[Record] = []
+    with open(path, "wb") as pixels:
+        pixels.seek(HEADER)
+        for file in shard.files:
+            if _stop.is_set():
+                break  # nobody waits for the result
+            result = try_read(read_whole, shard.source / file, shard.size)
+            if isinstance(result, str):
+                records.append(Record(file, None, result))
+            else:
+                image, remark = result
+                pixels.write(image.data)
+                records.append(Record(file, crc32(image.data), remark))
+        count = sum(record.checksum is not None for record in records)
+        pixels.seek(0)
+        pixels.write(shard_header(count, shard.size))
+    moments = Moments.zero(shard.size)
+    if count:  # read from the file, all at once: decoding has the cache for itself until then
+        shape = (count, shard.size, shard.size, 3)
+        moments.add(np.memmap(path, np.uint8, "r", HEADER, shape))
+    return Decoded(path, records, moments)

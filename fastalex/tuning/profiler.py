@@ -19,6 +19,7 @@ from fastalex.common.nvtx_ranges import nvtx_range
 from fastalex.common.provenance import device_name, provenance
 from fastalex.common.tables import table
 from fastalex.common.timing import clock_of, take_turns
+from fastalex.data.base import MAX_IMAGE_SIZE
 from fastalex.inspection.cost import Floor
 from fastalex.inspection.gpus import find_gpu
 from fastalex.inspection.record import DTYPES, PRECISIONS
@@ -68,7 +69,8 @@ def _parser() -> Parser:
     number: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
     parser.add_argument("--batch-size", **number, help="images (128 on a GPU, 16 on a CPU)")
     parser.add_argument("--rounds", **number, help="times each is timed (30 on a GPU, 5 on a CPU)")
-    parser.add_argument("--image-size", **number, help="pixels of a side (the variant's own)")
+    size: dict[str, Any] = {"type": whole_number(1, MAX_IMAGE_SIZE), "metavar": "N"}
+    parser.add_argument("--image-size", **size, help="pixels of a side (the variant's own)")
     parser.add_argument("--variant", choices=tuple(VARIANTS), default="paper")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="(bf16 on a GPU, fp32 on a CPU)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="(a GPU if there is one)")

@@ -19,6 +19,7 @@ from fastalex.common.files import replacing
 from fastalex.common.provenance import provenance
 from fastalex.common.tables import table
 from fastalex.common.timing import clock_of
+from fastalex.data.base import MAX_IMAGE_SIZE
 from fastalex.inspection import offline
 from fastalex.inspection.gpus import GPU, GPUS
 from fastalex.inspection.record import DTYPES, layers_of
@@ -58,7 +59,8 @@ def _parser() -> Parser:
     )
     number: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
     parser.add_argument("--batch-size", default=128, help="images (default: 128)", **number)
-    parser.add_argument("--image-size", help="pixels of a side (the variant's own)", **number)
+    size: dict[str, Any] = {"type": whole_number(1, MAX_IMAGE_SIZE), "metavar": "N"}
+    parser.add_argument("--image-size", help="pixels of a side (the variant's own)", **size)
     parser.add_argument("--variant", choices=tuple(VARIANTS), default="paper")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(%(default)s)")
     parser.add_argument("--layer", nargs="+", metavar="NAME", help="conv1, ... fc8 (all of them)")

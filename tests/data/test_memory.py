@@ -50,17 +50,20 @@ def measure(*paths: Path) -> list[tuple[float, str | None]]:
     return [(peak, reason) for peak, reason in json.loads(run.stdout)]
 
 
-def write_png(path: Path, side: int, bits: int, kind: int, channels: int) -> Path:
-    """A square PNG of one colour, whose rows are compressed without ever being together."""
+def write_png(
+    path: Path, width: int, bits: int, kind: int, channels: int, height: int | None = None
+) -> Path:
+    """A PNG of one colour, square unless ``height`` is given, compressed row by row."""
+    height = height or width
 
     def chunk(name: bytes, data: bytes) -> bytes:
         checksum = zlib.crc32(name + data)
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
 
-    row = b"\0" + bytes(side * channels * bits // 8)
+    row = b"\0" + bytes(width * channels * bits // 8)
     packer = zlib.compressobj(1)
-    data = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, bits, kind, 0, 0, 0))
+    data = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
     colours = chunk(b"PLTE", bytes(range(6))) if kind == 3 else b""
     body = header + colours + chunk(b"IDAT", data) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
@@ -79,6 +82,18 @@ def test_a_small_file_of_many_pixels_is_refused_before_it_takes_memory(
     for peak, reason in measure(path):
         assert reason is not None
         assert reason.startswith("176,890,000 pixels take ")
+        assert peak < 30
+
+
+@pytest.mark.parametrize("shape", [(89_000_000, 1), (1, 30_000_000)], ids=["wide", "tall"])
+def test_a_picture_of_one_row_or_one_column_is_refused_for_its_rows(
+    tmp_path: Path, shape: tuple[int, int]
+) -> None:
+    """A decoder keeps two rows, and Pillow a pointer to each."""
+    path = write_png(tmp_path / "thin.png", shape[0], *PNGS["RGB"], height=shape[1])
+    for peak, reason in measure(path):
+        assert reason is not None
+        assert "to decode, more than" in reason
         assert peak < 30
 
 

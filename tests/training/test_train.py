@@ -360,6 +360,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--output", "/proc/x"], "--output /proc/x: nothing can be written there"),
         (["--output", "old/run.json/x"], "--output old/run.json/x: nothing can be written there"),
         (["--output", "good"], "good: the folder is not empty"),
+        (
+            ["--data", "good", "--image-size", "2049"],
+            "--image-size: expected a whole number from 1",
+        ),
         (["--data", "good", "--image-size", "20"], "20: variant paper needs at least 36"),
         (["--gpus", "2", "--variant", "owt", "--batch-size", "3"], "multiple of 2"),
         (["--epochs", "0"], "--epochs"),

@@ -1,15 +1,14 @@
-"""Exact sums over images, from which a packed set has its mean image and its covariance."""
+"""Exact sums over images, which give a packed set its mean image and its covariance."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
-
-from fastalex.common.files import replacing
 
 # A tile is a few lines of a few images, to stay in a core's cache: of at most 258, whose products
 # stay below 2^24, where float32 is exact.
@@ -17,8 +16,8 @@ _IMAGES, _LINES = 16, 8
 
 
 @dataclass
-class Sums:
-    """Exact sums over images: the same in whatever order they are added.
+class Moments:
+    """First and second moments of images, as exact sums: the same in whatever order.
 
     Attributes:
         images: how many.
@@ -31,21 +30,21 @@ class Sums:
     products: npt.NDArray[np.float64]
 
     @classmethod
-    def zero(cls, size: int) -> Sums:
+    def zero(cls, size: int) -> Moments:
         return cls(0, np.zeros((size, size, 3)), np.zeros((3, 3)))
 
     @classmethod
-    def load(cls, path: Path) -> Sums:
-        with np.load(path) as saved:
-            pixels = saved["pixels"].astype(np.float64)
-            return cls(int(saved["images"]), pixels, saved["products"])
+    def of_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Moments:
+        """The inverse of ``arrays``."""
+        pixels = arrays["pixels"].astype(np.float64)
+        return cls(int(arrays["images"]), pixels, arrays["products"])
 
-    def save(self, path: Path) -> None:
-        pixels = self.pixels.astype(np.uint32)  # half as large, and enough for a shard's
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, images=self.images, pixels=pixels, products=self.products)
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What to save; the pixels' sums in half the bytes, which are enough for a shard's."""
+        pixels = self.pixels.astype(np.uint32)
+        return {"images": np.array(self.images), "pixels": pixels, "products": self.products}
 
-    def merge(self, other: Sums) -> None:
+    def merge(self, other: Moments) -> None:
         self.images += other.images
         self.pixels += other.pixels
         self.products += other.products
@@ -83,8 +82,8 @@ class Sums:
         """[size, size, 3], 0 to 255."""
         return self.pixels / self.images
 
-    def moments(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Mean [3] and covariance [3, 3] of the channels of all pixels."""
+    def mean_and_covariance(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """float64 [3] and [3, 3]: of the channels, over all pixels."""
         count = self.images * self.pixels[..., 0].size
         mean = self.pixels.sum((0, 1)) / count
         return mean, self.products / count - np.outer(mean, mean)
