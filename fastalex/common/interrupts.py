@@ -35,7 +35,7 @@ class Interrupted(BaseException):
 
 
 def requested() -> int | None:
-    """The number of the signal that asked this process to end, since ``noticed`` was entered."""
+    """The number of the signal that asked this process to end, inside ``noticed``."""
     return _requested
 
 
@@ -47,8 +47,11 @@ def noticed() -> Iterator[None]:
     """
     global _requested
     _requested = None
-    with _handled(_note):
-        yield
+    try:
+        with _handled(_note):
+            yield
+    finally:
+        _requested = None
 
 
 @contextlib.contextmanager

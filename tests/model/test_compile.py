@@ -182,11 +182,16 @@ def test_a_compiled_net_follows_the_backend() -> None:
         assert not recorder.taken()
         compiled(images)
         assert recorder.taken()
-        with fk.backend("aten"):
-            thread = threading.Thread(target=compiled, args=(images,))
-            thread.start()
-            thread.join()
-        assert recorder.taken(), "another thread took this one's backend"
+
+    def elsewhere() -> None:  # what is recorded and what is chosen are each thread's own
+        with record_launches("sm_90", recorder), torch.no_grad():
+            compiled(images)
+
+    with fk.backend("aten"):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert recorder.taken(), "another thread took this one's backend"
 
 
 def test_a_second_backward_is_refused() -> None:

@@ -175,7 +175,7 @@ def _rates(schedule: Schedule) -> list[float]:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], [1.0] * 7 + [0.1] * 3),
+        ([], [1.0] * 8 + [0.1] * 2),
         (["--lr-drop", "1"], [1.0] * 10),
         (["--lr-drop", "3/10,0.5"], [1.0] * 3 + [0.1] * 2 + [0.01] * 5),
         (["--schedule", "step", "--lr-step", "2/5"], [1.0] * 4 + [0.1] * 4 + [0.01] * 2),
