@@ -84,13 +84,17 @@ def save(theme: str, rows: list[dict[str, Any]], folder: Path) -> Path:
     content = {"theme": theme, **_provenance(), "results": rows}
     content["versions"] = {**content["versions"], "pytest-benchmark": version("pytest-benchmark")}
     folder.mkdir(parents=True, exist_ok=True)
-    # Every processor is called cpu.
-    name = device_name(device()) if torch.cuda.is_available() else "cpu"
-    name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = folder / f"{theme}_{name}_{date.today():%Y%m}.json"
+    path = folder / results_name(theme)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def results_name(theme: str) -> str:
+    """``THEME_DEVICE_YYYYMM.json``; every processor is called cpu."""
+    name = device_name(device()) if torch.cuda.is_available() else "cpu"
+    name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return f"{theme}_{name}_{date.today():%Y%m}.json"
 
 
 def device() -> torch.device:

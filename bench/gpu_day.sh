@@ -22,10 +22,8 @@ dry=${DRY_RUN:+1}
 python=${PYTHON:-python}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # The device, and what the names of its results end in.
-read -r device suffix < <("$python" -c "import torch
-from fastalex.common.provenance import results_name
-device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-print(device, results_name('', device))")
+read -r device suffix < <("$python" -c "from bench._report import device, results_name
+print(device(), results_name(''))")
 if [[ -z $dry && ${device:-cpu} == cpu ]]; then
     echo "gpu_day: error: torch finds no GPU here; --dry-run tries every step without one" >&2
     exit 2
