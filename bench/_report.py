@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import dataclass, field
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 
 from fastalex.common.files import replacing
-from fastalex.common.provenance import device_name, provenance, results_name
+from fastalex.common.provenance import device_name, provenance
 from fastalex.inspection.cost import Floor
 
 from ._timing import Images, Rates, Times, rate
@@ -82,10 +84,17 @@ def save(theme: str, rows: list[dict[str, Any]], folder: Path) -> Path:
     content = {"theme": theme, **_provenance(), "results": rows}
     content["versions"] = {**content["versions"], "pytest-benchmark": version("pytest-benchmark")}
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / results_name(theme, device())
+    path = folder / results_name(theme)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def results_name(theme: str) -> str:
+    """``THEME_DEVICE_YYYYMM.json``; every processor is called cpu."""
+    name = device_name(device()) if torch.cuda.is_available() else "cpu"
+    name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return f"{theme}_{name}_{date.today():%Y%m}.json"
 
 
 def device() -> torch.device:

@@ -12,23 +12,29 @@ from fastalex.inspection.cost import Floor
 from fastalex.tuning.layer_pairs import (
     LayerPair,
     check,
-    layer_names,
     make_call,
     make_nets,
     make_pairs,
     pair_floors,
+    pair_names,
 )
 
 from ._report import Report
-from ._rivals import RIVALS
 from ._timing import clock, take_turns
 
 pytestmark = pytest.mark.benchmark(timer=clock)
 
 BATCH = {"cpu": 16, "cuda": 128}
 ROUNDS = {"cpu": 10, "cuda": 50}
-
-
+# Stock torch, eager; our functions on cuDNN and cuBLAS; stock torch under torch.compile.
+RIVALS = [
+    "stock",
+    pytest.param(
+        "aten",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="is ours on a CPU"),
+    ),
+    pytest.param("compiled", marks=pytest.mark.compiled),
+]
 Sizes = Callable[[int, int], tuple[int, int]]
 
 
@@ -47,7 +53,7 @@ def floors(pairs: dict[str, LayerPair]) -> dict[tuple[str, str], Floor]:
     return pair_floors(pairs)
 
 
-@pytest.fixture(scope="module", params=layer_names("paper"))
+@pytest.fixture(scope="module", params=pair_names("paper"))
 def checked(
     request: pytest.FixtureRequest, pairs: dict[str, LayerPair], device: str
 ) -> tuple[LayerPair, dict[str, float]]:
@@ -75,17 +81,10 @@ def test_layer(
     theirs = make_call(pair, against, direction)
     times = take_turns(benchmark, ours, theirs, sizes(0, ROUNDS[device])[1])
     report.add(
-        benchmark,
-        "layers",
-        times,
-        floors[pair.name, direction],
-        layer=pair.name,
-        direction=direction,
-        against=against,
-        batch=batch,
-        dtype=str(dtype).removeprefix("torch."),
-        error=errors[direction],
-    )
+        benchmark, "layers", times, floors[pair.name, direction], layer=pair.name,
+        direction=direction, against=against, batch=batch,
+        dtype=str(dtype).removeprefix("torch."), error=errors[direction],
+    )  # fmt: skip
 
 
 def _backend(device: str) -> str:

@@ -22,10 +22,8 @@ dry=${DRY_RUN:+1}
 python=${PYTHON:-python}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # The device, and what the names of its results end in.
-read -r device suffix < <("$python" -c "import torch
-from fastalex.provenance import results_name
-device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-print(device, results_name('', device))")
+read -r device suffix < <("$python" -c "from bench._report import device, results_name
+print(device(), results_name(''))")
 if [[ -z $dry && ${device:-cpu} == cpu ]]; then
     echo "gpu_day: error: torch finds no GPU here; --dry-run tries every step without one" >&2
     exit 2
@@ -70,7 +68,7 @@ trap interrupted INT TERM
 environment() {
     nvidia-smi 2>/dev/null || echo "no nvidia-smi"
     "$python" -c "import json, torch
-from fastalex.provenance import provenance
+from fastalex.common.provenance import provenance
 device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 print(json.dumps(provenance(device), indent=1))"
 }
@@ -107,7 +105,7 @@ else
     step profile 60 bash -c 'profile "$@"' profile --no-compile
     # The kernels read the table from the user's cache; a copy belongs to the results.
     "$python" -c "import shutil, sys, torch
-from fastalex_kernels._tuned import table_path
+from fastalex_kernels.common.tuned import table_path
 shutil.copyfile(table_path(torch.cuda.get_device_name()), sys.argv[1])" "$tiles" 2>/dev/null
 fi
 

@@ -1,31 +1,47 @@
-"""Fill the tables of docs/kernels.md from the roofline report, on a machine without a GPU.
+"""Write docs/generated/kernels.md from the roofline report; no GPU is needed.
 
     python docs/kernel_figures.py
 
-A table stands between ``<!-- figures KERNEL ... -->`` and ``<!-- end -->``, one row for each launch
-of one of these kernels in a training step; a cell holds the H100's figure and the A100's. What two
-towers exchange, on two H100, stands behind ``<!-- exchanges -->``.
+A row is a launch of a training step; a cell holds the H100's figure and the A100's.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).with_name("kernels.md")
-GPUS = ("h100", "a100")
+PAGE = Path(__file__).parent / "generated" / "kernels.md"
+KERNELS = {
+    "Convolution, forward and input gradient": "conv2d_relu_fwd",
+    "Convolution, weight gradient": "conv2d_bwd_weight",
+    "LRN and max-pooling": "lrn_max_pool2d",
+    "Fully connected, forward and input gradient": "linear_relu_dropout finish_partials",
+    "Cross-entropy": "cross_entropy",
+    "Weight gradients and updates": "linear_bwd_weight_update sum_update",
+    "Augmentation": "augment",
+}
 HEAD = (
-    "launch", "grid", "tile, warps", "registers", "shared KB", "loop", "issue", "useful", "waves",
-    "instr", "MB", "over floor",
+    "launch", "grid", "tile, warps", "registers", "shared KB", "loop", "issue", "barriers",
+    "useful", "waves", "instr", "MB", "over floor",
 )  # fmt: skip
-_TABLE = re.compile(r"(<!-- figures ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-EXCHANGE_HEAD = ("before", "pass", "MB each way", "exchange us", "meanwhile us", "waited us")
-_EXCHANGES = re.compile(r"(<!-- exchanges -->\n).*?(<!-- end -->)", re.DOTALL)
-_VERSION = re.compile(r"(<!-- version -->).*?(<!-- end -->)", re.DOTALL)
+INTRODUCTION = """\
+# Each launch of a training step, read without a GPU
+
+`python docs/kernel_figures.py` writes this page from `python -m fastalex.roofline --gpu h100`
+and the same for `a100`, at a batch of 128 (Triton {triton}, torch {torch}). Where the two GPUs
+differ, a cell is "H100 / A100". Nothing here was timed. [roofline.md](../roofline.md) explains the
+columns.
+"""
+EXCHANGES = """\
+## Exchanges between two towers
+
+Two H100s, batch 128, the same images on both. Computed from bytes at an assumed 0.37 TB/s in each
+direction (`python -m fastalex.roofline --gpu h100 --gpus 2`). The time to start a copy is not
+included.
+"""
 
 
 def report(gpu: str, *options: str) -> dict[str, Any]:
@@ -39,70 +55,63 @@ def _number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def _cells(row: dict[str, Any]) -> list[str]:
     moved = row["read"] + row["written"] - row["updated"]
     tile = "" if row["tile"] is None else "x".join(map(str, row["tile"])) + f", {row['warps']}"
-    return (
+    loop = row["loop"] or dict.fromkeys(("instructions", "issue_ratio", "barriers"))
+    return [
+        f"{row['layer']} {row['role'] or row['phase']}",
         "x".join(map(str, row["grid"])),
         tile,
         str(row["registers"]),
         _number(round((row["shared"] or 0) / 1024, 1), "g"),
-        _number(row["loop"], "d"),
-        _number(row["issue_ratio"]),
+        _number(loop["instructions"], "d"),
+        _number(loop["issue_ratio"]),
+        _number(loop["barriers"], "d"),
         _number(row["useful"]),
         _number(row["waves"]),
         "" if row["flops"] else _number(row["instructions"], ".1f"),
         _number((row["read"] + row["written"]) / 1e6, ".1f"),
         _number(moved / row["floor_size"]) if row["floor_size"] and moved else "",
-    )
+    ]
 
 
-def _name(row: dict[str, Any]) -> str:
-    return f"{row['layer']} {row['role'] or row['phase']}"
+def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) + "\n"
 
 
-def _lines(head: tuple[str, ...]) -> list[str]:
-    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+def _launches(reports: list[dict[str, Any]], names: str) -> list[list[str]]:
+    """The rows of all launches of some kernels, in the order of the step."""
+    kernels = tuple(names.split())
+    found = [
+        [_cells(row) for row in made["launches"] if row["name"].strip("_").startswith(kernels)]
+        for made in reports
+    ]
+    return [
+        [a if a == b else f"{a} / {b}" for a, b in zip(*cells, strict=True)]
+        for cells in zip(*found, strict=True)
+    ]
 
 
-def exchanges(report: dict[str, Any]) -> str:
-    """A Markdown table of what two towers exchange in a step."""
-    lines = _lines(EXCHANGE_HEAD)
-    for one in report["exchanges"]:
-        times = [f"{one[name] * 1e6:.1f}" for name in ("seconds", "meanwhile", "waited")]
-        cells = [one["layer"], one["phase"], f"{one['size'] / 1e6:.2f}", *times]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def table(reports: dict[str, dict[str, Any]], kernels: list[str]) -> str:
-    """A Markdown table of the launches of ``kernels``, in the order of the step."""
-    found: dict[str, dict[str, list[tuple[str, ...]]]] = {}
-    for gpu, made in reports.items():
-        for row in made["launches"]:
-            if (row["name"].strip("_").removesuffix("_kernel")) in kernels:
-                found.setdefault(_name(row), {}).setdefault(gpu, []).append(_cells(row))
-    lines = _lines(HEAD)
-    for name, by_gpu in found.items():
-        for cells in zip(*(by_gpu[gpu] for gpu in reports), strict=True):
-            both = [a if a == b else f"{a} / {b}" for a, b in zip(*cells, strict=True)]
-            lines.append(f"| {name} | " + " | ".join(both) + " |")
-    if len(lines) == 2:
-        raise SystemExit(f"kernel_figures: the step launches none of {', '.join(kernels)}")
-    return "\n".join(lines) + "\n"
+def _exchanges(report: dict[str, Any]) -> list[list[str]]:
+    return [
+        [one["layer"], one["phase"], f"{one['size'] / 1e6:.2f}"]
+        + [f"{one[name] * 1e6:.1f}" for name in ("seconds", "meanwhile", "waited")]
+        for one in report["exchanges"]
+    ]
 
 
 def main() -> None:
-    reports = {gpu: report(gpu) for gpu in GPUS}
-    text = PAGE.read_text()
-    text = _TABLE.sub(lambda m: m[1] + table(reports, m[2].split()) + m[3], text)
-    towers = report("h100", "--gpus", "2")
-    text = _EXCHANGES.sub(lambda m: m[1] + exchanges(towers) + m[2], text)
-    version = f"Triton {reports['h100']['triton']}, torch {reports['h100']['torch']}"
-    text = _VERSION.sub(lambda m: m[1] + version + m[2], text)
-    PAGE.write_text(text)
-    filled = len(_TABLE.findall(text)) + len(_EXCHANGES.findall(text))
-    print(f"filled {filled} tables of {PAGE}")
+    reports = [report(gpu) for gpu in ("h100", "a100")]
+    parts = [INTRODUCTION.format(**reports[0])]
+    for title, names in KERNELS.items():
+        parts += [f"## {title}\n", _table(HEAD, _launches(reports, names))]
+    head = ("before", "pass", "MB each way", "exchange us", "meanwhile us", "waited us")
+    parts += [EXCHANGES, _table(head, _exchanges(report("h100", "--gpus", "2")))]
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text("\n".join(parts))
+    print(f"wrote {PAGE}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import torch
 
 from fastalex import AlexNet
 from fastalex.data import MeanImage, Normalization
-from fastalex.model.variants import Variant, get_variant
+from fastalex.model.ablations import get_variant
+from fastalex.model.variants import Variant
 from fastalex.training.weights import save_weights
 
 CLASSES = ["blue", "green", "grey", "lime", "pink", "red", "teal"]

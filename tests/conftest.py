@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Tensors are small here: the threads of an operation mostly wait for each other, ten times as long
+# where other processes want the cores too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest

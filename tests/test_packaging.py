@@ -100,6 +100,10 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     assert {name for name in names if name.endswith(".py")} == _modules()
 
 
+def test_type_checkers_read_both_packages(wheel: Path) -> None:
+    assert {f"{name}/py.typed" for name in PACKAGES} <= set(_names(wheel))
+
+
 def test_no_archive_holds_a_package_called_kernels(built: Path, wheel: Path) -> None:
     # Another project's package has that name: ours must not stand in its place.
     for archive in (wheel, _one(built, "*.tar.gz")):
@@ -135,6 +139,8 @@ def test_the_metadata_says_what_is_needed(metadata: Message) -> None:
     for extra in ("test", "bench"):
         assert [r for r in required if f"extra=='{extra}'" in r.replace('"', "'")]
     assert "# fastalex" in str(metadata.get_payload())
+    versions = {c.rpartition(" ")[2] for c in metadata.get_all("Classifier", []) if "3." in c}
+    assert versions == {"3.10", "3.11", "3.12", "3.13"}
 
 
 def test_the_licence_comes_along(wheel: Path) -> None:

@@ -58,15 +58,12 @@ def check_output(option: str, path: Path, folder: bool = False) -> None:
     """
     try:
         place = path.absolute()
-        if folder:
-            while not _is_there(place):
-                place = place.parent
-        elif place.is_dir():
+        if not folder and place.is_dir():
             raise ValueError(f"{option} {path}: a folder, name a file")
-        else:
+        if not folder and not _is_there(place := place.parent):
+            raise ValueError(f"{option} {path}: its folder does not exist, make it")
+        while not _is_there(place):
             place = place.parent
-            if not _is_there(place):
-                raise ValueError(f"{option} {path}: its folder does not exist, make it")
         if not place.is_dir():
             raise ValueError(f"{option} {path}: {place} is not a folder, name another place")
         with tempfile.TemporaryFile(dir=place):

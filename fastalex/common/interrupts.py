@@ -30,9 +30,12 @@ class Interrupted(BaseException):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
 
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        return Interrupted, (self.signum,)
+
 
 def requested() -> int | None:
-    """The number of the signal that asked this process to end, since ``noticed`` was entered."""
+    """The number of the signal that asked this process to end, inside ``noticed``."""
     return _requested
 
 
@@ -44,8 +47,11 @@ def noticed() -> Iterator[None]:
     """
     global _requested
     _requested = None
-    with _handled(_note):
-        yield
+    try:
+        with _handled(_note):
+            yield
+    finally:
+        _requested = None
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 import subprocess
 from datetime import date
 from pathlib import Path
@@ -57,11 +56,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else host_cpu()
 
 
-def slug(name: str) -> str:
-    """``name`` as a part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def provenance(device: torch.device) -> dict[str, Any]:
     """Everything that belongs beside a measurement on ``device``, as plain data."""
     return {
@@ -72,9 +66,3 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {**versions(), "cuda": torch.version.cuda, "hip": torch.version.hip},
     }
-
-
-def results_name(theme: str, device: torch.device) -> str:
-    """``THEME_DEVICE_YYYYMM.json``; every processor is called cpu."""
-    name = slug(device_name(device)) if device.type == "cuda" else "cpu"
-    return f"{theme}_{name}_{date.today():%Y%m}.json"

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
 from fastalex.common.timing import Stopwatch
 from fastalex.distributed import launch, towers
-from fastalex.distributed.exchange import TowerExchange, check_copies
-from fastalex.distributed.launch import TrainingError, World, is_lost_peer
+from fastalex.distributed.exchange import checked_exchange
+from fastalex.distributed.launch import TrainingError, is_lost_peer
+from fastalex.distributed.world import World, rank
 from fastalex.model.alexnet import AlexNet
 
 
-class Team:
-    """This process's place among the others; alone, every operation is local.
+class _OneProcess:
+    """Stands for the mesh of a single process, which needs no process group."""
+
+    def __getitem__(self, axis: str) -> _OneProcess:
+        return self
+
+    def size(self) -> int:
+        return 1
+
+    def get_local_rank(self, axis: str) -> int:
+        return 0
+
+
+class ParallelContext:
+    """The mesh of a run's processes, and the collectives that training needs of it.
 
     Args:
         world: of which this process is a member.
@@ -21,44 +37,44 @@ class Team:
             any time.
 
     Attributes:
+        mesh: for the functions of ``towers``.
+        device: this process's.
+        replica: which of the ``replicas`` that share each batch this process belongs to.
+        is_main: whether this process writes files and talks to the user.
         stopwatch: counts the time of exchange between processes.
     """
 
     def __init__(self, world: World, timeout: float = 0) -> None:
-        self._watch = launch.watch() if world.processes > 1 else None
-        if self._watch is not None:
-            self._watch.limit(timeout)
+        self._watchdog = launch.watchdog()
+        if self._watchdog is not None:
+            self._watchdog.limit(timeout)
         self.device = torch.device("cpu")
         if world.device_type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.replicas, self.towers = world.replicas, world.towers
-        self.stopwatch = Stopwatch()
-        self._mesh = None
-        self._exchange: TowerExchange | None = None
+        self.mesh: Any = _OneProcess()
         if world.processes > 1:
-            self._mesh = towers.init_mesh(world.device_type, world.replicas, world.towers)
-        self.replica = 0 if self._mesh is None else self._mesh.get_local_rank("data")
-        self.leads = self._mesh is None or dist.get_rank() == 0
+            self.mesh = towers.init_mesh(world.device_type, world.replicas, world.towers)
+        self.processes, self.replicas = world.processes, world.replicas
+        self.replica: int = self.mesh.get_local_rank("data")
+        self.is_main = world.processes == 1 or rank() == 0
+        self.stopwatch = Stopwatch()
 
-    def share(self, model: AlexNet, rows: int) -> AlexNet:
+    def parallelize(self, model: AlexNet, rows: int) -> AlexNet:
         """Turn ``model`` into this process's part; ``rows`` are its own of each batch.
 
         Raises:
             TrainingError: where the towers can't exchange data.
         """
-        if self._mesh is None:
-            return model
-        exchange: TowerExchange | None = None
-        if self._mesh["tower"].size() > 1:
+        exchange = None
+        if self.mesh["tower"].size() > 1:
             try:
-                exchange = check_copies(self._mesh)
+                exchange = checked_exchange(self.mesh)
             except RuntimeError as error:
                 if is_lost_peer(error):
                     raise
                 raise TrainingError(str(error)) from error
             exchange.stopwatch = self.stopwatch
-            self._exchange = exchange
-        towers.parallelize(model, self._mesh, exchange)
+        towers.parallelize(model, self.mesh, exchange)
         towers.set_row_offset(model, self.replica * rows)
         return model
 
@@ -69,54 +85,29 @@ class Team:
             step: of the training.
             doing: what begins, where a disk decides how long it takes.
         """
-        if self._watch is not None:
-            self._watch.progress(step, doing)
+        if self._watchdog is not None:
+            self._watchdog.progress(step, doing)
 
     def reduce_gradients(self, model: AlexNet) -> None:
-        if self._mesh is not None and self.replicas > 1:
-            with self.stopwatch.running(self.device):
-                towers.reduce_gradients(model, self._mesh)
+        with self.stopwatch.running(self.device, int(self.replicas > 1)):
+            towers.reduce_gradients(model, self.mesh)
 
-    def gradient_norm(self, norms: dict[str, torch.Tensor], model: AlexNet) -> torch.Tensor:
-        """The norm of the whole net's gradient, of each parameter's; every process takes part."""
-        if self._mesh is None:
-            return torch.nn.utils.get_total_norm(list(norms.values()))
-        return towers.gradient_norm(norms, model, self._mesh)
-
-    def largest(self, values: torch.Tensor) -> None:
+    def all_reduce_max(self, values: torch.Tensor) -> None:
         """Make ``values`` the largest of all processes."""
-        if self._mesh is not None:
+        if self.processes > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX)
 
-    def total(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of ``values`` over the replicas."""
-        if self._mesh is not None and self.replicas > 1:
-            dist.all_reduce(values, group=self._mesh.get_group("data"))
+    def sum_replicas(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of ``values`` over the replicas, in place."""
+        if self.replicas > 1:
+            dist.all_reduce(values, group=self.mesh.get_group("data"))
         return values
 
-    def gather(self, values: list[int]) -> list[int]:
+    def gather_replicas(self, values: list[int]) -> list[int]:
         """The lists of all replicas, equally long, one after the other."""
-        if self._mesh is None or self.replicas == 1:
+        if self.replicas == 1:
             return values
         mine = torch.tensor(values, device=self.device)
         parts = [torch.empty_like(mine) for _ in range(self.replicas)]
-        dist.all_gather(parts, mine, group=self._mesh.get_group("data"))
+        dist.all_gather(parts, mine, group=self.mesh.get_group("data"))
         return torch.cat(parts).tolist()
-
-    def weights(self, model: AlexNet) -> dict[str, torch.Tensor]:
-        """The whole net's; every process takes part."""
-        if self._mesh is None:
-            return dict(model.state_dict())
-        return towers.full_state_dict(model, self._mesh)
-
-    def whole(self, model: AlexNet, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Whole tensors of parts named like the parameters; every process takes part."""
-        if self._mesh is None:
-            return parts
-        return towers.full_tensors(model, self._mesh, parts)
-
-    def parts(self, model: AlexNet, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """This process's parts of whole tensors: undoes ``whole``."""
-        if self._mesh is None:
-            return whole
-        return towers.local_tensors(model, self._mesh, whole)

@@ -53,11 +53,8 @@ class _GatherTransfer:
 
     def __init__(self, sent: torch.Tensor, exchange: TowerExchange) -> None:
         self._sent, self._exchange = sent, exchange
-        self._staged = sent.new_empty(sent.shape, device="cpu") if exchange.staged else sent
-        self._both = self._staged.new_empty((TOWERS, *sent.shape))
-        theirs = self._both[1 - exchange.rank]
-        self.received = torch.empty_like(sent) if exchange.staged else theirs
-        self._theirs = theirs
+        self._both = sent.new_empty((TOWERS, *sent.shape))
+        self.received = self._both[1 - exchange.rank]
         self._work: Any = None
         self._started = 0
 
@@ -66,13 +63,10 @@ class _GatherTransfer:
         self._started += 1
         self._times = counted_times(self._started, self._sent.device)
         with self._exchange.stopwatch.running(self._sent.device, self._times):
-            if self._sent.numel() == 0:
-                return
-            if self._exchange.staged:
-                self._staged.copy_(self._sent)
-            self._work = _all_gather(
-                self._both.view(-1), self._staged.view(-1), self._exchange.group, async_op=True
-            )
+            if self._sent.numel() > 0:
+                self._work = _all_gather(
+                    self._both.view(-1), self._sent.view(-1), self._exchange.group, async_op=True
+                )
 
     def wait(self) -> None:
         """Until what the other tower sent is there; on a GPU its stream waits, not the host."""
@@ -80,8 +74,6 @@ class _GatherTransfer:
             if self._work is not None:
                 self._work.wait()
                 self._work = None
-            if self._exchange.staged:
-                self.received.copy_(self._theirs)
 
 
 def counted_times(step: int, device: torch.device) -> int:
@@ -124,17 +116,14 @@ class TowerExchange:
 
     Args:
         mesh: with an axis ``"tower"`` of size 2.
-        staged: whether tensors go through host memory, for machines whose GPUs claim peer access
-            and do not have it.
 
     Attributes:
         stopwatch: counts the time that is spent on starting transfers and on waiting for them.
     """
 
-    def __init__(self, mesh: DeviceMesh, staged: bool = False) -> None:
+    def __init__(self, mesh: DeviceMesh) -> None:
         self.rank: int = mesh.get_local_rank("tower")
-        self.group: Any = _host_group(mesh) if staged else mesh.get_group("tower")
-        self.staged = staged
+        self.group: Any = mesh.get_group("tower")
         self.stopwatch = Stopwatch()
 
     def transfer(self, sent: torch.Tensor) -> Transfer:
@@ -148,42 +137,27 @@ class TowerExchange:
         transfer.wait()
         return transfer.received
 
-    def works(self, device: torch.device) -> bool:
-        """Whether a known pattern arrives whole, on both sides."""
-        pattern = torch.arange(_CHECK_NUMEL, dtype=torch.float32, device=device)
-        received = self.both(pattern * (2 * self.rank - 1) - self.rank)
-        expected = pattern * (1 - 2 * self.rank) - (1 - self.rank)
-        verdict = torch.tensor([float(torch.equal(received, expected))], device=device)
-        return bool(self.both(verdict).item()) and bool(verdict.item())
 
-
-def _host_group(mesh: DeviceMesh) -> Any:
-    """The tower group on gloo; every process of the world takes part in making each of them."""
-    mine = None
-    for ranks in mesh.mesh.reshape(-1, TOWERS).tolist():
-        group = dist.new_group(ranks, backend="gloo")
-        if dist.get_rank() in ranks:
-            mine = group
-    return mine
-
-
-def check_copies(mesh: DeviceMesh) -> TowerExchange:
-    """An exchange that was seen to work: direct, else through host memory.
+def checked_exchange(mesh: DeviceMesh) -> TowerExchange:
+    """An exchange that was seen to work: some machines' GPUs claim peer access and lack it.
 
     Raises:
-        RuntimeError: where a known pattern arrives by neither way.
+        RuntimeError: where a known pattern does not arrive whole on both sides.
     """
     device = torch.device(mesh.device_type)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    for staged in (False, True):
-        exchange = TowerExchange(mesh, staged)
-        if exchange.works(device):
-            return exchange
-    raise RuntimeError(
-        "the towers cannot exchange data: a test pattern arrived damaged, both directly and "
-        "through host memory; check the machine's interconnect, or use one GPU"
-    )
+    exchange = TowerExchange(mesh)
+    pattern = torch.arange(_CHECK_NUMEL, dtype=torch.float32, device=device)
+    received = exchange.both(pattern + exchange.rank)
+    arrived = torch.equal(received, pattern + (1 - exchange.rank))
+    verdict = torch.tensor([float(arrived)], device=device)
+    if not (exchange.both(verdict).item() and arrived):
+        raise RuntimeError(
+            "the towers cannot exchange data: a test pattern arrived damaged; set "
+            "NCCL_P2P_DISABLE=1 to go through host memory, or use one GPU"
+        )
+    return exchange
 
 
 def _received(exchange: Exchange, sent: torch.Tensor) -> torch.Tensor:

@@ -20,18 +20,17 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection, resource_tracker
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fastalex.common import interrupts
-from fastalex.common.interrupts import Interrupted as Interrupted
-from fastalex.distributed.watch import STARTING, Watch
-from fastalex.model.variants import get_variant
+from fastalex.common.interrupts import Interrupted
+from fastalex.distributed.watchdog import STARTING, Watchdog
+from fastalex.distributed.world import World, device_index, rank
 
 _PR_SET_PDEATHSIG = 1
 _LOOPBACK = "127.0.0.1"
@@ -39,13 +38,9 @@ _LOOK = 0.1  # seconds after which the launcher looks whether a signal came
 _GRACE = 30.0  # seconds that processes have to save and to end after a signal
 _PEER_LOST_WAIT = 20.0  # seconds in which the process that died first is found
 _MEANWHILE, _SAY = 2.0, 60.0  # seconds between two looks, and two lines, while rank 0 prepares
-_SHOWN = "CUDA_VISIBLE_DEVICES"
-_NUMBERS = {1: "one", 2: "two"}
 
-Result = TypeVar("Result")
 _c10d: Any = dist  # exports its stores without saying so to a type checker
-
-_watch: Watch | None = None  # on the other processes, while this one is a member of a world
+_watchdog: Watchdog | None = None  # while this process is a member of a world of several
 
 
 class TrainingError(RuntimeError):
@@ -64,115 +59,20 @@ class WorkerFailed(Exception):
         self.traceback = traceback
 
 
-@dataclass(frozen=True)
-class World:
-    """The processes of a run and how they share the work.
-
-    Attributes:
-        device_type: ``"cuda"`` or ``"cpu"``.
-        processes: how many, one per GPU.
-        towers: processes that hold one net together, 1 or 2; the others are replicas.
-        threads: CPU threads of each.
-    """
-
-    device_type: str
-    processes: int
-    towers: int
-    threads: int
-
-    @property
-    def replicas(self) -> int:
-        return self.processes // self.towers
-
-    def describe(self) -> str:
-        number = _NUMBERS.get(self.processes, str(self.processes))
-        if self.device_type == "cuda":
-            if self.processes == 1:
-                return f"one GPU, {torch.cuda.get_device_name(0)}"
-            return f"{number} GPUs, NCCL"  # asking for a name here would take memory on one
-        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
-        if self.processes == 1:
-            return f"no GPU found: one CPU process, {threads}"
-        return f"no GPU found: {number} CPU processes, gloo, {threads} each"
-
-
-def under_torchrun() -> bool:
-    """Whether this process was started as one of a world."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def rank() -> int:
-    """This process's number, 0 where it is alone."""
-    return int(os.environ["RANK"]) if under_torchrun() else 0
-
-
-def watch() -> Watch | None:
+def watchdog() -> Watchdog | None:
     """What tells the other processes of this one's progress; None where it is alone."""
-    return _watch
+    return _watchdog
 
 
-def _say(line: str) -> None:
-    print(f"train: error: rank {rank()}: {line}", file=sys.stderr, flush=True)
-
-
-# Called in any thread with the reason for which this process ends, just before it does.
-give_up: Callable[[str], object] = _say
-
-
-def find_world(gpus: int | None, variant: str, threads: int | None = None) -> World:
-    """The processes to run on, from what was asked for and what the machine has.
-
-    Args:
-        gpus: processes asked for; None is one, or what torchrun started.
-        variant: one with two independent towers is cut in two where there are two processes,
-            another is copied.
-        threads: per process; None shares out the cores, or follows ``OMP_NUM_THREADS``.
-
-    Raises:
-        ValueError: where the machine lacks what was asked for, with what to do instead.
-    """
-    processes = gpus or 1
-    local = processes
-    if under_torchrun():
-        processes = int(os.environ["WORLD_SIZE"])
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-        if gpus not in (None, processes):
-            raise ValueError(
-                f"--gpus {gpus} under a launcher that started {processes} processes: "
-                f"leave --gpus out or pass --gpus {processes}"
-            )
-    devices = torch.cuda.device_count()
-    if 0 < devices < local and not (devices == 1 and under_torchrun() and _SHOWN in os.environ):
-        raise ValueError(
-            f"{local} processes need {local} GPUs and there is {_NUMBERS.get(devices, devices)}: "
-            "use --gpus 1, or set CUDA_VISIBLE_DEVICES= to run them on the CPU"
-        )
-    towers = get_variant(variant).towers
-    return World(
-        device_type="cuda" if devices else "cpu",
-        processes=processes,
-        towers=towers if processes % towers == 0 else 1,
-        threads=threads or _threads(local),
-    )
-
-
-def _threads(processes: int) -> int:
-    # torchrun sets OMP_NUM_THREADS=1 unasked, so there it says nothing about what the user wants.
-    if "OMP_NUM_THREADS" in os.environ and not under_torchrun():
-        return torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // processes)
-
-
-def run(world: World, function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call ``function(*arguments)`` in every process of ``world`` and return rank 0's result.
+def run(world: World, function: Callable[..., None], *arguments: Any) -> None:
+    """Call ``function(*arguments)`` in every process of ``world``.
 
     ``interrupts.requested`` tells each of them of the first signal that any of them or this
     process gets. They have ``_GRACE`` seconds to end then, and no time after a second signal.
 
     Args:
         world: more than one process are started here, each a child of this one.
-        function: importable by name, as are the classes of its arguments and result.
+        function: importable by name, as are the classes of its arguments.
 
     Raises:
         TrainingError: as the function raised it.
@@ -181,74 +81,83 @@ def run(world: World, function: Callable[..., Result], *arguments: Any) -> Resul
     """
     with interrupts.noticed():
         if world.processes == 1:
-            return in_process(world, function, *arguments)
+            return join_world(world, function, *arguments)
         store = _serve()
         workers: list[_Worker] = []
         try:
             with _signals_kept_from_children():
                 for number in range(world.processes):
                     workers.append(_Worker(number, store.port, world, function, arguments))
-            result: Result = _supervise(workers)
-            return result
+            _supervise(workers)
         finally:
             for worker in workers:
-                worker.kill()
+                worker.process.kill()
+                worker.process.join()
 
 
-def in_process(world: World, function: Callable[..., Result], *arguments: Any) -> Result:
+def join_world(
+    world: World,
+    function: Callable[..., None],
+    *arguments: Any,
+    on_stuck: Callable[[str], object] = print,
+) -> None:
     """Make this process a member of ``world``, call ``function``, and leave it again.
+
+    Args:
+        world: of which ``rank()`` says who this process is.
+        function: called with ``arguments``.
+        arguments: of the function.
+        on_stuck: called in another thread, with the line that names a process that is stuck, just
+            before this process ends.
 
     Raises:
         PeerLost: where an exchange with another process failed.
     """
-    global _watch
+    global _watchdog
     torch.set_num_threads(world.threads)
-    device = _device_index()
     if world.device_type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device_index())
     if world.processes == 1:
         return function(*arguments)
-    store, number = meet(world.processes), rank()
+    store = rendezvous(world.processes)
     place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     board = _c10d.TCPStore(place, port, wait_for_workers=False)  # another thread has its own
-    board = _c10d.PrefixStore(f"watch {store.get('session').hex()}", board)
-    with Watch(board, number, world.processes, lambda line: give_up(line)) as watch:
-        _watch = watch
+    board = _c10d.PrefixStore(f"watchdog {store.get('session').hex()}", board)
+    with Watchdog(board, rank(), world.processes, on_stuck) as _watchdog:
         try:
-            dist.init_process_group(
-                "nccl" if world.device_type == "cuda" else "gloo",
-                store=_c10d.PrefixStore("groups", store),
-                rank=number,
-                world_size=world.processes,
-                timeout=timedelta(seconds=STARTING),  # `watch` notices earlier who is missing
-                device_id=torch.device("cuda", device) if world.device_type == "cuda" else None,
-            )
+            _init_process_group(world, store)
             if (signum := interrupts.requested()) is not None:
                 raise Interrupted(signum)
-            result = function(*arguments)
+            function(*arguments)
         except Exception as error:
             if is_lost_peer(error):
-                raise PeerLost(watch.who_left(lambda: interrupts.requested() is None)) from error
+                who = _watchdog.who_left(lambda: interrupts.requested() is None)
+                raise PeerLost(who) from error
             raise
     dist.destroy_process_group()
-    return result
 
 
-def _device_index() -> int:
-    """This process's GPU; the only one where a scheduler shows each process its own."""
-    return min(int(os.environ.get("LOCAL_RANK", 0)), max(0, torch.cuda.device_count() - 1))
+def _init_process_group(world: World, store: Any) -> None:
+    gpu = world.device_type == "cuda"
+    dist.init_process_group(
+        "nccl" if gpu else "gloo",
+        store=_c10d.PrefixStore("groups", store),
+        rank=rank(),
+        world_size=world.processes,
+        timeout=timedelta(seconds=STARTING),  # the watchdog notices earlier who is missing
+        device_id=torch.device("cuda", device_index()) if gpu else None,
+    )
 
 
 @functools.cache
-def meet(processes: int) -> Any:
+def rendezvous(processes: int) -> Any:
     """The store that all processes share, empty: a torch.distributed.Store; torchrun has one.
 
     torchrun gives a restarted world the store of the one before, with all that was written to it.
     So each process writes a name of its own there, and goes on once all have seen the same names.
     """
-    timeout = timedelta(seconds=STARTING)
     store: Any
-    store, _, _ = next(_c10d.rendezvous("env://", timeout=timeout))
+    store, _, _ = next(_c10d.rendezvous("env://", timeout=timedelta(seconds=STARTING)))
     store = _c10d.PrefixStore(f"fastalex {processes}", store)
     store.set(f"name {rank()}", uuid.uuid4().hex)
     while True:
@@ -270,20 +179,18 @@ def receive(store: Any, key: str, waiting: str) -> str:
             return str(store.get(key).decode())
         if time.monotonic() - said > _SAY:
             said = time.monotonic()
-            print(
-                f"train: rank {rank()}: {waiting}, for {said - started:.0f} s now", file=sys.stderr
-            )
+            seconds = f"for {said - started:.0f} s now"
+            print(f"train: rank {rank()}: {waiting}, {seconds}", file=sys.stderr)
 
 
 class _Worker:
     """A process of this machine's own world, and the pipe by which it says how it ended."""
 
     def __init__(
-        self, number: int, port: int, world: World, function: Callable[..., Any], arguments: Any
+        self, number: int, port: int, world: World, function: Callable[..., None], arguments: Any
     ) -> None:
-        self.number = number
-        self.said: tuple[str, Any] | None = None
         context = multiprocessing.get_context("spawn")
+        self.number = number
         self.pipe, theirs = context.Pipe(duplex=False)
         environment = {
             "RANK": str(number),
@@ -300,24 +207,22 @@ class _Worker:
         self.process.start()
         theirs.close()
 
-    def outcome(self) -> tuple[str, Any]:
-        """How it ended: what it said, or the exception that says how it died."""
+    def outcome(self) -> BaseException | None:
+        """Why it ended: what it raised, or what says how it died; None where it ended well."""
         who = f"rank {self.number} (process {self.process.pid})"
         try:
-            kind, value = self.pipe.recv()
+            raised: BaseException | None = self.pipe.recv()
         except EOFError:
             self.process.join()
             code = self.process.exitcode or 0
             if -code in interrupts.SIGNALS:
-                return "interrupted", -code
-            return "failed", WorkerFailed(f"{who} {_describe_exit(code)}")
-        if kind == "bug":
-            value = WorkerFailed(f"{who} failed", value)
-        return kind, value
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
+                return Interrupted(-code)
+            return WorkerFailed(f"{who} {_describe_exit(code)}")
+        if raised is None:
+            self.process.join(_GRACE)
+        if isinstance(raised, WorkerFailed) and raised.traceback:
+            return WorkerFailed(f"{who} failed", raised.traceback)
+        return raised
 
 
 def _serve() -> Any:
@@ -332,8 +237,8 @@ def _serve() -> Any:
     )
 
 
-def _supervise(workers: list[_Worker]) -> Any:
-    """Wait until all have ended; rank 0's result.
+def _supervise(workers: list[_Worker]) -> None:
+    """Wait until all have ended.
 
     Raises:
         TrainingError, WorkerFailed: what ended the first that failed by itself. That another lost
@@ -341,22 +246,17 @@ def _supervise(workers: list[_Worker]) -> Any:
         Interrupted: where a signal ended them.
     """
     waiting: dict[Any, _Worker] = {worker.pipe: worker for worker in workers}
-    result, lost, told = None, None, False
-    signum, last = None, math.inf
+    lost, told, signum, last = None, False, None, math.inf
     while waiting and time.monotonic() < last:
         for pipe in connection.wait(list(waiting), _LOOK):
-            worker = waiting.pop(pipe)
-            kind, value = worker.outcome()
-            if kind == "result":
-                worker.process.join(_GRACE)
-                result = value if worker.number == 0 else result
-            elif kind == "interrupted":
-                signum = signum or value
-            elif kind == "lost":
-                lost = lost or WorkerFailed(value)
+            raised = waiting.pop(pipe).outcome()
+            if isinstance(raised, Interrupted):
+                signum = signum or raised.signum
+            elif isinstance(raised, PeerLost):
+                lost = lost or WorkerFailed(str(raised))
                 last = min(last, time.monotonic() + _PEER_LOST_WAIT)
-            else:
-                raise value
+            elif raised is not None:
+                raise raised
         signum = signum or interrupts.requested()
         if signum and not told:
             told, last = True, time.monotonic() + _GRACE
@@ -366,7 +266,6 @@ def _supervise(workers: list[_Worker]) -> Any:
         raise Interrupted(signum)
     if lost:
         raise lost
-    return result
 
 
 def _work(
@@ -374,7 +273,7 @@ def _work(
     parent: int,
     environment: dict[str, str],
     world: World,
-    function: Callable[..., Any],
+    function: Callable[..., None],
     arguments: Any,
 ) -> None:
     """Be one process of the world, and say how it ended."""
@@ -384,25 +283,22 @@ def _work(
         # All processes are here, whatever the host's name resolves to.
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
-
-    global give_up
-    give_up = lambda line: pipe.send(("failed", WorkerFailed(line)))  # noqa: E731
-    said: tuple[str, Any]
     for signum in set(interrupts.SIGNALS) - {signal.SIGHUP}:
         signal.signal(signum, signal.SIG_IGN)  # once it has saved: the launcher sends one more
+
+    def on_stuck(line: str) -> None:
+        pipe.send(WorkerFailed(line))
+
+    raised: BaseException | None = None
     try:
         with interrupts.noticed():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupts.SIGNALS)
-            said = "result", in_process(world, function, *arguments)
-    except Interrupted as stop:
-        said = "interrupted", stop.signum
-    except PeerLost as error:
-        said = "lost", str(error)
-    except TrainingError as error:
-        said = "failed", TrainingError(str(error))
+            join_world(world, function, *arguments, on_stuck=on_stuck)
+    except (Interrupted, TrainingError) as error:
+        raised = error
     except Exception:
-        said = "bug", traceback.format_exc()
-    pipe.send(said)
+        raised = WorkerFailed("", traceback.format_exc())
+    pipe.send(raised)
 
 
 def die_with_parent(parent: int) -> None:
@@ -439,8 +335,5 @@ def _signals_kept_from_children() -> Iterator[None]:
     through when it is ready for them.
     """
     resource_tracker.ensure_running()  # it unblocks signals when it starts
-    signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
-    try:
+    with interrupts.blocked():
         yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupts.SIGNALS)

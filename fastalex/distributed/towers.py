@@ -25,7 +25,7 @@ from fastalex.distributed.exchange import (
     TOWERS,
     Exchange,
     TowerExchange,
-    check_copies,
+    checked_exchange,
     dense,
     gather_towers,
 )
@@ -50,7 +50,7 @@ def parallelize(model: AlexNet, mesh: DeviceMesh, exchange: TowerExchange | None
     Args:
         model: a whole AlexNet, the same on every process, on this process's device.
         mesh: from ``init_mesh``; its ``tower`` axis is 1 or 2 long.
-        exchange: from ``check_copies``; None makes and checks one.
+        exchange: from ``checked_exchange``; None makes and checks one.
 
     Raises:
         ValueError: where the variant has no two independent towers.
@@ -64,7 +64,7 @@ def parallelize(model: AlexNet, mesh: DeviceMesh, exchange: TowerExchange | None
             f"mesh: variant {model.variant.name!r} has {model.variant.towers} tower(s), "
             f"got a tower axis of {mesh['tower'].size()}"
         )
-    exchange = exchange or check_copies(mesh)
+    exchange = exchange or checked_exchange(mesh)
     _broadcast(model, mesh, "tower")
     cut_to_tower(model, exchange)
     return model
@@ -113,7 +113,7 @@ def _cut(layer: nn.Conv2d | nn.Linear, tower: int) -> None:
         if layer.groups > 1:
             layer.groups //= TOWERS
             layer.in_features //= TOWERS
-        layer.feature_offset = tower * layer.out_features
+        layer.set_mask(feature_offset=tower * layer.out_features)
 
 
 def _broadcast(model: nn.Module, mesh: DeviceMesh, axis: str) -> None:
@@ -131,7 +131,7 @@ def set_row_offset(model: nn.Module, row: int) -> None:
     """Tell the dropout layers which row of the whole batch this process's first one is."""
     for layer in model.modules():
         if isinstance(layer, CounterDropout):
-            layer.row_offset = row
+            layer.set_mask(row_offset=row)
 
 
 def reduce_gradients(model: nn.Module, mesh: DeviceMesh, share: float | None = None) -> None:
@@ -175,12 +175,12 @@ def gradient_norm(norms: dict[str, torch.Tensor], model: AlexNet, mesh: DeviceMe
 def full_tensors(
     model: AlexNet, mesh: DeviceMesh, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Whole tensors of parts named like the parameters: weights, gradients or momenta.
+    """Whole tensors of parts named like the parameters: weights, gradients or momentum buffers.
 
-    A collective: every process along ``tower`` calls it, and all get the whole, contiguous.
+    A collective: every process along ``tower`` calls it, and all get the whole.
     """
     if mesh["tower"].size() == 1:
-        return {name: t.detach().contiguous() for name, t in tensors.items()}
+        return {name: t.detach() for name, t in tensors.items()}
     group, whole = mesh.get_group("tower"), _whole_names(model)
     result = {}
     for name, tensor in tensors.items():
@@ -191,11 +191,6 @@ def full_tensors(
             part = torch.cat(parts)
         result[name] = part
     return result
-
-
-def full_state_dict(model: AlexNet, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
-    """The whole net's weights in their canonical form, on every process; a collective."""
-    return full_tensors(model, mesh, model.state_dict())
 
 
 def local_tensors(

@@ -31,10 +31,10 @@ from fastalex.data.base import MAX_IMAGE_SIZE, Pixels, map_ahead
 from fastalex.data.decode import read_image, try_read
 from fastalex.data.folder import class_folders
 from fastalex.model.alexnet import AlexNet
+from fastalex.training.validation import TOP as TOP
 from fastalex.training.weights import load_mean_image, load_model
 
 CROPS = (1, 10)
-TOP = 5  # the wider of the two errors
 _NAMED = 3  # classes that a message names
 
 Labels = npt.NDArray[np.int64]
@@ -105,7 +105,7 @@ class Ensemble:
         places = crop_places(images.shape[1] - self.image_size, crops)
         for member, augment in zip(self.members, self._augments, strict=True):
             for place in places:
-                crop = _cut(augment, member.model, images, *place)
+                crop = _cut(augment, images, *place)
                 softmax = member.model(crop).double().softmax(1)
                 if not bool(softmax.isfinite().all()):
                     raise ValueError(f"{member.path}: its net's output is not finite")
@@ -128,10 +128,8 @@ class Ensemble:
         images = torch.from_numpy(pixels).to(self.device)
         (place,) = crop_places(images.shape[1] - self.image_size, 1)
         model = member.model
-        crop = _cut(self._augments[0], model, images, *place)
-        maps = model.avgpool(model.features(crop)).flatten(1)
-        hidden: torch.Tensor = model.classifier[:-1](maps)
-        return hidden.float().cpu()
+        maps = model.forward_features(_cut(self._augments[0], images, *place))
+        return model.forward_head(maps, pre_logits=True).float().cpu()
 
     @staticmethod
     def _check_alike(first: Member, other: Member) -> None:
@@ -179,9 +177,9 @@ def _shown(value: object) -> str:
 
 
 def _cut(
-    augment: Augment, model: AlexNet, images: torch.Tensor, top: int, left: int, mirrored: bool
+    augment: Augment, images: torch.Tensor, top: int, left: int, mirrored: bool
 ) -> torch.Tensor:
-    """The same crop of every image, normalised, as ``model`` reads it."""
+    """The same crop of every image, normalised."""
     count = (len(images),)
     tops, lefts, mirrors = (
         images.new_full(count, v, dtype=torch.int32) for v in (top, left, mirrored)

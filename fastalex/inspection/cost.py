@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from fastalex.data.augment import Augment
 from fastalex.inspection.gpus import GPU
@@ -24,12 +23,10 @@ LINK_BANDWIDTH = 0.37  # TB/s in one direction between two GPUs, NVLink 4
 _BLOCKS = 32  # resident programs of a processor
 _RESERVED_SHARED = 1 << 10  # of a program, by the system
 _REGISTERS = 1 << 16  # of a processor
-_OVERHEAD_CYCLES = 1500  # of a program in which the tensor cores have nothing from it
-_SCHEDULERS = 4  # of a processor, each an instruction a cycle
+_OVERHEAD_CYCLES = 1500  # of a program in which its processor has nothing from it
 
 
-@dataclass(frozen=True)
-class Floor:
+class Floor(NamedTuple):
     """The least that a pass through a layer takes.
 
     Args:
@@ -46,10 +43,9 @@ class Floor:
 
 
 def tap_share(layer: Layer) -> float:
-    """The taps of a convolution that touch the image, over all of them."""
+    """The taps of a convolution that touch the image, over all of them; 1 for other layers."""
     module = layer.module
-    assert isinstance(module, Conv2dReLU)
-    if module.stride[0] > 1:
+    if not isinstance(module, Conv2dReLU) or module.stride[0] > 1:
         return 1.0
     share = 1.0
     padding = (int(pad) for pad in module.padding)
@@ -135,6 +131,7 @@ def resident(gpu: GPU, registers: int, shared: int, warps: int) -> int:
     """Programs that a processor of ``gpu`` holds at once.
 
     Args:
+        gpu: one of ``fastalex.inspection.gpus.GPUS``.
         registers: of a thread; they are given out by eights.
         shared: bytes of a program.
         warps: of a program.
@@ -145,41 +142,22 @@ def resident(gpu: GPU, registers: int, shared: int, warps: int) -> int:
     return max(1, min(by_registers, by_shared, gpu.threads // threads, _BLOCKS))
 
 
-def wave_efficiency(gpu: GPU, flops: Any, slots: int) -> float:
-    """How much of the tensor cores' time the work fills until the last program ends, 0 to 1.
+def schedule(gpu: GPU, cycles: Iterable[float], slots: int) -> float:
+    """The cycle in which the last program ends.
 
-    Programs start in order, each where a place is free first. The places of a processor share its
-    tensor cores evenly, and a program keeps its place for some cycles in which it does not use
-    them: its first loads and its last stores.
-
-    Args:
-        flops: of each program.
-        slots: programs that a processor holds at once.
-    """
-    last = _last_end(gpu, (flops / gpu.tensor_flops).tolist(), slots)
-    return float(flops.sum() / (gpu.tensor_flops * gpu.processors) / last) if last else 0.0
-
-
-def issue_seconds(gpu: GPU, instructions: Any, slots: int) -> float:
-    """Seconds until the last program has issued its instructions, a warp's counted as one.
-
-    The programs fall on the processors as in ``wave_efficiency``; each has four schedulers.
+    Programs start in order, each where a place is free first. The places of a processor share it
+    evenly, and a program keeps its place for some cycles in which it does not use it: its first
+    loads and its last stores.
 
     Args:
-        instructions: of each program.
+        gpu: one of ``fastalex.inspection.gpus.GPUS``.
+        cycles: of each program, if it had a processor to itself.
         slots: programs that a processor holds at once.
     """
-    clock = 1e12 * gpu.peak_tflops["bf16"] / (gpu.processors * gpu.tensor_flops)
-    return _last_end(gpu, (instructions / _SCHEDULERS).tolist(), slots) / clock
-
-
-def _last_end(gpu: GPU, cycles: list[float], slots: int) -> float:
-    """The cycle in which the last program ends, of those that have a processor to themselves."""
     free = [0.0] * (gpu.processors * slots)
-    heapq.heapify(free)
     last = 0.0
     for work in cycles:
-        end = heapq.heappop(free) + work * slots + _OVERHEAD_CYCLES
+        end = free[0] + work * slots + _OVERHEAD_CYCLES
+        heapq.heapreplace(free, end)
         last = max(last, end)
-        heapq.heappush(free, end)
     return last

@@ -47,6 +47,11 @@ class GPU:
     threads: int
     source: str
 
+    @property
+    def clock(self) -> float:
+        """Cycles a second, at which the processors reach the peak."""
+        return 1e12 * self.peak_tflops["bf16"] / (self.processors * self.tensor_flops)
+
     def flops(self, dtype: str) -> float:
         """Operations a second assumed to be reached on ``dtype``."""
         share = self.tflops / self.peak_tflops["bf16"]

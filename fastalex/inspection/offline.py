@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
+import os
 import re
+import signal
 import subprocess
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastalex.inspection import sass
 from fastalex_kernels.common.backend import interpreted, record_launches
 from fastalex_kernels.common.program import Launch
 
@@ -163,10 +166,8 @@ def check_target(target: str) -> None:
     try:
         compile_launch(Launch.of("", "", _probe, (1,), (), {}), target)
     except Exception as error:  # each version has its own, from a KeyError to ptxas's message
-        reason = str(error).strip().splitlines()
         raise ValueError(
-            f"triton {triton.__version__} can't compile for {target}: "
-            f"{reason[0] if reason else type(error).__name__}"
+            f"triton {triton.__version__} can't compile for {target}: {first_line(error)}"
         ) from error
 
 
@@ -181,98 +182,108 @@ def compile_launch(launch: Launch, target: str) -> Any:
         return launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
 
 
+def compile_ahead(
+    jobs: Sequence[Sequence[Launch]], target: str, fit: bool = False
+) -> Iterator[str | None]:
+    """Compile jobs of launches in as many processes as there are cores.
+
+    They leave what they compile in Triton's cache, from where ``compile_launch`` reads it.
+
+    Args:
+        jobs: of launches on tensors without data.
+        target: one of ``TARGETS``.
+        fit: whether a job fails, too, that spills or needs more shared memory than there is.
+
+    Yields:
+        Of each job, in order: None, or why it failed.
+    """
+    if not jobs:
+        return
+    workers = min(len(os.sched_getaffinity(0)), len(jobs))
+    context = multiprocessing.get_context("fork")  # which hands the jobs on as they are
+    with context.Pool(workers, _start, (jobs, target, fit)) as pool:
+        yield from pool.imap(_compile, range(len(jobs)))
+
+
+_given: tuple[Any, ...]  # to a process that compiles
+
+
+def _start(*given: Any) -> None:
+    global _given
+    _given = given
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _compile(number: int) -> str | None:
+    jobs, target, fit = _given
+    try:
+        reasons = [unfit(x, target) if fit else compile_launch(x, target) for x in jobs[number]]
+    except Exception as error:  # of any kind: whoever asked decides what a failure means
+        return first_line(error)
+    return next(filter(None, reasons), None) if fit else None
+
+
+def unfit(launch: Launch, target: str) -> str | None:
+    """Why a launch should not be made: it spills, or needs more shared memory than there is."""
+    code, limit = read(compile_launch(launch, target)), TARGETS[target].shared_limit
+    if code.spills or code.stack:
+        return f"{launch.name} spills ({code.spills} instructions, {code.stack} bytes)"
+    if code.shared > limit:
+        return f"{launch.name} needs {code.shared} bytes of shared memory, there are {limit}"
+    return None
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 class MachineCode:
     """What a compiler made of one kernel.
 
     Attributes:
         registers: 32-bit registers a thread holds.
         stack: bytes of local memory a thread holds, 0 where nothing is spilled.
+        spills: instructions that move registers to or from local memory.
         shared: bytes of shared memory a program holds.
         assembly: the instructions as text.
+        instructions: the same, one by one.
     """
 
-    registers: int
-    stack: int
-    shared: int
-
     def __init__(self, compiled: Any) -> None:
-        self._asm = compiled.asm
         self.shared = int(compiled.metadata.shared)
-
-    @property
-    def assembly(self) -> str:
-        raise NotImplementedError
-
-    @functools.cached_property
-    def instructions(self) -> Counter[str]:
-        """How often each instruction, modifiers included, stands in the assembly."""
-        raise NotImplementedError
-
-    @property
-    def spills(self) -> int:
-        """Instructions that move registers to or from local memory."""
-        raise NotImplementedError
-
-    def count(self, pattern: str) -> int:
-        """How many instructions begin with a match of the regular expression ``pattern``."""
-        return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
-
-
-class _NvidiaCode(MachineCode):
-    def __init__(self, compiled: Any) -> None:
-        super().__init__(compiled)
-        usage = self._tool(triton.knobs.nvidia.cuobjdump, "--dump-resource-usage")
+        if "amdgcn" in compiled.asm:
+            self.assembly = str(compiled.asm["amdgcn"])
+            self.registers, self.stack, self.spills = (
+                int(re.findall(rf"\.{field}:\s+(\d+)", self.assembly)[0])
+                for field in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+            )
+            self.instructions = sass.parse(self.assembly)
+            return
+        usage = _read_cubin(compiled, triton.knobs.nvidia.cuobjdump, "--dump-resource-usage")
         self.registers, self.stack = (
             int(re.findall(rf"\b{field}:(\d+)", usage)[0]) for field in ("REG", "STACK")
         )
+        self.assembly = _read_cubin(compiled, triton.knobs.nvidia.nvdisasm, "-g", "-c", "-ndf")
+        self.instructions = sass.parse(self.assembly)
+        self.spills = self.count(r"(LDL|STL)\b")
 
-    def _tool(self, tool: Any, *options: str) -> str:
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder, "kernel.cubin")
-            cubin.write_bytes(self._asm["cubin"])
-            command = [tool.path, *options, str(cubin)]
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    @functools.cached_property
-    def assembly(self) -> str:
-        return self._tool(triton.knobs.nvidia.nvdisasm, "-g", "-c", "-ndf")
-
-    @functools.cached_property
-    def instructions(self) -> Counter[str]:
-        guarded = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
-        return Counter(re.findall(guarded, self.assembly))
-
-    @property
-    def spills(self) -> int:
-        return self.count(r"(LDL|STL)\b")
+    def count(self, pattern: str) -> int:
+        """How many instructions begin with a match of the regular expression ``pattern``."""
+        return sass.count(self.instructions, pattern)
 
 
-class _AMDCode(MachineCode):
-    def __init__(self, compiled: Any) -> None:
-        super().__init__(compiled)
-        self.registers, self.stack = (
-            self._field("vgpr_count"),
-            self._field("private_segment_fixed_size"),
-        )
-
-    def _field(self, name: str) -> int:
-        return int(re.findall(rf"\.{name}:\s+(\d+)", self.assembly)[0])
-
-    @property
-    def assembly(self) -> str:
-        return str(self._asm["amdgcn"])
-
-    @functools.cached_property
-    def instructions(self) -> Counter[str]:
-        units = r"(?m)^\s+((?:v|s|ds|global|buffer|flat|scratch)_\w+)"
-        return Counter(re.findall(units, self.assembly))
-
-    @property
-    def spills(self) -> int:
-        return self._field("vgpr_spill_count")
+def _read_cubin(compiled: Any, tool: Any, *options: str) -> str:
+    """What one of NVIDIA's tools prints about a kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [tool.path, *options, str(cubin)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @functools.cache
 def read(compiled: Any) -> MachineCode:
     """Registers, memory and instructions of a compiled kernel."""
-    return (_AMDCode if "amdgcn" in compiled.asm else _NvidiaCode)(compiled)
+    return MachineCode(compiled)

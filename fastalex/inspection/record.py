@@ -1,14 +1,13 @@
 """A training step without a GPU: its launches in order, and torch's operators between them.
 
-``fastalex.training.TrainStep`` runs on tensors without data, and what is listed are its own
-launches. What each call of torch's among them moves is seen while the step is done a second time.
+``fastalex.training.TrainStep`` runs on tensors without data and lists its launches. The calls of
+torch's among them are made again to see which operators they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -103,61 +102,26 @@ class Step:
     exchanges: list[Exchanged] = field(default_factory=list)
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down what a recorded step does when it is called again.
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lists the operators that are called, with the bytes they move, but for views."""
 
-    Args:
-        step: gets the events and the exchanges.
-        launches: of the recorded step; from now on they are written down in place of being run.
-        infer: whether only the layers' forward passes are.
-    """
-
-    def __init__(self, step: Step, launches: Sequence[Launch], infer: bool) -> None:
+    def __init__(self, layer: str, phase: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.step, self._infer, self._place = step, infer, ("step", "forward")
-        self._started: dict[LoopbackTransfer, int] = {}
-        for launch in launches:
-            launch.run = partial(self._launched, launch, launch.run)
-
-    def _launched(self, launch: Launch, run: Callable[[int], object], stream: int) -> None:
-        transfer = getattr(launch.kernel, "__self__", None)
-        if launch.grid is not None:
-            self._add(Event(launch.layer, launch.phase, launch.name, launch))
-        elif isinstance(transfer, LoopbackTransfer):
-            self._exchanged(launch, transfer)
-        else:
-            self._place = launch.layer, launch.phase
-            run(stream)
-            self._place = ("step", "forward")
-
-    def _exchanged(self, launch: Launch, transfer: LoopbackTransfer) -> None:
-        now = len(self.step.events)
-        started = self._started.pop(transfer, None)
-        if started is None:
-            self._started[transfer] = now
-        elif self._wanted(launch.layer, launch.phase):
-            size = _size([transfer.sent])
-            self.step.exchanges.append(Exchanged(launch.layer, launch.phase, size, started, now))
-
-    def _wanted(self, layer: str, phase: str) -> bool:
-        return not self._infer or (phase == "forward" and layer not in ("loss", "step"))
-
-    def _add(self, event: Event) -> None:
-        if self._wanted(event.layer, event.phase):
-            self.step.events.append(event)
+        self.events: list[Event] = []
+        self._place = layer, phase
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         aliases = [r.alias_info for r in func._schema.returns]
-        looks = any(a is not None and not a.is_write for a in aliases)
-        if func.namespace == "aten" and not looks:
+        view = any(a is not None and not a.is_write for a in aliases)
+        if func.namespace == "aten" and not view:
             read, written = _tensors(args, kwargs), _tensors(result)
             if name in _OVERWRITES or "out" in (kwargs or {}):
                 read = [x for x in read if not any(x is y for y in written)]
             if read or written:
-                moved = _size(read), _size(written)
-                self._add(Event(*self._place, f"aten.{name}", None, *moved))
+                moved = sum(x.nbytes for x in read), sum(x.nbytes for x in written)
+                self.events.append(Event(*self._place, f"aten.{name}", None, *moved))
         return result
 
 
@@ -170,10 +134,6 @@ def tensor_of(argument: Any) -> torch.Tensor | None:
 
 def _tensors(*trees: Any) -> list[torch.Tensor]:
     return [x for x in tree_leaves(trees) if isinstance(x, torch.Tensor) and x.numel()]
-
-
-def _size(tensors: Sequence[torch.Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def layers_of(model: AlexNet, batch: int, size: int) -> dict[str, Layer]:
@@ -233,20 +193,27 @@ def record_step(
             cut_to_tower(model, LoopbackExchange())
         size = model.variant.image_size
         augment = Augment(_CHANNELS, size, torch.device("cpu"))
-        optimizer = build_optimizer(model, lr=0.01)
         precision = PRECISIONS.get(dtype, dtype)
-        train_step = TrainStep(model, optimizer, precision, augment=augment)
+        train_step = TrainStep(model, build_optimizer(model, lr=0.01), precision, augment=augment)
         images, labels = _batch(batch, size)
         model.seed_dropout(0, 0)
         train_step(images, labels)
-        with _Watch(recorded, train_step.launches, step == "infer"):
-            model.seed_dropout(0, 1)
-            train_step(images, labels)
-        recorded.parameters = [p.numel() for p in model.parameters()]
+        launches = train_step.launches
+        if step == "infer":
+            launches = [x for x in launches if x.phase == "forward" and x.layer != "loss"]
+        _walk(recorded, launches)
+        for launch in launches:
+            launch.run = _nothing
+        if step == "train":
+            with _Operators("step", "forward") as beside:
+                model.seed_dropout(0, 1)
+                train_step(images, labels)
+            recorded.events += beside.events
     recorded.events = [
         e if e.launch is None else replace(e, launch=offline.without_data(e.launch))
         for e in recorded.events
     ]
+    recorded.parameters = [p.numel() for p in model.parameters()]
     made = next(e.launch for e in recorded.events if e.launch is not None).named["out_ptr"]
     crops = (batch, 3, size, size)
     recorded.layers = {
@@ -254,3 +221,26 @@ def record_step(
         **layers_of(model, batch, size),
     }
     return recorded
+
+
+def _walk(step: Step, launches: Iterable[Launch]) -> None:
+    """Add launches to the step, the operators of calls, and what the towers exchange."""
+    started: dict[LoopbackTransfer, int] = {}
+    for launch in launches:
+        transfer = getattr(launch.kernel, "__self__", None)
+        if launch.grid is not None:
+            step.events.append(Event(launch.layer, launch.phase, launch.name, launch))
+        elif isinstance(transfer, LoopbackTransfer):
+            now = len(step.events)
+            first = started.setdefault(transfer, now)
+            if launch.kernel == transfer.wait:
+                size = transfer.sent.nbytes
+                step.exchanges.append(Exchanged(launch.layer, launch.phase, size, first, now))
+        else:
+            with _Operators(launch.layer, launch.phase) as called:
+                launch.run(0)
+            step.events += called.events
+
+
+def _nothing(stream: int) -> None:
+    pass

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
-import sys
-import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -22,14 +19,13 @@ from torch import nn
 from tqdm import tqdm
 
 from fastalex.common.command_line import Parser, guarded
+from fastalex.common.tables import table
 from fastalex.inspection import cost, offline
 from fastalex.inspection.gpus import GPU, GPUS
 from fastalex.inspection.record import PRECISIONS, Step, record_step
 from fastalex.inspection.report import Row, inspect
 from fastalex.model.variants import VARIANTS
 from fastalex_kernels.common.backend import interpreted
-
-_NAMES = 34  # characters for the names of torch's operators
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,8 +40,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.sass:
         print(machine_code(options))
         return 0
-    report = make_report(options)
-    print(json.dumps(report, indent=1) if options.json else "\n".join(describe(report)))
+    report, rows = make_report(options)
+    print(json.dumps(report, indent=1) if options.json else "\n".join(describe(report, rows)))
     return 0
 
 
@@ -100,25 +96,17 @@ def _recorded(options: argparse.Namespace) -> Step:
     return record_step(target, *given)
 
 
-def rows_of(options: argparse.Namespace) -> tuple[Step, list[Row]]:
-    """The recorded step, and its launches with their machine code read."""
+def make_report(options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
+    """Everything that is printed, as plain data, and its launches."""
     gpu, step = GPUS[options.gpu], _recorded(options)
-    with tqdm(desc="compiling", unit=" kernels", file=sys.stderr, leave=False) as bar:
-
-        def tell(done: int, total: int, name: str) -> None:
-            bar.total = total
-            bar.set_postfix_str(name, refresh=False)
-            bar.update(done - bar.n)
-
-        return step, inspect(step, gpu, options.dtype, tell)
-
-
-def make_report(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is printed, as plain data."""
-    gpu = GPUS[options.gpu]
-    step, rows = rows_of(options)
+    jobs = [[event.launch] for event in step.events if event.launch is not None]
+    jobs.sort(key=lambda job: "lrn" not in job[0].name)  # the longest first
+    compiled = offline.compile_ahead(jobs, gpu.target)
+    for _ in tqdm(compiled, "compiling", len(jobs), unit=" kernels", leave=False, disable=None):
+        pass
+    rows = inspect(step, gpu, options.dtype)
     exchanges = _exchanges(step, rows)
-    return {
+    report = {
         "computed": "nothing here was timed",
         "gpu": dataclasses.asdict(gpu),
         "torch": torch.__version__,
@@ -129,27 +117,26 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
         "exchanges": exchanges,
         "summary": _summary(step, rows, exchanges, gpu, options),
     }
+    return report, rows
+
+
+def _sum(rows: list[Row], *fields: str) -> float:
+    return sum(getattr(row, field) or 0.0 for row in rows for field in fields)
 
 
 def _layers(rows: list[Row]) -> list[dict[str, Any]]:
     """Bytes, operations and seconds of every layer, forward and backward, beside the floor's."""
-    result: dict[tuple[str, str], dict[str, Any]] = {}
+    places: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        key = (row.layer, row.phase)
-        total = result.setdefault(
-            key,
-            {
-                "layer": row.layer, "phase": row.phase, "launches": 0, "size": 0, "flops": 0.0,
-                "bound": 0.0, "floor_size": 0.0, "floor_flops": 0.0, "floor": 0.0,
-            },
-        )  # fmt: skip
-        total["launches"] += 1
-        total["size"] += row.read + row.written
-        total["flops"] += row.flops
-        total["bound"] += row.bound
-        for name in ("floor_size", "floor_flops", "floor"):
-            total[name] += getattr(row, name) or 0.0
-    return list(result.values())
+        places.setdefault((row.layer, row.phase), []).append(row)
+    return [
+        {
+            "layer": layer, "phase": phase, "launches": len(found),
+            "size": _sum(found, "read", "written"),
+            **{name: _sum(found, name) for name in _SUMMED},
+        }
+        for (layer, phase), found in places.items()
+    ]  # fmt: skip
 
 
 def _summary(
@@ -160,35 +147,30 @@ def _summary(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     parameters = sum(step.parameters)
-    floor = sum(row.floor or 0.0 for row in rows)
+    linear = [x.module for x in step.layers.values() if isinstance(x.module, nn.Linear)]
     update = cost.UPDATE_BYTES * parameters if options.step == "train" else 0
     update_floor = update / (1e12 * gpu.bandwidth)
-    floor += update_floor
-    updated = sum(row.updated for row in rows)
-    bound = sum(row.bound for row in rows)
+    floor = _sum(rows, "floor") + update_floor
     waited = sum(exchange["waited"] for exchange in exchanges)
+    ours = sum(row.grid is not None for row in rows)
     return {
         "launches": len(rows),
-        "our_launches": sum(row.grid is not None for row in rows),
-        "torch_launches": sum(row.grid is None for row in rows),
+        "our_launches": ours,
+        "torch_launches": len(rows) - ours,
         "parameters": parameters,
-        "linear_parameters": sum(
-            sum(p.numel() for p in layer.module.parameters())
-            for layer in step.layers.values()
-            if isinstance(layer.module, nn.Linear)
-        ),
-        "optimizer_bytes_per_parameter": updated / parameters if update else None,
-        "bytes": sum(row.read + row.written for row in rows),
-        "floor_bytes": sum(row.floor_size or 0 for row in rows) + update,
-        "flops": sum(row.flops for row in rows),
-        "floor_flops": sum(row.floor_flops or 0 for row in rows),
+        "linear_parameters": sum(p.numel() for layer in linear for p in layer.parameters()),
+        "optimizer_bytes_per_parameter": _sum(rows, "updated") / parameters if update else None,
+        "bytes": _sum(rows, "read", "written"),
+        "floor_bytes": _sum(rows, "floor_size") + update,
+        "flops": _sum(rows, "flops"),
+        "floor_flops": _sum(rows, "floor_flops"),
         "update_floor": update_floor,
         "floor": floor,
-        "bound": bound,
+        "bound": _sum(rows, "bound"),
         # Two towers share the images of a step. The floor takes their exchange to be hidden.
         "ceiling_images_per_second": options.batch / floor,
         "waited": waited,
-        "bound_images_per_second": options.batch / (bound + waited),
+        "bound_images_per_second": options.batch / (_sum(rows, "bound") + waited),
     }
 
 
@@ -200,7 +182,7 @@ def _exchanges(step: Step, rows: list[Row]) -> list[dict[str, Any]]:
     result = []
     for one in step.exchanges:
         seconds = one.size / (1e12 * cost.LINK_BANDWIDTH)
-        meanwhile = sum(row.bound for row in rows[one.started : one.ended])
+        meanwhile = _sum(rows[one.started : one.ended], "bound")
         result.append(
             {
                 "layer": one.layer, "phase": one.phase, "size": one.size, "seconds": seconds,
@@ -210,59 +192,59 @@ def _exchanges(step: Step, rows: list[Row]) -> list[dict[str, Any]]:
     return result
 
 
-_HEAD = (
-    "layer", "pass", "kernel", "grid", "tile", "regs", "shared", "spills", "products by",
-    "loads", "stores", "loop", "issue", "useful", "waves", "instr", "MB", "/floor", "GFLOP",
+_SUMMED = ("flops", "bound", "floor_size", "floor_flops", "floor")
+_HEAD = [
+    "layer", "pass", "kernel", "grid", "tile", "products by", "regs", "shared", "spills", "loads",
+    "stores", "loop", "issue", "barriers", "useful", "waves", "instr", "MB", "/floor", "GFLOP",
     "/floor", "floor us", "bound us",
-)  # fmt: skip
+]  # fmt: skip
+_LEGEND = """\
+tile: rows x columns of a program's result, warps. loads, stores: bytes of an access to what
+carries 1% of the bytes. loop: instructions of the loop with the products. issue: time to issue it
+over the tensor cores' time for its products. barriers: in a turn of it. useful: operations on real
+data over those done. waves: of the tensor cores' time until the last program ends, as simulated,
+over the share of taps that are not skipped. instr: instructions of all threads for an element of
+the layer's input. MB: every tensor once. floor: the least for the pass, all taps counted; a weight
+that is updated in the pass is in MB, and its floor is in the update's. bound: this launch's bytes
+and operations at the rates assumed."""
 
 
-_LEGEND = (
-    "tile: rows x columns of a program's result, warps. loads, stores: bytes of an access to what",
-    "carries 1% of the bytes. loop: instructions of the loop with the products. issue: time to",
-    "issue it over the tensor cores' time for its products. useful: operations on real data over",
-    "those done. waves: of the tensor cores' time until the last program ends, as simulated, over",
-    "the share of taps that are not skipped. instr: instructions of all threads for an element of",
-    "the layer's input. MB: every tensor once. floor: the least for the pass, all taps counted; a",
-    "weight that is updated in the pass is in MB, and its floor is in the update's.",
-    "bound: this launch's bytes and operations at the rates assumed.",
-)
+def _number(value: float | None, form: str = "d", scale: float = 1.0) -> str:
+    return "-" if value is None else format(value * scale if scale != 1.0 else value, form)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    shown = Row(**row)
-    megabytes = (shown.read + shown.written) / 1e6
+def _over(value: float, floor: float | None) -> str:
+    return f"{value / floor:.2f}" if floor and value else "-"
 
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
 
-    def over(value: float, floor: float | None) -> str:
-        return "-" if not floor or not value else f"{value / floor:.2f}"
-
-    loads, stores = ("/".join(shown.widths(store)) or "-" for store in (False, True))
+def _cells(row: Row) -> list[str]:
+    moved, loop = row.read + row.written, row.loop
+    looped = ["-"] * 3
+    if loop:
+        issue = _number(loop.issue_ratio, ".2f")
+        looped = [str(loop.instructions), issue, str(loop.barriers)]
     return [
-        shown.layer,
-        shown.role or shown.phase,
-        _short(shown.name),
-        "x".join(map(str, shown.grid)) if shown.grid else "-",
-        "x".join(map(str, (*shown.tile, f"{shown.warps}w"))) if shown.tile else "-",
-        number(shown.registers, "d"),
-        number(shown.shared, "d"),
-        number(shown.spills, "d"),
-        ".".join(shown.mma.split(".")[:2]) if shown.mma else "-",
-        loads,
-        stores,
-        number(shown.loop, "d"),
-        number(shown.issue_ratio, ".2f"),
-        number(shown.useful, ".2f"),
-        number(shown.waves, ".2f"),
-        number(shown.instructions, ".1f") if not shown.flops else "-",
-        f"{megabytes:.2f}",
-        over(shown.read + shown.written - shown.updated, shown.floor_size),
-        f"{shown.flops / 1e9:.2f}" if shown.flops else "-",
-        over(shown.flops, shown.floor_flops),
-        number(shown.floor and shown.floor * 1e6, ".1f"),
-        f"{shown.bound * 1e6:.1f}",
+        row.layer,
+        row.role or row.phase,
+        _short(row.name),
+        "x".join(map(str, row.grid)) if row.grid else "-",
+        "x".join(map(str, (*row.tile, f"{row.warps}w"))) if row.tile else "-",
+        ".".join(loop.product.split(".")[:2]) if loop else "-",
+        _number(row.registers),
+        _number(row.shared),
+        _number(row.spills),
+        "/".join(row.loads) or "-",
+        "/".join(row.stores) or "-",
+        *looped,
+        _number(row.useful, ".2f"),
+        _number(row.waves, ".2f"),
+        _number(row.instructions if not row.flops else None, ".1f"),
+        _number(moved, ".2f", 1e-6),
+        _over(moved - row.updated, row.floor_size),
+        _number(row.flops or None, ".2f", 1e-9),
+        _over(row.flops, row.floor_flops),
+        _number(row.floor, ".1f", 1e6),
+        _number(row.bound, ".1f", 1e6),
     ]
 
 
@@ -270,53 +252,28 @@ def _short(name: str) -> str:
     return name.strip("_").removesuffix("_kernel")
 
 
-def _without_operators(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_operators(rows: list[Row]) -> list[Row]:
     """The rows, neighbouring operators of torch's in a layer made one."""
-    result: list[dict[str, Any]] = []
-    for _, group in itertools.groupby(
-        rows, lambda r: (r["layer"], r["phase"], r["grid"] is None or id(r))
-    ):
-        run = list(group)
-        if run[0]["grid"] is not None:
-            result += run
-            continue
-        counts: dict[str, int] = {}
-        for row in run:
-            name = row["name"].removeprefix("aten.").strip("_")
-            counts[name] = counts.get(name, 0) + 1
-        names = ", ".join(f"{n} {name}" if n > 1 else name for name, n in counts.items())
-        names = textwrap.shorten(names, _NAMES, placeholder=" ...")
-        total = {key: sum(row[key] for row in run) for key in ("read", "written", "bound")}
-        result.append({**run[0], **total, "name": f"torch: {names}"})
+    result: list[Row] = []
+    for row in rows:
+        before = result[-1] if result else None
+        name = row.name.removeprefix("aten.").strip("_")
+        if row.grid is not None:
+            result.append(row)
+        elif before and before.grid is None and before.layer == row.layer:
+            read, written = before.read + row.read, before.written + row.written
+            bound = before.bound + row.bound
+            names = f"{before.name}, {name}"
+            result[-1] = Row(row.layer, row.phase, names, read=read, written=written, bound=bound)
+        else:
+            result.append(dataclasses.replace(row, name=f"torch: {name}"))
     return result
 
 
-def _table(head: Sequence[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(len(r[i]) for r in [list(head), *rows]) for i in range(len(head))]
-    left = {"layer", "pass", "kernel", "grid", "tile", "products by"}
-    lines = []
-    for cells in [list(head), *rows]:
-        padded = [
-            cell.ljust(width) if name in left else cell.rjust(width)
-            for cell, width, name in zip(cells, widths, head, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return lines
-
-
-def describe(report: dict[str, Any]) -> list[str]:
+def describe(report: dict[str, Any], rows: list[Row]) -> list[str]:
     """The report as text."""
-    gpu, total = report["gpu"], report["summary"]
+    gpu = report["gpu"]
     towers = "one tower of two" if report["gpus"] == 2 else "one GPU"
-    lines = [
-        f"AlexNet ({report['variant']}), {report['step']} step, batch {report['batch']}, "
-        f"{report['dtype']}, {towers}, {gpu['name']} ({gpu['target']}), triton {report['triton']}",
-        "Computed from machine code, nothing was timed. Rates assumed: "
-        f"{gpu['tflops']:g} TFLOP/s bf16, {gpu['bandwidth']:g} TB/s.",
-        "",
-        *_table(_HEAD, [_cells(r) for r in _without_operators(report["launches"])]),
-        "",
-    ]
     layers = [
         [
             layer["layer"], layer["phase"], str(layer["launches"]), f"{layer['size'] / 1e6:.1f}",
@@ -326,50 +283,49 @@ def describe(report: dict[str, Any]) -> list[str]:
         ]
         for layer in report["layers"]
     ]  # fmt: skip
-    head = (
+    head = [
         "layer", "pass", "launches", "MB", "floor MB", "GFLOP", "floor GFLOP", "floor us",
         "bound us",
-    )  # fmt: skip
-    lines += [*_table(head, layers), "", *_exchange_table(report["exchanges"])]
-    return [*lines, *_totals(report, total), "", *_LEGEND]
-
-
-def _exchange_table(exchanges: list[dict[str, Any]]) -> list[str]:
-    """What the towers exchange; nothing of a whole net."""
-    if not exchanges:
-        return []
-    head = ("layer", "pass", "MB each way", "exchange us", "meanwhile us", "waited us")
-    rows = [
-        [
-            one["layer"], one["phase"], f"{one['size'] / 1e6:.2f}",
-            *(f"{one[name] * 1e6:.1f}" for name in ("seconds", "meanwhile", "waited")),
-        ]
-        for one in exchanges
     ]  # fmt: skip
-    return [*_table(head, rows), f"(each direction at {cost.LINK_BANDWIDTH:g} TB/s)", ""]
+    lines = [
+        f"AlexNet ({report['variant']}), {report['step']} step, batch {report['batch']}, "
+        f"{report['dtype']}, {towers}, {gpu['name']} ({gpu['target']}), triton {report['triton']}",
+        "Computed from machine code, nothing was timed. Rates assumed: "
+        f"{gpu['tflops']:g} TFLOP/s bf16, {gpu['bandwidth']:g} TB/s.",
+        "",
+        *table([_HEAD, *map(_cells, _without_operators(rows))], right=17),
+        "",
+        *table([head, *layers], right=7),
+        "",
+    ]
+    if report["exchanges"]:
+        head = ["layer", "pass", "MB each way", "exchange us", "meanwhile us", "waited us"]
+        exchanges = [
+            [one["layer"], one["phase"], f"{one['size'] / 1e6:.2f}"]
+            + [f"{one[name] * 1e6:.1f}" for name in ("seconds", "meanwhile", "waited")]
+            for one in report["exchanges"]
+        ]
+        lines += [*table([head, *exchanges], right=4)]
+        lines += [f"(each direction at {cost.LINK_BANDWIDTH:g} TB/s)", ""]
+    return [*lines, *_totals(report["summary"]), "", _LEGEND]
 
 
-def _totals(report: dict[str, Any], total: dict[str, Any]) -> list[str]:
+def _totals(total: dict[str, Any]) -> list[str]:
+    update, waited = total["optimizer_bytes_per_parameter"], total["waited"]
+    waiting = f" and {waited * 1e6:.0f} us of waiting" if waited else ""
     lines = [
         f"launches a step: {total['launches']} ({total['our_launches']} ours, "
         f"{total['torch_launches']} of torch's operators)",
         f"bytes: {total['bytes'] / 1e6:.0f} MB, floor {total['floor_bytes'] / 1e6:.0f} MB "
         f"({total['bytes'] / total['floor_bytes']:.2f})",
-    ]
-    if total["optimizer_bytes_per_parameter"] is not None:
-        lines.append(
-            f"update: {total['optimizer_bytes_per_parameter']:.1f} bytes a parameter, floor "
-            f"{cost.UPDATE_BYTES} ({total['update_floor'] * 1e6:.0f} us)"
-        )
-    waited = total["waited"]
-    return [
-        *lines,
+        f"update: {update or 0.0:.1f} bytes a parameter, floor {cost.UPDATE_BYTES} "
+        f"({total['update_floor'] * 1e6:.0f} us)",
         f"floor of the step: {total['floor'] * 1e6:.0f} us, ceiling "
         f"{total['ceiling_images_per_second']:,.0f} images/s (computed)",
-        f"these launches at the rates assumed: {total['bound'] * 1e6:.0f} us"
-        + (f" and {waited * 1e6:.0f} us of waiting, " if waited else ", ")
-        + f"{total['bound_images_per_second']:,.0f} images/s (computed)",
+        f"these launches at the rates assumed: {total['bound'] * 1e6:.0f} us{waiting}, "
+        f"{total['bound_images_per_second']:,.0f} images/s (computed)",
     ]
+    return [line for line in lines if update is not None or not line.startswith("update")]
 
 
 def machine_code(options: argparse.Namespace) -> str:

@@ -1,162 +1,206 @@
-"""Read Triton's intermediate code: how much work each program of a launch does, and on what.
+"""Read Triton's IR: what each program of a launch computes, and through which arguments.
 
-The work of a program is decided by scalars: its position in the grid and the kernel's integer
-arguments. They are computed here for all programs of a launch at once, from the same text that
-becomes machine code, so that no formula has to follow what a kernel does.
+How much work a program has is decided by integers: its place in the grid and the kernel's integer
+arguments. The operations on them become a Python function, which is called for each program. So no
+formula has to follow what a kernel does.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
-
-Line = tuple[str, int]  # a file and a line in it
+from fastalex.inspection.sass import Line
 
 _VALUE = re.compile(r"%[\w.$-]+(?:#\d+)?")
-_OPERATION = re.compile(r'^(?:(%[\w.$-]+)(?::(\d+))? = )?"?([a-z_]+\.[\w.]+)"?(.*)$')
-_DRIFT = 12  # lines
-_LOADS = ("tt.load", "tt.descriptor_load", "tt.descriptor_gather")
-_STORES = ("tt.store", "tt.descriptor_store", "tt.descriptor_scatter", "tt.descriptor_reduce")
-_ATOMICS = ("tt.atomic_rmw", "tt.atomic_cas")
-_DOT = re.compile(r"tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x\w+>")
-_BINARY: dict[str, Any] = {
-    "addi": np.add, "subi": np.subtract, "muli": np.multiply, "minsi": np.minimum,
-    "maxsi": np.maximum, "minui": np.minimum, "maxui": np.maximum, "andi": np.bitwise_and,
-    "ori": np.bitwise_or, "xori": np.bitwise_xor, "shli": np.left_shift, "shrsi": np.right_shift,
-    "shrui": np.right_shift,
+_OPERATION = re.compile(r'(?:(%[\w.$-]+)(?::(\d+))? = )?"?([a-z_]+)\.([\w.]+)"?(.*)')
+_PAIR = re.compile(r"(%[\w.$-]+) = (%[\w.$#-]+)")
+_DOT = re.compile(r"tensor<(\d+)x(\d+)x[a-z]+(\d+)> \* tensor<\d+x(\d+)x\w+>")
+_DRIFT = 12  # lines between an access and the place that the compiler gives it, at most
+_LOAD = re.compile(r"load$|descriptor_(load|gather)$|atomic_")
+_STORE = re.compile(r"store$|descriptor_(store|scatter|reduce)$|atomic_")
+_ARITHMETIC = {
+    "addi": "{} + {}", "subi": "{} - {}", "muli": "{} * {}", "divsi": "div({}, {})",
+    "divui": "div({}, {})", "remsi": "rem({}, {})", "remui": "rem({}, {})",
+    "minsi": "min({}, {})", "maxsi": "max({}, {})", "minui": "min({}, {})",
+    "maxui": "max({}, {})", "andi": "{} & {}", "ori": "{} | {}", "xori": "{} ^ {}",
+    "shli": "{} << {}", "shrsi": "{} >> {}", "select": "{1} if {0} else {2}", "extsi": "{}",
+    "extui": "{}", "trunci": "{}", "index_cast": "{}",
 }  # fmt: skip
-_COMPARE: dict[str, Any] = {
-    "eq": np.equal, "ne": np.not_equal, "slt": np.less, "sle": np.less_equal, "sgt": np.greater,
-    "sge": np.greater_equal, "ult": np.less, "ule": np.less_equal, "ugt": np.greater,
-    "uge": np.greater_equal,
-}  # fmt: skip
+_COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
 
-@dataclass
-class Operation:
-    """One operation, with the regions of code inside it."""
-
-    name: str
-    results: list[str]
-    text: str
-    regions: list[list[Operation]] = field(default_factory=list)
-
-    @property
-    def operands(self) -> list[str]:
-        return _VALUE.findall(self.text)
-
-    def walk(self) -> Iterator[Operation]:
-        yield self
-        for region in self.regions:
-            for operation in region:
-                yield from operation.walk()
-
-
-@dataclass(frozen=True)
-class Dot:
-    """A product of tiles [m, k] and [k, n]; a, b and ``to`` name them and what it is added to."""
+class Dot(NamedTuple):
+    """A product of tiles [m, k] and [k, n] with operands ``a`` and ``b``, added to ``to``."""
 
     m: int
     n: int
     k: int
+    bits: int
     a: str
     b: str
     to: str
-
-    @property
-    def flops(self) -> int:
-        return 2 * self.m * self.n * self.k
+    result: str
+    loop: int | None
 
 
-@dataclass
-class Work:
-    """What every program of a launch does, in the order in which programs start.
+class Work(NamedTuple):
+    """What a program does: operations of its products, and how often each loop's body runs."""
 
-    Attributes:
-        flops: operations of the products, padding included.
-        trips: for each loop in the code, how often its body runs, in all its entries.
+    flops: int
+    turns: list[int]
+
+
+class _Block(NamedTuple):
+    """What stands between braces.
+
+    Args:
+        results: of all of it.
+        carried: values that a loop carries.
+        loop: its number as a loop.
+        known: whether it is known which programs run it; if not, both sides of a branch count.
     """
 
-    flops: Any
-    trips: list[Any]
+    results: list[str]
+    carried: list[str]
+    loop: int | None
+    known: bool
 
 
-class UnreadableCode(ValueError):
-    """What a program does depends on something that is not known before it runs."""
+class _Statement(NamedTuple):
+    """A line of Python; one without ``target`` can't be left out."""
+
+    depth: int
+    target: str | None
+    text: str
+    needs: Sequence[str]
 
 
 class Code:
-    """A kernel's intermediate code.
+    """A kernel's IR.
 
     Attributes:
         arguments: names of the kernel's run-time arguments.
         reads, writes: the arguments through which memory is read and written.
-        read_lines, written_lines: for each line of source that does so, those arguments.
-        dots: the products in it.
-        body: its operations.
+        dots: the products.
+        loops: how many loops there are.
     """
 
     def __init__(self, text: str) -> None:
         self._locations = dict(re.findall(r"(?m)^(#loc\d*) = (loc\(.*\))$", text))
-        self.arguments: list[str] = []
-        self.body = self._parse(text)
-        self.dots = [self._dot(o) for o in self._operations() if o.name == "tt.dot"]
-        self.loops = [o for o in self._operations() if o.name == "scf.for"]
-        self.reads: set[str] = set()
-        self.writes: set[str] = set()
-        self.read_lines: dict[Line, set[str]] = defaultdict(set)
-        self.written_lines: dict[Line, set[str]] = defaultdict(set)
-        self._find_accesses()
+        head, *body = text[text.index("tt.func") :].splitlines()
+        self.arguments: list[str] = re.findall(r"[(,] ?%([\w.$-]+): ", head)
+        self.dots: list[Dot] = []
+        self.loops = 0
+        # Of a value, the arguments that it comes from; of a line that loads or stores, its own.
+        self._roots: dict[str, set[str]] = {f"%{name}": {name} for name in self.arguments}
+        self._loads: dict[Line | None, set[str]] = defaultdict(set)
+        self._stores: dict[Line | None, set[str]] = defaultdict(set)
+        self._known = set(self._roots)  # integers; of pointers nothing is computed
+        self._statements: list[_Statement] = []
+        self._blocks: list[_Block] = []
+        for line in map(str.strip, body):
+            self._read(line)
+        self.reads = set().union(*self._loads.values())
+        self.writes = set().union(*self._stores.values())
 
-    def _operations(self) -> Iterator[Operation]:
-        for operation in self.body:
-            yield from operation.walk()
-
-    @staticmethod
-    def _dot(operation: Operation) -> Dot:
-        found = _DOT.search(operation.text)
-        assert found is not None, operation.text
-        m, k, n = map(int, found.groups())
-        return Dot(m, n, k, *operation.operands[:3])
-
-    def _parse(self, text: str) -> list[Operation]:
-        body: list[Operation] = []
-        blocks = [body]  # the innermost is last
-        owners: list[Operation] = []
-        for line in map(str.strip, text.splitlines()):
-            if line.startswith("tt.func"):
-                self.arguments = re.findall(r"[(,] ?%([\w.$-]+): ", line)
-                continue
-            if line.startswith("}"):
-                if not owners:
-                    continue
-                blocks.pop()
-                if line.endswith("{"):  # } else {
-                    owners[-1].regions.append([])
-                    blocks.append(owners[-1].regions[-1])
-                else:
-                    owners.pop()
-                continue
-            found = _OPERATION.match(line)
-            if found is None:
-                continue
-            result, count, name, rest = found.groups()
-            results = [result] if result and not count else []
-            if count:
-                results = [f"{result}#{i}" for i in range(int(count))]
-            operation = Operation(name, results, rest)
-            blocks[-1].append(operation)
+    def _read(self, line: str) -> None:
+        if line.startswith("}") and self._blocks:
+            block = self._blocks.pop()
             if line.endswith("{"):
-                operation.regions.append([])
-                owners.append(operation)
-                blocks.append(operation.regions[-1])
-        return body
+                self._emit("else:" if block.known else "if True:")
+                self._open(block)
+            for result, inner in zip(block.results, block.carried, strict=False):
+                self._roots[result] = self._of([inner])
+                self._emit("{}", result, [inner])
+        found = _OPERATION.match(line)
+        if found is None:
+            return
+        result, count, dialect, kind, rest = found.groups()
+        operands = _VALUE.findall(rest)
+        if dialect == "scf" and kind == "yield":
+            self._yield(operands)
+        elif dialect == "tt" and (_LOAD.match(kind) or _STORE.match(kind)):
+            for pattern, lines in ((_LOAD, self._loads), (_STORE, self._stores)):
+                if pattern.match(kind):
+                    lines[self._line(rest)] |= self._roots.get(operands[0], set())
+        elif result and dialect != "scf":
+            self._roots[result] = self._of(operands)
+            if kind == "dot":
+                self._dot(result, rest, operands)
+            elif kind in ("get_program_id", "get_num_programs"):
+                self._emit(f"{kind}['{rest.split()[0]}']", result)
+            elif dialect == "arith" and "tensor<" not in rest:
+                self._integer(kind, result, rest, operands)
+        if line.endswith("{"):
+            results = [f"{result}#{i}" for i in range(int(count or 0))] or [result]
+            self._begin(kind, results if result else [], rest, operands)
+
+    def _of(self, values: Sequence[str]) -> set[str]:
+        return set().union(*(self._roots.get(v, set()) for v in values))
+
+    def _begin(self, kind: str, results: list[str], rest: str, operands: list[str]) -> None:
+        if kind != "for":
+            known = kind == "if" and operands[0] in self._known
+            self._emit("if {}:" if known else "if True:", None, operands[:1] if known else ())
+            self._open(_Block(results, [], None, known))
+            return
+        index, *bounds = re.findall(r" (%\S+) = (\S+) to (\S+) step (\S+)", rest)[0]
+        pairs = _PAIR.findall(rest.split("iter_args(")[1]) if "iter_args(" in rest else []
+        for inner, outer in pairs:
+            self._roots[inner] = self._of([outer])
+            self._emit("{}", inner, [outer])
+        self._known.add(index)
+        self._emit(f"for {_name(index)} in range({{}}, {{}}, {{}}):", None, bounds)
+        self._open(_Block(results, [inner for inner, _ in pairs], self.loops, True))
+        self.loops += 1
+
+    def _open(self, block: _Block) -> None:
+        self._blocks.append(block)
+        self._emit("pass" if block.loop is None else f"turns[{block.loop}] += 1")
+
+    def _yield(self, values: list[str]) -> None:
+        block = self._blocks[-1]
+        if block.loop is None:
+            for result, value in zip(block.results, values, strict=False):
+                self._roots[result] = self._of([result, value])
+                if block.known:
+                    self._emit("{}", result, [value])
+            return
+        pairs = list(zip(block.carried, values, strict=False))
+        for inner, value in pairs:
+            self._emit("{}", f"{inner}_next", [value])
+        for inner, _ in pairs:
+            self._emit("{}", inner, [f"{inner}_next"])
+
+    def _dot(self, result: str, rest: str, operands: list[str]) -> None:
+        m, k, bits, n = map(int, _DOT.findall(rest)[0])
+        inside = [block.loop for block in self._blocks if block.loop is not None]
+        a, b, to = operands[:3]
+        self.dots.append(Dot(m, n, k, bits, a, b, to, result, inside[-1] if inside else None))
+        self._emit(f"flops += {2 * m * n * k}")
+
+    def _integer(self, kind: str, result: str, rest: str, operands: list[str]) -> None:
+        if kind == "constant":
+            self._emit(rest.split(":")[0].strip().capitalize(), result)
+        elif kind == "cmpi":
+            order = rest.split(",")[0].strip()
+            value = "{} % 2**64" if order[0] == "u" else "{}"
+            sign = _COMPARE[order[1:] if order[0] in "us" else order]
+            self._emit(f"{value} {sign} {value}", result, operands)
+        elif kind in _ARITHMETIC:
+            self._emit(_ARITHMETIC[kind], result, operands)
+
+    def _emit(self, text: str, target: str | None = None, needs: Sequence[str] = ()) -> None:
+        line = text.format(*map(_name, needs))
+        line = line if target is None else f"{_name(target)} = {line}"
+        self._statements.append(_Statement(len(self._blocks) + 1, target, line, needs))
+        if target is not None and self._known.issuperset(needs):
+            self._known.add(target)
 
     def _line(self, text: str) -> Line | None:
         """Where in the source an operation was written, inside every function called."""
@@ -170,58 +214,13 @@ class Code:
             found = re.match(r'loc\((?:"[^"]*"|callsite)\((#loc\d*)', location)
         return None
 
-    def _find_accesses(self) -> None:
-        roots: dict[str, set[str]] = {f"%{name}": {name} for name in self.arguments}
-
-        def of(values: list[str]) -> set[str]:
-            return set().union(*(roots.get(v, set()) for v in values))
-
-        def visit(operation: Operation) -> None:
-            operands = operation.operands
-            if operation.name == "scf.for":
-                pairs = re.findall(r"(%[\w.$-]+) = (%[\w.$#-]+)", _carried(operation.text))
-                for i, (inner, outer) in enumerate(pairs):
-                    roots[inner] = of([outer])
-                    if i < len(operation.results):
-                        roots[operation.results[i]] = of([outer])
-            moved = of(operands[:1])
-            place = self._line(operation.text)
-            memory = False
-            for names, arguments, lines in (
-                (_LOADS + _ATOMICS, self.reads, self.read_lines),
-                (_STORES + _ATOMICS, self.writes, self.written_lines),
-            ):
-                if operation.name in names:
-                    memory = True
-                    arguments |= moved
-                    if place:
-                        lines[place] |= moved
-            if not memory and operation.name != "scf.for":
-                for result in operation.results:
-                    roots[result] = of(operands)
-            for region in operation.regions:
-                for inside in region:
-                    visit(inside)
-                last = region[-1] if region else None
-                if operation.name == "scf.if" and last and last.name == "scf.yield":
-                    for result, value in zip(operation.results, last.operands, strict=False):
-                        roots[result] = roots.get(result, set()) | of([value])
-
-        for operation in self.body:
-            visit(operation)
-
     def at(self, line: Line | None, store: bool) -> set[str]:
-        """The arguments that are read or written at a line of source, or at the nearest one.
-
-        The compiler may give an access the line of what is done with the value.
-        """
-        lines = self.written_lines if store else self.read_lines
-        if line is None or line in lines:
-            return lines.get(line, set()) if line else set()
+        """The arguments that are read or written at a line of source, or at the nearest one."""
+        lines = self._stores if store else self._loads
         near = [
             (abs(there[1] - line[1]), there)
             for there in lines
-            if there[0] == line[0] and abs(there[1] - line[1]) <= _DRIFT
+            if line and there and there[0] == line[0] and abs(there[1] - line[1]) <= _DRIFT
         ]
         return lines[min(near)[1]] if near else set()
 
@@ -231,183 +230,69 @@ class Code:
         Products of one operand with several stand side by side, or below each other; those that
         are added to another product are more of the same result.
         """
-        if not self.dots:
-            return None
-        products = {o.results[0] for o in self._operations() if o.name == "tt.dot"}
-        first = [dot for dot in self.dots if dot.to not in products]
+        results = {dot.result for dot in self.dots}
+        first = [dot for dot in self.dots if dot.to not in results]
         rows, columns = {d.a: d.m for d in first}, {d.b: d.n for d in first}
-        return sum(rows.values()), sum(columns.values())
+        return (sum(rows.values()), sum(columns.values())) if first else None
 
-    def work(self, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> Work:
-        """What each program of a launch does.
+    def turn(self, loop: int | None) -> tuple[int, int]:
+        """Operations of a loop's products in one turn, and bytes of their operands."""
+        dots = [dot for dot in self.dots if dot.loop == loop]
+        blocks = {d.a: d.m * d.k * d.bits // 8 for d in dots}
+        blocks |= {d.b: d.n * d.k * d.bits // 8 for d in dots}
+        return sum(2 * d.m * d.n * d.k for d in dots), sum(blocks.values())
+
+    def work(self, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> list[Work] | None:
+        """What each program of a launch does, in the order in which programs start.
 
         Args:
             grid: the launch's.
             arguments: the kernel's by name; only integers are looked at.
 
-        Raises:
-            UnreadableCode: where it depends on values in memory.
+        Returns:
+            None where it depends on values in memory.
         """
+        x, y, z = (*grid, 1, 1)[:3]
+        given = [arguments.get(name) for name in self.arguments]
+        places = ({"x": i, "y": j, "z": k} for k, j, i in itertools.product(*map(range, (z, y, x))))
         try:
-            return _Programs(self, grid, arguments, follow=False).run()
-        except UnreadableCode:
-            return _Programs(self, grid, arguments, follow=True).run()
-
-
-def _carried(text: str) -> str:
-    found = re.search(r"iter_args\((.*?)\) ->", text)
-    return found[1] if found else ""
-
-
-class _Programs:
-    """Computes the scalars of all programs of a launch; what it cannot know is absent.
-
-    Args:
-        follow: go through every loop step by step, instead of only through those that hold loops.
-    """
-
-    def __init__(
-        self, code: Code, grid: tuple[int, ...], arguments: Mapping[str, Any], follow: bool
-    ) -> None:
-        x, y, z = self.grid = (*grid, 1, 1)[:3]
-        number = np.arange(x * y * z)
-        self.ids = {"x": number % x, "y": number // x % y, "z": number // (x * y)}
-        self.code, self.follow = code, follow
-        self.values: dict[str, Any] = {
-            f"%{name}": int(arguments[name])
-            for name in code.arguments
-            if isinstance(arguments.get(name), int)
-        }
-        self.flops = np.zeros(len(number))
-        self.trips = {id(loop): np.zeros(len(number)) for loop in code.loops}
-
-    def run(self) -> Work:
-        self._block(self.code.body, np.ones(len(self.flops)))
-        return Work(self.flops, [self.trips[id(loop)] for loop in self.code.loops])
-
-    def _block(self, block: list[Operation], runs: Any) -> list[str]:
-        """Go through ``block``, which each program runs ``runs`` times; what it yields."""
-        for operation in block:
-            if operation.name == "scf.yield":
-                return operation.operands
-            if operation.name == "scf.for":
-                self._loop(operation, runs)
-            elif operation.name == "scf.if":
-                self._branch(operation, runs)
-            elif operation.name == "scf.while":
-                raise UnreadableCode("a loop with a condition of its own")
-            elif operation.name == "tt.dot":
-                self.flops += runs * Code._dot(operation).flops
-            elif operation.results:
-                value = self._scalar(operation)
-                if value is None:
-                    self.values.pop(operation.results[0], None)
-                else:
-                    self.values[operation.results[0]] = value
-        return []
-
-    def _known(self, name: str) -> Any:
-        if name not in self.values:
-            raise UnreadableCode(f"{name} is not known")
-        return self.values[name]
-
-    def _loop(self, loop: Operation, runs: Any) -> None:
-        found = re.match(r" (%[\w.$-]+) = (\S+) to (\S+) step (\S+)", loop.text)
-        assert found is not None, loop.text
-        index, *bounds = found.groups()
-        low, high, step = (self._known(name) for name in bounds)
-        count = np.maximum(-(-(high - low) // step), 0)
-        self.trips[id(loop)] += runs * count
-        carried = re.findall(r"(%[\w.$-]+) = (%[\w.$#-]+)", _carried(loop.text))
-        body = loop.regions[0]
-        nested = any(o.name == "scf.for" for inside in body for o in inside.walk())
-        if not (nested or self.follow):
-            for name, _ in carried:
-                self.values.pop(name, None)
-            self._block(body, runs * count)
-            for result in loop.results:
-                self.values.pop(result, None)
-            return
-        state = [self.values.get(outer) for _, outer in carried]
-        for i in range(int(np.max(count, initial=0))):
-            active = i < count
-            self.values[index] = low + i * step
-            for (name, _), value in zip(carried, state, strict=True):
-                self._set(name, value)
-            yielded = self._block(body, runs * active)
-            state = [
-                _choose(active, self.values.get(new), old)
-                for new, old in zip(yielded, state, strict=False)
-            ]
-        for result, value in zip(loop.results, state, strict=False):
-            self._set(result, value)
-
-    def _set(self, name: str, value: Any) -> None:
-        if value is None:
-            self.values.pop(name, None)
-        else:
-            self.values[name] = value
-
-    def _branch(self, branch: Operation, runs: Any) -> None:
-        condition = self.values.get(branch.operands[0])
-        if condition is None:  # taken to run both sides: more than it does
-            for region in branch.regions:
-                self._block(region, runs)
-            for result in branch.results:
-                self.values.pop(result, None)
-            return
-        condition = np.asarray(condition, dtype=bool)
-        sides = [
-            [self.values.get(name) for name in self._block(region, runs * taken)]
-            for region, taken in zip(branch.regions, (condition, ~condition), strict=False)
-        ]
-        for i, result in enumerate(branch.results):
-            self._set(result, _choose(condition, sides[0][i], sides[1][i]))
-
-    def _scalar(self, operation: Operation) -> Any:
-        """The value of an operation on integers, None where it is another or not known."""
-        kind, name = operation.name.split(".", 1)
-        text = operation.text
-        if name == "constant":
-            found = re.match(r" (-?\d+|true|false)(?: |$)", text)
-            return None if found is None else {"true": 1, "false": 0}.get(found[1]) or _int(found)
-        if name == "get_program_id":
-            return self.ids[text.split()[0]]
-        if name == "get_num_programs":
-            return self.grid["xyz".index(text.split()[0])]
-        operands = [self.values.get(v) for v in operation.operands]
-        if kind != "arith" or not operands or any(v is None for v in operands):
+            return [self._program(place, {"x": x, "y": y, "z": z}, *given) for place in places]
+        except (NameError, TypeError):
             return None
-        return _arithmetic(name, text, operands)
+
+    @functools.cached_property
+    def _program(self) -> Callable[..., Work]:
+        """The integers of one program as a Python function, without those that decide nothing."""
+        needed: set[str] = set()
+        before = -1
+        while before != len(needed):  # a loop's values may need what stands behind them
+            before = len(needed)
+            kept = [s for s in self._statements if s.target is None or s.target in needed]
+            needed.update(*(s.needs for s in kept))
+        names = ", ".join(_name(f"%{name}") for name in self.arguments)
+        lines = [f"def program(get_program_id, get_num_programs, {names}):"]
+        lines += [f" flops, turns = 0, [0] * {self.loops}"]
+        lines += [" " * s.depth + s.text for s in kept]
+        space: dict[str, Any] = {"Work": Work, "div": _divide, "rem": _remainder}
+        exec("\n".join([*lines, " return Work(flops, turns)"]), space)
+        return space["program"]  # type: ignore[no-any-return]
 
 
-def _int(found: re.Match[str]) -> int:
-    return 0 if found[1] == "false" else int(found[1])
+def _name(value: str) -> str:
+    return "v_" + re.sub(r"\W", "_", value[1:])
 
 
-def _arithmetic(name: str, text: str, operands: list[Any]) -> Any:
-    if name in _BINARY:
-        return _BINARY[name](*operands)
-    if name == "cmpi":
-        return np.asarray(_COMPARE[text.split(",")[0].strip()](*operands), dtype=np.int64)
-    if name == "select":
-        return np.where(np.asarray(operands[0], dtype=bool), *operands[1:])
-    if name in ("extsi", "extui", "trunci", "index_cast"):
-        return operands[0]
-    a, b = (np.asarray(v) for v in (*operands, 1)[:2])
-    quotient = np.sign(a) * np.sign(b) * (np.abs(a) // np.maximum(np.abs(b), 1))
-    if name in ("divsi", "divui"):  # towards zero, as a GPU does
-        return quotient
-    if name in ("remsi", "remui"):
-        return a - quotient * b
-    return None
+def _divide(a: int, b: int) -> int:
+    """Towards zero, as a GPU does."""
+    quotient = abs(a) // abs(b)
+    return quotient if (a < 0) == (b < 0) else -quotient
 
 
-def _choose(condition: Any, first: Any, second: Any) -> Any:
-    return None if first is None or second is None else np.where(condition, first, second)
+def _remainder(a: int, b: int) -> int:
+    return a - b * _divide(a, b)
 
 
 @functools.lru_cache(maxsize=256)
 def read(text: str) -> Code:
-    """Parse a kernel's intermediate code."""
+    """Parse a kernel's IR."""
     return Code(text)

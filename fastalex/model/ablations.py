@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastalex.model.specification import Convolution, ResponseNorm, Variant
+from fastalex.model.variants import VARIANTS, Convolution, ResponseNorm, Variant
 
 _WITHOUT, _HALF = "-without-", "-half"
 
@@ -179,6 +179,25 @@ def split_name(name: str) -> tuple[str, tuple[str, ...], bool]:
     """The variant, what it is without, and whether it is half: undoes ``edited_name``."""
     base, _, edits = name.partition(_WITHOUT)
     return base.removesuffix(_HALF), tuple(filter(None, edits.split("+"))), base.endswith(_HALF)
+
+
+def get_variant(variant: str | Variant) -> Variant:
+    """The variant of a name; one that is given stays as it is.
+
+    Args:
+        variant: one of ``VARIANTS``, alone or with what ``edited_name`` adds to it, as in
+            ``"paper-without-lrn"``.
+
+    Raises:
+        ValueError: for an unknown name, listing the known ones, and for an edit that this variant
+            can't have.
+    """
+    if isinstance(variant, Variant):
+        return variant
+    base, without, half = split_name(variant) if isinstance(variant, str) else (variant, (), False)
+    if base not in VARIANTS:
+        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
+    return edit(VARIANTS[base], without, half)
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:

@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
+import fastalex_kernels as kernels
+from fastalex.model.ablations import get_variant
+from fastalex.model.fused import USE_UNFUSED, fuse_classifier, fuse_features
 from fastalex.model.layers import (
     AdaptiveAvgPool2d,
     Conv2dReLU,
     CounterDropout,
     Dropout,
     Linear,
-    LinearReLUDropout,
     LRNMaxPool2d,
     MaxPool2d,
     SpatialResponseNorm,
 )
-from fastalex.model.specification import Convolution, FullyConnected, Variant
-from fastalex.model.variants import get_variant
+from fastalex.model.unfused import classifier_layers, feature_layers
+from fastalex.model.variants import Convolution, FullyConnected, Variant
 
 _GRID = 6  # the last maps are averaged to 6 x 6, which they are at the published image size
 _STREAM = 0x9E3779B97F4A7C15  # keeps the dropout seeds of the layers apart
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_FUSED_LAYERS = (Conv2dReLU, MaxPool2d, CounterDropout, Linear, AdaptiveAvgPool2d)
 
 
 class AlexNet(nn.Module):
-    """The AlexNet of 2012 on fused kernels.
+    """The AlexNet of 2012, on fused kernels or from torch's own layers.
 
-    ``features``, ``avgpool`` and ``classifier`` are indexed as in torchvision's ``alexnet``: a
-    fused layer stands at its convolution's or linear layer's index, an identity where its ReLU or
-    dropout was. Replacing ``classifier[6]``, slicing ``features`` and loading torchvision's state
-    dict (variant ``"owt"``) work as there.
+    ``features``, ``avgpool`` and ``classifier`` are indexed as in torchvision's ``alexnet``.
+    Replacing ``classifier[6]``, slicing ``features`` and loading torchvision's state dict (variant
+    ``"owt"``) work as there. Fused, a layer computes the ReLU and dropout after it too; those stay
+    in their places, pass their input on and refuse hooks. Where another layer takes the place of a
+    fused one, they are layers again.
 
     Args:
         num_classes: outputs, at least 1.
@@ -41,6 +46,8 @@ class AlexNet(nn.Module):
         variant: ``"paper"``, ``"source2012"``, ``"caffe"`` or ``"owt"``; see
             fastalex.model.variants. Or such a name edited, ``"paper-without-lrn"``, or a Variant;
             see fastalex.model.ablations.
+        fused: False is the same net from nn.Conv2d, nn.ReLU, nn.LocalResponseNorm, nn.MaxPool2d,
+            nn.Linear and nn.Dropout, for whoever hooks, traces, attributes or exports.
 
     Shapes:
         images [N, 3, H, W] to logits [N, num_classes]. Any size from ``smallest_image_size()`` on;
@@ -51,7 +58,11 @@ class AlexNet(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int = 1000, dropout: float = 0.5, variant: str | Variant = "paper"
+        self,
+        num_classes: int = 1000,
+        dropout: float = 0.5,
+        variant: str | Variant = "paper",
+        fused: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
@@ -63,18 +74,97 @@ class AlexNet(nn.Module):
         ):
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
         self.variant: Variant = get_variant(variant)
+        self.num_classes, self.dropout, self.is_fused = num_classes, dropout, fused
         self._counters: _Counters | None = None
-        self.features = nn.Sequential(*_feature_layers(self.variant))
-        self.avgpool = AdaptiveAvgPool2d((_GRID, _GRID))
-        self.classifier = nn.Sequential(*_classifier_layers(self.variant, num_classes, dropout))
+        features = feature_layers(self.variant)
+        width = [m.out_channels for m in features if isinstance(m, nn.Conv2d)][-1] * _GRID**2
+        classifier = classifier_layers(self.variant, width, num_classes, dropout)
+        pool = AdaptiveAvgPool2d if fused else nn.AdaptiveAvgPool2d
+        sequence = nn.Sequential
+        self.features = fuse_features(self.variant, features) if fused else sequence(*features)
+        self.avgpool = pool((_GRID, _GRID))
+        self.classifier = fuse_classifier(classifier) if fused else sequence(*classifier)
+        self.num_features = int(classifier[-1].weight.shape[1])  # type: ignore[union-attr,index,arg-type]
         self.init_parameters("published")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if len(images.shape) != 4 or images.shape[1] != 3:
-            raise ValueError(f"images: expected [N, 3, H, W], got shape {tuple(images.shape)}")
+        if self.is_fused and not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self._check(images)
+        return self.classifier(torch.flatten(self.avgpool(self.features(images)), 1))  # type: ignore[no-any-return]
+
+    def _check(self, images: torch.Tensor) -> None:
+        """Raise where fused layers can't compute the logits of ``images``."""
+        if isinstance(images, torch.fx.Proxy) or torch._C._get_tracing_state() is not None:
+            raise NotImplementedError(f"fused layers can't be traced: {USE_UNFUSED}")
+        first = next(self.features.children(), None)
+        channels = first.in_channels if isinstance(first, nn.Conv2d) else 3
+        if len(images.shape) != 4 or (isinstance(first, nn.Conv2d) and images.shape[1] != channels):
+            shape = tuple(images.shape)
+            raise ValueError(f"images: expected [N, {channels}, H, W], got shape {shape}")
         self.check_image_size(images.shape[2], images.shape[3])
-        maps = self.avgpool(self.features(images))
-        return self.classifier(torch.flatten(maps, 1))  # type: ignore[no-any-return]
+
+    def fused(self) -> AlexNet:
+        """The same net on fused kernels; the parameters are shared, not copied.
+
+        Raises:
+            ValueError: where a layer was changed in a way that the fused net can't take over.
+            NotImplementedError: where a ReLU or dropout that a kernel computes was replaced.
+        """
+        return self._converted(True)
+
+    def unfused(self) -> AlexNet:
+        """The same net from torch's own layers; the parameters are shared, not copied.
+
+        It is what can be hooked, traced, scripted, attributed, pruned, quantised and exported. Its
+        dropout draws from torch's generator.
+
+        Raises:
+            ValueError: where a layer was changed in a way that torch's own can't take over.
+        """
+        return self._converted(False)
+
+    def __prepare_scriptable__(self) -> AlexNet:
+        """What torch.jit.script compiles."""
+        return self.unfused()
+
+    def _converted(self, fused: bool) -> AlexNet:
+        if fused == self.is_fused:
+            return self
+        arguments = (self.num_classes, self.dropout, self.variant)
+        with torch.device("meta"):
+            made, other = AlexNet(*arguments, not fused), AlexNet(*arguments, fused)
+        for part in ("features", "classifier"):
+            mine, before, after = (getattr(net, part) for net in (self, made, other))
+            if len(mine) != len(before):
+                raise ValueError(f"{part}: expected {len(before)} layers, got {len(mine)}")
+            for name, layer in mine.named_children():
+                if repr(layer) == repr(before.get_submodule(name)):
+                    _share(f"{part}.{name}", layer, after.get_submodule(name))
+                elif any(isinstance(m, _FUSED_LAYERS) for m in layer.modules()):
+                    raise ValueError(f"{part}.{name}: changed since it was made: {layer}")
+                else:  # a layer of the user's
+                    setattr(after, name, layer)
+        return other.train(self.training)
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """The last maps, [N, channels, h, w], as timm's models give them."""
+        return self.features(images)  # type: ignore[no-any-return]
+
+    def forward_head(self, maps: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """The logits of the last maps, or with ``pre_logits`` what the last layer reads."""
+        head = self.classifier[:-1] if pre_logits else self.classifier
+        return head(torch.flatten(self.avgpool(maps), 1))  # type: ignore[no-any-return]
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.classifier[-1]
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a new last layer with ``num_classes`` outputs in, on the old one's device."""
+        old = next(self.classifier[-1].parameters())
+        new = (Linear if self.is_fused else nn.Linear)(self.num_features, num_classes)
+        self.classifier[-1] = new.to(old.device, old.dtype)
+        self.num_classes = num_classes
 
     def dropout_counters(self) -> object:
         """What ``seed_dropout`` writes to; another object where the layers' counters moved."""
@@ -86,7 +176,7 @@ class AlexNet(nn.Module):
 
     def check_image_size(self, height: int, width: int) -> None:
         """Raise a ValueError where so few pixels leave nothing for the last layer."""
-        if not _reaches(min(height, width), self._spatial_layers()):
+        if min(_sizes(min(height, width), self._spatial_layers())) < 1:
             smallest = self.smallest_image_size()
             raise ValueError(
                 f"images: {height} x {width} pixels are too few, "
@@ -95,21 +185,18 @@ class AlexNet(nn.Module):
 
     def map_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the maps before ``avgpool``, of images of that size."""
-        height, width = image_size
-        for layer in self._spatial_layers():
-            height, width = layer.output_size(height), layer.output_size(width)
+        layers = self._spatial_layers()
+        height, width = (_sizes(side, layers)[-1] for side in image_size)
         return height, width
 
     def smallest_image_size(self) -> int:
         """The side in pixels of the smallest square image that reaches the last layer."""
         layers = self._spatial_layers()
-        size = 1
-        while not _reaches(size, layers):
-            size += 1
-        return size
+        return next(size for size in itertools.count(1) if min(_sizes(size, layers)) > 0)
 
-    def _spatial_layers(self) -> list[Conv2dReLU | MaxPool2d]:
-        return [m for m in self.features.modules() if isinstance(m, (Conv2dReLU, MaxPool2d))]
+    def _spatial_layers(self) -> list[nn.Module]:
+        kinds = (nn.Conv2d, nn.MaxPool2d, MaxPool2d)
+        return [m for m in self.features.modules() if isinstance(m, kinds)]
 
     @torch.no_grad()
     def init_parameters(
@@ -178,12 +265,12 @@ class _Counters:
         self._rows = list(self._held)
         self._written: tuple[int, int] | None = None  # the seed, and the tensor's version since
         for layer, row in zip(layers, self._rows, strict=True):
-            layer.rng = row
+            layer.set_mask(rng=row)
 
     def serve(self, layers: Sequence[CounterDropout], device: torch.device) -> bool:
         """Whether these are the layers that read them, on that device."""
         known = len(layers) == len(self._rows) and self._held.device == device
-        return known and all(x.rng is row for x, row in zip(layers, self._rows, strict=True))
+        return known and all(x.mask.rng is row for x, row in zip(layers, self._rows, strict=True))
 
     def version(self) -> int:
         """Of the tensor: how often it was written."""
@@ -198,81 +285,38 @@ class _Counters:
         self._written = (seed, self._held._version)
 
 
-def _feature_layers(variant: Variant) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    channels = 3
-    for spec in variant.convolutions:
-        layers += [nn.Identity() if spec.removed else _convolution(spec, channels), nn.Identity()]
-        if spec.pool:
-            layers.append(_pool_layer(spec, variant.pool_ceil_mode))
-        channels = channels if spec.removed else spec.channels
-    return layers
+def _sizes(size: int, layers: Sequence[nn.Module]) -> list[int]:
+    """Outputs of each layer along an axis of ``size`` pixels, the pixels first; 0 from where none.
 
-
-def _convolution(spec: Convolution, channels: int) -> Conv2dReLU:
-    return Conv2dReLU(
-        channels,
-        spec.channels,
-        spec.kernel_size,
-        spec.stride,
-        spec.padding,
-        spec.groups,
-        spec.ceil_mode,
-        relu=not spec.relu_after_pool,
-    )
-
-
-def _pool_layer(spec: Convolution, ceil_mode: bool) -> nn.Module:
-    pool: dict[str, Any] = {"kernel_size": spec.pool_size, "stride": 2, "ceil_mode": ceil_mode}
-    if spec.norm is None:
-        return MaxPool2d(**pool)
-    norm = (spec.norm.size, spec.norm.alpha, spec.norm.beta, spec.norm.k, spec.norm.groups)
-    if spec.spatial_norm is None:
-        relu = spec.relu_after_pool
-        return LRNMaxPool2d(*norm, **pool, relu=relu, signed=relu)
-    spatial = spec.spatial_norm
-    return nn.Sequential(
-        LRNMaxPool2d(*norm, kernel_size=1, stride=1, signed=False),
-        SpatialResponseNorm(spatial.size, spatial.alpha, spatial.beta, spatial.k),
-        MaxPool2d(**pool),
-    )
-
-
-def _classifier_layers(variant: Variant, num_classes: int, dropout: float) -> list[nn.Module]:
-    present = [spec for spec in variant.convolutions if not spec.removed]
-    width = present[-1].channels * _GRID * _GRID
-    hidden = variant.fully_connected[:-1]
-    left = sum(not spec.removed for spec in hidden)
-    layers: list[nn.Module] = [
-        Dropout(dropout) if variant.dropout_on_input and left else nn.Identity()
-    ]
-    for spec in hidden:
-        if spec.removed:
-            layers.append(nn.Identity())
-        else:
-            assert spec.features is not None
-            left -= 1
-            # Dropout on the next hidden layer's input is this one's epilogue.
-            p = 0.0 if variant.dropout_on_input and not left else dropout
-            layers.append(LinearReLUDropout(width, spec.features, p, spec.groups))
-            width = spec.features
-        layers += [nn.Identity(), nn.Identity()]
-    # Nothing stands between fc7's ReLU, which is absorbed, and fc8.
-    return [*layers[:-1], Linear(width, num_classes)]
-
-
-def _reaches(size: int, layers: list[Conv2dReLU | MaxPool2d]) -> bool:
-    """Whether an axis of ``size`` pixels leaves something for every one of ``layers``."""
+    Convolutions padded by a name ("same") keep the size.
+    """
+    sizes = [size]
     for layer in layers:
-        if (
-            isinstance(layer, Conv2dReLU)
-            and size + 2 * int(layer.padding[0]) < layer.kernel_size[0]
-        ):
-            return False
-        size = layer.output_size(size)
-        if size < 1:
-            return False
-    return True
+        if isinstance(layer, nn.Conv2d):
+            if isinstance(layer.padding, str):
+                continue
+            span = size + 2 * layer.padding[0] - layer.dilation[0] * (layer.kernel_size[0] - 1) - 1
+            rounding = layer.stride[0] - 1 if getattr(layer, "ceil_mode", False) else 0
+            size = (span + rounding) // layer.stride[0] + 1 if span >= 0 else 0
+        else:
+            assert isinstance(layer, (nn.MaxPool2d, MaxPool2d))
+            kernel, stride = (
+                v if isinstance(v, int) else v[0] for v in (layer.kernel_size, layer.stride)
+            )
+            size = max(0, kernels.pooled_size(size, kernel, stride, layer.ceil_mode))
+        sizes.append(size)
+    return sizes
+
+
+def _share(path: str, layer: nn.Module, other: nn.Module) -> None:
+    """Give ``other`` the parameters of ``layer``."""
+    if list(layer._parameters) != list(other._parameters):
+        raise ValueError(f"{path}: pruned or otherwise changed, take the other form before that")
+    for module in layer.modules():
+        if any(module.__dict__[kind] for kind in HOOKS):
+            raise ValueError(f"{path}: it has a hook, which the other form would not")
+    for name, parameter in layer._parameters.items():
+        other._parameters[name] = parameter
 
 
 def _init_layer(

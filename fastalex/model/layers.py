@@ -6,8 +6,7 @@ A fused layer is a subclass of the torch layer whose parameters it holds, so tha
 
 from __future__ import annotations
 
-from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +143,19 @@ class LRNMaxPool2d(MaxPool2d):
         )
 
 
+@torch.fx.wrap
+def spatial_response_norm(
+    input: torch.Tensor, size: int, alpha: float, beta: float, k: float
+) -> torch.Tensor:
+    """x * (k + alpha * mean of x^2 over size x size pixels of its map, zeros outside) ^ -beta."""
+    narrow = input.dtype == torch.float16 or input.dtype == torch.bfloat16
+    wide = input.float() if narrow else input
+    before, after = size // 2, (size - 1) // 2
+    squares = F.pad(wide * wide, [before, after, before, after])
+    mean = F.avg_pool2d(squares, size, 1)
+    return (wide * (k + alpha * mean) ** -beta).to(input.dtype)
+
+
 class SpatialResponseNorm(nn.Module):
     """Response normalisation within a map, over size x size pixels.
 
@@ -159,38 +171,34 @@ class SpatialResponseNorm(nn.Module):
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        height, width = input.shape[2:]
-        wide = input.to(torch.promote_types(input.dtype, torch.float32))
-        before, after = self.size // 2, (self.size - 1) // 2
-        squares = F.pad(wide.square(), (before, after, before, after))
-        window = range(self.size)
-        rows = reduce(torch.add, (squares[:, :, i : i + height] for i in window))
-        total = reduce(torch.add, (rows[..., j : j + width] for j in window))
-        return (wide * (self.k + self.alpha / self.size**2 * total) ** -self.beta).to(input.dtype)
+        return spatial_response_norm(input, self.size, self.alpha, self.beta, self.k)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
 
 
-class CounterDropout:
-    """What the layers that drop units share: where the mask's counter starts.
+class DropoutMask(NamedTuple):
+    """Which units are dropped, as the kernels take it.
 
-    ``rng`` is an int64 tensor (seed, offset) on the layer's device, or None to draw from torch's
-    generator; ``row_offset`` and ``feature_offset`` are this process's place in the whole batch and
-    layer, so that every split of either drops the same units.
+    Attributes:
+        rng: int64 tensor (seed, offset) on the layer's device; None draws from torch's generator.
+        row_offset, feature_offset: this process's place in the whole batch and layer, so that
+            every split of either drops the same units.
     """
 
     rng: torch.Tensor | None = None
     row_offset: int = 0
     feature_offset: int = 0
 
-    def place(self) -> dict[str, Any]:
-        """The arguments of a kernel that say where the mask starts."""
-        return {
-            "rng": self.rng,
-            "row_offset": self.row_offset,
-            "feature_offset": self.feature_offset,
-        }
+
+class CounterDropout:
+    """What the layers that drop units share: ``mask``, which units those are."""
+
+    mask: DropoutMask = DropoutMask()
+
+    def set_mask(self, **changes: Any) -> None:
+        """Change fields of ``mask``."""
+        self.mask = self.mask._replace(**changes)
 
 
 class Linear(nn.Linear):
@@ -233,10 +241,9 @@ class LinearReLUDropout(CounterDropout, nn.Linear):
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, first: int
     ) -> torch.Tensor:
         """The outputs from number ``first`` on, whose weights these are."""
-        place = self.place()
-        place["feature_offset"] += first
+        rng, row, feature = self.mask
         return kernels.linear_relu_dropout(
-            input, weight, bias, p=self.p, training=self.training, **place
+            input, weight, bias, self.p, True, self.training, rng, row, feature + first
         )
 
     def extra_repr(self) -> str:
@@ -251,7 +258,7 @@ class Dropout(CounterDropout, nn.Module):
         self.p = p
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return kernels.dropout(input, self.p, self.training, **self.place())
+        return kernels.dropout(input, self.p, self.training, *self.mask)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

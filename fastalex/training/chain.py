@@ -10,7 +10,8 @@ from torch import nn
 
 from fastalex.distributed.exchange import Exchange
 from fastalex.distributed.towers import GatherInput
-from fastalex.model.alexnet import AlexNet, layer_names
+from fastalex.model.alexnet import HOOKS, AlexNet, layer_names
+from fastalex.model.fused import FusedSequential, is_absorbed
 from fastalex.model.layers import (
     AdaptiveAvgPool2d,
     Conv2dReLU,
@@ -22,25 +23,15 @@ from fastalex.model.layers import (
     SpatialResponseNorm,
 )
 from fastalex.training.optim import BUFFER, Rates, update_rule
-from fastalex.training.passes import (
-    Convolution,
-    Flatten,
-    FullyConnected,
-    Gather,
-    Pass,
-    Place,
-    Pool,
-    Torch,
-)
-from fastalex.training.updates import FusedUpdate, StoredGradients, Update, momentum_update
+from fastalex.training.passes import Convolution, Flatten, FullyConnected, Gather, Pass, Pool, Torch
+from fastalex.training.updates import FusedUpdate, StoredGradients, momentum_update
 from fastalex_kernels.conv2d.forward import pack_weight
 from fastalex_kernels.lrn_pool.general import MAX_CHANNELS
 from fastalex_kernels.momentum import MomentumUpdate, Updates
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _KNOWN = (
     Conv2dReLU, MaxPool2d, LRNMaxPool2d, SpatialResponseNorm, AdaptiveAvgPool2d, Dropout,
-    LinearReLUDropout, Linear, nn.Identity, nn.Sequential, AlexNet,
+    LinearReLUDropout, Linear, nn.Identity, nn.Sequential, FusedSequential, AlexNet,
 )  # fmt: skip
 
 
@@ -48,7 +39,7 @@ def check(model: AlexNet, optimizer: torch.optim.Optimizer) -> None:
     """Raise a ValueError that names what a step can't run, and why."""
     for path, module in model.named_modules():
         what = f"model: {path or 'the model'} is a {type(module).__name__}"
-        if type(module) not in _KNOWN:
+        if type(module) not in _KNOWN and not is_absorbed(module):
             raise ValueError(f"{what}, which is no layer of fastalex's")
         hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
         if any(not isinstance(hook, GatherInput) for hook in hooks):
@@ -78,9 +69,9 @@ class Chain:
         exchange: with the other tower; None takes the one that ``parallelize`` gave the model.
 
     Attributes:
-        updates: of the parameters, by name.
-        forms: what becomes of each layer's gradients.
         rates: of the optimizer.
+        updates: of the parameters, by name.
+        by_layer: of each layer that has parameters, what becomes of their gradients.
         strided: the first layer, where its kernels read its stride's blocks of pixels.
         exchange: the one that is used; None of a whole net.
     """
@@ -94,27 +85,46 @@ class Chain:
         fused_update: bool,
         exchange: Exchange | None,
     ) -> None:
-        self._model, self._optimizer, self._dtype = model, optimizer, dtype
-        self._triton, self._fused_update = has_kernels, fused_update
+        self._model, self._optimizer = model, optimizer
+        self._dtype, self._triton = dtype, has_kernels
         self._layers = list(_layers(model))
-        hooks = [_gather_hook(layer) for _, layer in self._layers]
-        self.exchange = exchange or next((h.exchange for h in hooks if h is not None), None)
-        self.rates = Rates(optimizer)
+        gathers = [_gather_hook(layer) for _, layer in self._layers]
+        self.exchange = exchange or next((h.exchange for h in gathers if h is not None), None)
+        self.rates, rule = Rates(optimizer), update_rule(optimizer)
         self.updates: dict[str, MomentumUpdate] = {}
-        self.forms: dict[nn.Module, Update] = {}
+        self.by_layer: dict[nn.Module, FusedUpdate] = {}
+        form = FusedUpdate if fused_update else StoredGradients
         paths = {module: name for name, module in model.named_modules()}
         for _, layer in self._layers:
             if layer is not None and layer._parameters:
-                self.forms[layer] = self._form(layer, paths[layer])
-        first = self._layers[0][1]
+                updates = self._updates(layer, rule)
+                named = {f"{paths[layer]}.{kind}": x for kind, x in updates.items()}
+                self.updates.update(named)
+                self.by_layer[layer] = form(layer, Updates(*named.values()))
         self.strided: Conv2dReLU | None = None
-        if isinstance(first, Conv2dReLU) and self._has_kernels(first) and first.stride[0] > 1:
+        first = self._layers[0][1]
+        if isinstance(first, Conv2dReLU) and first.stride[0] > 1 and self._has_kernels(first):
             self.strided = first
+
+    def _updates(self, layer: nn.Module, rule: str) -> dict[str, MomentumUpdate]:
+        """The updates of a layer's parameters, in the memory order that its kernels read."""
+        kernels_of = layer if self._has_kernels(layer) else None
+        if isinstance(kernels_of, Conv2dReLU) and kernels_of.stride[0] == 1:
+            weight = kernels_of.weight
+            weight.data = pack_weight(weight.data).permute(3, 2, 0, 1)
+        updates = {}
+        for kind, parameter in layer.named_parameters(recurse=False):
+            state, buffer = self._optimizer.state[parameter], torch.zeros_like(parameter)
+            if state.get(BUFFER) is not None:
+                buffer.copy_(state[BUFFER])
+            state[BUFFER], rate = buffer, self.rates.of(parameter)
+            updates[kind] = momentum_update(parameter, buffer, rate, rule, self._dtype, kernels_of)
+        return updates
 
     def passes(
         self, image_size: tuple[int, int], fused_activation: bool, early: bool
     ) -> list[tuple[str, Pass]]:
-        """The layers by name, each knowing what is below and above it.
+        """The layers by name, each told what is below and above it.
 
         Args:
             image_size: height and width.
@@ -128,34 +138,26 @@ class Chain:
             for name, layer in self._layers
             if layer is not average or not nothing_to_do
         ]
-        chain = [one for _, one in passes]
-        fused = [
-            fused_activation and below.relu and above.masks
-            for below, above in itertools.pairwise(chain)
-        ]
-        for i, one in enumerate(chain):
-            one.place = Place(
-                first=i == 0,
-                relu_below=i > 0 and fused[i - 1],
-                relu_done=i < len(fused) and fused[i],
-            )
+        passes[0][1].needs_dx = False
+        for (_, below), (_, above) in itertools.pairwise(passes):
+            above.masks_dx = below.dy_is_preact = fused_activation and below.relu and above.can_mask
         return passes
 
     def _pass(self, layer: nn.Module | None, early: bool) -> Pass:
         if layer is None:
             return Flatten()
-        hook, update, gather = _gather_hook(layer), self.forms.get(layer), None
+        hook, update, gather = _gather_hook(layer), self.by_layer.get(layer), None
         if hook is not None and self.exchange is not None:
-            gather = Gather(self.exchange, hook.summed)
+            gather = Gather(self.exchange, hook.summed, early)
         if not self._has_kernels(layer):
             return Torch(layer, update, gather, self._dtype)
         if isinstance(layer, MaxPool2d):
             return Pool(layer)
         assert update is not None
         if isinstance(layer, Conv2dReLU):
-            return Convolution(layer, update, gather, early)
+            return Convolution(layer, update, gather)
         assert isinstance(layer, (Linear, LinearReLUDropout))
-        return FullyConnected(layer, update, gather, early)
+        return FullyConnected(layer, update, gather)
 
     def _has_kernels(self, layer: nn.Module) -> bool:
         if not self._triton:
@@ -168,24 +170,6 @@ class Chain:
             return widest // layer.groups <= MAX_CHANNELS
         linear = isinstance(layer, (Linear, LinearReLUDropout)) and getattr(layer, "groups", 1) == 1
         return linear or isinstance(layer, MaxPool2d)
-
-    def _form(self, layer: nn.Module, path: str) -> Update:
-        """The updates of a layer's parameters, in the memory order that its kernels read."""
-        with_kernels = layer if self._has_kernels(layer) else None
-        if isinstance(with_kernels, Conv2dReLU) and with_kernels.stride[0] == 1:
-            weight = with_kernels.weight
-            weight.data = pack_weight(weight.data).permute(3, 2, 0, 1)
-        made = []
-        for kind, parameter in layer.named_parameters(recurse=False):
-            state, buffer = self._optimizer.state[parameter], torch.zeros_like(parameter)
-            if state.get(BUFFER) is not None:
-                buffer.copy_(state[BUFFER])
-            state[BUFFER] = buffer
-            rate, rule = self.rates.of(parameter), update_rule(self._optimizer)
-            made.append(momentum_update(parameter, buffer, rate, rule, self._dtype, with_kernels))
-            self.updates[f"{path}.{kind}"] = made[-1]
-        form = FusedUpdate if self._fused_update else StoredGradients
-        return form(layer, Updates(*made))
 
 
 def _layers(model: AlexNet) -> Iterator[tuple[str, nn.Module | None]]:

@@ -1,6 +1,6 @@
 """Checkpoints of a run, and where a run goes on that was stopped.
 
-``RUN/checkpoints/step-N.safetensors`` holds weights and velocities of the whole net, whatever
+``RUN/checkpoints/step-N.safetensors`` holds weights and momentum buffers of the whole net, whatever
 number of processes wrote it, and as JSON in the same file all else that the next step depends on.
 Order, crops, colours and dropout are functions of the seed, the epoch and the step, so that there
 is no state of a random generator to keep.
@@ -18,18 +18,18 @@ from typing import Any
 import torch
 
 from fastalex.common.provenance import versions
-from fastalex.distributed.launch import World
+from fastalex.distributed.world import World
 from fastalex.training.config import RESUMABLE, Settings, describe_setting, setting_names
 from fastalex.training.run_folder import RunFolder
-from fastalex.training.weights import read_header, read_tensors, write_tensors
+from fastalex.training.weights import read_metadata, read_tensors, write_tensors
 
 FORMAT = "fastalex-checkpoint-1"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
-_WEIGHT, _VELOCITY = "weight ", "velocity "  # in front of a parameter's name
+_WEIGHT, _BUFFER = "weight ", "velocity "  # in front of a parameter's name in a file
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumeState:
     """Where a stopped run goes on.
 
     Attributes:
@@ -64,9 +64,8 @@ class Start:
             return self.ended
         batches = -(-self.state["images"][0] // self.settings.batch_size)
         # Behind the last batch of an epoch its validation is still to come.
-        return self.state["batch"] == 0 and self.step >= last_step(
-            self.settings, batches, self.state
-        )
+        last = last_step(self.settings, batches, self.state)
+        return self.state["batch"] == 0 and self.step >= last
 
     def choose(self, arguments: Mapping[str, Any], named: bool) -> Settings:
         """The run's settings with what ``arguments`` may change of them.
@@ -82,68 +81,56 @@ class Start:
         kept, given = vars(self.settings), {n for n in setting_names() if arguments[n] is not None}
         values, compared = arguments, given
         if not named:
-            world = self.world
-            values = vars(Settings.choose(arguments, world.device_type))
+            values = vars(Settings.choose(arguments, self.world.device_type))
             compared = given | self.given
         changed = {n for n in compared - set(RESUMABLE) if values[n] != kept[n]}
         if not named and (values["data"] is None) != (kept["data"] is None):
             changed.add("data")
-        if (
-            self.finished
-            and self.path
-            and "epochs" in changed
-            and values["epochs"] > kept["epochs"]
-        ):
+        longer = "epochs" in changed and values["epochs"] > kept["epochs"]
+        if longer and self.finished and self.path:
             changed.remove("epochs")
         if changed:
-            raise ValueError(self._refusal(sorted(changed), values, named))
+            why = "give the options that it was started with, or name another folder"
+            if changed == {"epochs"} and longer:
+                why = "it is not finished yet"
+                if self.finished:
+                    why = "it kept no checkpoint to go on from"
+            elif named:
+                options = ", ".join("--" + n.replace("_", "-") for n in sorted(changed))
+                why = f"leave out {options}"
+            raise ValueError(
+                f"{'--resume' if named else '--output'} {self.folder}: the run has "
+                + ", ".join(
+                    f"{describe_setting(n, kept[n])} and not {describe_setting(n, values[n])}"
+                    for n in sorted(changed)
+                )
+                + f"; {why}"
+            )
         renewed = {n: arguments[n] for n in given if n in (*RESUMABLE, "epochs")}
         return dataclasses.replace(self.settings, **renewed)
 
-    def _refusal(self, changed: list[str], values: Mapping[str, Any], named: bool) -> str:
-        kept = vars(self.settings)
-        texts = [
-            f"{describe_setting(n, kept[n])} and not {describe_setting(n, values[n])}"
-            for n in changed
-        ]
-        line = f"{'--resume' if named else '--output'} {self.folder}: the run has "
-        line += f"{', '.join(texts)}; "
-        if changed == ["epochs"] and values["epochs"] > kept["epochs"]:
-            why = (
-                "it kept no checkpoint to go on from" if self.finished else "it is not finished yet"
-            )
-            return line + why
-        if named:
-            return line + "leave out " + ", ".join("--" + n.replace("_", "-") for n in changed)
-        return line + "give the options that it was started with, or name another folder"
-
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Weights and velocities of the whole net; the file was checked when it was found."""
+        """Weights and momentum buffers of the whole net; the file was checked when it was found."""
         assert self.path is not None
         tensors, _ = read_tensors(self.path, FORMAT, check=False)
-        weights, velocities = (
+        weights, buffers = (
             {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
-            for kind in (_WEIGHT, _VELOCITY)
+            for kind in (_WEIGHT, _BUFFER)
         )
-        return weights, velocities
+        return weights, buffers
 
     def differences(self, world: World) -> list[str]:
         """What is not as it was, so that the run will equal one never stopped to rounding only."""
-        before, now = vars(self.world), vars(world)
+        before, now, here = vars(self.world), vars(world), versions()
         lines = [f"{now[n]} {n} instead of {before[n]}" for n in before if before[n] != now[n]]
-        here = versions()
-        lines += [
-            f"{n} {here.get(n)} instead of {v}"
-            for n, v in self.versions.items()
-            if here.get(n) != v
-        ]
-        return lines
+        kept = self.versions.items()
+        return lines + [f"{n} {here.get(n)} instead of {v}" for n, v in kept if here.get(n) != v]
 
 
 def save(
     folder: RunFolder,
     weights: Mapping[str, torch.Tensor],
-    velocities: Mapping[str, torch.Tensor],
+    buffers: Mapping[str, torch.Tensor],
     state: Mapping[str, Any],
     keep: int,
 ) -> None:
@@ -153,7 +140,7 @@ def save(
         OSError: where it can't be written; the older ones are as they were.
     """
     tensors = {_WEIGHT + name: t for name, t in weights.items()}
-    tensors |= {_VELOCITY + name: t for name, t in velocities.items()}
+    tensors |= {_BUFFER + name: t for name, t in buffers.items()}
     folder.checkpoints.mkdir(exist_ok=True)
     path = folder.checkpoints / f"step-{state['step']:08d}.safetensors"
     write_tensors(path, tensors, FORMAT, {"state": dict(state)})
@@ -175,7 +162,7 @@ def last_step(settings: Settings, batches: int, state: Mapping[str, Any]) -> int
     return steps if settings.max_steps is None else min(steps, settings.max_steps)
 
 
-def find(run: Path, option: str = "--resume") -> tuple[Start, list[str]]:
+def find(run: Path, option: str = "--resume") -> tuple[ResumeState, list[str]]:
     """Where the run in the folder ``run`` goes on, and a line for each damaged checkpoint.
 
     Raises:
@@ -184,51 +171,42 @@ def find(run: Path, option: str = "--resume") -> tuple[Start, list[str]]:
     folder = RunFolder(run)
     if not folder.holds_run:
         raise ValueError(f"{option} {run}: no run in it, there is no {folder.report.name}")
+    damaged: list[str] = []
     try:
         report = folder.read_report()
         Settings.from_dict(report["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{option} {run}: {error}") from error
-    paths = _found(folder)
-    damaged: list[str] = []
-    for path in paths:
-        try:
-            _, metadata = read_tensors(path, FORMAT)
-            state = metadata["state"]
-            # An older version kept what a resumed run was given in its checkpoints alone.
-            settings = report["settings"] if "launch" in report else state["settings"]
-            return _start(run, report, settings, path, state), damaged
-        except (ValueError, KeyError, TypeError) as error:
-            damaged.append(str(error))
-    if paths:
-        raise ValueError(f"{option} {run}: no whole checkpoint is left: {damaged[0]}")
-    try:
-        return _start(run, report, report["settings"], None, {}), []
-    except (ValueError, KeyError, TypeError) as error:
+        for path in _found(folder):
+            try:
+                return _read(run, report, path), damaged
+            except (ValueError, KeyError, TypeError) as error:
+                damaged.append(str(error))
+        if damaged:
+            raise ValueError(f"no whole checkpoint is left: {damaged[0]}")
+        return _read(run, report, None), []
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{option} {run}: {folder.report.name} can't be used: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{option} {run}: {error}") from error
 
 
 def newest_step(folder: RunFolder) -> int | None:
     """The step of the newest checkpoint whose header can be read."""
     for path in _found(folder):
         try:
-            return int(read_header(path, FORMAT)["state"]["step"])
+            return int(read_metadata(path, FORMAT)["state"]["step"])
         except (ValueError, KeyError, TypeError):
             continue
     return None
 
 
-def _start(
-    run: Path,
-    report: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    path: Path | None,
-    state: dict[str, Any],
-) -> Start:
+def _read(run: Path, report: Mapping[str, Any], path: Path | None) -> ResumeState:
+    state = {} if path is None else read_tensors(path, FORMAT)[1]["state"]
     written_by = state or report
     world = World(**written_by["world"])
+    # An older version kept what a resumed run was given in its checkpoints alone.
+    settings = (report if "launch" in report else written_by)["settings"]
     given = [report.get("arguments", {}), *(r["arguments"] for r in report.get("resumed", []))]
-    return Start(
+    return ResumeState(
         run,
         Settings.from_dict(settings, world.device_type),
         world,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastalex.model.variants import get_variant
+from fastalex.model.ablations import get_variant
 from fastalex.training.recipes import NO_RECIPE, RECIPES
 
 PRECISIONS = {
@@ -30,7 +30,7 @@ RESUMABLE = (
 )
 
 # What an option takes that is not given, where neither recipe nor data have a say.
-_PLAIN = {
+PLAIN = {
     "precision": "float32",
     "color_noise": "published",
     "seed": 0,
@@ -52,23 +52,14 @@ _PART_OF = {
 }
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What options take that are not given."""
-
-    image_size: int
-    batch_size: int
-    epochs: int
-    workers: int
-    keep_checkpoints: int
-
-
-# The key is whether there is a folder of images, and the device.
-DEFAULTS: dict[tuple[bool, str], Defaults] = {
-    (False, "cpu"): Defaults(64, batch_size=64, epochs=5, workers=1, keep_checkpoints=0),
-    (False, "cuda"): Defaults(64, batch_size=64, epochs=5, workers=4, keep_checkpoints=0),
-    (True, "cpu"): Defaults(96, batch_size=64, epochs=10, workers=1, keep_checkpoints=2),
-    (True, "cuda"): Defaults(224, batch_size=128, epochs=90, workers=8, keep_checkpoints=2),
+_BUILT_IN = {"image_size": 64, "batch_size": 64, "epochs": 5, "keep_checkpoints": 0}
+_FOLDER = {"keep_checkpoints": 2}
+# What follows data and device, by whether there is a folder of images and by the device.
+DEFAULTS: dict[tuple[bool, str], dict[str, int]] = {
+    (False, "cpu"): {**_BUILT_IN, "workers": 1},
+    (False, "cuda"): {**_BUILT_IN, "workers": 4},
+    (True, "cpu"): {**_FOLDER, "image_size": 96, "batch_size": 64, "epochs": 10, "workers": 1},
+    (True, "cuda"): {**_FOLDER, "image_size": 224, "batch_size": 128, "epochs": 90, "workers": 8},
 }
 
 
@@ -126,9 +117,9 @@ class Settings:
         """
         recipe = NO_RECIPE if arguments["recipe"] is None else RECIPES[arguments["recipe"]]
         given = {n: arguments[n] for n in setting_names() if arguments[n] is not None}
-        defaults = dataclasses.asdict(DEFAULTS[arguments["data"] is not None, device_type])
+        defaults = DEFAULTS[arguments["data"] is not None, device_type]
         chosen = {n: v for n, v in vars(recipe).items() if v is not None}
-        values = {**dict.fromkeys(setting_names()), **defaults, **_PLAIN, **chosen, **given}
+        values = {**dict.fromkeys(setting_names()), **defaults, **PLAIN, **chosen, **given}
         published = values["image_size"] == _PUBLISHED_SIZE and "image_size" not in given
         if arguments["recipe"] is not None and published:
             values["image_size"] = get_variant(values["variant"]).image_size

@@ -52,19 +52,18 @@ class Graph:
         self._runs += 1
         wanted = self._runs > WARM_UP and len(self._captured) < _CAPTURES
         if wanted and not self._failed:
-            self._program.give(inputs)
+            self._program.set_inputs(inputs)
             self._try_to_capture(inputs)
         replay = next((r for held, r in self._captured if _same_memory(held, inputs)), None)
         if replay is None and self._captured:
             held, replay = self._captured[0]
-            for mine, given in zip(held, inputs, strict=True):
-                if mine is not None and given is not None:
-                    mine.copy_(given)
+            for mine, new in zip(held, inputs, strict=True):
+                if mine is not None and new is not None:
+                    mine.copy_(new)
         if replay is not None:
             replay()
         else:
-            self._program.give(inputs)
-            self._program.run()
+            self._program.run(inputs)
 
     def _try_to_capture(self, inputs: Inputs) -> None:
         failure, replay = "not in another process", None

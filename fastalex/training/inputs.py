@@ -1,8 +1,8 @@
-"""What a step is given, images or bytes and labels, and what its first layer reads of them."""
+"""The tensors that a step reads, images or bytes and labels, and the input of its first layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from fastalex_kernels.common.arguments import aligned
 from fastalex_kernels.common.launch import call
 from fastalex_kernels.conv2d.arguments import space_to_depth
 
-BLOCK = 4  # pixels between the windows of a layer that reads blocks, and the side of a block
+BLOCK = 4  # the stride of a first layer for which augmentation writes blocks of pixels
 Inputs = Sequence[torch.Tensor | None]
 
 
@@ -29,8 +29,8 @@ def check_batch(images: Any, labels: torch.Tensor, model: AlexNet, augment: Augm
     elif not isinstance(images, torch.Tensor):
         raise TypeError(f"images: expected a tensor or bytes, got {type(images).__name__}")
     elif images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        came = f"{images.dtype} {tuple(images.shape)}"
-        raise ValueError(f"images: expected floats [N, 3, H, W], got {came}")
+        got = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"images: expected floats [N, 3, H, W], got {got}")
     else:
         model.check_image_size(images.shape[2], images.shape[3])
         count, device = len(images), images.device
@@ -38,20 +38,20 @@ def check_batch(images: Any, labels: torch.Tensor, model: AlexNet, augment: Augm
     if device != expected:
         raise ValueError(f"images: expected device {expected}, got {device}")
     if labels.dtype != torch.int64 or labels.shape != (count,):
-        came = f"{labels.dtype} {list(labels.shape)}"
-        raise ValueError(f"labels: expected int64 [{count}], got {came}")
+        got = f"{labels.dtype} {list(labels.shape)}"
+        raise ValueError(f"labels: expected int64 [{count}], got {got}")
     if labels.device != device:
         raise ValueError(f"labels: expected device {device}, got {labels.device}")
 
 
-def form_of(x: Any) -> object:
-    """What of an input the recorded launches depend on."""
+def signature(x: Any) -> object:
+    """All that the recorded launches know of an input."""
     if not isinstance(x, torch.Tensor):
         return type(x)
     return x.shape, x.stride(), x.dtype, x.device, aligned(x)
 
 
-def tensors_of(images: Any, labels: torch.Tensor, has_kernels: bool) -> Inputs:
+def input_tensors(images: Any, labels: torch.Tensor, has_kernels: bool) -> Inputs:
     """The tensors that the launches read: the images, or five of bytes; and the labels."""
     labels = labels.contiguous()
     if isinstance(images, torch.Tensor):
@@ -65,85 +65,69 @@ def tensors_of(images: Any, labels: torch.Tensor, has_kernels: bool) -> Inputs:
 
 def image_size(images: Inputs, augment: Augment | None) -> tuple[int, int]:
     """Height and width of the images that the net gets."""
-    if augment is not None and len(images) > 1:
+    if augment is not None:
         return augment.size, augment.size
     assert images[0] is not None
     return images[0].shape[2], images[0].shape[3]
 
 
 def first_input(
-    images: Inputs, augment: Augment | None, strided: Conv2dReLU | None, dtype: torch.dtype
+    images: Inputs,
+    augment: Augment | None,
+    strided: Conv2dReLU | None,
+    dtype: torch.dtype,
+    has_kernels: bool,
 ) -> torch.Tensor:
     """What the first layer reads: HWNC maps, or blocks of pixels as their channels.
 
     Args:
-        images: of ``tensors_of``, without the labels.
+        images: of ``input_tensors``, without the labels.
         augment: of bytes; None where there are images.
         strided: the first layer, where its kernels read blocks.
         dtype: of the maps.
+        has_kernels: whether a kernel augments.
     """
-    if augment is None:
-        return _made(images[0], strided, dtype)
-    blocks = strided if strided is not None and strided.stride[0] == BLOCK else None
+    if augment is not None and has_kernels:
+        blocks = strided is not None and strided.stride[0] == BLOCK
+        x = _augment(images, augment, strided if blocks else None, dtype)
+        if blocks:
+            return x
+        images, augment = [x.permute(0, 3, 1, 2)], None
+    maps = _maps(augment, strided, *images)
+    out = maps.new_empty(maps.shape, dtype=dtype)
+    call(_write_maps, out, augment, strided, *images)
+    return out
+
+
+def _augment(
+    images: Inputs, augment: Augment, strided: Conv2dReLU | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The images of bytes: NHWC, or the blocks that ``strided`` reads."""
     size, block, kernel_size, sides = augment.size, 1, 1, ((0, 0), (0, 0))
-    if blocks is not None:
-        block, kernel_size, sides = BLOCK, blocks.kernel_size[0], blocks.sides(size, size)
+    if strided is not None:
+        block, kernel_size, sides = BLOCK, strided.kernel_size[0], strided.sides(size, size)
     lines = padded_lines(size, sides, block, kernel_size)
     pixels, tops, lefts, mirrors, colors = images
     assert pixels is not None
     assert tops is not None
     assert lefts is not None
     assert mirrors is not None
-    out = augment_forward(
+    return augment_forward(
         pixels, tops, lefts, mirrors, colors, augment.mean, augment.scale, augment.centred,
         size, sides, block, lines, dtype,
     )  # fmt: skip
-    return out if blocks is not None else _made(out.permute(0, 3, 1, 2), strided, dtype)
 
 
-def augmented(images: Inputs, augment: Augment, dtype: torch.dtype) -> torch.Tensor:
-    """The images of bytes as HWNC maps, by torch's operators."""
-    return _recorded(augmented_as_maps, dtype, augment, *images)
+def _maps(augment: Augment | None, strided: Conv2dReLU | None, *images: Any) -> torch.Tensor:
+    """Images, or what ``augment`` makes of bytes, as HWNC; as blocks where ``strided`` is given."""
+    x = images[0] if augment is None else augment(*(x for x in images if x is not None))
+    if strided is not None:
+        (R, S), step = strided.kernel_size, strided.stride[0]
+        x = space_to_depth(x, (R, S), (step, step), strided.sides(*x.shape[2:]), 1)
+    return x.permute(2, 3, 0, 1)
 
 
-def _made(
-    images: torch.Tensor | None, strided: Conv2dReLU | None, dtype: torch.dtype
-) -> torch.Tensor:
-    if strided is None:
-        return _recorded(images_as_maps, dtype, images)
-    return _recorded(images_as_blocks, dtype, images, strided)
-
-
-def _recorded(
-    make: Callable[..., torch.Tensor], dtype: torch.dtype, *arguments: Any
-) -> torch.Tensor:
-    """What ``make`` returns, in memory that later steps write again."""
-    out = make(None, dtype, *arguments)
-    call(make, out, dtype, *arguments)
-    return out
-
-
-def images_as_maps(
-    out: torch.Tensor | None, dtype: torch.dtype, images: torch.Tensor
-) -> torch.Tensor:
-    """Images [N, 3, H, W] as HWNC in ``dtype``, in the memory ``out`` if it is given."""
-    maps = images.permute(2, 3, 0, 1)
-    out = maps.new_empty(maps.shape, dtype=dtype) if out is None else out
-    return out.copy_(maps)
-
-
-def images_as_blocks(
-    out: torch.Tensor | None, dtype: torch.dtype, images: torch.Tensor, layer: Conv2dReLU
-) -> torch.Tensor:
-    """Images [N, 3, H, W] as the blocks that ``layer`` reads at stride 1; as ``images_as_maps``."""
-    R, S = layer.kernel_size
-    stride = (layer.stride[0], layer.stride[0])
-    blocks = space_to_depth(images, (R, S), stride, layer.sides(*images.shape[2:]), 1)
-    return images_as_maps(out, dtype, blocks)
-
-
-def augmented_as_maps(
-    out: torch.Tensor | None, dtype: torch.dtype, augment: Augment, *pixels: Any
-) -> torch.Tensor:
-    """What ``augment`` makes of bytes; as ``images_as_maps``."""
-    return images_as_maps(out, dtype, augment(*(x for x in pixels if x is not None)))
+def _write_maps(
+    out: torch.Tensor, augment: Augment | None, strided: Conv2dReLU | None, *images: Any
+) -> None:
+    out.copy_(_maps(augment, strided, *images))

@@ -1,17 +1,50 @@
-"""Where the time of a run goes, and its mean loss."""
+"""The numbers of a run: what a record holds, metrics.jsonl, and TensorBoard."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import importlib.util
+import json
 import math
+import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 
 from fastalex.common.timing import Stopwatch
 
+_LOCK_SECONDS = 10.0  # within which the processes of a killed launcher have ended
+_SYNC_SECONDS = 1.0  # records of steps reach the disk this soon, those of epochs at once
 
-class Meter:
+# Tags by the names in metrics.jsonl.
+_STEP = {
+    "loss": "train/loss",
+    "lr": "train/learning rate",
+    "grad_norm": "train/gradient norm",
+    "loss_scale": "train/loss scale",
+    "images_per_s": "speed/images per second",
+    "data_seconds": "speed/seconds waited for data",
+    "exchange_seconds": "speed/seconds of exchange",
+    "compute_seconds": "speed/seconds of computing",
+}
+_EPOCH = {
+    "val_loss": "validation/loss",
+    "top1": "validation/top-1",
+    "top5": "validation/top-5",
+}
+_COLUMNS = 16  # kernels in a row of the picture
+_ZOOM = 4  # pixels of the picture along each side of a weight
+
+
+class RunningMetrics:
     """Mean loss of the last ``window`` steps, and images/s and seconds since the last record.
 
     Args:
@@ -25,7 +58,7 @@ class Meter:
     ) -> None:
         self._losses: deque[float] = deque(losses, maxlen=window)
         self._exchange = exchange or Stopwatch()
-        self._waited = 0.0
+        self._waiting = Stopwatch()
         self._images = 0
         self._since = time.monotonic()
         self._last_rate: float | None = None
@@ -33,20 +66,16 @@ class Meter:
     def start(self) -> None:
         """Forget the time since the last record, which was not training's."""
         self._exchange.read()
-        self._images, self._waited, self._since = 0, 0.0, time.monotonic()
+        self._waiting.read()
+        self._images, self._since = 0, time.monotonic()
 
     def add(self, loss: float, images: int) -> None:
         self._losses.append(loss)
         self._images += images
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self) -> AbstractContextManager[None]:
         """Count the time of the block as spent on waiting for data."""
-        since = time.monotonic()
-        try:
-            yield
-        finally:
-            self._waited += time.monotonic() - since
+        return self._waiting.running(torch.device("cpu"))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -59,7 +88,7 @@ class Meter:
 
     @property
     def losses(self) -> list[float]:
-        """Of the last steps, for another meter to go on with."""
+        """Of the last steps, for a resumed run to go on with."""
         return list(self._losses)
 
     @property
@@ -78,17 +107,163 @@ class Meter:
         processes (the wait for the other one included), ``compute_seconds`` on the rest.
         """
         self._last_rate = self._rate()
-        seconds, exchange = time.monotonic() - self._since, self._exchange.read()
+        seconds = time.monotonic() - self._since
+        exchange, waited = self._exchange.read(), self._waiting.read()
         record = {
             "loss": self.loss,
             "images_per_s": self._last_rate,
             "seconds": seconds,
-            "data_seconds": self._waited,
+            "data_seconds": waited,
             "exchange_seconds": exchange,
-            "compute_seconds": max(0.0, seconds - self._waited - exchange),
+            "compute_seconds": max(0.0, seconds - waited - exchange),
         }
         self.start()
         return record
 
     def _rate(self) -> float | None:
         return self._images / (time.monotonic() - self._since) if self._images else None
+
+
+class MetricsLog:
+    """Appends records to metrics.jsonl, one JSON object a line.
+
+    A line reaches the system in one write, so that a killed process leaves whole lines, and the
+    disk within about a second, so that a machine that loses power leaves nearly all of them.
+
+    Args:
+        path: of the file.
+        length: bytes of an older file that stay, the rest is cut off; None is all.
+
+    Raises:
+        OSError: where it can't be written, or a process that does not belong to this run has it.
+    """
+
+    def __init__(self, path: Path, length: int | None = None) -> None:
+        self._path = path
+        self._file = open_locked(path, alone=False)
+        found = self.length
+        self.missing = max(0, (length or 0) - found)  # bytes that an older file should have had
+        if length is not None and length < found:
+            os.ftruncate(self._file, length)
+        self._synced = time.monotonic()
+
+    @property
+    def length(self) -> int:
+        return os.fstat(self._file).st_size
+
+    def append(self, record: dict[str, Any], sync: bool = False) -> None:
+        """Add a record; ``sync`` waits until it is on the disk.
+
+        Raises:
+            OSError: where it can't be written whole; no part of it stays.
+        """
+        line, before = (json.dumps(record) + "\n").encode(), self.length
+        try:
+            while line:
+                line = line[os.write(self._file, line) :]
+            if sync or time.monotonic() - self._synced > _SYNC_SECONDS:
+                self.sync()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, before)
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+    def sync(self) -> None:
+        """Wait until all records are on the disk."""
+        os.fsync(self._file)
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        try:
+            os.fsync(self._file)
+        finally:
+            os.close(self._file)
+
+
+def open_locked(path: Path, alone: bool) -> int:
+    """The file, open to append; as long as it is open, no other process can claim its folder.
+
+    Args:
+        path: of the file.
+        alone: whether no other process may have it open already. Afterwards both kinds share it.
+
+    Raises:
+        OSError: where another process has it, or it can't be opened.
+    """
+    last = time.monotonic() + _LOCK_SECONDS
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            if alone:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file), path.stat()):  # else its owner took it away
+                return file
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                return file  # this file system has no locks
+            os.close(file)
+            raise
+        os.close(file)
+        if time.monotonic() > last:
+            raise OSError(errno.EBUSY, "another process trains in this folder", str(path))
+        time.sleep(0.1)
+
+
+def check_tensorboard() -> None:
+    """Raise unless the package that writes TensorBoard's files is there.
+
+    Raises:
+        ValueError: one line that says how to get it.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(
+            "--tensorboard: the package tensorboard is missing, "
+            "install it with: pip install 'fastalex[tensorboard]'"
+        )
+
+
+class TensorBoard:
+    """Writes the records of a run for TensorBoard.
+
+    Args:
+        folder: for its files.
+        step: last step of an earlier part of the run; what was written behind it is hidden.
+    """
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow, and its package is optional
+
+        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Add a record of metrics.jsonl."""
+        tags = _STEP if record["kind"] == "step" else _EPOCH
+        for name, tag in tags.items():
+            if record.get(name) is not None:
+                self._writer.add_scalar(tag, record[name], record["step"])
+
+    def add_kernels(self, weight: torch.Tensor, step: int) -> None:
+        """Add conv1's kernels, ``weight`` [maps, 3, height, width], as one picture (P§6.1)."""
+        self._writer.add_image("conv1", kernel_grid(weight), step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def kernel_grid(weight: torch.Tensor) -> torch.Tensor:
+    """Kernels [maps, 3, height, width] as one picture [3, H, W] from 0 to 1, 16 in a row.
+
+    Each kernel is scaled on its own, so that its zero is grey and its largest weight 0 or 1.
+    """
+    weight = weight.detach().float().cpu()
+    scale = weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
+    kernels = F.pad((0.5 + weight / (2 * scale)), (0, 1, 0, 1), value=1.0)
+    kernels = F.pad(kernels, (0, 0, 0, 0, 0, 0, 0, -len(kernels) % _COLUMNS), value=1.0)
+    _, channels, height, width = kernels.shape
+    rows = kernels.reshape(-1, _COLUMNS, channels, height, width)
+    picture = rows.permute(2, 0, 3, 1, 4).reshape(channels, -1, _COLUMNS * width)
+    return picture.repeat_interleave(_ZOOM, 1).repeat_interleave(_ZOOM, 2)

@@ -59,7 +59,7 @@ class Recipe:
     schedule: str = "drops"
     warmup: float = 0.0  # share of the run in which the rate rises from 0 to lr
     lr_gamma: float = 0.1
-    lr_drop: tuple[float, ...] = (0.7,)
+    lr_drop: tuple[float, ...] = (0.8,)
     lr_step: float = 1 / 3
     lr_power: float = 1.0
     lr_patience: int = 5  # epochs without a better validation error before a drop

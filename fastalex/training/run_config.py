@@ -10,14 +10,14 @@ from typing import Any
 
 from fastalex.data import ImageSource, Normalization, decode_size, mean_image, open_sources
 from fastalex.data.fingerprint import Contents
-from fastalex.distributed.launch import World
-from fastalex.training.checkpoints import Start
+from fastalex.distributed.world import World
+from fastalex.training.checkpoints import ResumeState
 from fastalex.training.config import Settings
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything a process needs to know, decided once before processes start.
+class RunConfig:
+    """Everything that a process needs to know.
 
     Attributes:
         settings: with every default filled in.
@@ -27,7 +27,7 @@ class Plan:
         normalization: measured on the training images.
         unreadable: files of ``settings.data`` that every process leaves out, with reasons.
         sources: the images to train on and to validate, where they are already open.
-        start: where a stopped run goes on; None for a new one.
+        resume: where a stopped run goes on; None for a new one.
         images: what the training and the validation set hold.
     """
 
@@ -38,12 +38,12 @@ class Plan:
     normalization: Normalization
     unreadable: list[tuple[str, str]]
     sources: tuple[ImageSource, ImageSource] | None = None
-    start: Start | None = None
+    resume: ResumeState | None = None
     images: tuple[Contents, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it, for a process that opens the images itself."""
-        start = self.start
+        resume = self.resume
         return {
             "settings": self.settings.to_dict(),
             "world": vars(self.world),
@@ -51,13 +51,13 @@ class Plan:
             "classes": self.classes,
             "normalization": self.normalization.to_dict(),
             "unreadable": self.unreadable,
-            "checkpoint": None if start is None or start.path is None else str(start.path),
-            "state": None if start is None else start.state,
+            "checkpoint": None if resume is None or resume.path is None else str(resume.path),
+            "state": None if resume is None else resume.state,
             "images": self.images,
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
         """The inverse of ``to_dict``, with the images opened.
 
         Raises:
@@ -65,30 +65,21 @@ class Plan:
         """
         settings, folder = Settings.from_dict(values["settings"]), Path(values["folder"])
         world, unreadable = World(**values["world"]), [(p, why) for p, why in values["unreadable"]]
-        sources = open_sources(
-            settings.data, settings.seed, settings.image_size, unreadable, quiet=True
-        )
-        side = decode_size(settings.image_size)
-        image = mean_image(sources[0], settings.normalization, side)
-        start = None
+        size, where = settings.image_size, settings.data
+        sources = open_sources(where, settings.seed, size, unreadable, quiet=True)
+        image = mean_image(sources[0], settings.normalization, decode_size(size))
+        pixels = None if image is None else image.pixels
+        scale = Normalization.from_dict(values["normalization"], pixels)
+        resume = None
         if values["state"] is not None:
-            path = None if values["checkpoint"] is None else Path(values["checkpoint"])
+            path = values["checkpoint"] and Path(values["checkpoint"])
             if path is not None and not path.is_file():
                 raise ValueError(
                     f"{path}: not on this machine ({socket.gethostname()}); keep the run's folder "
                     "on a disk that all machines of the run share"
                 )
-            start = Start(folder, settings, world, {}, path, values["state"])
+            resume = ResumeState(folder, settings, world, {}, path, values["state"])
         return cls(
-            settings,
-            world,
-            folder,
-            values["classes"],
-            Normalization.from_dict(
-                values["normalization"], None if image is None else image.pixels
-            ),
-            unreadable,
-            sources,
-            start,
+            settings, world, folder, values["classes"], scale, unreadable, sources, resume,
             tuple(values["images"]),
-        )
+        )  # fmt: skip

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
 import socket
-import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,47 +23,31 @@ from typing import Any
 
 from fastalex.common.files import is_temporary, replacing
 from fastalex.common.provenance import commit, versions
+from fastalex.training.metrics import open_locked
 from fastalex.training.weights import read_metadata
 
-_LOCK_SECONDS = 10.0  # within which the processes of a killed launcher have ended
-_SYNC_SECONDS = 1.0  # records of steps reach the disk this soon, those of epochs at once
 _ROOT = Path("runs")
 
 
 class RunFolder:
-    """Where a run writes; ``claim`` and ``create`` give one that no other process can write to."""
+    """Where a run writes; ``claim`` and ``create`` give one that no other process can write to.
+
+    Attributes:
+        path: of the folder.
+        report, metrics, weights, checkpoints, tensorboard: what is in it.
+        best: the weights of the epoch with the highest top-1 accuracy.
+        running: whether a run has started or gone on here.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.running = False  # whether a run has started or gone on here
+        self.report, self.metrics = path / "run.json", path / "metrics.jsonl"
+        self.weights, self.best = path / "model.safetensors", path / "best.safetensors"
+        self.checkpoints, self.tensorboard = path / "checkpoints", path / "tensorboard"
+        self.running = False
         self._lock: int | None = None
         self._made: list[Path] = []  # the folders that claiming it made, the outermost first
         self._locked_new = False  # whether claiming it made metrics.jsonl
-
-    @property
-    def weights(self) -> Path:
-        return self.path / "model.safetensors"
-
-    @property
-    def best(self) -> Path:
-        """The weights of the epoch with the highest top-1 accuracy."""
-        return self.path / "best.safetensors"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "run.json"
 
     @property
     def holds_run(self) -> bool:
@@ -92,7 +74,7 @@ class RunFolder:
             if new and path not in folder._made:
                 raise FileExistsError
             folder._locked_new = not folder.metrics.exists()
-            folder._lock = _lock(folder.metrics, alone=True)
+            folder._lock = open_locked(folder.metrics, alone=True)
             if not folder.holds_run:
                 folder._check_empty()
             folder._clean()
@@ -137,49 +119,28 @@ class RunFolder:
             raise OSError(errno.ENOTDIR, "not a folder, name a new or empty one")
 
     def _check_empty(self) -> None:
-        for path in filter(self._is_foreign, self.path.iterdir()):
-            text = f"the folder is not empty ({path.name}) and holds no run, name a new one"
-            raise OSError(errno.ENOTEMPTY, text)
-
-    def _is_foreign(self, path: Path) -> bool:
-        """Whether ``path`` in the folder is neither ours nor left by a run that did not begin."""
-        return not is_temporary(path) and not (path == self.metrics and _is_empty(path))
+        """Raise unless all that is here was left by a run that did not begin."""
+        for path in self.path.iterdir():
+            if not is_temporary(path) and not (path == self.metrics and _is_empty(path)):
+                text = f"the folder is not empty ({path.name}) and holds no run, name a new one"
+                raise OSError(errno.ENOTEMPTY, text)
 
     def begin(
         self,
         arguments: Mapping[str, Any],
         settings: Mapping[str, Any],
         world: Mapping[str, Any],
+        after: int | None = None,
     ) -> None:
-        """Write run.json: what was asked for, what was chosen, and on what it runs."""
-        self._write_report(
-            {
-                "status": "running",
-                "launch": launch_id(),
-                "arguments": dict(arguments),
-                "settings": dict(settings),
-                "world": dict(world),
-                "seed": settings["seed"],
-                "versions": versions(),
-                "commit": commit(),
-                "host": socket.gethostname(),
-                "started": _now(),
-                "resumed": [],
-                "ended": None,
-            }
-        )
+        """Write run.json: what was asked for, what was chosen, and on what it runs.
 
-    def resume(
-        self,
-        arguments: Mapping[str, Any],
-        settings: Mapping[str, Any],
-        world: Mapping[str, Any],
-        step: int,
-    ) -> None:
-        """Note in run.json that the run goes on after ``step``, how, and on what."""
-        report = self.read_report()
-        again = {
-            "step": step,
+        Args:
+            arguments: the options of the command.
+            settings: of the run.
+            world: the processes.
+            after: the step after which a run goes on; None for a new one.
+        """
+        now = {
             "arguments": dict(arguments),
             "world": dict(world),
             "versions": versions(),
@@ -187,14 +148,12 @@ class RunFolder:
             "host": socket.gethostname(),
             "started": _now(),
         }
-        changed = {
-            "status": "running",
-            "launch": launch_id(),
-            "settings": dict(settings),
-            "resumed": [*report.get("resumed", []), again],
-            "ended": None,
-        }
-        self._write_report({**report, **changed})
+        report = {"status": "running", **now, "seed": settings["seed"], "resumed": []}
+        if after is not None:
+            report = self.read_report()
+            report["resumed"] = [*report.get("resumed", []), {"step": after, **now}]
+        report |= {"status": "running", "ended": None}
+        self._write_report({**report, "launch": launch_id(), "settings": dict(settings)})
 
     def end(self, status: str) -> None:
         """Note in run.json how the run ended, and drop what nobody needs any more.
@@ -252,62 +211,6 @@ class RunFolder:
         self.running, self._made, self._locked_new = True, [], False
 
 
-class MetricsLog:
-    """Appends records to metrics.jsonl, one JSON object a line.
-
-    A line reaches the system in one write, so that a killed process leaves whole lines, and the
-    disk within about a second, so that a machine that loses power leaves nearly all of them.
-
-    Args:
-        path: of the file.
-        length: bytes of an older file that stay, the rest is cut off; None is all.
-
-    Raises:
-        OSError: where it can't be written, or a process that does not belong to this run has it.
-    """
-
-    def __init__(self, path: Path, length: int | None = None) -> None:
-        self._path = path
-        self._file = _lock(path, alone=False)
-        found = self.length
-        self.missing = max(0, (length or 0) - found)  # bytes that an older file should have had
-        if length is not None and length < found:
-            os.ftruncate(self._file, length)
-        self._synced = time.monotonic()
-
-    @property
-    def length(self) -> int:
-        return os.fstat(self._file).st_size
-
-    def append(self, record: dict[str, Any], sync: bool = False) -> None:
-        """Add a record; ``sync`` waits until it is on the disk.
-
-        Raises:
-            OSError: where it can't be written whole; no part of it stays.
-        """
-        line, before = (json.dumps(record) + "\n").encode(), self.length
-        try:
-            while line:
-                line = line[os.write(self._file, line) :]
-            if sync or time.monotonic() - self._synced > _SYNC_SECONDS:
-                self.sync()
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, before)
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
-
-    def sync(self) -> None:
-        """Wait until all records are on the disk."""
-        os.fsync(self._file)
-        self._synced = time.monotonic()
-
-    def close(self) -> None:
-        try:
-            os.fsync(self._file)
-        finally:
-            os.close(self._file)
-
-
 def launch_id() -> str | None:
     """What all attempts of one torchrun have in common; None where there is no torchrun."""
     run = os.environ.get("TORCHELASTIC_RUN_ID")
@@ -328,38 +231,6 @@ def find_attempt() -> Path | None:
             if report.get("launch") == launch_id() and (again or report["status"] != "finished"):
                 return path.parent
     return None
-
-
-def _lock(path: Path, alone: bool) -> int:
-    """The file, open to append; as long as it is open, no other process can claim its folder.
-
-    Args:
-        path: of the file.
-        alone: whether no other process may have it open already. Afterwards both kinds share it.
-
-    Raises:
-        OSError: where another process has it, or it can't be opened.
-    """
-    last = time.monotonic() + _LOCK_SECONDS
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            if alone:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file), path.stat()):  # else its owner took it away
-                return file
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                return file  # this file system has no locks
-            os.close(file)
-            raise
-        os.close(file)
-        if time.monotonic() > last:
-            raise OSError(errno.EBUSY, "another process trains in this folder", str(path))
-        time.sleep(0.1)
 
 
 def _why(error: OSError) -> str:

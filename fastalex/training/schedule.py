@@ -76,7 +76,7 @@ class Schedule:
         self._best, self._waited, self._drops = (state[k] for k in ("best", "waited", "drops"))
 
 
-def describe(settings: Settings, epochs: float) -> str:
+def describe_schedule(settings: Settings, epochs: float) -> str:
     """The schedule of a run of ``epochs`` epochs in a few words."""
 
     def at(share: float) -> str:
@@ -92,8 +92,7 @@ def describe(settings: Settings, epochs: float) -> str:
         "poly": f", falling to 0 with power {settings.lr_power:g}",
         "cosine": ", falling to 0 along a cosine",
     }
-    text = texts[settings.schedule]
-    if settings.schedule == "drops" and min(settings.lr_drop) >= 1:
-        text = ""
+    never = settings.schedule == "drops" and min(settings.lr_drop) >= 1
+    text = "" if never else texts[settings.schedule]
     warm = f", after {at(settings.warmup)} epochs of warm-up" if settings.warmup else ""
     return f"lr {settings.lr:g}{text}{warm}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +25,16 @@ import fastalex_kernels as kernels
 from fastalex.common.nvtx_ranges import listening, nvtx_range
 from fastalex.data.augment import Augment
 from fastalex.distributed.exchange import Exchange
-from fastalex.model.alexnet import AlexNet
-from fastalex.training.chain import HOOKS, Chain, check
+from fastalex.model.alexnet import HOOKS, AlexNet
+from fastalex.training.chain import Chain, check
 from fastalex.training.cuda_graph import Graph
 from fastalex.training.inputs import (
     Inputs,
-    augmented,
     check_batch,
     first_input,
-    form_of,
     image_size,
-    tensors_of,
+    input_tensors,
+    signature,
 )
 from fastalex.training.optim import BUFFER
 from fastalex.training.passes import Pass
@@ -44,7 +43,6 @@ from fastalex_kernels.common.backend import interpreted, use_triton
 from fastalex_kernels.common.launch import call
 from fastalex_kernels.common.program import Launch, Program
 from fastalex_kernels.cross_entropy import cross_entropy_forward
-from fastalex_kernels.momentum import MomentumUpdate
 
 PRODUCTS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -70,10 +68,10 @@ class Tricks:
 class _Recorded:
     """A step as recorded for inputs of one shape."""
 
-    program: Program
+    program: Program  # its first run was the recording
     loss: torch.Tensor
     squares: dict[str, torch.Tensor]  # of each gradient, by parameter
-    graph: Graph | None
+    run: Callable[[Inputs], None]
 
 
 class TrainStep:
@@ -121,10 +119,10 @@ class TrainStep:
             )
         if reduce is not None and tricks.fused_update:
             raise ValueError("reduce: fused updates leave no gradient to reduce")
-        self._reduce = reduce
         self.model, self.optimizer, self.precision = model, optimizer, precision
-        self._exchange, self._augment, self._tricks, self._tell = exchange, augment, tricks, tell
-        self._seeds: tuple[int, int] | None = None  # of a dropout that nobody else seeds: see below
+        self._exchange, self._augment, self._tricks = exchange, augment, tricks
+        self._reduce, self._tell = reduce, tell
+        self._seeds: tuple[int, int] | None = None  # of a dropout that nobody else seeds
         self._build()
 
     def _build(self) -> None:
@@ -139,13 +137,12 @@ class TrainStep:
         )  # fmt: skip
         self._updates = list(self._chain.updates.values())
         self._written = [x for update in self._updates for x in (update.parameter, update.buffer)]
-        self._seen = [(0, -1)] * len(self._updates)  # address and version
+        self._versions = [-1] * len(self._updates)  # of the parameters, as the products read them
         kinds = ("_modules", "_parameters", *HOOKS)
-        self._places = [getattr(m, kind) for m in self.model.modules() for kind in kinds]
-        self._parts = _parts(self._places)
+        self._registries = [getattr(m, kind) for m in self.model.modules() for kind in kinds]
+        self._built_of = self._identity()
         self._one = torch.ones((), device=first.device)
-        self._counters = self.model.dropout_counters()
-        self._counted = -1  # their version after the last step
+        self._dropout_version = -1  # after the last step
         self._recorded: dict[Any, _Recorded] = {}
         self._last: _Recorded | None = None
 
@@ -154,7 +151,11 @@ class TrainStep:
 
     @property
     def launches(self) -> list[Launch]:
-        """What the last call launched, in order, with layer, phase, kernel, grid and arguments."""
+        """What the last call launched, in order; see ``Launch``.
+
+        Each has ``layer``, ``phase`` (of the forward or the backward pass), ``kernel``, ``grid``
+        and ``arguments``.
+        """
         return [] if self._last is None else self._last.program.launches
 
     def gradient_norms(self) -> dict[str, torch.Tensor]:
@@ -182,23 +183,22 @@ class TrainStep:
         """
         self._follow()
         images = getattr(images, "pixels", images)
-        given = (*(images if isinstance(images, (tuple, list)) else (images,)), labels)
-        key = (self.model.training, *map(form_of, given))
+        parts = images if isinstance(images, (tuple, list)) else (images,)
+        key = (self.model.training, *map(signature, parts), signature(labels))
         recorded = self._recorded.get(key)
         if recorded is None:
             check_batch(images, labels, self.model, self._augment)
-        inputs = tensors_of(images, labels, self._has_kernels)
+        inputs = input_tensors(images, labels, self._has_kernels)
         if recorded is None:
             recorded = self._recorded[key] = self._record(inputs)
-        elif recorded.graph is not None:
-            recorded.graph.run(inputs)
         else:
-            recorded.program.give(inputs)
-            recorded.program.run()
+            recorded.run(inputs)
         self._last = recorded
         if not self._tricks.fused_update:
             self._apply_stored()
-        self._wrote()
+        torch.autograd.graph.increment_version(self._written)  # kernels wrote, autograd did not see
+        self._versions = [update.parameter._version for update in self._updates]
+        self._dropout_version = self.model.dropout_version()
         return recorded.loss.clone()
 
     @torch.no_grad()
@@ -206,32 +206,31 @@ class TrainStep:
         """The step, as it is done for the first time."""
         *images, labels = inputs
         assert labels is not None
-        augment, tricks = self._augment if len(images) > 1 else None, self._tricks
+        augment = self._augment if len(images) > 1 else None
         layers = self._passes(image_size(images, augment))
         program = Program(inputs)
         with program.recording():
             with _at(program, "augment" if augment is not None else layers[0][0], "forward"):
-                if augment is not None and not self._has_kernels:
-                    x = augmented(images, augment, self._dtype)
-                else:
-                    x = first_input(images, augment, self._chain.strided, self._dtype)
+                x = first_input(
+                    images, augment, self._chain.strided, self._dtype, self._has_kernels
+                )
             for name, layer in layers:
                 with _at(program, name, "forward"):
                     x = layer.forward(x)
             with _at(program, "loss", "forward"):
                 loss, dlogits = self._loss(x, labels)
-            gradient: torch.Tensor | None = dlogits
-            partials: torch.Tensor | None = None
+            dy: torch.Tensor | None = dlogits
+            bias_partials: torch.Tensor | None = None
             for name, layer in reversed(layers):
-                assert gradient is not None
+                assert dy is not None
                 with _at(program, name, "backward"):
-                    gradient, partials = layer.backward(gradient, partials)
+                    dy, bias_partials = layer.backward(dy, bias_partials)
         updates = self._chain.updates.items()
         squares = {name: u.squares for name, u in updates if u.squares is not None}
-        graph = None
-        if tricks.graph and labels.is_cuda:
-            graph = Graph(program, self._chain.exchange, self._tell)
-        return _Recorded(program, loss, squares, graph)
+        run: Callable[[Inputs], None] = program.run
+        if self._tricks.graph and labels.is_cuda:
+            run = Graph(program, self._chain.exchange, self._tell).run
+        return _Recorded(program, loss, squares, run)
 
     def _passes(self, size: tuple[int, int]) -> list[tuple[str, Pass]]:
         """The layers for images of a size."""
@@ -251,64 +250,44 @@ class TrainStep:
 
     def _follow(self) -> None:
         """Take over what was changed since the last step."""
-        if self.model.dropout_version() == self._counted:  # nobody seeds the masks but the step
+        if self.model.dropout_version() == self._dropout_version:  # nobody else seeds the masks
             if self._seeds is None:
                 self._seeds = int(torch.randint(2**62, ())), 0
             seed, number = self._seeds
             self.model.seed_dropout(seed, number)
             self._seeds = seed, number + 1
-        if self.model.dropout_counters() is not self._counters or not self._same_model():
+        if not self._is_same_model():
             self._build()
         self._chain.rates.follow()
-        state = self.optimizer.state
-        for update, seen in zip(self._updates, self._seen, strict=True):
-            if state[update.parameter].get(BUFFER) is not update.buffer:
-                self._take_buffer(update)
-            if seen != (_address(update.parameter), update.parameter._version):
+        for update, version in zip(self._updates, self._versions, strict=True):
+            state = self.optimizer.state[update.parameter]
+            if state.get(BUFFER) is not update.buffer:  # go on with it, in the memory of before
+                update.load_buffer(state.get(BUFFER))
+                state[BUFFER] = update.buffer
+            if version != update.parameter._version:
                 update.refresh()
 
-    @torch.no_grad()
-    def _take_buffer(self, update: MomentumUpdate) -> None:
-        """Go on with the momentum that the optimizer has now, in the memory of before."""
-        held = self.optimizer.state[update.parameter]
-        given = held.get(BUFFER)
-        update.buffer.zero_() if given is None else update.buffer.copy_(given)
-        held[BUFFER] = update.buffer
+    def _identity(self) -> tuple[list[Any], list[Any]]:
+        """What the launches were recorded for: modules, parameters and hooks; and their memory."""
+        parts = [part for registry in self._registries for part in registry.values()]
+        memory = [(u.parameter.requires_grad, _address(u.parameter)) for u in self._updates]
+        return [*parts, self.model.dropout_counters()], memory
 
-    def _same_model(self) -> bool:
-        """Whether layers and parameters are the ones the step was built for, where they were."""
-        here = _parts(self._places)
-        return (
-            len(here) == len(self._parts)
-            and all(map(operator.is_, here, self._parts))
-            and all(update.parameter.requires_grad for update in self._updates)
-            and all(
-                address in (0, _address(update.parameter))
-                for update, (address, _) in zip(self._updates, self._seen, strict=True)
-            )
-        )
+    def _is_same_model(self) -> bool:
+        (parts, memory), (built, built_memory) = self._identity(), self._built_of
+        same = len(parts) == len(built) and memory == built_memory
+        return same and all(map(operator.is_, parts, built))
 
     def _apply_stored(self) -> None:
         """What is outside of the recorded step where gradients are stored."""
-        for form in self._chain.forms.values():
-            assert isinstance(form, StoredGradients)
-            form.attach()
+        for stored in self._chain.by_layer.values():
+            assert isinstance(stored, StoredGradients)
+            stored.attach()
         if self._reduce is not None:
             self._reduce()
         self.optimizer.step()
         for update in self._updates:
             update.refresh()
-
-    def _wrote(self) -> None:
-        """Tell autograd what the kernels wrote, and remember it."""
-        torch.autograd.graph.increment_version(self._written)
-        self._seen = [(_address(u.parameter), u.parameter._version) for u in self._updates]
-        self._counted = self.model.dropout_version()
-
-
-def _parts(places: Sequence[dict[str, Any]]) -> list[Any]:
-    """Modules, parameters and hooks in ``places``, the dictionaries that modules keep them in."""
-    return [part for place in places for part in place.values()]
 
 
 def _address(x: torch.Tensor) -> int:

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 
-import fastalex_kernels as kernels
 from fastalex._version import __version__
 from fastalex.common import interrupts
 from fastalex.common.command_line import output_may_fail
 from fastalex.common.interrupts import Interrupted
-from fastalex.common.nvtx_ranges import annotate_layers, nvtx_range
 from fastalex.common.provenance import versions
 from fastalex.data import (
     Batch,
@@ -26,26 +24,26 @@ from fastalex.data import (
     color_noise,
     open_sources,
 )
-from fastalex.distributed.context import Team
+from fastalex.distributed import towers
+from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.launch import TrainingError
 from fastalex.model.alexnet import AlexNet
 from fastalex.training import checkpoints
+from fastalex.training.autograd_step import AutogradStep, LossScaler, autocast
+from fastalex.training.checkpoints import ResumeState
 from fastalex.training.config import Settings
-from fastalex.training.metrics import Meter
+from fastalex.training.metrics import MetricsLog, RunningMetrics, TensorBoard
 from fastalex.training.optim import (
     build_optimizer,
-    gradient_norms,
     momentum_buffers,
     set_learning_rate,
     set_momentum_buffers,
 )
-from fastalex.training.precision import LossScaler, autocast
 from fastalex.training.progress import Progress, StuckLoss
-from fastalex.training.run_config import Plan
-from fastalex.training.run_folder import MetricsLog, RunFolder
+from fastalex.training.run_config import RunConfig
+from fastalex.training.run_folder import RunFolder
 from fastalex.training.schedule import Schedule
 from fastalex.training.step import TrainStep, Tricks
-from fastalex.training.tensorboard import Curves
 from fastalex.training.validation import TOP, Accuracy, evaluate, fetch
 from fastalex.training.weights import save_weights
 
@@ -57,8 +55,8 @@ STUCK = (
 )
 
 
-def train(plan: Plan) -> None:
-    """Run ``plan`` in this process, which is a member of its world.
+def train(config: RunConfig) -> None:
+    """Run ``config`` in this process, which is a member of its world.
 
     Raises:
         TrainingError: where the run can't go on: the loss is not finite, data are gone, the disk
@@ -67,7 +65,7 @@ def train(plan: Plan) -> None:
     """
     try:
         with output_may_fail():
-            trainer = Trainer(plan)
+            trainer = Trainer(config)
             try:
                 trainer.run()
             except BaseException:
@@ -76,7 +74,7 @@ def train(plan: Plan) -> None:
                 raise
             trainer.close()
     except torch.OutOfMemoryError as error:
-        size = plan.settings.batch_size
+        size = config.settings.batch_size
         raise TrainingError(f"out of GPU memory at --batch-size {size}, try half") from error
     except DataError as error:
         raise TrainingError(str(error)) from error
@@ -86,7 +84,7 @@ def train(plan: Plan) -> None:
 
 
 class Trainer:
-    """One run of a plan; ``run`` goes through its epochs, from the first or where it was stopped.
+    """One run; ``run`` goes through its epochs, from the first or where it was stopped.
 
     Attributes:
         step: steps done.
@@ -94,47 +92,47 @@ class Trainer:
         started: when it began, by the monotonic clock.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.settings = settings = plan.settings
-        self.team = team = Team(plan.world, settings.timeout)
-        train_source, val_source = plan.sources or open_sources(
-            settings.data, settings.seed, settings.image_size, plan.unreadable, quiet=True
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.settings = settings = config.settings
+        self.parallel = parallel = ParallelContext(config.world, settings.timeout)
+        train_source, val_source = config.sources or open_sources(
+            settings.data, settings.seed, settings.image_size, config.unreadable, quiet=True
         )
         self.source = train_source
         self.train_batches = self._batches(train_source, train=True)
         self.val_batches = self._batches(val_source, train=False)
-        state = {} if plan.start is None else plan.start.state
+        state = {} if config.resume is None else config.resume.state
         self.steps = checkpoints.last_step(settings, len(self.train_batches), state)
         self.schedule = Schedule(settings, self.steps)
-        self.scaler = LossScaler(team, enabled=settings.precision == "fp16")
-        self.folder = RunFolder(plan.folder)
-        self._build(plan.start)
+        self.scaler = LossScaler(parallel, enabled=settings.precision == "fp16")
+        self.folder = RunFolder(config.folder)
+        self._build(config.resume)
         self._restore(state)
         left = self.batch + self.steps - self.step
         self.epochs = self.epoch - 1 + -(-left // len(self.train_batches))
         self.saved = time.monotonic()  # when the last checkpoint was written
-        self.progress = Progress(self.steps, self.epochs, visible=team.leads, done=self.step)
+        self.progress = Progress(self.steps, self.epochs, visible=parallel.is_main, done=self.step)
         self.train_step = self._make_step()
         # Losses not yet read from the device. Reading waits for it: on a GPU that is done once
         # per record, on a CPU it costs nothing.
         self.unread: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.read_every = settings.log_every if team.device.type == "cuda" else 1
+        self.read_every = settings.log_every if parallel.device.type == "cuda" else 1
         self.metrics: MetricsLog | None = None
-        self.curves: Curves | None = None
-        if team.leads:
+        self.tensorboard: TensorBoard | None = None
+        if parallel.is_main:
             self._open_logs()
 
-    def _build(self, start: checkpoints.Start | None) -> None:
+    def _build(self, resume: ResumeState | None) -> None:
         """The net and its optimizer, anew or as the checkpoint has them."""
-        settings, team = self.settings, self.team
-        model = build_model(settings, len(self.plan.classes))
+        settings, parallel = self.settings, self.parallel
+        model = build_model(settings, len(self.config.classes))
         buffers = None
-        if start is not None and start.path is not None:
-            weights, buffers = start.tensors()
+        if resume is not None and resume.path is not None:
+            weights, buffers = resume.tensors()
             model.load_state_dict(weights)
-        self.model = team.share(
-            model.to(team.device), rows=self.train_batches.batch_size // team.replicas
+        self.model = parallel.parallelize(
+            model.to(parallel.device), rows=self.train_batches.batch_size // parallel.replicas
         )
         self.optimizer = build_optimizer(
             self.model,
@@ -147,26 +145,30 @@ class Trainer:
             settings.bias_schedule,
         )
         if buffers is not None:
-            parts = team.parts(self.model, buffers)
+            parts = towers.local_tensors(self.model, parallel.mesh, buffers)
             set_momentum_buffers(self.model, self.optimizer, parts)
 
-    def _make_step(self) -> TrainStep | None:
-        """The step in the open, None where autograd and the optimizer do it."""
-        settings, team = self.settings, self.team
+    def _whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of the whole net; every process takes part."""
+        return towers.full_tensors(self.model, self.parallel.mesh, tensors)
+
+    def _make_step(self) -> TrainStep | AutogradStep:
+        """The step without autograd, where it was asked for and can run this net."""
+        settings, parallel, augment = self.settings, self.parallel, self.train_batches.augment
         if settings.fused_update:
-            alone = team.replicas == 1  # else a gradient is not whole when it is made
+            alone = parallel.replicas == 1  # else a gradient is not whole when it is made
             tricks = Tricks(fused_update=alone, graph=settings.cuda_graph)
-            reduce = None if alone else lambda: team.reduce_gradients(self.model)
+            reduce = None if alone else lambda: parallel.reduce_gradients(self.model)
             try:
                 return TrainStep(
-                    self.model, self.optimizer, settings.precision,
-                    augment=self.train_batches.augment, tricks=tricks, reduce=reduce,
-                    tell=self.progress.warn,
+                    self.model, self.optimizer, settings.precision, augment=augment,
+                    tricks=tricks, reduce=reduce, tell=self.progress.warn,
                 )  # fmt: skip
             except ValueError as error:
                 self.progress.warn(f"autograd and the optimizer make each step: {error}")
-        annotate_layers(self.model)
-        return None
+        return AutogradStep(
+            self.model, self.optimizer, settings.precision, augment, parallel, self.scaler
+        )
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, as ``_state`` returned it; from the beginning where it is empty."""
@@ -178,9 +180,9 @@ class Trainer:
         self.epoch_seconds: float = state.get("epoch_seconds", 0.0)  # spent on it by an earlier run
         self.best: dict[str, float] | None = state.get("best")
         window = self.settings.log_every
-        self.meter = Meter(window, self.team.stopwatch, state.get("window", []))
+        self.recent = RunningMetrics(window, self.parallel.stopwatch, state.get("window", []))
         stuck = state.get("stuck", [])  # None once the user was warned
-        classes = len(self.plan.classes)
+        classes = len(self.config.classes)
         self.stuck = None if stuck is None else StuckLoss(classes, losses=stuck)
         if state:
             self.schedule.restore(state["schedule"])
@@ -188,7 +190,7 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors; JSON, which keeps every bit of a float."""
-        plan = self.plan
+        config = self.config
         return {
             "step": self.step,
             "epoch": self.epoch,
@@ -196,32 +198,32 @@ class Trainer:
             "losses": self.losses,
             "epoch_seconds": self.epoch_seconds,
             "best": self.best,
-            "window": self.meter.losses,
+            "window": self.recent.losses,
             "stuck": None if self.stuck is None else self.stuck.losses,
             "schedule": self.schedule.state(),
             "scaler": self.scaler.state_dict(),
             "metrics_bytes": 0 if self.metrics is None else self.metrics.length,
             "steps": self.steps,
             "settings": self.settings.to_dict(),
-            "world": vars(plan.world),
+            "world": vars(config.world),
             "versions": versions(),
-            "classes": plan.classes,
+            "classes": config.classes,
             "images": [len(self.source), len(self.val_batches.source)],
-            "contents": plan.images,
-            "normalization": plan.normalization.to_dict(),
-            "unreadable": [path for path, _ in plan.unreadable],
+            "contents": config.images,
+            "normalization": config.normalization.to_dict(),
+            "unreadable": [path for path, _ in config.unreadable],
         }
 
     def _open_logs(self) -> None:
-        start = self.plan.start
-        length = None if start is None else start.state.get("metrics_bytes", 0)
+        resume = self.config.resume
+        length = None if resume is None else resume.state.get("metrics_bytes", 0)
         self.metrics = MetricsLog(self.folder.metrics, length)
         if self.metrics.missing:
             self.progress.warn(
                 f"warning: {self.folder.metrics}: records before the checkpoint are missing"
             )
         if self.settings.tensorboard:
-            self.curves = Curves(self.folder.tensorboard, self.step)
+            self.tensorboard = TensorBoard(self.folder.tensorboard, self.step)
 
     def _batches(self, source: ImageSource, train: bool) -> Batches:
         settings = self.settings
@@ -230,14 +232,14 @@ class Trainer:
             settings.batch_size,
             Transform(
                 settings.image_size,
-                self.plan.normalization,
+                self.config.normalization,
                 settings.augmentation,
                 color_noise(source, settings.color_noise),
-                self.team.device,
+                self.parallel.device,
             ),
             settings.seed,
             train,
-            Share(self.team.replica, self.team.replicas),
+            Share(self.parallel.replica, self.parallel.replicas),
             settings.workers,
         )
 
@@ -254,8 +256,8 @@ class Trainer:
             if self.step < self.steps:  # else only the validation is left
                 self._train_epoch()
             self.progress.validating(epoch)
-            with autocast(self.settings.precision, self.team.device):
-                accuracy = evaluate(self.model, self.val_batches, self.team, self._save_or_stop)
+            with autocast(self.settings.precision, self.parallel.device):
+                accuracy = evaluate(self.model, self.val_batches, self.parallel, self._save_or_stop)
             if not math.isfinite(accuracy.loss):
                 raise TrainingError(
                     f"the validation loss is {accuracy.loss} after step {self.step} "
@@ -271,25 +273,25 @@ class Trainer:
                 self._checkpoint()
 
     def close(self) -> None:
-        self.train_step = None  # a graph's memory goes with it
+        del self.train_step  # a graph's memory goes with it
         self.progress.close()
-        for log in (self.metrics, self.curves):
+        for log in (self.metrics, self.tensorboard):
             if log is not None:
                 log.close()
 
     def _train_epoch(self) -> None:
         """The rest of a pass over the training images."""
-        self.meter.start()
+        self.recent.start()
         batches = self.train_batches.epoch(self.epoch - 1, self.batch)
-        for batch in fetch(batches, self.team.device, self.meter.waiting):
+        for batch in fetch(batches, self.parallel.device, self.recent.waiting):
             self._train_step(batch)
             self.batch += 1
             last = self.step == self.steps
             if self.step % self.read_every == 0 or last:
                 self._read_losses()
-            if self._reports(last):
+            if last or self.step % self.settings.log_every == 0:
                 self._report_steps()
-            self.progress.advance(self.step, self.epoch, self.meter.loss, self.meter.rate)
+            self.progress.advance(self.step, self.epoch, self.recent.loss, self.recent.rate)
             if last:
                 break
             if self.batch < len(self.train_batches):  # at the end of an epoch, validation does
@@ -306,12 +308,12 @@ class Trainer:
         Raises:
             Interrupted: after the checkpoint.
         """
-        self.team.progress(self.step)
+        self.parallel.progress(self.step)
         signum, late = self._agree() if number % self.read_every == 0 else (0, 0)
         if signum or late or (every is not None and number % every == 0):
             self._read_losses()
             self.epoch_seconds = time.monotonic() - self.started
-            with self.meter.paused():
+            with self.recent.paused():
                 self._checkpoint()
         if signum:
             raise Interrupted(signum)
@@ -323,45 +325,19 @@ class Trainer:
         the device anyway.
         """
         age = time.monotonic() - self.saved
-        late = self.team.leads and age > 60 * self.settings.checkpoint_minutes
-        flags = torch.tensor([interrupts.requested() or 0, int(late)], device=self.team.device)
-        self.team.largest(flags)
+        late = self.parallel.is_main and age > 60 * self.settings.checkpoint_minutes
+        flags = torch.tensor([interrupts.requested() or 0, int(late)], device=self.parallel.device)
+        self.parallel.all_reduce_max(flags)
         signum, due = flags.tolist()
         return signum, due
 
-    def _reports(self, last: bool) -> bool:
-        return last or self.step % self.settings.log_every == 0
-
     def _train_step(self, batch: Batch) -> None:
         self.step += 1
-        self.team.progress(self.step)
+        self.parallel.progress(self.step)
         set_learning_rate(self.optimizer, self.schedule.rate(self.step))
         self.model.seed_dropout(self.settings.seed, self.step)
-        if self.train_step is None:
-            loss = self._step_by_autograd(batch)
-        else:
-            loss = self.train_step(batch.inputs, batch.labels)
+        loss = self.train_step(batch.inputs, batch.labels)
         self.unread.append((loss, batch.indices))
-
-    def _step_by_autograd(self, batch: Batch) -> torch.Tensor:
-        with autocast(self.settings.precision, self.team.device):
-            logits = self.model(self.train_batches.augment(*batch.inputs))
-        loss = kernels.cross_entropy(logits, batch.labels)
-        self.optimizer.zero_grad()
-        with nvtx_range("backward"):
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.team.reduce_gradients(self.model)
-        self.scaler.unscale_(self.optimizer)
-        with nvtx_range("optimizer"):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        return loss.detach()
-
-    def _gradient_norm(self) -> torch.Tensor:
-        """The norm of the last step's gradient; every process takes part."""
-        step = self.train_step
-        norms = gradient_norms(self.model) if step is None else step.gradient_norms()
-        return self.team.gradient_norm(norms, self.model)
 
     def _read_losses(self) -> None:
         """Take in the losses of the steps since the last reading, over all replicas.
@@ -371,14 +347,14 @@ class Trainer:
         """
         if not self.unread:
             return
-        values = torch.stack([loss for loss, _ in self.unread]) / self.team.replicas
-        losses: list[float] = self.team.total(values).tolist()
+        values = torch.stack([loss for loss, _ in self.unread]) / self.parallel.replicas
+        losses: list[float] = self.parallel.sum_replicas(values).tolist()
         first = self.step - len(losses) + 1
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
-                indices = self.team.gather(self.unread[i][1].tolist())
+                indices = self.parallel.gather_replicas(self.unread[i][1].tolist())
                 raise TrainingError(self._not_finite(loss, first + i, indices))
-            self.meter.add(loss, self.settings.batch_size)
+            self.recent.add(loss, self.settings.batch_size)
             self._watch(loss)
         self.unread.clear()
         self.losses += losses
@@ -399,18 +375,19 @@ class Trainer:
         advice = "a larger --lr, a larger --batch-size or --dropout 0"
         if self.settings.init != "he":
             advice = f"--init he, {advice}"
-        text = STUCK.format(classes=len(self.plan.classes), level=self.stuck.level, advice=advice)
+        text = STUCK.format(classes=len(self.config.classes), level=self.stuck.level, advice=advice)
         self.progress.warn(f"{text} (step {self.step})")
         self.stuck = None
 
     def _report_steps(self) -> None:
-        norm = self._gradient_norm().item()
+        norms = self.train_step.gradient_norms()
+        norm = towers.gradient_norm(norms, self.model, self.parallel.mesh).item()
         record = {
             "kind": "step",
             "step": self.step,
             "epoch": self.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
-            **self.meter.record(),
+            **self.recent.record(),
             # A step that float16 could not hold is left out, and its gradient has no norm.
             "grad_norm": norm if math.isfinite(norm) else None,
         }
@@ -439,46 +416,46 @@ class Trainer:
     def _log(self, record: dict[str, Any], sync: bool = False) -> None:
         if self.metrics is not None:
             self.metrics.append(record, sync)
-        if self.curves is not None:
-            self.curves.add(record)
+        if self.tensorboard is not None:
+            self.tensorboard.add(record)
 
     def _checkpoint(self) -> None:
         """Write what the next step depends on; every process takes part."""
         self.saved = time.monotonic()
-        self.team.progress(self.step, "writing a checkpoint")
-        weights = self.team.weights(self.model)
-        buffers = self.team.whole(self.model, momentum_buffers(self.model, self.optimizer))
+        self.parallel.progress(self.step, "writing a checkpoint")
+        weights = self._whole(self.model.state_dict())
+        buffers = self._whole(momentum_buffers(self.model, self.optimizer))
         if self.metrics is not None:
             self.metrics.sync()  # a checkpoint counts on the records before it
             keep = max(1, self.settings.keep_checkpoints)
             checkpoints.save(self.folder, weights, buffers, self._state(), keep)
-        self.team.progress(self.step)
+        self.parallel.progress(self.step)
 
     def _save(self, accuracy: Accuracy) -> None:
         """Write the weights, which may be the best so far; every process takes part."""
         best = self.best is None or accuracy.top1 > self.best["top1"]
         if best:
             self.best = {"epoch": self.epoch, "top1": accuracy.top1}
-        self.team.progress(self.step, "writing the weights")
-        weights = self.team.weights(self.model)
-        if not self.team.leads:
+        self.parallel.progress(self.step, "writing the weights")
+        weights = self._whole(self.model.state_dict())
+        if not self.parallel.is_main:
             return
-        image = self.plan.normalization.mean_image
+        image = self.config.normalization.mean_image
         save_weights(self.folder.weights, weights, self._metadata(accuracy), image)
         if best:
             self.folder.keep_best()
-        if self.curves is not None:
-            self.curves.add_kernels(next(iter(weights.values())), self.step)
+        if self.tensorboard is not None:
+            self.tensorboard.add_kernels(next(iter(weights.values())), self.step)
 
     def _metadata(self, accuracy: Accuracy) -> dict[str, Any]:
         settings = self.settings
         return {
             "version": __version__,
             "variant": settings.variant,
-            "num_classes": len(self.plan.classes),
-            "classes": self.plan.classes,
+            "num_classes": len(self.config.classes),
+            "classes": self.config.classes,
             "image_size": settings.image_size,
-            "normalization": self.plan.normalization.to_dict(),
+            "normalization": self.config.normalization.to_dict(),
             "dropout": settings.dropout,
             "init": settings.init,
             "seed": settings.seed,

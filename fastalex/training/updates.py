@@ -8,7 +8,6 @@ measured against.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -26,25 +25,6 @@ from fastalex_kernels.momentum import MomentumUpdate, Updates, sum_updates
 Tensor = torch.Tensor
 
 
-class Update(Protocol):
-    """A layer's parameters in a step: what its products read, and where its gradients go."""
-
-    updates: Updates
-
-    def weight(self) -> Tensor: ...
-
-    def bias(self) -> Tensor | None: ...
-
-    def convolution(self, part: Tensor, bias_partials: Tensor) -> None:
-        """Take partials of the packed weight's gradient [parts, R, S, C, K], and of the bias's."""
-
-    def linear(self, dz: Tensor, x: Tensor, p: float) -> None:
-        """Take the factors of the weight's gradient, dz^T x / (1 - p)."""
-
-    def torch(self, gradients: list[Tensor]) -> None:
-        """Take whole gradients, in the order of the parameters."""
-
-
 def momentum_update(
     parameter: nn.Parameter,
     buffer: Tensor,
@@ -57,23 +37,24 @@ def momentum_update(
 
     The products of kernels read a copy where they need another dtype or another layout.
     """
-    pack, operand = _itself, None
-    convolution = isinstance(layer, Conv2dReLU) and parameter.dim() == 4
-    stride = layer.stride[0] if isinstance(layer, Conv2dReLU) else 1
-    if convolution:
-        pack = partial(pack_weight, stride=stride)
-    if layer is not None and (dtype != torch.float32 or (convolution and stride > 1)):
-        shape = pack(parameter.detach()).shape
-        operand = parameter.new_empty(shape, dtype=dtype, requires_grad=False)
+    if not isinstance(layer, Conv2dReLU) or parameter.dim() == 1:
+        copied = layer is not None and dtype != torch.float32
+        operand = torch.empty_like(parameter, dtype=dtype, requires_grad=False) if copied else None
+        return MomentumUpdate(parameter, buffer, rate, rule, operand)
+    pack, operand = partial(pack_weight, stride=layer.stride[0]), None
+    if dtype != torch.float32 or layer.stride[0] > 1:
+        packed = pack(parameter.detach())
+        operand = packed.new_empty(packed.shape, dtype=dtype)
     return MomentumUpdate(parameter, buffer, rate, rule, operand, pack)
 
 
-def _itself(parameter: Tensor) -> Tensor:
-    return parameter
-
-
 class FusedUpdate:
-    """Gradients are applied where they are made, and never stored."""
+    """Gradients are applied where they are made, and never stored.
+
+    Args:
+        layer: whose parameters they are.
+        updates: of weight and bias.
+    """
 
     def __init__(self, layer: nn.Module, updates: Updates) -> None:
         self.updates = updates
@@ -81,6 +62,7 @@ class FusedUpdate:
         self._stride = layer.stride[0] if isinstance(layer, Conv2dReLU) else 1
 
     def weight(self) -> Tensor:
+        """What the products read."""
         update = self.updates.weight
         if self._convolution and update.operand is None:
             return pack_weight(update.parameter.detach())  # a view: it is in that order
@@ -89,13 +71,16 @@ class FusedUpdate:
     def bias(self) -> Tensor | None:
         return None if self.updates.bias is None else self.updates.bias.read()
 
-    def convolution(self, part: Tensor, bias_partials: Tensor) -> None:
-        sum_updates(self.updates, part, bias_partials, self._stride)
+    def convolution(self, partials: Tensor, bias_partials: Tensor) -> None:
+        """Take partials of the packed weight's gradient [parts, R, S, C, K], and of the bias's."""
+        sum_updates(self.updates, partials, bias_partials, self._stride)
 
     def linear(self, dz: Tensor, x: Tensor, p: float) -> None:
+        """Take the factors of the weight's gradient, dz^T x / (1 - p)."""
         linear_backward_weight_update(dz, x, *self.updates, p=p)
 
     def torch(self, gradients: list[Tensor]) -> None:
+        """Take whole gradients, in the order of the parameters."""
         for update, gradient in zip(self.updates, gradients, strict=False):
             assert update is not None
             if update.squares is None:
@@ -108,21 +93,19 @@ class StoredGradients(FusedUpdate):
 
     def __init__(self, layer: nn.Module, updates: Updates) -> None:
         super().__init__(layer, updates)
-        self._gradients = [torch.empty_like(update.parameter) for update in self._present()]
+        self._parameters = [update.parameter for update in updates if update is not None]
+        self._gradients = [torch.empty_like(parameter) for parameter in self._parameters]
 
     def attach(self) -> None:
         """Give the parameters their gradients, which an optimizer may have taken away."""
-        for update, gradient in zip(self._present(), self._gradients, strict=True):
-            update.parameter.grad = gradient
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
 
-    def _present(self) -> list[MomentumUpdate]:
-        return [update for update in self.updates if update is not None]
-
-    def convolution(self, part: Tensor, bias_partials: Tensor) -> None:
-        packed = sum_partials(part, part.new_empty(part.shape[1:]))
+    def convolution(self, partials: Tensor, bias_partials: Tensor) -> None:
+        packed = sum_partials(partials, partials.new_empty(partials.shape[1:]))
         weight, bias = self._gradients
         if self._stride > 1:
-            call(_copy_blocks, weight, packed, weight.shape, (self._stride, self._stride))
+            call(_copy_blocks, weight, packed, self._stride)
         else:
             call(weight.copy_, packed.permute(3, 2, 0, 1))
         sum_partials(bias_partials, bias)
@@ -134,9 +117,9 @@ class StoredGradients(FusedUpdate):
         if dz.stride(0) != dz.shape[1]:
             rows = dz.new_empty(dz.shape)
             call(rows.copy_, dz)
-        _, sums = epilogue_backward(rows, None, need_dz=False, need_sums=True)
-        assert sums is not None
-        sum_partials(sums, bias)
+        _, bias_partials = epilogue_backward(rows, None, need_dz=False, need_sums=True)
+        assert bias_partials is not None
+        sum_partials(bias_partials, bias)
         if p:
             call(bias.mul_, 1.0 / (1.0 - p))
 
@@ -145,5 +128,5 @@ class StoredGradients(FusedUpdate):
             stored.copy_(gradient)
 
 
-def _copy_blocks(out: Any, packed: Tensor, shape: torch.Size, stride: tuple[int, int]) -> None:
-    out.copy_(depth_to_space_weight(packed, shape, stride))
+def _copy_blocks(out: Tensor, packed: Tensor, stride: int) -> None:
+    out.copy_(depth_to_space_weight(packed, out.shape, (stride, stride)))

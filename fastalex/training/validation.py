@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from fastalex.common.nvtx_ranges import nvtx_range
 from fastalex.data import Batch, Batches
-from fastalex.distributed.context import Team
+from fastalex.distributed.context import ParallelContext
 from fastalex.model.alexnet import AlexNet
 
 TOP = 5  # the wider of the two accuracies
@@ -31,7 +31,7 @@ class Accuracy:
 def evaluate(
     model: AlexNet,
     batches: Batches,
-    team: Team,
+    parallel: ParallelContext,
     on_batch: Callable[[int], None] = lambda number: None,
 ) -> Accuracy:
     """Loss, top-1 and top-5 over all of ``batches``; every process takes part.
@@ -40,8 +40,8 @@ def evaluate(
     called with the number of each batch, from 0, before it is looked at.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=team.device)
-    for number, batch in enumerate(fetch(batches.epoch(0), team.device)):
+    sums = torch.zeros(4, dtype=torch.float64, device=parallel.device)
+    for number, batch in enumerate(fetch(batches.epoch(0), parallel.device)):
         on_batch(number)
         labels = batch.labels
         if len(labels) == 0:  # a short last batch may leave a replica without images
@@ -51,7 +51,7 @@ def evaluate(
         loss = F.cross_entropy(logits, labels, reduction="sum")
         counts = (loss, ranked[:, 0].sum(), ranked.sum(), logits.new_tensor(len(labels)))
         sums += torch.stack([value.double() for value in counts])
-    loss_sum, top1, top5, images = team.total(sums).tolist()
+    loss_sum, top1, top5, images = parallel.sum_replicas(sums).tolist()
     model.train()
     return Accuracy(loss_sum / images, top1 / images, top5 / images)
 

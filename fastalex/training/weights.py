@@ -160,17 +160,8 @@ def _metadata_hash(metadata: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def read_metadata(path: Path | str) -> dict[str, Any]:
-    """The metadata of a weights file, without its tensors.
-
-    Raises:
-        ValueError: where the file is missing, damaged, or not fastalex's.
-    """
-    return read_header(path, FORMAT)
-
-
-def read_header(path: Path | str, form: str) -> dict[str, Any]:
-    """The metadata that ``write_tensors`` wrote; the tensors are not looked at.
+def read_metadata(path: Path | str, form: str = FORMAT) -> dict[str, Any]:
+    """The metadata of a file, a weights file's or another ``form``'s, without its tensors.
 
     Raises:
         ValueError: where the file is missing, damaged, or of another form.

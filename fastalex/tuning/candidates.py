@@ -1,4 +1,4 @@
-"""What a sweep tries for each kernel: a few choices around its own, the likeliest first."""
+"""The candidates for each kernel: a few configs around its own, the likeliest first."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _PARTS = " parts"
 _LEAST_STEPS = 4  # of a part of a reduction
 
 
-def follows_tile(key: Key) -> bool:
-    """Whether a problem is posed by the tile that another one takes: a reduction to split."""
+def is_split(key: Key) -> bool:
+    """Whether a key is of a reduction to split: its sizes follow from another key's tile."""
     return key[0].endswith(_PARTS)
 
 
 def candidates(key: Key, own: Tile, target: str, bits: int, shared: int) -> Iterator[Tile]:
-    """Choices for a problem, ``own`` first; some may come to the same launches.
+    """Configs for a key, ``own`` first; some may come to the same launches.
 
     Args:
-        key: of the problem.
+        key: kernel, kind of its operands and sizes.
         own: what the package takes where nothing was tuned.
         target: as ``fastalex_kernels`` names it.
         bits: of an operand.
@@ -39,7 +39,7 @@ def candidates(key: Key, own: Tile, target: str, bits: int, shared: int) -> Iter
     """
     yield own
     kernel, _, sizes = key
-    if follows_tile(key):
+    if is_split(key):
         yield from _splits(own[0], steps=sizes[-1])
     elif kernel == "lrn forward":
         yield from _lrn_forward(own, pooled_rows=sizes[3])

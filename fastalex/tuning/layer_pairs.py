@@ -15,9 +15,9 @@ from torch import nn
 
 import fastalex_kernels as kernels
 from fastalex.inspection.cost import Floor, floors
-from fastalex.inspection.record import Layer
-from fastalex.model.alexnet import AlexNet
-from fastalex.model.layers import Conv2dReLU, Linear, LinearReLUDropout, MaxPool2d
+from fastalex.inspection.record import Layer, layers_of
+from fastalex.model.alexnet import AlexNet, layer_names
+from fastalex.model.layers import Conv2dReLU, LinearReLUDropout, MaxPool2d
 from fastalex.model.reference import ReferenceAlexNet
 from fastalex_kernels.reference import relative_error, tolerance
 
@@ -37,44 +37,36 @@ class LayerPair:
     """A layer of the net with an input for it.
 
     ``input`` is [N, C, H, W] or [N, features], contiguous, not negative where a ReLU or a pooling
-    stands before, and needs a gradient unless it is the images.
+    stands before, and needs a gradient unless it is the images. ``layers`` are those inside.
     """
 
     name: str
     ours: nn.Module
     stock: nn.Module
     input: torch.Tensor
+    layers: tuple[Layer, ...]
 
     def tensors(self, input: torch.Tensor, module: nn.Module) -> list[torch.Tensor]:
         """Those that a backward pass gives a gradient."""
         return [t for t in (input, *module.parameters()) if t.requires_grad]
 
 
-def layer_names(variant: str = "paper") -> list[str]:
+def pair_names(variant: str = "paper") -> list[str]:
     """The names of the pairs of a variant, in order: ``"conv1"``, ``"pool1"``, ... ``"fc8"``."""
     with torch.device("meta"):
-        return [name for name, *_ in _places(AlexNet(variant=variant))]
+        return list(_blocks(AlexNet(variant=variant)))
 
 
-def _places(net: AlexNet) -> list[tuple[str, str, int, int]]:
-    """Name, part of the net, and the first and last index of the layers that do the same."""
-    places: list[tuple[str, str, int, int]] = []
-    number = 0
-    for part, layers in (("features", net.features), ("classifier", net.classifier)):
-        indices = [i for i, layer in enumerate(layers) if isinstance(layer, _kinds(part))]
-        for i, following in zip(indices, [*indices[1:], len(layers)], strict=True):
-            layer = layers[i]
-            number += isinstance(layer, (nn.Conv2d, nn.Linear))
-            kind = "fc" if part == "classifier" else "pool"
-            kind = "conv" if isinstance(layer, nn.Conv2d) else kind
-            places.append((f"{kind}{number}", part, i, following))
-    return places
-
-
-def _kinds(part: str) -> tuple[type[nn.Module], ...]:
-    if part == "classifier":
-        return (Linear, LinearReLUDropout)
-    return (Conv2dReLU, MaxPool2d, nn.Sequential)  # the last with a norm inside each map
+def _blocks(net: AlexNet) -> dict[str, tuple[str, int]]:
+    """Part and index of each child of the net that computes, by the last layer's name in it."""
+    names = {id(module): name for name, module in layer_names(net).items()}
+    blocks: dict[str, tuple[str, int]] = {}
+    for part in ("features", "classifier"):
+        for index, child in enumerate(net.get_submodule(part).children()):
+            inside = [names[id(module)] for module in child.modules() if id(module) in names]
+            if inside and not inside[-1].startswith("dropout"):
+                blocks[inside[-1]] = (part, index)
+    return blocks
 
 
 def make_nets(
@@ -103,58 +95,46 @@ def make_pairs(
         image_size: side of the images in pixels; None is the variant's own.
     """
     ours, stock = nets
-    weight = next(ours.parameters())
-    side = image_size or ours.variant.image_size
+    weight, side = next(ours.parameters()), image_size or ours.variant.image_size
+    layers = layers_of(ours, batch, side)
+    blocks = _blocks(ours)
     pairs: dict[str, LayerPair] = {}
-    shape: tuple[int, ...] = (3, side, side)
     signed = True
-    for name, part, first, last in _places(ours):
-        layer = ours.get_submodule(f"{part}.{first}")
-        if isinstance(layer, nn.Linear):
-            shape = (layer.in_features,)
-        elif isinstance(layer, nn.Conv2d):
-            shape = (layer.in_channels, *shape[1:])
-        values = torch.randn(batch, *shape)
+    for name, (part, index) in blocks.items():
+        module = ours.get_submodule(f"{part}.{index}")
+        inside = tuple(x for x in layers.values() if x.module in set(module.modules()))
+        values = torch.randn(inside[0].input)
         x = (values if signed else values.relu()).to(weight.device, weight.dtype)
         x.requires_grad_(bool(pairs))
-        pair = LayerPair(name, layer, stock.get_submodule(part)[first:last], x)  # type: ignore[index]
-        pairs[name] = pair
-        signed = isinstance(layer, Conv2dReLU) and not layer.relu
-        with torch.no_grad():
-            shape = tuple(pair.stock(x[:1]).shape[1:])
+        signed = isinstance(module, Conv2dReLU) and not module.relu
+        after = [i for p, i in blocks.values() if p == part and i > index]
+        stretch = slice(index, min(after, default=None))
+        same: nn.Module = stock.get_submodule(part)[stretch]  # type: ignore[index]
+        pairs[name] = LayerPair(name, module, same, x, inside)
     return pairs
-
-
-def as_layer(pair: LayerPair) -> Layer:
-    """What ``fastalex.inspection.cost`` has to know of a layer of ours."""
-    with torch.no_grad():
-        output = pair.stock(pair.input[:1]).shape
-    weight = getattr(pair.ours, "weight", None)
-    return Layer(
-        pair.name, pair.ours, tuple(pair.input.shape), (len(pair.input), *output[1:]),
-        None if weight is None else tuple(weight.shape), pair.input.requires_grad,
-    )  # fmt: skip
 
 
 def pair_floors(pairs: Mapping[str, LayerPair]) -> dict[tuple[str, str], Floor]:
     """The least work of a pass in training, by name and ``"forward"`` or ``"backward"``.
 
-    A layer that ``fastalex.inspection.cost`` knows no floor of has none here.
+    A pair of several layers has none.
 
     Args:
         pairs: all of a net's, in order.
     """
-    layers = {name: as_layer(pair) for name, pair in pairs.items()}
+    layers = {layer.name: layer for pair in pairs.values() for layer in pair.layers}
     itemsize = next(iter(pairs.values())).input.element_size()
     result: dict[tuple[str, str], Floor] = {}
     for (name, role), floor in floors(layers, itemsize, train=True).items():
+        if name not in pairs or len(pairs[name].layers) > 1:
+            continue
         key = (name, "forward" if role == "forward" else "backward")
         before = result.get(key, Floor(0.0, 0.0))
         result[key] = Floor(before.flops + floor.flops, before.size + floor.size)
     return result
 
 
-def laid_out(x: torch.Tensor, backend: str) -> torch.Tensor:
+def as_stored(x: torch.Tensor, backend: str) -> torch.Tensor:
     """The values of ``x`` as the layer before leaves them in memory under a backend of ours."""
     if x.dim() == 2 or not x.requires_grad:  # rows, and the images, come contiguous
         return x
@@ -184,7 +164,7 @@ def make_call(pair: LayerPair, how: str, direction: str) -> Callable[[], object]
     if how in ("stock", "compiled"):
         module = torch.compile(pair.stock) if how == "compiled" else pair.stock  # type: ignore[assignment]
     else:
-        x = laid_out(x, how)
+        x = as_stored(x, how)
 
     def forward() -> torch.Tensor:
         with kernels.backend(how if module is pair.ours else "auto"):
@@ -213,7 +193,7 @@ def check(pair: LayerPair, backend: str) -> dict[str, float]:
     Raises:
         WrongResult: past the tolerances.
     """
-    x = laid_out(pair.input, backend)
+    x = as_stored(pair.input, backend)
     wide_x = pair.input.detach().double().requires_grad_(pair.input.requires_grad)
     wide_stock = copy.deepcopy(pair.stock).double()
     oracle: Forward = wide_stock
@@ -223,10 +203,10 @@ def check(pair: LayerPair, backend: str) -> dict[str, float]:
     with kernels.backend(backend):
         output = pair.ours(x)
     expected = oracle(wide_x)
-    settled = (output > 0) == (expected > 0)
+    decided = (output > 0) == (expected > 0)
     if any(isinstance(module, MaxPool2d) for module in pair.ours.modules()):
-        settled &= _one_maximum(wide_stock, wide_x)
-    dy = gradient_like(output) * settled
+        decided &= _one_maximum(wide_stock, wide_x)
+    dy = gradient_like(output) * decided
     found = torch.autograd.grad(output, pair.tensors(x, pair.ours), dy)
     wanted = torch.autograd.grad(expected, pair.tensors(wide_x, wide_module), dy.double())
     bound = _tolerance(pair, output)
@@ -257,7 +237,7 @@ def _dropout_oracle(ours: LinearReLUDropout) -> tuple[Forward, nn.Module]:
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         return kernels.reference.linear_relu_dropout(
-            x, wide.weight, wide.bias, p=ours.p, rng=ours.rng
+            x, wide.weight, wide.bias, p=ours.p, rng=ours.mask.rng
         )
 
     return forward, wide

@@ -27,11 +27,11 @@ from fastalex.model.variants import VARIANTS
 from fastalex.tuning import profile_chart
 from fastalex.tuning.layer_pairs import (
     check,
-    layer_names,
     make_call,
     make_nets,
     make_pairs,
     pair_floors,
+    pair_names,
 )
 from fastalex.tuning.train_steps import Training, check_steps, stock_step, train_step
 
@@ -116,7 +116,7 @@ def _complete(options: argparse.Namespace) -> None:
     options.batch_size = options.batch_size or _BATCH[options.device]
     options.rounds = options.rounds or _ROUNDS[options.device]
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
-    names = layer_names(options.variant)
+    names = pair_names(options.variant)
     if options.dtype in PRECISIONS:
         names.append(NET)
     elif NET in (options.layer or []):

@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,16 @@ from fastalex.common.timing import clock_of
 from fastalex.data.base import MAX_IMAGE_SIZE
 from fastalex.inspection import offline
 from fastalex.inspection.gpus import GPU, GPUS
-from fastalex.inspection.record import Layer, layers_of
+from fastalex.inspection.record import DTYPES, layers_of
 from fastalex.model.alexnet import AlexNet, layer_names
 from fastalex.model.variants import VARIANTS
 from fastalex.tuning import sweep
-from fastalex.tuning.sweep import Candidate, Problem, Search
-from fastalex.tuning.workloads import Call, WatchedStep
+from fastalex.tuning.sweep import Config, Entry
+from fastalex.tuning.workloads import WatchedStep, Workload
 from fastalex_kernels.common import tuned
 from fastalex_kernels.common.backend import interpreted, record_launches
 from fastalex_kernels.common.backend import target as target_of
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ROUNDS = 20
 
 
@@ -68,8 +67,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--gpus", type=int, choices=(1, 2), default=1, help="2: one of the two towers (default: 1)"
     )
-    parser.add_argument("--candidates", default=16, help="tiles for each problem (16)", **number)
-    parser.add_argument("--seconds", help="start no problem after so many", **number)
+    parser.add_argument("--candidates", default=16, help="for each key (16)", **number)
+    parser.add_argument("--seconds", help="start no key after so many", **number)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -112,36 +111,33 @@ def _tune(
     if path is not None:
         _check_table(path)
     head = {"timed": gpu is None, **provenance(device), **tuned.identity(name)}
-    entries = _known(path, name) if path else {}
-    search, measured = _search(options, device, gpu)
-    done: list[Problem] = []
+    rows = _known(path, name) if path else {}
+    found: list[Entry] = []
     try:
-        for problem in tqdm(measured, "tuning", unit=" problems", leave=False, disable=None):
-            done.append(problem)
-            entries[problem.key] = problem.entry()
-            if path is not None:
-                _write(path, {**head, "tiles": list(entries.values())})
+        for entry in tqdm(
+            _entries(options, device, gpu), "tuning", unit=" keys", leave=False, disable=None
+        ):
+            found.append(entry)
+            if entry.reached:
+                rows[entry.key] = entry.as_row()
+                _write(path, {**head, "tiles": list(rows.values())})
     except (KeyboardInterrupt, sweep.UnusableGPU) as stop:
-        kept = f"{len(done)} of {len(search.found)} problems are in {path}"
-        kept = kept if path and done else "nothing was written"
+        kept = f"{len(found)} keys are in {path}" if path and found else "nothing was written"
         raise type(stop)(f"{str(stop) or 'interrupted'}, {kept}") from None
+    done = [entry for entry in found if entry.reached]
     print("\n".join(_scores(done, options) if gpu else _times(done)))
-    for problem, candidate in ((p, c) for p in done for c in p.candidates if c.skipped):
-        tile = _shown(problem, candidate)
-        print(f"skipped {problem.layer} {problem.phase} {tile}: {candidate.skipped}")
-    if len(done) < len(search.found):
-        missed = len(search.found) - len(done)
-        print(f"{missed} of {len(search.found)} problems were not reached")
+    for entry, config in ((e, c) for e in done for c in e.configs if c.skipped):
+        print(f"skipped {entry.layer} {entry.phase} {_shown(entry, config)}: {config.skipped}")
+    if len(done) < len(found):
+        print(f"{len(found) - len(done)} of {len(found)} keys were not reached")
+    _write(path, {**head, "tiles": list(rows.values())})
     if path is not None:
-        _write(path, {**head, "tiles": list(entries.values())})
         print(f"\ntable {path}")
     return 0
 
 
-def _search(
-    options: argparse.Namespace, device: torch.device, gpu: GPU | None
-) -> tuple[Search, Iterator[Problem]]:
-    """The problems of the step, and the same as they come timed on ``device`` or scored."""
+def _entries(options: argparse.Namespace, device: torch.device, gpu: GPU | None) -> Iterator[Entry]:
+    """The keys of the step, as they come timed on ``device`` or scored for ``gpu``."""
     make = functools.partial(
         WatchedStep, options.variant, options.batch_size, DTYPES[options.dtype],
         options.image_size, options.gpus,
@@ -149,34 +145,25 @@ def _search(
     target = gpu.target if gpu else target_of(device)
     with record_launches(target, lambda *_: None):
         found = make("meta")
-    calls = [call for call in found.calls if call.layer in options.layer]
-    first = [] if gpu else [launch for launch in found.launches if launch.grid is not None]
-    search = Search(calls, target, options.candidates, options.seconds or math.inf, first)
-    if gpu is None:
-        return search, _timed(search, device, make)
     size = options.image_size or found.model.variant.image_size
     layers = layers_of(found.model, options.batch_size, size)
-    return search, _scored(search, layers, gpu, options.dtype)
-
-
-def _timed(
-    search: Search, device: torch.device, make: Callable[[torch.device], WatchedStep]
-) -> Iterator[Problem]:
-    calls: dict[tuple[str, str], Call] = {}  # once what they launch is compiled
-    taken: dict[tuned.Key, tuned.Tile] = {}
     clock, rounds = clock_of(device), 1 if interpreted() else _ROUNDS
-    for problem in search:
-        calls = calls or {(call.layer, call.phase): call for call in make(device).calls}
-        call = calls[problem.layer, problem.phase]
-        sweep.time_candidates(problem, call, taken, clock, rounds)
-        taken[problem.key] = problem.best().tile
-        yield problem
+    real: dict[tuple[str, str], Workload] = {}  # once what they launch is compiled
 
+    def measure(entry: Entry, best: dict[tuned.Key, tuned.Tile]) -> None:
+        if gpu is not None:
+            sweep.rank(entry, layers[entry.layer], gpu, options.dtype)
+            return
+        if not real:
+            real.update(((w.layer, w.phase), w) for w in make(device).workloads)
+        sweep.time_configs(entry, real[entry.layer, entry.phase], best, clock, rounds)
 
-def _scored(search: Search, layers: dict[str, Layer], gpu: GPU, dtype: str) -> Iterator[Problem]:
-    for problem in search:
-        sweep.rank(problem, layers[problem.layer], gpu, dtype)
-        yield problem
+    if gpu is None and target in offline.TARGETS:
+        jobs = [[launch] for launch in found.launches if launch.grid is not None]
+        list(offline.compile_ahead(jobs, target))
+    workloads = [w for w in found.workloads if w.layer in options.layer]
+    seconds = options.seconds or math.inf
+    return sweep.autotune(workloads, target, options.candidates, measure, seconds)
 
 
 def _check_table(path: Path) -> None:
@@ -187,24 +174,27 @@ def _check_table(path: Path) -> None:
 
 
 def _known(path: Path, device: str) -> dict[tuned.Key, dict[str, Any]]:
-    """The entries of a table that still holds; of other layers or batches, they stay."""
+    """The entries of a table that still hold; of other layers or batches, they stay."""
     try:
-        tuned.read_table(path, device)
+        valid = tuned.read_table(path, device)
     except (OSError, ValueError):
         return {}
     entries = json.loads(path.read_text(encoding="utf-8"))["tiles"]
-    return {(e["kernel"], e["kind"], tuple(e["sizes"])): e for e in entries}
+    rows = {(e["kernel"], e["kind"], tuple(e["sizes"])): e for e in entries}
+    return {key: row for key, row in rows.items() if key in valid}
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write(path: Path | None, content: dict[str, Any]) -> None:
+    if path is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _shown(problem: Problem, candidate: Candidate) -> str:
+def _shown(entry: Entry, config: Config) -> str:
     """A product's tile as MxNxK, warps and stages; anything else by the names of its numbers."""
-    fields, tile = tuned.FIELDS[problem.key[0]], candidate.tile
+    fields, tile = tuned.FIELDS[entry.key[0]], config.tile
     if len(fields) == 5:
         m, n, k, warps, stages = tile
         return f"{m}x{n}x{k} {warps}w {stages}s"
@@ -212,29 +202,29 @@ def _shown(problem: Problem, candidate: Candidate) -> str:
     return ", ".join(f"{name.removeprefix('num_')} {n}" for name, n in named)
 
 
-def _times(problems: list[Problem]) -> list[str]:
+def _times(entries: list[Entry]) -> list[str]:
     lines = [["layer", "pass", "kernel", "own tile", "us", "best tile", "us", "gain", "tried"]]
-    for problem in problems:
-        own, best = problem.own, problem.best()
+    for entry in entries:
+        own, best = entry.own, entry.best()
         us = [math.nan if c.seconds is None else 1e6 * c.seconds for c in (own, best)]
         lines.append(
             [
-                problem.layer, problem.phase, problem.key[0], _shown(problem, own), f"{us[0]:.1f}",
-                _shown(problem, best), f"{us[1]:.1f}", f"{us[0] / us[1]:.2f}",
-                str(len(problem.left())),
+                entry.layer, entry.phase, entry.key[0], _shown(entry, own), f"{us[0]:.1f}",
+                _shown(entry, best), f"{us[1]:.1f}", f"{us[0] / us[1]:.2f}",
+                str(len(entry.left())),
             ]
         )  # fmt: skip
     return table(lines, right=6)
 
 
-def _scores(problems: list[Problem], options: argparse.Namespace) -> list[str]:
+def _scores(entries: list[Entry], options: argparse.Namespace) -> list[str]:
     lines = [["layer", "pass", "kernel", "tile", "score", ""]]
-    for problem in problems:
-        for candidate in sorted(problem.left(), key=lambda c: -(c.score or 0.0)):
-            score = "-" if candidate.score is None else f"{candidate.score:.2f}"
-            own = "own" if candidate is problem.own else ""
-            tile = _shown(problem, candidate)
-            lines.append([problem.layer, problem.phase, problem.key[0], tile, score, own])
+    for entry in entries:
+        for config in sorted(entry.left(), key=lambda c: -(c.score or 0.0)):
+            score = "-" if config.score is None else f"{config.score:.2f}"
+            own = "own" if config is entry.own else ""
+            tile = _shown(entry, config)
+            lines.append([entry.layer, entry.phase, entry.key[0], tile, score, own])
     gpu = GPUS[options.gpu].name
     return [
         f"{gpu}, batch {options.batch_size}, {options.dtype}: computed, nothing was timed",

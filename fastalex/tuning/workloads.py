@@ -1,4 +1,4 @@
-"""The training step as the tuner sees it: passes that can be run again with other choices."""
+"""The training step as the tuner sees it: passes that can be run again with other configs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.distributed.towers import cut_to_tower
 from fastalex.model.alexnet import AlexNet
-from fastalex.model.specification import Variant
+from fastalex.model.variants import Variant
 from fastalex.training import TrainStep
 from fastalex.training.passes import Flatten, Pass, Torch
 from fastalex.training.step import Tricks
@@ -27,8 +27,8 @@ class Trace(NamedTuple):
     """What a pass did.
 
     Attributes:
-        own: the package's own choice, by what was looked up.
-        launches: of kernels, by what was looked up right before them.
+        own: the package's own config, by the key that was looked up.
+        launches: of kernels, by the key that was looked up right before them.
         results: what the pass made and changed; of partial sums their total.
     """
 
@@ -37,7 +37,7 @@ class Trace(NamedTuple):
     results: list[torch.Tensor]
 
 
-class Call(NamedTuple):
+class Workload(NamedTuple):
     """A pass of a layer in a step, ``phase`` forward or backward, and what it was given."""
 
     layer: str
@@ -45,8 +45,14 @@ class Call(NamedTuple):
     one: Any
     given: tuple[torch.Tensor | None, ...]
 
+    @property
+    def bits(self) -> int:
+        """Of an operand."""
+        assert self.given[0] is not None
+        return 8 * self.given[0].element_size()
+
     @torch.no_grad()
-    def again(self, tiles: Mapping[Key, Tile]) -> Trace:
+    def run(self, tiles: Mapping[Key, Tile]) -> Trace:
         """Run the pass once more, with ``tiles`` in place of the package's own.
 
         It reads the step's tensors and writes new ones, but for those of ``changed``.
@@ -90,7 +96,7 @@ class Call(NamedTuple):
         ]
         return [x for x in tensors if x is not None]
 
-    def allowed(self) -> float:
+    def tolerance(self) -> float:
         """The relative error that the results may have, for the longest of their sums."""
         x, w = self.given[0], getattr(self.one.module, "weight", None)
         assert x is not None
@@ -99,19 +105,18 @@ class Call(NamedTuple):
         return tolerance(x.dtype, longest)
 
 
-class _Watch:
+class _Watch(Pass):
     """A layer of the step that notes what it is given."""
 
-    def __init__(self, name: str, one: Pass, calls: list[Call]) -> None:
-        self.relu, self.masks, self.place = one.relu, one.masks, one.place
-        self._name, self._one, self._calls = name, one, calls
+    def __init__(self, name: str, one: Pass, workloads: list[Workload]) -> None:
+        self._name, self._one, self._workloads = name, one, workloads
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._calls.append(Call(self._name, "forward", self._one, (x,)))
+        self._workloads.append(Workload(self._name, "forward", self._one, (x,)))
         return self._one.forward(x)
 
     def backward(self, dy: torch.Tensor, partials: torch.Tensor | None) -> Any:
-        self._calls.append(Call(self._name, "backward", self._one, (dy, partials)))
+        self._workloads.append(Workload(self._name, "backward", self._one, (dy, partials)))
         return self._one.backward(dy, partials)
 
 
@@ -130,7 +135,7 @@ class WatchedStep(TrainStep):
         device: ``"meta"``, on which launches are to be recorded, takes no memory.
 
     Attributes:
-        calls: the passes of the layers with kernels, in order.
+        workloads: the passes of the layers with kernels, in order.
     """
 
     def __init__(
@@ -142,7 +147,7 @@ class WatchedStep(TrainStep):
         towers: int,
         device: torch.device | str,
     ) -> None:
-        self.calls: list[Call] = []
+        self.workloads: list[Workload] = []
         self._products, fused = dtype, dtype != torch.float16
         torch.manual_seed(0)
         with torch.device(device), choosing(lambda key, own: own):
@@ -162,6 +167,6 @@ class WatchedStep(TrainStep):
 
     def _passes(self, size: tuple[int, int]) -> list[tuple[str, Pass]]:
         return [
-            (name, one if isinstance(one, (Torch, Flatten)) else _Watch(name, one, self.calls))
+            (name, one if isinstance(one, (Torch, Flatten)) else _Watch(name, one, self.workloads))
             for name, one in super()._passes(size)
         ]

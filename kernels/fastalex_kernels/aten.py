@@ -6,7 +6,11 @@ oneDNN and cuDNN prefer and where the window of LRN is a run of neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,9 +18,9 @@ import torch.nn.functional as F
 
 from fastalex_kernels.common import philox
 from fastalex_kernels.common.backend import operator
+from fastalex_kernels.common.parameters import Norm, Window, norm_of
 
 _NO_LABEL = -(2**63)  # every other one that is no class is an error
-_BLOCK = 1 << 17  # elements of LRN handled at a time on a CPU: they stay in its cache
 
 
 def conv2d_relu(
@@ -38,166 +42,217 @@ def conv2d_relu(
     return output.relu_() if relu else output
 
 
-def _power(d: torch.Tensor, beta: float, out: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    """out = d ** beta; two square roots are far cheaper than a power."""
-    if beta == 0.75:
-        torch.sqrt(d, out=scratch)
-        return torch.sqrt(scratch, out=out).mul_(scratch)
-    return torch.pow(d, beta, out=out)
+def _start_worker(ready: threading.Barrier) -> None:
+    torch.set_num_threads(1)
+    ready.wait()
 
 
-def rows_of_groups(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """A channels-last x [N, C, H, W] as [N * H * W * groups, C / groups], one group to a row."""
-    channels = x.shape[1] // groups
-    return x.permute(0, 2, 3, 1).reshape(x.numel() // max(channels, 1), channels)
+@functools.cache
+def _workers(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads of ``process`` in which torch's operators start no threads of their own."""
+    ready = threading.Barrier(threads + 1)
+    workers = ThreadPoolExecutor(threads, "fastalex", _start_worker, (ready,))
+    for _ in range(threads):
+        workers.submit(int)
+    ready.wait()
+    torch.set_num_threads(threads)  # a worker's number had become that of threads yet to start
+    return workers
 
 
-def lrn_window(channels: int, size: int) -> tuple[int, int]:
-    """Neighbours below and above in a window."""
-    below, above = (min(n, max(channels - 1, 0)) for n in (size // 2, (size - 1) // 2))
-    return below, above
+def _share_images(function: Callable[..., None], *batches: torch.Tensor) -> None:
+    """Call ``function`` with a share of the images in each of as many threads as torch uses.
 
-
-def _first(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    return buffer[: rows * columns].view(rows, columns)
-
-
-def _blocks(
-    buffers: int, margin: int, *tensors: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Go through tensors of one shape, on a CPU in blocks of rows that stay in its cache.
-
-    Each block comes after rows of zeros that are ``margin`` longer and after ``buffers`` flat
-    buffers of that size, the same memory every time: a fresh half megabyte costs more in page
-    faults than what is computed in it.
+    So a pass is one parallel region. With one for each operator, every operator would wait for the
+    slowest thread: where another process has one of the cores, that takes a hundred times as long.
     """
-    rows, channels = tensors[0].shape
-    if rows * channels == 0:
+    threads = torch.get_num_threads()
+    shares = min(threads, len(batches[0]))
+    if shares == 1 or batches[0].is_cuda:
+        function(*batches)
+    if shares < 2 or batches[0].is_cuda:
         return
-    step = rows if tensors[0].is_cuda else max(1, min(rows, _BLOCK // channels))
-    padded, *flat = tensors[0].new_zeros(1 + buffers, step * (channels + margin)).unbind()
-    for block in zip(*(t.split(step) for t in tensors), strict=True):
-        yield (_first(padded, block[0].shape[0], channels + margin), *flat, *block)
+    split = (batch.tensor_split(shares) for batch in batches)
+    list(_workers(threads, os.getpid()).map(torch.inference_mode()(function), *split))
 
 
-def _window_sum(
-    padded: torch.Tensor, size: int, one: torch.Tensor, other: torch.Tensor
-) -> torch.Tensor:
-    """Sum padded[:, i .. i + size - 1] for each i that has so many columns before the row's end.
+class _Lines:
+    """Memory for the steps of LRN on images [n, C, H, W], channels last.
 
-    The rows are added to themselves as one long line, shifted: sums of twice as many elements each
-    time, and of one more where the binary digits of ``size`` say so. An element goes into the
-    windows that hold it and into no other, also where it is not finite.
+    The channels of one group of a pixel are a row. A line holds all rows, each followed by as many
+    zeros as a window has further channels, so that no window reaches the next row's.
     """
-    flat = total = padded.view(-1)
-    end, length = flat.numel(), 1
-    for digit in f"{size:b}"[1:]:
-        for term, more in ((total, length), (flat, 1))[: 1 + int(digit)]:
-            end -= more
-            torch.add(total[:end], term[length : length + end], out=one[:end])
-            total, one, other = one, other, one
-            length += more
-    return total[: flat.numel()].view(padded.shape)
+
+    def __init__(self, x: torch.Tensor, norm: Norm, groups: int, count: int) -> None:
+        self.channels = x.shape[1] // groups
+        below, above = norm.size // 2, (norm.size - 1) // 2
+        self.below, self.above = (min(reach, self.channels - 1) for reach in (below, above))
+        self._width = self.channels + self.below + self.above
+        self._length = x.numel() // self.channels * self._width
+        self._lines = x.new_zeros((count, self._length + self.below + self.above))
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 2, 3, 1).view(-1, self.channels)
+
+    def line(self, i: int) -> torch.Tensor:
+        return self._lines[i, : self._length]
+
+    def columns(self, i: int, first: int = 0) -> torch.Tensor:
+        """The rows of line i, where a row's values start at column ``first``."""
+        return self.line(i).view(-1, self._width)[:, first : first + self.channels]
+
+    def sum_windows(self, i: int, out: int) -> torch.Tensor:
+        """Line ``out``: for each value of line i, the sum of the window that starts with it.
+
+        A value goes into the windows that hold it and into no other, also where it is not finite.
+        """
+        total = torch.mul(self.line(i), 1, out=self.line(out))
+        for shift in range(1, 1 + self.below + self.above):
+            total += self._lines[i, shift : shift + self._length]
+        return total
+
+    def denominator(self, rows: torch.Tensor, norm: Norm, squares: int, out: int) -> torch.Tensor:
+        torch.mul(rows, rows, out=self.columns(squares, self.below))
+        return self.sum_windows(squares, out).mul_(norm.scale).add_(norm.offset)
+
+    def power(self, d: torch.Tensor, beta: float, out: int, scratch: int) -> torch.Tensor:
+        """The rows of d ^ beta; two square roots are far cheaper than a power."""
+        if beta == 0.75:
+            root = torch.sqrt(d, out=self.line(scratch))
+            torch.sqrt(root, out=self.line(out)).mul_(root)
+        else:
+            torch.pow(d, beta, out=self.line(out))
+        return self.columns(out)
 
 
-@operator("lrn")
-def _lrn(
-    input: torch.Tensor, size: int, alpha: float, beta: float, k: float, groups: int
+def _images(*batches: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Batches image by image on a CPU, in whose cache an image stays; all at once on a GPU."""
+    at_once = max(len(batches[0]), 1) if batches[0].is_cuda else 1
+    return list(zip(*(batch.split(at_once) for batch in batches), strict=True))
+
+
+def _forward(
+    norm: Norm, groups: int, window: Window, ceil_mode: bool,
+    input: torch.Tensor, output: torch.Tensor, argmax: torch.Tensor,
+) -> None:  # fmt: skip
+    """Fill ``output`` and, where anything is pooled, ``argmax``."""
+    images = _images(input, output, argmax)
+    lines, normalised = _Lines(images[0][0], norm, groups, 3), torch.empty_like(images[0][0])
+    pooled = window != (1, 1)
+    for x, y, at in images:
+        rows = lines.rows(x)
+        power = lines.power(lines.denominator(rows, norm, 0, 1), norm.beta, 1, 2)
+        torch.div(rows, power, out=lines.rows(normalised if pooled else y))
+        if pooled:
+            torch.ops.aten.max_pool2d_with_indices.out(
+                normalised, window.size, window.stride, 0, 1, ceil_mode, out=y, indices=at
+            )
+
+
+def _backward(
+    norm: Norm, groups: int, window: Window, ceil_mode: bool,
+    grad: torch.Tensor, input: torch.Tensor, argmax: torch.Tensor, result: torch.Tensor,
+) -> None:  # fmt: skip
+    """Fill ``result``. The denominators are computed again, which costs less than reading them."""
+    images = _images(grad, input, argmax, result)
+    first = images[0][1]
+    lines, (dy, z, t) = _Lines(first, norm, groups, 5), (torch.empty_like(first) for _ in range(3))
+    for g, x, at, dx in images:
+        if window == (1, 1):
+            dy = g
+        else:
+            torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
+                g, x, window.size, window.stride, 0, 1, ceil_mode, at, grad_input=dy
+            )
+        rows, z_rows, t_rows = (lines.rows(a) for a in (x, z, t))
+        d = lines.denominator(rows, norm, 0, 1)
+        torch.div(lines.rows(dy), lines.power(d, norm.beta, 2, 3), out=z_rows)
+        # The scale goes with 1 / d: apart, the largest alpha leaves float32's range.
+        torch.mul(z_rows, rows, out=t_rows).mul_(norm.scale)
+        torch.div(t_rows, lines.columns(1), out=lines.columns(4, lines.above))
+        lines.sum_windows(4, 2)
+        torch.addcmul(z_rows, lines.columns(2), rows, value=-2.0 * norm.beta, out=lines.rows(dx))
+
+
+def _outputs(
+    input: torch.Tensor, window: Sequence[int], pooled: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = x / d^beta and d = k + alpha / size * (sum of x^2 over the window), channels last."""
-    output = torch.empty_like(input)
-    denominator = torch.empty_like(rows_of_groups(input, groups))
-    channels = denominator.shape[1]
-    below, above = lrn_window(channels, size)
-    constant = input.new_full((channels,), k)
-    wholes = (rows_of_groups(input, groups), denominator, rows_of_groups(output, groups))
-    for padded, a, b, x, d, y in _blocks(2, below + above, *wholes):
-        torch.mul(x, x, out=padded[:, below : below + channels])
-        total = _window_sum(padded, below + 1 + above, a, b)[:, :channels]
-        torch.add(constant, total, alpha=alpha / size, out=d)
-        a, b = _first(a, *x.shape), _first(b, *x.shape)
-        torch.div(x, _power(d, beta, out=b, scratch=a), out=y)
-    return output, denominator
+    """Memory for the output and the places of its maxima, if anything is pooled; channels last."""
+    N, C = input.shape[:2]
+    shape = (N, 0, 0, 0) if list(window) == [1, 1] else (N, *pooled, C)
+    argmax = input.new_empty(shape, dtype=torch.int64)
+    return input.new_empty((N, *pooled, C)).permute(0, 3, 1, 2), argmax.permute(0, 3, 1, 2)
 
 
-@_lrn.register_fake
-def _(
-    input: torch.Tensor, size: int, alpha: float, beta: float, k: float, groups: int
+@operator("aten_lrn_max_pool2d")
+def _lrn_max_pool2d(
+    input: torch.Tensor,
+    norm: Sequence[float],
+    groups: int,
+    window: Sequence[int],
+    ceil_mode: bool,
+    pooled: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(input), torch.empty_like(rows_of_groups(input, groups))
+    output, argmax = _outputs(input, window, pooled)
+    arguments = (norm_of(norm), groups, Window(*window), ceil_mode)
+    _share_images(functools.partial(_forward, *arguments), input, output, argmax)
+    return output, argmax
 
 
-@operator("lrn_backward")
-def _lrn_backward(
+@_lrn_max_pool2d.register_fake
+def _(input, norm, groups, window, ceil_mode, pooled):
+    return _outputs(input, window, pooled)
+
+
+@operator("aten_lrn_max_pool2d_backward")
+def _lrn_max_pool2d_backward(
     grad: torch.Tensor,
     input: torch.Tensor,
-    denominator: torch.Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
+    argmax: torch.Tensor,
+    norm: Sequence[float],
     groups: int,
+    window: Sequence[int],
+    ceil_mode: bool,
 ) -> torch.Tensor:
     grad = grad.contiguous(memory_format=torch.channels_last)
     result = torch.empty_like(input)
-    channels = denominator.shape[1]
-    below, above = lrn_window(channels, size)
-    wholes = (denominator, *(rows_of_groups(t, groups) for t in (input, grad, result)))
-    for padded, a, b, z, d, x, dy, dx in _blocks(3, below + above, *wholes):
-        z, p, q = (_first(t, *x.shape) for t in (z, a, b))
-        torch.div(dy, _power(d, beta, out=q, scratch=p), out=z)
-        # The scale goes with 1 / d: apart, the largest alpha leaves float32's range.
-        torch.mul(z, x, out=p).mul_(alpha / size)
-        torch.div(p, d, out=padded[:, above : above + channels])
-        neighbours = _window_sum(padded, below + 1 + above, a, b)[:, :channels]
-        torch.addcmul(z, neighbours, x, value=-2.0 * beta, out=dx)
+    arguments = (norm_of(norm), groups, Window(*window), ceil_mode)
+    _share_images(functools.partial(_backward, *arguments), grad, input, argmax, result)
     return result
 
 
-@_lrn_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    input: torch.Tensor,
-    denominator: torch.Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    groups: int,
-) -> torch.Tensor:
+@_lrn_max_pool2d_backward.register_fake
+def _(grad, input, *_):
     return torch.empty_like(input)
 
 
-def _save_lrn(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    input, size, alpha, beta, _, groups = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    input, *arguments, _ = inputs
     ctx.save_for_backward(input, output[1])
-    ctx.arguments = (size, alpha, beta, groups)
+    ctx.arguments = arguments
 
 
-def _differentiate_lrn(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    dx = _lrn_backward(grad, *ctx.saved_tensors, *ctx.arguments)
+def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    dx = _lrn_max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.arguments)
     return dx, None, None, None, None, None
 
 
-_lrn.register_autograd(_differentiate_lrn, setup_context=_save_lrn)
+_lrn_max_pool2d.register_autograd(_differentiate, setup_context=_save)
 
 
 def lrn_max_pool2d(
     input: torch.Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
+    norm: Norm,
     groups: int,
-    kernel_size: int,
-    stride: int,
+    window: Window,
     ceil_mode: bool,
+    pooled: tuple[int, int],
 ) -> torch.Tensor:
     # Rounding before the maximum would make equals of neighbours: stay wide until the end.
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
     wide = wide.contiguous(memory_format=torch.channels_last)
-    normalised: torch.Tensor = _lrn(wide, size, alpha, beta, k, groups)[0]
-    if (kernel_size, stride) != (1, 1):
-        normalised = max_pool2d(normalised, kernel_size, stride, ceil_mode)
-    return normalised.to(input.dtype)
+    arguments = (list(map(float, norm)), groups, window, ceil_mode, pooled)
+    output: torch.Tensor = _lrn_max_pool2d(wide, *arguments)[0]
+    return output.to(input.dtype)
 
 
 def max_pool2d(input: torch.Tensor, kernel_size: int, stride: int, ceil_mode: bool) -> torch.Tensor:

@@ -29,10 +29,10 @@ import triton.language as tl
 from fastalex_kernels import aten
 from fastalex_kernels.common.arguments import DTYPES, aligned
 from fastalex_kernels.common.backend import interpreted, operator, target, use_triton
+from fastalex_kernels.common.columns import join8
 from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.layout import as_nchw
 from fastalex_kernels.conv2d.arguments import Padding, spell_out
-from fastalex_kernels.lrn_pool.alexnet import _join8
 
 BLOCK_SIZES = (1, 4)  # of space-to-depth
 _ITEMS = 128  # of a program, one a thread: 4 warps
@@ -117,7 +117,7 @@ def _load_mean(mean_ptr, first, step, column, inside, SIZE: tl.constexpr):
 
 @triton.jit
 def _columns8(v, i: tl.constexpr, ITEMS: tl.constexpr):
-    return _join8(
+    return join8(
         v[i], v[i + 1], v[i + 2], v[i + 3], v[i + 4], v[i + 5], v[i + 6], v[i + 7], ITEMS
     )  # fmt: skip
 
@@ -314,20 +314,8 @@ def _augment(
 
 @_augment.register_fake
 def _(
-    images: torch.Tensor,
-    tops: torch.Tensor,
-    lefts: torch.Tensor,
-    mirrors: torch.Tensor,
-    colors: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    centred: bool,
-    size: int,
-    padding: Sequence[int],
-    block: int,
-    lines: Sequence[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
+    images, tops, lefts, mirrors, colors, mean, scale, centred, size, padding, block, lines, dtype
+):
     return augment_output(images, block, lines, dtype)
 
 

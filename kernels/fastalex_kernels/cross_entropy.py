@@ -130,7 +130,7 @@ def _cross_entropy(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 @_cross_entropy.register_fake
-def _(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _(input, target):
     return input.new_empty((), dtype=torch.float32)
 
 
@@ -144,7 +144,7 @@ def _cross_entropy_backward(
 
 
 @_cross_entropy_backward.register_fake
-def _(grad: torch.Tensor, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _(grad, input, target):
     return torch.empty_like(input)
 
 

@@ -27,10 +27,6 @@ from fastalex_kernels.common.reduce import blocks, sum_parts
 RULES = ("paper", "torch")
 
 
-def _itself(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter
-
-
 @dataclass(eq=False)
 class MomentumUpdate:
     """A parameter, and what a kernel needs to update it.
@@ -43,7 +39,7 @@ class MomentumUpdate:
         rule: one of ``RULES``.
         operand: what the products read in place of the parameter: a copy of it in their dtype and
             layout, written with it; None where they read the parameter itself.
-        pack: the parameter in the layout of ``operand``.
+        pack: makes of the parameter the layout of ``operand``, where it is another.
 
     Attributes:
         squares: float32, sums of squares of the last gradient whose sum is its squared norm; None
@@ -59,34 +55,31 @@ class MomentumUpdate:
     rate: torch.Tensor
     rule: str = "torch"
     operand: torch.Tensor | None = None
-    pack: Callable[[torch.Tensor], torch.Tensor] = _itself
+    pack: Callable[[torch.Tensor], torch.Tensor] | None = None
     squares: torch.Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {self.rule!r}")
         w, v = self.parameter, self.buffer
-        if w.dtype != torch.float32 or v.dtype != torch.float32:
-            raise ValueError(f"buffer: expected float32 on float32, got {v.dtype} on {w.dtype}")
-        if v.shape != w.shape or v.stride() != w.stride():
-            raise ValueError(
-                f"buffer: expected shape {tuple(w.shape)} and strides {w.stride()} as the "
-                f"parameter's, got {tuple(v.shape)} and {v.stride()}"
-            )
-        if self.rate.shape != (3,) or self.rate.dtype != torch.float32:
-            raise ValueError(f"rate: expected float32 [3], got {self.rate.dtype} {self.rate.shape}")
-        for name, x in (("buffer", v), ("rate", self.rate), ("operand", self.operand)):
-            if x is not None and x.device != w.device:
+        tensors = {"parameter": w, "buffer": v, "rate": self.rate, "operand": self.operand}
+        for name, x in tensors.items():
+            if x is None:
+                continue
+            layout = f"shape {tuple(x.shape)} and strides {x.stride()}"
+            if name != "operand" and x.dtype != torch.float32:
+                raise ValueError(f"{name}: expected float32, got {x.dtype}")
+            if x.device != w.device:
                 raise ValueError(f"{name}: expected device {w.device}, got {x.device}")
-        # A convolution's weight may be in any order, the kernels take its strides.
-        dense = [("rate", self.rate), ("operand", self.operand)]
-        dense += [("parameter", w)] if w.dim() < 4 else []
-        for name, x in dense:
-            if x is not None and not x.is_contiguous():
-                raise ValueError(
-                    f"{name}: expected contiguous memory, got shape {tuple(x.shape)} with strides "
-                    f"{x.stride()}"
-                )
+            if name == "buffer" and (x.shape != w.shape or x.stride() != w.stride()):
+                expected = f"shape {tuple(w.shape)} and strides {w.stride()} as the parameter's"
+                raise ValueError(f"buffer: expected {expected}, got {layout}")
+            # The kernels take the strides of a convolution's weight, and of nothing else.
+            with_strides = w.dim() == 4 and name in ("parameter", "buffer")
+            if not with_strides and not x.is_contiguous():
+                raise ValueError(f"{name}: expected contiguous memory, got {layout}")
+        if self.rate.shape != (3,):
+            raise ValueError(f"rate: expected float32 [3], got {list(self.rate.shape)}")
 
     def read(self) -> torch.Tensor:
         """What the products read."""
@@ -96,7 +89,13 @@ class MomentumUpdate:
     def refresh(self) -> None:
         """Copy the parameter, which something else changed, to where the products read it."""
         if self.operand is not None:
-            self.operand.copy_(self.pack(self.parameter))
+            w = self.parameter
+            self.operand.copy_(w if self.pack is None else self.pack(w))
+
+    @torch.no_grad()
+    def load_buffer(self, values: torch.Tensor | None) -> None:
+        """Go on with another momentum, None of zeros, in the memory that the kernels know."""
+        self.buffer.zero_() if values is None else self.buffer.copy_(values)
 
     def written(self, programs: int) -> tuple[torch.Tensor, ...]:
         """What a kernel of so many programs writes: parameter, buffer, operand, squares.
@@ -265,10 +264,10 @@ def sum_updates(
         stride: of space-to-depth.
     """
     pairs = zip((part, bias_part), updates, strict=True)
-    given = [(p, update) for p, update in pairs if p is not None and update is not None]
-    if not given:
+    present = [(p, update) for p, update in pairs if p is not None and update is not None]
+    if not present:
         return
-    (part, update), (bias_part, bias_update) = given[0], given[-1]
+    (part, update), (bias_part, bias_update) = present[0], present[-1]
     tile, programs = _blocks_and_programs(part)
     written = bias_written = update.written(programs)
     bias_tile, bias_programs = tile, 0

@@ -21,6 +21,7 @@ from fastalex.data import (
     Normalization,
     PackedImages,
     SyntheticImages,
+    Transform,
     color_noise,
     mean_image,
 )
@@ -29,7 +30,9 @@ from fastalex.data.pack import pack
 from fastalex.evaluation import evaluate
 from fastalex.model.reference import ReferenceAlexNet
 from fastalex.model.variants import VARIANTS
-from fastalex.training import train
+from fastalex.training import prepare, train, trainer
+from fastalex.training.config import Settings
+from fastalex.training.options import parse_arguments
 from fastalex.training.recipes import RECIPES
 from fastalex.training.weights import (
     FORMAT,
@@ -212,17 +215,17 @@ def test_a_resumed_run_goes_on_with_the_same_mean_image(folder: Path) -> None:
     assert image is not None
     begun = Normalization((1.0, 2.0, 3.0), (1.0, 1.0, 1.0), image)
     values = json.loads(json.dumps(begun.to_dict()))
-    again = train._kept_normalization(start(values), mean_image(source, "mean-centre", 30))
+    again = prepare._kept_normalization(start(values), mean_image(source, "mean-centre", 30))
     assert again == begun
     assert again.mean_image is not None
     np.testing.assert_array_equal(again.mean_image.pixels, image.pixels)
     other = MeanImage.of(image.pixels + 1, 30, centred=True)
     with pytest.raises(DataError, match="has not the mean image that the run started with"):
-        train._kept_normalization(start(values), other)
+        prepare._kept_normalization(start(values), other)
     with pytest.raises(DataError, match="name that set with --data"):
-        train._kept_normalization(start(values), None)
+        prepare._kept_normalization(start(values), None)
     plain = {"mean": [1, 2, 3], "std": [1, 1, 1]}
-    assert train._kept_normalization(start(plain), None) == Normalization((1, 2, 3), (1, 1, 1))
+    assert prepare._kept_normalization(start(plain), None) == Normalization((1, 2, 3), (1, 1, 1))
 
 
 # Of the packed set too: its covariance
@@ -235,6 +238,29 @@ def test_measured_colour_noise_is_of_the_packed_sets_covariance(folder: Path) ->
     rebuilt = noise.vectors @ np.diag(noise.std**2) @ noise.vectors.T
     np.testing.assert_allclose(rebuilt, np.cov(pixels.T.astype(float), ddof=0), rtol=1e-8)
     assert color_noise(source, "published") is PUBLISHED_NOISE
+
+
+@pytest.mark.parametrize("kind", ["published", "measured"])
+def test_training_draws_the_colour_noise_it_is_told_to(folder: Path, kind: str) -> None:
+    source = PackedImages(folder / "set", "train")
+    given = ["--augmentation", "full", "--color-noise", kind, "--image-size", "64"]
+    run: Any = SimpleNamespace(
+        settings=Settings.choose(parse_arguments([*given, "--data", "set"]), "cpu"),
+        config=SimpleNamespace(normalization=Normalization((0, 0, 0), (1, 1, 1))),
+        parallel=SimpleNamespace(replica=0, replicas=1, device=torch.device("cpu")),
+    )
+    noise = PUBLISHED_NOISE if kind == "published" else ColorNoise.measured(source.covariance)
+    plain = Normalization((0, 0, 0), (1, 1, 1))
+    same = Batches(source, 64, Transform(64, plain, "full", noise), 0, True)
+    found, expected = (
+        next(batches.epoch(2)).colors
+        for batches in (trainer.Trainer._batches(run, source, True), same)
+    )
+    assert found is not None
+    assert expected is not None
+    assert torch.equal(found, expected)
+    validation = trainer.Trainer._batches(run, source, False)
+    assert next(validation.epoch(2)).colors is None
 
 
 @pytest.mark.parametrize(

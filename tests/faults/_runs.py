@@ -19,7 +19,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node"]
 OPTIONS = ["--image-size", "64", "--batch-size", "8", "--threads", "1", "--log-every", "1"]
 OPTIONS += ["--checkpoint-every", "3", "--output", "run"]
-EPOCHS = ["--epochs", "25"]
+EPOCHS = ["--epochs", "14"]
 TIMEOUT = 12  # seconds of --timeout: steps take some 50 ms, but on a busy machine
 
 
@@ -74,7 +74,7 @@ def training(
     pids: list[int] = []
     try:
         # Long enough for the processes to have told each other of a step, twice a second or so.
-        wait_until(lambda: trained(folder, 30), "trained")
+        wait_until(lambda: trained(folder, 20), "trained")
         pids = workers(process.pid, word)
         assert len(pids) == processes
         yield process, pids

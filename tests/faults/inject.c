@@ -17,7 +17,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { KILL = 1, KILL_HALFWAY, KILL_GROUP, FAIL_ONCE, FAIL_FOR_GOOD };
+enum { KILL = 1, KILL_HALFWAY, KILL_GROUP, TERMINATE, FAIL_ONCE, FAIL_FOR_GOOD };
 
 static struct { long count, at, kind, error; } *state;
 static const char *root;
@@ -63,6 +63,7 @@ static int fails(int frees) {
     int now = number == state->at;
     if (now && state->kind == KILL_GROUP) kill(0, SIGKILL);
     if (now && state->kind <= KILL_HALFWAY) kill(getpid(), SIGKILL);
+    if (now && state->kind == TERMINATE) kill(getpid(), SIGTERM);
     if (state->kind < FAIL_ONCE || (state->kind == FAIL_ONCE && !now)) return 0;
     if (state->error == ENOSPC && frees) return 0;
     errno = (int)state->error;

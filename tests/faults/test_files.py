@@ -10,18 +10,17 @@ import errno
 import json
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests._commands import ROOT, environment
-from tests._runs import SCRIPT, contents, digest, records
+from tests._runs import contents, digest, records
 from tests.faults._table import Table
 
 pytestmark = [
@@ -34,9 +33,9 @@ pytestmark = [
 OPTIONS = ["--image-size", "64", "--batch-size", "20", "--epochs", "2", "--max-steps", "3"]
 OPTIONS += ["--checkpoint-every", "1", "--log-every", "1", "--keep-checkpoints", "1"]
 OPTIONS += ["--threads", "1"]
-KILL, KILL_HALFWAY, KILL_GROUP, FAIL_ONCE, FAIL_FOR_GOOD = range(1, 6)  # as in inject.c
-
-Runner = Callable[[list[str], list[int]], dict[str, Any]]
+# As in inject.c.
+KILL, KILL_HALFWAY, KILL_GROUP, TERMINATE, FAIL_ONCE, FAIL_FOR_GOOD = range(1, 7)
+NAMES = {KILL: "kill -9", KILL_HALFWAY: "kill -9", KILL_GROUP: "kill -9", TERMINATE: "SIGTERM"}
 
 
 class World:
@@ -49,43 +48,26 @@ class World:
         library = folder / "inject.so"
         source = Path(__file__).with_name("inject.c")
         subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-        self.environment = {
-            **environment(),
-            "LD_PRELOAD": str(library),
-            "FAULT_ROOT": str(self.runs),
-            "FAULT_STATE": str(self.state),
-        }
         self.forks = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "faults" / "forks.py")],
-            env=self.environment,
+            env={
+                **environment(),
+                "LD_PRELOAD": str(library),
+                "FAULT_ROOT": str(self.runs),
+                "FAULT_STATE": str(self.state),
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    def one(self, arguments: list[str], state: list[int]) -> dict[str, Any]:
-        """A run in one process."""
+    def run(self, arguments: list[str], state: list[int]) -> dict[str, Any]:
+        """A run to its end, and the processes of it that are left."""
         assert self.forks.stdin is not None
         assert self.forks.stdout is not None
         print(json.dumps([arguments, state]), file=self.forks.stdin, flush=True)
         answer: dict[str, Any] = json.loads(self.forks.stdout.readline())
-        return answer
-
-    def two(self, arguments: list[str], state: list[int]) -> dict[str, Any]:
-        """A run of two towers, in their own process group."""
-        self.state.write_bytes(struct.pack("4q", *state))
-        process = subprocess.Popen(
-            [sys.executable, SCRIPT, *arguments, "--gpus", "2"],
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        out, err = process.communicate(timeout=120)
-        left = _group(process.pid)
-        count = struct.unpack("4q", self.state.read_bytes())[0]
-        return {"code": process.returncode, "out": out, "err": err, "count": count, "left": left}
+        return {**answer, "left": _group(answer["group"])}
 
 
 def _group(leader: int) -> list[int]:
@@ -115,19 +97,22 @@ class Expected:
     """What a run of ``processes`` that nothing happens to leaves, and how many changes it makes."""
 
     def __init__(self, world: World, processes: int) -> None:
-        self.run: Runner = world.one if processes == 1 else world.two
-        self.processes = processes
+        self.run = world.run
+        self.options = [*OPTIONS, "--gpus", str(processes)]
+        self.processes = {1: "1 process", 2: "2 towers", 4: "2 x 2"}[processes]
         self.folder = world.runs / f"whole-{processes}"
         self.next = world.runs / f"run-{processes}"
-        done = self.run([*OPTIONS, "--output", str(self.folder)], [0, 0, 0, 0])
+        done = self.run([*self.options, "--output", str(self.folder)], [0, 0, 0, 0])
         assert done["code"] == 0, done["err"]
         self.count: int = done["count"]
         assert self.count > 50
 
-    def suffer(self, table: Table, what: str, at: int, kind: int, error: int = 0) -> dict[str, Any]:
+    def suffer(self, table: Table, at: int, kind: int, error: int = 0) -> dict[str, Any]:
         """One fault and the same command again; what is wrong then is asserted."""
+        once = "once" if kind == FAIL_ONCE else "for good"
+        what = NAMES.get(kind) or f"{errno.errorcode[error]} {once}"
         shutil.rmtree(self.next, ignore_errors=True)
-        command = [*OPTIONS, "--output", str(self.next)]
+        command = [*self.options, "--output", str(self.next)]
         faulty = self.run(command, [0, at, kind, error])
         since = time.monotonic()
         again = self.run(command, [0, 0, 0, 0])
@@ -140,8 +125,8 @@ class Expected:
         ) and records(self.next) == records(self.folder)
         names = {path.relative_to(self.next) for path in contents(self.next)}
         left = names - {path.relative_to(self.folder) for path in contents(self.folder)}
-        orphans = [*faulty.get("left", []), *again.get("left", [])]
-        table.add(f"{what}, {self.processes} process(es)", equal, len(left), len(orphans), seconds)
+        orphans = [*faulty["left"], *again["left"]]
+        table.add(f"{what}, {self.processes}", equal, len(left), len(orphans), seconds)
         assert equal, where
         assert not left, where
         assert not orphans, where
@@ -150,49 +135,42 @@ class Expected:
         return faulty
 
 
-@pytest.fixture(scope="module")
-def one(world: World) -> Expected:
-    return Expected(world, 1)
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def whole(request: pytest.FixtureRequest, world: World) -> Expected:
+    return Expected(world, request.param)
 
 
-@pytest.fixture(scope="module")
-def two(world: World) -> Expected:
-    return Expected(world, 2)
+def _places(whole: Expected, of_many: int, of_few: int) -> range:
+    """Changes of files, evenly spaced: many of one process, few of several."""
+    number = of_many if whole.processes == "1 process" else of_few
+    step = max(1, whole.count // number)
+    return range(1 + step // 2, whole.count + 1, step)
 
 
-def test_one_process_killed_at_any_change_of_a_file(one: Expected, fault_table: Table) -> None:
-    for at in range(1, one.count + 1):
-        kind = (KILL, KILL_HALFWAY)[at % 2]
-        faulty = one.suffer(fault_table, "kill -9", at, kind)
-        assert faulty["code"] == -signal.SIGKILL
+def test_killed_at_a_change_of_a_file(whole: Expected, fault_table: Table) -> None:
+    for number, at in enumerate(_places(whole, 20, 4)):
+        kind = (KILL, KILL_HALFWAY, KILL_GROUP)[number % 3]
+        faulty = whole.suffer(fault_table, at, kind)
+        if whole.processes == "1 process":
+            assert faulty["code"] == -signal.SIGKILL
 
 
-def _assert_said_in_a_line(faulty: dict[str, Any], folder: Path) -> None:
-    if faulty["code"] == 0:  # nothing that the run needs
-        return
-    assert faulty["code"] in (1, 2), faulty["err"]
-    assert len(faulty["err"].splitlines()) == 1, faulty["err"]
-    assert faulty["err"].startswith("train: error: ")
+def test_asked_to_end_at_a_change_of_a_file(whole: Expected, fault_table: Table) -> None:
+    for at in _places(whole, 6, 2):
+        faulty = whole.suffer(fault_table, at, TERMINATE)
+        assert faulty["code"] in (0, 75), faulty["err"]  # 0 where all was done
+        if faulty["code"]:
+            assert len(faulty["err"].splitlines()) == 1, faulty["err"]
+            assert faulty["err"].startswith("train: stopped by SIGTERM ")
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("kind", [FAIL_ONCE, FAIL_FOR_GOOD])
-def test_one_process_whose_disk_fails(
-    one: Expected, fault_table: Table, kind: int, error: int
-) -> None:
-    what = f"{errno.errorcode[error]} {'once' if kind == FAIL_ONCE else 'for good'}"
-    for at in range(1 + error % 3, one.count + 1, 8):
-        _assert_said_in_a_line(one.suffer(fault_table, what, at, kind, error), one.next)
-
-
-def test_one_of_two_processes_or_both_killed(two: Expected, fault_table: Table) -> None:
-    for number, at in enumerate(range(5, two.count + 1, max(1, two.count // 12))):
-        kind = (KILL, KILL_GROUP)[number % 2]
-        two.suffer(fault_table, "kill -9", at, kind)
-
-
-@pytest.mark.parametrize("kind", [FAIL_ONCE, FAIL_FOR_GOOD])
-def test_the_disk_of_two_processes_fails(two: Expected, fault_table: Table, kind: int) -> None:
-    what = f"ENOSPC {'once' if kind == FAIL_ONCE else 'for good'}"
-    for at in range(8, two.count + 1, max(1, two.count // 5)):
-        _assert_said_in_a_line(two.suffer(fault_table, what, at, kind, errno.ENOSPC), two.next)
+def test_a_disk_that_fails(whole: Expected, fault_table: Table, kind: int, error: int) -> None:
+    for at in _places(whole, 4, 1):
+        faulty = whole.suffer(fault_table, at, kind, error)
+        if faulty["code"] == 0:  # nothing that the run needs
+            continue
+        assert faulty["code"] in (1, 2), faulty["err"]
+        assert len(faulty["err"].splitlines()) == 1, faulty["err"]
+        assert faulty["err"].startswith("train: error: ")

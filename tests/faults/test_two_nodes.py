@@ -50,10 +50,11 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 def test_a_machine_without_the_checkpoint_says_so(folders: list[Path]) -> None:
-    with _nodes(folders, "--epochs", "1") as processes:
+    keep = ("--keep-checkpoints", "2")
+    with _nodes(folders, *keep, "--epochs", "1") as processes:
         assert list(map(_errors, processes)) == [[], []]
     assert sorted(folder.name for folder in folders[1].iterdir()) == []
-    with _nodes(folders, "--epochs", "2") as processes:
+    with _nodes(folders, *keep, "--epochs", "2") as processes:
         first, second = map(_errors, processes)
         assert [process.returncode for process in processes] == [1, 1]  # torchrun's
     assert first == ["train: error: rank 1 can't take part, it says why"]

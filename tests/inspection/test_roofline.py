@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,36 +15,107 @@ from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.distributed.towers import cut_to_tower
 from fastalex.inspection import cost, offline, roofline, sass, ttir
 from fastalex.inspection.gpus import GPUS
-from fastalex.inspection.record import record_step
+from fastalex.inspection.record import Step, record_step
+from fastalex.inspection.report import inspect
 from fastalex.training import TrainStep
 from fastalex.training.optim import build_optimizer
 from fastalex_kernels.common.backend import interpreted, record_launches
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="an interpreted kernel has no machine code")
+recorded = functools.cache(record_step)
 
 
-def test_the_steps_of_a_program_are_its_taps_that_touch_the_image() -> None:
+@pytest.mark.slow
+def test_the_turns_of_a_program_are_its_taps_that_touch_the_image() -> None:
     """conv2, 5 x 5 on 27 x 27 with padding 2: counted tap by tap."""
-    step = record_step("sm_90", 128, step="infer")
-    (event,) = [e for e in step.events if e.layer == "conv2" and e.launch is not None]
+    (event,) = [e for e in recorded("sm_90", 128, step="infer").events if e.layer == "conv2"]
     assert event.launch is not None
+    assert event.launch.grid is not None
     compiled = offline.compile_launch(event.launch, "sm_90")
     work = ttir.read(compiled.asm["ttir"]).work(event.launch.grid, event.launch.named)
     inside = [sum(0 <= p + r - 2 < 27 for r in range(5)) for p in range(27)]
-    expected = sorted(a * b for a in inside for b in inside)
-    (trips,) = work.trips
-    assert sorted(trips[: 27 * 27].tolist()) == expected
+    assert work is not None
+    turns = sorted(w.turns[0] for w in work[: 27 * 27])
+    assert turns == sorted(a * b for a in inside for b in inside)
     dense = 2 * 128 * 27 * 27 * 256 * 48 * 25
-    assert work.flops.sum() == pytest.approx(dense * (sum(inside) / 135) ** 2)
+    assert sum(w.flops for w in work) == pytest.approx(dense * (sum(inside) / 135) ** 2)
+
+
+def test_a_launch_s_figures_are_those_of_its_product() -> None:
+    """fc8's product and what finishes it, against counts by hand."""
+    step = recorded("sm_90", 128)
+    found = [e for e in step.events if (e.layer, e.phase) == ("fc8", "forward")]
+    product, finish = inspect(Step(found, {"fc8": step.layers["fc8"]}), GPUS["h100"], "bf16")
+    assert (product.role, product.grid, product.tile) == ("forward", (16, 1, 8), (128, 64))
+    assert product.flops == 2 * 128 * 1024 * 4096
+    assert product.read == 2 * (128 * 4096 + 1000 * 4096)
+    assert product.written == finish.read - 2 * 1000 == 8 * 4 * 128 * 1000
+    assert product.useful == pytest.approx(1000 / 1024)
+    assert product.floor_flops == 2 * 128 * 1000 * 4096
+    assert product.loads == ["TMA"]
+    assert (product.spills, finish.spills) == (0, 0)
+    loop = product.loop
+    assert loop is not None
+    assert loop.product.startswith("HGMMA.64x64x16")
+    assert loop.turn_bytes == 2 * 64 * (128 + 64)
+    assert loop.turns is not None
+    assert loop.turns * loop.turn_flops == product.flops
+    assert loop.barriers > 0
+    assert (finish.loop, finish.flops, finish.written) == (None, 0.0, 2 * 128 * 1000)
+
+
+@pytest.mark.parametrize("grid", [(4,), (2, 3, 2)])
+def test_work_that_depends_on_the_place_in_the_grid(grid: tuple[int, ...]) -> None:
+    """A loop of x + 1 turns in which a product is made where y is odd, or always."""
+    x, y, z = (*grid, 1, 1)[:3]
+    work = ttir.Code(IR).work(grid, {"n": 3})
+    places = itertools.product(range(z), range(y), range(x))
+    expected = [((i + 1) * (1 + (j % 2) * 3), [i + 1]) for _, j, i in places]
+    assert work is not None
+    assert [(w.flops // (2 * 16 * 32 * 64), w.turns) for w in work] == expected
+
+
+IR = """
+module {
+  tt.func public @k(%p_ptr: !tt.ptr<f32> loc("p"(#loc)), %n: i32 loc("n"(#loc))) {
+    %c0 = arith.constant 0 : i32 loc(#loc)
+    %c1 = arith.constant 1 : i32 loc(#loc)
+    %c2 = arith.constant 2 : i32 loc(#loc)
+    %x = tt.get_program_id x : i32 loc(#loc)
+    %y = tt.get_program_id y : i32 loc(#loc)
+    %hi = arith.addi %x, %c1 : i32 loc(#loc)
+    %odd = arith.remsi %y, %c2 : i32 loc(#loc)
+    %acc:2 = scf.for %i = %c0 to %hi step %c1 iter_args(%a = %cst, %b = %c1) -> (t, i32)  : i32 {
+      %is = arith.cmpi eq, %odd, %b : i32 loc(#loc)
+      %d = tt.dot %u, %v, %a : tensor<16x64xf16> * tensor<64x32xf16> -> tensor<16x32xf32> loc(#loc)
+      %r = scf.if %is -> (tensor<16x32xf32>) {
+        %e = tt.dot %u, %w, %d : tensor<16x64xf16> * tensor<64x96xf16> -> tensor<1xf32> loc(#loc)
+        scf.yield %e : tensor<16x32xf32> loc(#loc)
+      } else {
+        scf.yield %d : tensor<16x32xf32> loc(#loc)
+      } loc(#loc)
+      scf.yield %r, %b : tensor<16x32xf32>, i32 loc(#loc)
+    } loc(#loc)
+    tt.store %p_ptr, %acc#0 : tensor<16x32x!tt.ptr<f32>> loc(#loc)
+    tt.return loc(#loc)
+  } loc(#loc)
+} loc(#loc)
+"""
+
+
+SLOW_CEILINGS = [("h100", 1024, 147e3), ("a100", 128, 44e3), ("a100", 1024, 55e3)]
 
 
 @pytest.mark.parametrize(
     ("gpu", "batch", "ceiling"),
-    [("h100", 128, 104e3), ("h100", 1024, 147e3), ("a100", 128, 44e3), ("a100", 1024, 55e3)],
+    [
+        ("h100", 128, 104e3),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW_CEILINGS),
+    ],
 )
 def test_the_floor_of_a_step(gpu: str, batch: int, ceiling: float) -> None:
     """The ceilings that were computed by hand for these rates, of the net without its input."""
-    step = record_step(GPUS[gpu].target, batch)
+    step = recorded(GPUS[gpu].target, batch)
     floors = cost.floors(step.layers, 2, train=True)
     augment = floors.pop(("augment", "forward"))
     assert augment.size == batch * (224 * 224 * 3 + 2 * 57 * 57 * 48)  # crops, blocks
@@ -52,13 +124,19 @@ def test_the_floor_of_a_step(gpu: str, batch: int, ceiling: float) -> None:
     assert batch / seconds == pytest.approx(ceiling, rel=0.01)
 
 
-@pytest.mark.parametrize(("target", "towers"), [("sm_80", 1), ("sm_90", 1), ("sm_90", 2)])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("target", "towers", "dtype"),
+    [
+        ("sm_90", 1, "bf16"),
+        pytest.param("sm_80", 1, "fp32", marks=pytest.mark.slow),
+        pytest.param("sm_90", 2, "fp32", marks=pytest.mark.slow),
+    ],
+)
 def test_from_bytes_to_the_first_convolution_is_one_kernel(
     target: str, towers: int, dtype: str
 ) -> None:
     """Nothing of torch's between: what it would rearrange the images with, or cast."""
-    events = record_step(target, 128, dtype, towers=towers).events
+    events = recorded(target, 128, dtype, towers=towers).events
     before = [e for e in events if e.layer in ("augment", "conv1") and e.phase == "forward"]
     assert [e.layer for e in before] == ["augment", "conv1"]
     augment, convolution = (e.launch for e in before)
@@ -70,6 +148,7 @@ def test_from_bytes_to_the_first_convolution_is_one_kernel(
     assert not [name for name in backward if name.startswith("aten")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["paper", "source2012"])
 @pytest.mark.parametrize("towers", [1, 2])
 def test_the_launches_are_those_that_a_training_step_makes(towers: int, variant: str) -> None:
@@ -97,19 +176,19 @@ def test_the_launches_are_those_that_a_training_step_makes(towers: int, variant:
 
 
 def test_what_a_step_does_beside_its_launches_is_counted() -> None:
-    events = record_step("sm_90", 128).events
+    events = recorded("sm_90", 128).events
     others = [(e.layer, e.name, e.read, e.written) for e in events if e.launch is None]
     maps = 128 * 256 * 6 * 6 * 2
     assert others == [
-        ("step", "aten.fill_", 0, 2 * 8),  # the step's number, for fc6 and fc7
         ("pool5", "aten.copy_", maps, maps),  # to rows of features
         ("pool5", "aten.copy_", maps, maps),  # their gradient, back
+        ("step", "aten.fill_", 0, 2 * 8),  # the step's number, for fc6 and fc7
         ("step", "aten.clone", 4, 4),  # the loss, for the caller
     ]
 
 
 def test_the_weight_gradient_is_made_while_an_input_s_gradient_is_exchanged() -> None:
-    step = record_step("sm_90", 128, towers=2)
+    step = recorded("sm_90", 128, towers=2)
     meanwhile = {
         (one.layer, one.phase): [e.name for e in step.events[one.started : one.ended]]
         for one in step.exchanges
@@ -126,7 +205,7 @@ def test_the_weight_gradient_is_made_while_an_input_s_gradient_is_exchanged() ->
 
 
 def test_a_forward_pass_is_the_step_s_without_loss_and_dropout() -> None:
-    train, infer = (record_step("sm_90", 128, step=step).events for step in ("train", "infer"))
+    train, infer = recorded("sm_90", 128).events, recorded("sm_90", 128, step="infer").events
     forward = [e.name for e in train if e.phase == "forward" and e.layer not in ("loss", "step")]
     assert [e.name for e in infer] == forward
     assert not any(e.launch.named.get("DROPOUT") for e in infer if e.launch is not None)
@@ -145,15 +224,12 @@ def test_a_step_that_cannot_be_recorded(options: dict[str, Any], message: str) -
         record_step("sm_90", 128, **options)
 
 
-def test_waves() -> None:
-    gpu = GPUS["h100"]
-    cycles = 1e6
-    one = np.full(gpu.processors, cycles * gpu.tensor_flops)
-    whole = cost.wave_efficiency(gpu, one, 1)
-    assert whole == pytest.approx(cycles / (cycles + 1500))
-    assert cost.wave_efficiency(gpu, np.append(one, one[0]), 1) == pytest.approx(
-        whole * (gpu.processors + 1) / (2 * gpu.processors)
-    )
+@pytest.mark.parametrize(
+    ("programs", "slots", "turns"), [(1, 1, 1), (132, 1, 1), (133, 1, 2), (264, 1, 2), (264, 2, 1)]
+)
+def test_programs_take_turns_on_the_processors(programs: int, slots: int, turns: int) -> None:
+    end = cost.schedule(GPUS["h100"], [1e6] * programs, slots)
+    assert end == pytest.approx(turns * (1e6 * slots + 1500))
 
 
 def test_resident_programs() -> None:
@@ -180,13 +256,13 @@ LISTING = """
 """
 
 
-def test_a_loop_is_what_returns_to_a_block_that_leads_there() -> None:
+def test_a_loop_is_what_returns_to_its_label() -> None:
     """The slow way of a wait, moved behind the end, jumps into the loop and is no loop itself."""
-    instructions, labels = sass.parse(LISTING)
-    (loop,) = sass.loops(instructions, labels)
-    assert [i.name.split(".")[0] for i in loop.body] == ["LDGSTS", "BRA", "HGMMA", "BRA"]
-    assert loop.products == 1
-    assert loop.tensor_cycles(warps=8, flops_per_cycle=4096) == 2 * 128 / 2
+    instructions = sass.parse(LISTING)
+    (loop,) = sass.loops(instructions)
+    assert [i.name.split(".")[0] for i in loop] == ["LDGSTS", "BRA", "HGMMA", "BRA"]
+    assert sum(i.product for i in loop) == 1
+    assert sass.tensor_cycles(loop, warps=8, flops_per_cycle=4096) == 2 * 128 / 2
     accesses = [(a.store, a.how, a.width) for a in sass.accesses(instructions)]
     assert accesses == [(False, "async", 16), (True, "register", 8)]
 
@@ -220,5 +296,8 @@ def test_a_triton_that_lacks_the_target(
     monkeypatch.setattr(offline, "compile_launch", fail)
     assert roofline.main(["--gpu", "rtx5090"]) == 2
     error = capsys.readouterr().err
-    assert "can't compile for sm_120: ptxas fatal: Value 'sm_120a' is not defined\n" in error
+    assert (
+        "can't compile for sm_120: RuntimeError: ptxas fatal: Value 'sm_120a' is not defined\n"
+        in error
+    )
     assert error.count("\n") == 1

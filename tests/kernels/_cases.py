@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+import pytest
 
 from ._oracle import Case, conv, linear, lrn, pool, variants
 
@@ -128,3 +131,15 @@ EVERY = [
     *LINEAR, *LINEAR_LAYOUTS, *LINEAR_FROZEN,
 ]  # fmt: skip
 BASIC: list[Case] = [*CONV, *LRN, *POOL, *LINEAR]
+
+
+def sampled(cases: Iterable[Any], every: int, first: int = 0) -> list[Any]:
+    """The cases as parameters of a test; the quick suite takes one of ``every``, from ``first``."""
+    return [
+        pytest.param(case, id=_name(case), marks=() if i % every == first else pytest.mark.slow)
+        for i, case in enumerate(cases)
+    ]
+
+
+def _name(case: Any) -> str:
+    return "-".join(map(_name, case)) if isinstance(case, tuple) else str(case)

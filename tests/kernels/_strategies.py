@@ -93,3 +93,6 @@ def linears(draw: Any) -> Case:
         layout=draw(st.sampled_from(["contiguous", "reversed", "sliced", "expanded"])),
         seed=draw(_seeds),
     )
+
+
+ANY = {"conv2d": convolutions(), "lrn": normalisations(), "pool": poolings(), "linear": linears()}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalex_kernels as fk
 
 from . import _cases as cases
-from . import _strategies as any_of
 from ._oracle import Case, call, check, conv, linear, lrn, make_inputs, pool, relative_error
-
-many = settings(max_examples=150)
+from ._strategies import ANY, SLACK
 
 
 @pytest.fixture(autouse=True)
@@ -64,28 +66,12 @@ def test_float64(case: Case) -> None:
     assert relative_error(output, call(case, fk.reference, tensors)) < 1e-14
 
 
-@many
-@given(any_of.convolutions())
-def test_any_conv2d_relu(case: Case) -> None:
-    check(case, torch.float32, slack=any_of.SLACK)
-
-
-@many
-@given(any_of.normalisations())
-def test_any_lrn_max_pool2d(case: Case) -> None:
-    check(case, torch.float32, slack=any_of.SLACK)
-
-
-@many
-@given(any_of.poolings())
-def test_any_max_pool2d(case: Case) -> None:
-    check(case, torch.float32, slack=any_of.SLACK)
-
-
-@many
-@given(any_of.linears())
-def test_any_linear_relu_dropout(case: Case) -> None:
-    check(case, torch.float32, slack=any_of.SLACK)
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ANY)
+@settings(max_examples=150)
+@given(data=st.data())
+def test_any_call(op: str, data: Any) -> None:
+    check(data.draw(ANY[op]), torch.float32, slack=SLACK)
 
 
 def test_pooling_that_pools_nothing_leaves_the_input_alone() -> None:
@@ -149,3 +135,25 @@ def test_lrn_under_autocast_has_the_bits_of_float32() -> None:
         found = torch.autograd.grad(y.sum(), x)[0]
     assert torch.equal(y, plain)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("images", [1, 5])
+def test_lrn_has_the_same_bits_on_any_number_of_threads(images: int) -> None:
+    """And leaves torch's number of threads alone, in threads that start later, too."""
+    before, found = torch.get_num_threads(), []
+    x = torch.randn(images, 16, 9, 7)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaf = x.clone().requires_grad_()
+            y = fk.lrn_max_pool2d(leaf, alpha=1.0, groups=2)
+            y.square().sum().backward()
+            found.append((y.detach(), leaf.grad))
+            with ThreadPoolExecutor(1) as later:
+                assert later.submit(torch.get_num_threads).result() == threads
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for y, dx in found[1:]:
+        assert torch.equal(y, found[0][0])
+        assert torch.equal(dx, found[0][1])

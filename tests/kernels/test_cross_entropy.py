@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 
 import pytest
@@ -11,10 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalex_kernels as fk
 from fastalex.inspection import offline
-from fastalex_kernels.common.backend import interpreted, record_launches
+from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.cross_entropy import cross_entropy_forward
 
 from . import _losses as losses
+from ._cases import sampled
 from ._losses import Case, check, make, run
 
 
@@ -48,8 +49,6 @@ def test_two_rows_by_hand() -> None:
 
 
 def test_a_label_that_is_no_class_is_refused_on_a_cpu() -> None:
-    if interpreted():
-        pytest.skip("a kernel cannot raise")
     for label in (-100, -1, 5):
         with pytest.raises(IndexError, match="out of bounds"):
             fk.cross_entropy(torch.zeros(1, 5), torch.tensor([label]))
@@ -63,7 +62,6 @@ def test_autocast_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.skipif(interpreted(), reason="records what a GPU would be asked to do")
 def test_the_host_reads_no_value() -> None:
     """A fake tensor has none to give."""
     with FakeTensorMode(), record_launches("sm_90", lambda *_: None):
@@ -83,25 +81,23 @@ PUBLISHED = [
 ]
 
 
-@functools.cache
-def _made(shape: tuple[int, int], dtype: torch.dtype, target: str) -> list[offline.MachineCode]:
+def _step(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Loss and gradient together, the loss alone, and the gradient alone."""
-
-    def step() -> None:
-        x, labels = torch.empty(shape, dtype=dtype), torch.empty(shape[0], dtype=torch.int64)
-        cross_entropy_forward(x, labels, torch.empty(()))
-        fk.cross_entropy(x.requires_grad_(), labels).backward(torch.empty(()))
-
-    launches = [x for x in offline.record(target, step) if "cross_entropy" in x.name]
-    assert len(launches) == 3
-    return [offline.read(offline.compile_launch(launch, target)) for launch in launches]
+    x, labels = torch.empty(shape, dtype=dtype), torch.empty(shape[0], dtype=torch.int64)
+    cross_entropy_forward(x, labels, torch.empty(()))
+    fk.cross_entropy(x.requires_grad_(), labels).backward(torch.empty(()))
 
 
-@pytest.mark.skipif(interpreted(), reason="an interpreted kernel has no machine code")
-@pytest.mark.parametrize("target", list(offline.TARGETS))
-@pytest.mark.parametrize(("shape", "dtype", "wide"), PUBLISHED, ids=str)
-def test_machine_code(shape: tuple[int, int], dtype: torch.dtype, wide: bool, target: str) -> None:
-    for code in (made := _made(shape, dtype, target)):
+@pytest.mark.compiled
+@pytest.mark.parametrize("call", sampled(itertools.product(PUBLISHED, offline.TARGETS), 100, 1))
+def test_machine_code(call: tuple[tuple[tuple[int, int], torch.dtype, bool], str]) -> None:
+    (shape, dtype, wide), target = call
+    launches = [
+        x for x in offline.record(target, lambda: _step(shape, dtype)) if "loss_ptr" in x.named
+    ]
+    made = [offline.read(offline.compile_launch(launch, target)) for launch in launches]
+    assert len(made) == 3
+    for code in made:
         assert (code.stack, code.spills) == (0, 0), f"{code.registers} registers"
         assert code.shared <= offline.TARGETS[target].shared_limit
     if not wide:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ import torch
 import fastalex_kernels as fk
 from fastalex.inspection import offline
 from fastalex_kernels.common.backend import interpreted
-from fastalex_kernels.common.launch import MOST_COUNTED, launch
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="these launches are recorded, not run")
 
@@ -85,29 +83,3 @@ ACCEPTED: dict[str, Callable[[], object]] = {
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_a_little_less_is_not(name: str) -> None:
     assert offline.record("sm_90", ACCEPTED[name])
-
-
-def _ignored(*_: Any) -> None:
-    pass
-
-
-def test_nothing_is_launched_past_a_limit() -> None:
-    started: list[Any] = []
-
-    class Kernel:
-        def __init__(self) -> None:
-            self.fn = _ignored
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *args, **kwargs: started.append((grid, args, kwargs))
-
-    x = torch.empty(1)
-    launch(Kernel(), (2**31 - 1, 65535, 65535), x, counted=MOST_COUNTED, BLOCK=8)
-    assert started == [((2**31 - 1, 65535, 65535), (x,), {"BLOCK": 8})]
-    for grid in ((2**31,), (1, 65536), (1, 1, 65536)):
-        with pytest.raises(ValueError, match=f"start {' x '.join(map(str, grid))} programs"):
-            launch(Kernel(), grid, x, counted=0)
-    with pytest.raises(ValueError, match=f"count to {MOST_COUNTED + 1} "):
-        launch(Kernel(), (1,), x, counted=MOST_COUNTED + 1)
-    launch(Kernel(), (0, 70_000), x, counted=0)  # an empty grid is no launch
-    assert len(started) == 1

@@ -14,11 +14,11 @@ from torch import nn
 
 from fastalex import AlexNet
 from fastalex.data import Batches, Normalization, SyntheticImages, Transform, decode_size
-from fastalex.distributed.launch import World
+from fastalex.distributed.world import World
 from fastalex.evaluation import ablate
-from fastalex.model.ablations import ABLATIONS, edit, edited_name, split_name
+from fastalex.model.ablations import ABLATIONS, edit, edited_name, get_variant, split_name
 from fastalex.model.reference import ReferenceAlexNet
-from fastalex.model.variants import VARIANTS, get_variant
+from fastalex.model.variants import VARIANTS
 from fastalex.training.config import Settings
 from fastalex.training.options import parse_arguments
 from fastalex.training.weights import load_model, save_weights

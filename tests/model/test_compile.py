@@ -69,7 +69,7 @@ def test_a_net_is_one_graph_with_the_bits_of_eager(variant: str) -> None:
 def _small_net() -> nn.Sequential:
     torch.manual_seed(0)
     dropping = LinearReLUDropout(144, 24)
-    dropping.rng = torch.tensor([123_456_789_123, 7 << 33])
+    dropping.set_mask(rng=torch.tensor([123_456_789_123, 7 << 33]))
     return nn.Sequential(
         Conv2dReLU(3, 16, 5, stride=2),
         LRNMaxPool2d(alpha=1.0, groups=2),
@@ -182,11 +182,16 @@ def test_a_compiled_net_follows_the_backend() -> None:
         assert not recorder.taken()
         compiled(images)
         assert recorder.taken()
-        with fk.backend("aten"):
-            thread = threading.Thread(target=compiled, args=(images,))
-            thread.start()
-            thread.join()
-        assert recorder.taken(), "another thread took this one's backend"
+
+    def elsewhere() -> None:  # what is recorded and what is chosen are each thread's own
+        with record_launches("sm_90", recorder), torch.no_grad():
+            compiled(images)
+
+    with fk.backend("aten"):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert recorder.taken(), "another thread took this one's backend"
 
 
 def test_a_second_backward_is_refused() -> None:

@@ -171,7 +171,7 @@ def test_the_last_layer_has_neither_relu_nor_dropout() -> None:
 
 def test_fused_dropout_keeps_and_scales_the_rectified_units() -> None:
     layer = LinearReLUDropout(7, 400, p=0.25).double()
-    layer.rng = torch.tensor([3, 4])
+    layer.set_mask(rng=torch.tensor([3, 4]))
     x = _draw(5, 7)
     rectified = (x @ layer.weight.T + layer.bias).clamp(min=0)
     dropped = (layer(x) == 0) & (rectified > 0)
@@ -186,9 +186,9 @@ def test_fused_dropout_keeps_and_scales_the_rectified_units() -> None:
 def test_dropout_of_a_part_is_a_part_of_the_dropout() -> None:
     ones = torch.ones(6, 32)
     layer = Dropout(0.5)
-    layer.rng = torch.tensor([1, 2])
+    layer.set_mask(rng=torch.tensor([1, 2]))
     whole = layer(ones)
-    layer.row_offset, layer.feature_offset = 4, 16
+    layer.set_mask(row_offset=4, feature_offset=16)
     assert torch.equal(layer(ones[4:, 16:]), whole[4:, 16:])
     assert not torch.equal(whole[:2, :16], whole[4:, 16:])
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastalex import AlexNet
+from fastalex.model.layers import CounterDropout
 
 NAMES = ("paper", "source2012", "caffe", "owt")
 
@@ -92,13 +93,13 @@ class _Writes(TorchDispatchMode):
 def test_the_next_step_is_written_where_a_captured_graph_reads_it() -> None:
     model = _probe()
     model.seed_dropout(1, 2)
-    states = [model.classifier[i].rng for i in (1, 4)]
+    states = [model.classifier[i].mask.rng for i in (1, 4)]
     seeds = [int(state[0]) for state in states]
     with _Writes() as writes:
         model.seed_dropout(1, 3)
     assert writes.count == 1
     for index, state, seed in zip((1, 4), states, seeds, strict=True):
-        assert model.classifier[index].rng is state
+        assert model.classifier[index].mask.rng is state
         assert state.tolist() == [seed, 3]
     model.seed_dropout(2, 3)
     assert all(int(state[0]) == seed + 1 for state, seed in zip(states, seeds, strict=True))
@@ -107,9 +108,9 @@ def test_the_next_step_is_written_where_a_captured_graph_reads_it() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model: model.classifier[1].rng.fill_(7),
-        lambda model: setattr(model.classifier[4], "rng", torch.tensor([7, 7])),
-        lambda model: setattr(model.classifier[4], "rng", None),
+        lambda model: model.classifier[1].mask.rng.fill_(7),
+        lambda model: model.classifier[4].set_mask(rng=torch.tensor([7, 7])),
+        lambda model: model.classifier[4].set_mask(rng=None),
         lambda model: model.classifier.__setitem__(4, copy.deepcopy(model.classifier[4])),
         lambda model: model.classifier.__setitem__(1, torch.nn.Identity()),
     ],
@@ -123,7 +124,8 @@ def test_what_was_changed_from_outside_is_seeded_again(change: Any) -> None:
         change(twin)
     for net in (model, twin):
         net.seed_dropout(1, 3)
-    found = [getattr(net.classifier[i], "rng", None) for net in (model, twin) for i in (1, 4)]
+    layers = [net.classifier[i] for net in (model, twin) for i in (1, 4)]
+    found = [x.mask.rng if isinstance(x, CounterDropout) else None for x in layers]
     values = [None if x is None else x.tolist() for x in found]
     assert values[:2] == values[2:]
 
@@ -132,9 +134,9 @@ def test_seeded_while_it_is_evaluated_it_can_train() -> None:
     model = _probe()
     with torch.inference_mode():
         model.seed_dropout(1, 2)
-    assert not model.classifier[1].rng.is_inference(), "backward could not save it"
+    assert not model.classifier[1].mask.rng.is_inference(), "backward could not save it"
     model.seed_dropout(1, 3)
-    assert int(model.classifier[1].rng[1]) == 3
+    assert int(model.classifier[1].mask.rng[1]) == 3
 
 
 def test_unseeded_masks_come_from_torch_s_generator() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from triton.backends.nvidia import driver as nvidia
 
 from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.common.program import Program
@@ -41,8 +42,15 @@ def main() -> None:
         return program
 
     packed = seen(driver, record())
+    wrap, nvidia.wrap_handle_tensordesc = nvidia.wrap_handle_tensordesc, broken
+    raises = seen(driver, record())
+    nvidia.wrap_handle_tensordesc = wrap
     del driver.utils.launch  # as a Triton with another launcher has none
-    print(json.dumps({"packed": packed, "plain": seen(driver, record())}))
+    print(json.dumps({"packed": packed, "raises": raises, "plain": seen(driver, record())}))
+
+
+def broken(*args: Any) -> Any:
+    raise RuntimeError("another interface")
 
 
 def run(kernel: Any, grid: Any, args: Any, kwargs: Any) -> Any:
@@ -54,14 +62,14 @@ def seen(driver: StubDriver, program: Program) -> list[dict[str, Any]]:
     found = []
     other = torch.zeros_like(program.inputs[0])
     for launch in program.launches:
-        program.give(program.inputs)
+        program.set_inputs(program.inputs)
         compiled = launch.kernel[launch.grid](*launch.arguments, **launch.options)
         driver.look(compiled.run.kernel_signature)
         launch.kernel[launch.grid](*launch.arguments, **launch.options)
         by_triton = driver.last
         launch.run(STREAM)
         replayed = driver.last
-        program.give([other])
+        program.set_inputs([other])
         launch.run(STREAM)
         found.append(
             {

@@ -29,7 +29,7 @@ class Captures:
 
         def replay() -> None:
             self.replays += 1
-            program.give(held)
+            program.set_inputs(held)
             run()
 
         program = run.__self__  # type: ignore[attr-defined]

@@ -10,9 +10,8 @@ import torch
 
 from fastalex.common.timing import Stopwatch
 from fastalex.distributed.exchange import counted_times
-from fastalex.training import tensorboard, train
-from fastalex.training.metrics import Meter
-from fastalex.training.tensorboard import Curves, kernel_grid
+from fastalex.training import metrics, train
+from fastalex.training.metrics import RunningMetrics, TensorBoard, kernel_grid
 
 
 def test_records_and_kernels_come_back(tmp_path: Path) -> None:
@@ -20,13 +19,13 @@ def test_records_and_kernels_come_back(tmp_path: Path) -> None:
         "tensorboard.backend.event_processing.event_accumulator",
         reason="needs the package of the extra 'tensorboard'",
     )
-    writer = Curves(tmp_path)
+    writer = TensorBoard(tmp_path)
     for step in (1, 2, 3):
         writer.add({"kind": "step", "step": step, "loss": 1 / step, "grad_norm": None})
     writer.add({"kind": "epoch", "step": 3, "val_loss": 0.5, "top1": 0.25, "top5": 0.75})
     writer.add_kernels(torch.randn(96, 3, 11, 11), 3)
     writer.close()
-    again = Curves(tmp_path, step=1)  # resumed after step 1
+    again = TensorBoard(tmp_path, step=1)  # resumed after step 1
     again.add({"kind": "step", "step": 2, "loss": 7.0})
     again.close()
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
@@ -38,7 +37,7 @@ def test_a_missing_package_is_one_line_and_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda _: None)
     assert train.main(["--tensorboard"]) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
@@ -59,7 +58,7 @@ def test_kernels_are_scaled_each_on_its_own() -> None:
 
 def test_waiting_exchange_and_the_rest_add_up() -> None:
     exchange = Stopwatch()
-    meter = Meter(2, exchange)
+    meter = RunningMetrics(2, exchange)
     with meter.waiting():
         time.sleep(0.02)
     with exchange.running(torch.device("cpu")):

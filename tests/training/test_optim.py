@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastalex import AlexNet
+from fastalex.training.autograd_step import LossScaler
 from fastalex.training.config import Settings
 from fastalex.training.optim import (
     Rates,
@@ -20,7 +21,6 @@ from fastalex.training.optim import (
     set_momentum_buffers,
 )
 from fastalex.training.options import parse_arguments
-from fastalex.training.precision import LossScaler
 from fastalex.training.schedule import Schedule
 
 NAMES = ["classifier.6.weight", "classifier.6.bias"]
@@ -122,14 +122,14 @@ def test_what_makes_no_sense_is_refused(
 
 
 class Peer:
-    """A team of two, of which the other process found an overflow in some steps."""
+    """The mesh of two processes, of which the other found an overflow in some steps."""
 
     device = torch.device("cpu")
 
     def __init__(self, overflows: list[bool]) -> None:
         self.overflows = overflows
 
-    def largest(self, values: torch.Tensor) -> None:
+    def all_reduce_max(self, values: torch.Tensor) -> None:
         values.fill_(max(float(values), float(self.overflows.pop(0))))
 
 
@@ -175,7 +175,7 @@ def _rates(schedule: Schedule) -> list[float]:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], [1.0] * 7 + [0.1] * 3),
+        ([], [1.0] * 8 + [0.1] * 2),
         (["--lr-drop", "1"], [1.0] * 10),
         (["--lr-drop", "3/10,0.5"], [1.0] * 3 + [0.1] * 2 + [0.01] * 5),
         (["--schedule", "step", "--lr-step", "2/5"], [1.0] * 4 + [0.1] * 4 + [0.01] * 2),

@@ -32,7 +32,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     return result
 
 
-@pytest.mark.parametrize("how", ["packed", "plain"])
+@pytest.mark.parametrize("how", ["packed", "raises", "plain"])
 def test_the_driver_gets_the_same_bytes(found: dict[str, list[Any]], how: str) -> None:
     launches = found[how]
     assert len(launches) >= 3
@@ -50,7 +50,8 @@ def test_only_launches_that_read_an_input_ask_triton(found: dict[str, list[Any]]
         assert launch["calls Triton"] is not launch["same with another input"], launch
 
 
+@pytest.mark.parametrize("how", ["raises", "plain"])
 def test_where_triton_has_another_launcher_it_is_called_as_it_is(
-    found: dict[str, list[Any]],
+    found: dict[str, list[Any]], how: str
 ) -> None:
-    assert all(launch["calls Triton"] for launch in found["plain"])
+    assert all(launch["calls Triton"] for launch in found[how])

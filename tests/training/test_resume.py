@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from fastalex.data import sources
 from fastalex.distributed import launch
 from fastalex.training import train, trainer
 from fastalex.training.checkpoints import find
-from fastalex.training.run_folder import MetricsLog, RunFolder
+from fastalex.training.metrics import MetricsLog
+from fastalex.training.run_folder import RunFolder
 from fastalex.training.weights import load_weights
 from tests._commands import end, run, start, wait_until
 from tests._runs import (
@@ -68,6 +68,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Killed:
     return Killed(tmp_path_factory.mktemp("two"), gpus=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", ["one", "two"])
 def test_a_killed_run_goes_on_bit_for_bit(
     request: pytest.FixtureRequest, tmp_path: Path, processes: str
@@ -91,6 +92,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert not list(folder.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_two_processes_leave_off_where_one_goes_on(two: Killed, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(two.killed, folder)
@@ -138,10 +140,16 @@ def stopped(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("step", "options"),
     [
-        (4, ["--precision", "bf16"]),
-        (4, ["--precision", "fp16", "--variant", "owt", "--batch-size", "2", "--max-steps", "5"]),
+        pytest.param(4, ["--precision", "bf16"], marks=pytest.mark.slow),
+        pytest.param(
+            4,
+            ["--precision", "fp16", "--variant", "owt", "--batch-size", "2", "--max-steps", "5"],
+            marks=pytest.mark.slow,
+        ),
         # At a rate that changes no weight the second validation is no better, and drops it.
-        (13, ["--recipe", "paper", "--lr", "1e-30", "--lr-patience", "1"]),
+        pytest.param(
+            13, ["--recipe", "paper", "--lr", "1e-30", "--lr-patience", "1"], marks=pytest.mark.slow
+        ),
         (7, ["--schedule", "cosine", "--warmup", "0.3", "--augmentation", "full"]),
     ],
 )
@@ -204,6 +212,7 @@ def test_without_a_whole_checkpoint_nothing_is_touched(
     assert contents(here) == before
 
 
+@pytest.mark.slow
 def test_before_the_first_checkpoint_it_begins_again(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,15 +224,6 @@ def test_before_the_first_checkpoint_it_begins_again(
     assert "from the first step again" in capsys.readouterr().out
     assert digest(here / "run") == digest(here / "whole")
     assert records(here / "run") == records(here / "whole")
-
-
-def test_a_finished_run_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _train("--output", "run", "--max-steps", "1") == 0
-    before = digest(here / "run")
-    capsys.readouterr()
-    assert train.main(["--resume", "run"]) == 0
-    assert "run is finished: all of its 1 steps are done" in capsys.readouterr().out
-    assert digest(here / "run") == before
 
 
 @pytest.mark.parametrize(
@@ -270,23 +270,7 @@ def test_other_images_are_refused(
     assert [r["step"] for r in found if r["kind"] == "epoch"] == [5, 9, 13]
 
 
-def test_settings_that_change_no_weight_may_be_given_anew(stopped: str, here: Path) -> None:
-    arguments = ["--resume", stopped, "--keep-checkpoints", "1", "--workers", "0"]
-    assert train.main(arguments) == 0
-    assert checkpoints(here / "run") == [STEPS]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="locks of other systems differ")
-def test_two_runs_in_one_folder_are_refused(
-    stopped: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fastalex.training.run_folder._LOCK_SECONDS", 0.1)
-    log = MetricsLog(here / "run" / "metrics.jsonl")
-    assert train.main(["--resume", stopped]) == 2
-    assert "another process trains in this folder" in capsys.readouterr().err
-    log.close()
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("minutes", ["1e-9", "10"])
 def test_checkpoints_that_nobody_keeps_go_with_the_end_of_the_run(
     here: Path, monkeypatch: pytest.MonkeyPatch, minutes: str
@@ -350,7 +334,7 @@ def test_a_record_that_does_not_fit_leaves_no_part_of_itself(
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(file, data[: room.pop(0)] if room else data[:3])
 
-    monkeypatch.setattr("fastalex.training.run_folder.os.write", write)
+    monkeypatch.setattr("fastalex.training.metrics.os.write", write)
     with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'$"):
         log.append({"step": 2})
     room.clear()  # there is room again, three bytes at a time

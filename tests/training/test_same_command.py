@@ -47,7 +47,12 @@ def _stop(step: int, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 @pytest.mark.parametrize(
     ("signum", "code"),
-    [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)],
+    [
+        (signal.SIGTERM, 75),
+        pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 75, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_the_same_command_goes_on(
     here: Path,
@@ -75,6 +80,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--max-steps", "13"]])
 def test_a_signal_in_the_validation_leaves_the_validation_for_later(
     here: Path,
@@ -119,6 +125,7 @@ def test_a_second_signal_ends_the_run_at_once(
     assert json.loads((here / "run" / "run.json").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_due_by_the_clock_too(here: Path) -> None:
     arguments = ["--checkpoint-every", "1000", "--checkpoint-minutes", "1e-9"]
     assert _train("--output", "run", "--keep-checkpoints", "99", *arguments) == 0
@@ -130,11 +137,23 @@ def test_a_checkpoint_is_due_by_the_clock_too(here: Path) -> None:
     [
         ([], ["--lr", "1"], ["--lr 0.002 and not --lr 1.0"]),
         ([], ["--seed", "3", "--init", "published"], ["--seed 0 and not --seed 3", "--init he"]),
-        (["--dropout", "0"], [], ["--dropout 0.0 and not --dropout 0.5"]),
-        (["--recipe", "caffe"], [], ["--recipe caffe and not no --recipe"]),
-        (["--without", "lrn"], [], ["--variant paper-without-lrn and not --variant paper"]),
+        pytest.param(
+            ["--dropout", "0"], [], ["--dropout 0.0 and not --dropout 0.5"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--recipe", "caffe"],
+            [],
+            ["--recipe caffe and not no --recipe"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--without", "lrn"],
+            [],
+            ["--variant paper-without-lrn and not --variant paper"],
+            marks=pytest.mark.slow,
+        ),
         ([], ["--epochs", "4"], ["--epochs 3 and not --epochs 4; it is not finished yet"]),
-        ([], ["--data", "x"], ["no --data and not --data x"]),
+        pytest.param([], ["--data", "x"], ["no --data and not --data x"], marks=pytest.mark.slow),
     ],
 )
 def test_other_settings_are_refused_with_both_values(
@@ -160,8 +179,10 @@ def test_what_changes_no_weight_may_differ_and_a_default_may_be_spelt_out(
     here: Path, whole: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _stop(8, monkeypatch)
-    assert _train("--output", "run", "--workers", "0", "--seed", "0", "--gpus", "1") == 0
+    given = ["--workers", "0", "--seed", "0", "--gpus", "1", "--keep-checkpoints", "1"]
+    assert _train("--output", "run", *given) == 0
     assert digest(here / "run") == whole
+    assert checkpoints(here / "run") == [STEPS]
 
 
 def test_a_finished_run_is_finished_and_more_epochs_train_on(
@@ -199,6 +220,7 @@ def test_a_finished_run_is_finished_and_more_epochs_train_on(
     assert "finished: all of its 20 steps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_older_checkpoints_that_a_kill_left_go(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ("--output", "run", "--keep-checkpoints", "1")
     _stop(8, monkeypatch, *command[2:])
@@ -210,6 +232,7 @@ def test_older_checkpoints_that_a_kill_left_go(here: Path, monkeypatch: pytest.M
     assert checkpoints(here / "run") == [15]
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_checkpoints_stays_finished(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +267,7 @@ def test_a_run_of_an_older_version_goes_on_and_says_what_is_new(
     assert digest(here / "run") == whole
 
 
+@pytest.mark.slow
 def test_torchruns_second_attempt_goes_on_in_the_first_ones_folder(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,6 +289,7 @@ def test_torchruns_second_attempt_goes_on_in_the_first_ones_folder(
     assert len(list((here / "runs").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_moved_images_are_refused_in_one_line(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,11 +353,12 @@ def test_nothing_of_a_full_disk_hides_the_reason(
     assert not [path for path in contents(here) if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_who_can_not_have_the_folder_touches_nothing_in_it(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _stop(2, monkeypatch)
-    monkeypatch.setattr("fastalex.training.run_folder._LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("fastalex.training.metrics._LOCK_SECONDS", 0.1)
     owner = RunFolder.claim(here / "run")
     (here / "run" / ".run.json.1.tmp").write_text("the owner is writing it")
     before = contents(here)

@@ -22,13 +22,25 @@ from fastalex.distributed import launch
 from fastalex.training import train
 from fastalex.training.weights import load_weights, read_metadata
 from tests._commands import alive, end, run, start, wait_until, workers
+from tests._runs import SCRIPT
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 FILES = ["best.safetensors", "checkpoints", "metrics.jsonl", "model.safetensors", "run.json"]
 
 # A rate at which a ReLU or a maximum that the last bit of a sum decides moves no loss by 1e-5.
-SHORT = ["--image-size", "64", "--batch-size", "8", "--log-every", "1", "--lr", "0.0002"]
+SHORT = [
+    "--threads",
+    "1",
+    "--image-size",
+    "64",
+    "--batch-size",
+    "8",
+    "--log-every",
+    "1",
+    "--lr",
+    "0.0002",
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +60,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run(["-m", "fastalex.train", *arguments], folder)
+    return run([SCRIPT, *arguments], folder)
 
 
 def _records(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -98,6 +110,7 @@ def test_two_towers_train_as_one_process_does(one: Run, two: Run) -> None:
     _assert_same_training(one, two)
 
 
+@pytest.mark.slow
 def test_two_replicas_train_as_one_process_does(images: Path, tmp_path: Path) -> None:
     arguments = ["--variant", "owt", "--data", str(images), "--max-steps", "3", *SHORT]
     single = Run(tmp_path / "one", "--gpus", "1", *arguments)
@@ -106,26 +119,28 @@ def test_two_replicas_train_as_one_process_does(images: Path, tmp_path: Path) ->
     _assert_same_training(single, replicas)
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_bits(one: Run, images: Path, tmp_path: Path) -> None:
     again = Run(tmp_path / "run", "--gpus", "1", "--data", str(images), "--epochs", "2", *SHORT)
     assert again.losses == one.losses
     assert again.metadata["sha256"] == one.metadata["sha256"]
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_bits_of_our_own_launcher(
     two: Run, images: Path, tmp_path: Path
 ) -> None:
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fastalex.train"]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT]
     arguments = ["--data", str(images), "--epochs", "2", *SHORT, "--output", str(tmp_path / "run")]
     process = run([*command, *arguments], tmp_path)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("no GPU found: two CPU processes, gloo") == 1
+    assert process.stdout.count("no GPU found: 2 CPU processes, gloo") == 1
     assert read_metadata(tmp_path / "run" / "model.safetensors")["sha256"] == two.metadata["sha256"]
 
 
 def test_what_was_chosen_and_what_came_of_it_is_said(one: Run, two: Run, images: Path) -> None:
     said = two.process.stdout.splitlines()
-    assert said[0].startswith("no GPU found: two CPU processes, gloo")
+    assert said[0].startswith("no GPU found: 2 CPU processes, gloo")
     assert "two towers, one per process" in said[1]
     assert said[2].startswith("initialisation: he")
     assert "3 classes, 24 training and 9 validation images, 64 px" in said[3]
@@ -166,7 +181,7 @@ def test_the_folder_of_a_run_tells_what_it_was(one: Run, images: Path) -> None:
 def _start(folder: Path, images: Path, *arguments: str) -> subprocess.Popen[str]:
     """A run of many epochs, in ``folder / "run"``."""
     common = ["--data", str(images), "--epochs", "1000", "--output", "run", *SHORT]
-    return start(["-m", "fastalex.train", *common, *arguments], folder)
+    return start([SCRIPT, *common, *arguments], folder)
 
 
 def _wait_for_checkpoint(folder: Path) -> None:
@@ -185,6 +200,7 @@ def two_training(images: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Pope
         end(process)
 
 
+@pytest.mark.slow
 @linux
 def test_a_killed_process_ends_the_run(
     two_training: tuple[subprocess.Popen[str], list[int]], tmp_path: Path
@@ -203,6 +219,7 @@ def test_a_killed_process_ends_the_run(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 @linux
 def test_no_process_outlives_a_killed_launcher(
     two_training: tuple[subprocess.Popen[str], list[int]], tmp_path: Path
@@ -215,43 +232,7 @@ def test_no_process_outlives_a_killed_launcher(
     load_weights(tmp_path / "run" / "model.safetensors")
 
 
-@linux
-def test_ctrl_c_ends_two_processes_and_says_what_is_kept(
-    two_training: tuple[subprocess.Popen[str], list[int]], tmp_path: Path
-) -> None:
-    process, pids = two_training
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, stderr = process.communicate(timeout=30)
-    _assert_interrupted(process, stderr, tmp_path / "run")
-    assert not any(map(alive, pids))
-
-
-def test_ctrl_c_ends_one_process_and_says_what_is_kept(images: Path, tmp_path: Path) -> None:
-    process = _start(tmp_path, images, "--gpus", "1")
-    try:
-        _wait_for_checkpoint(tmp_path / "run")
-        os.killpg(process.pid, signal.SIGINT)
-        _, stderr = process.communicate(timeout=30)
-    finally:
-        end(process)
-    _assert_interrupted(process, stderr, tmp_path / "run")
-
-
-def _assert_interrupted(process: subprocess.Popen[str], stderr: str, folder: Path) -> None:
-    assert process.returncode == 130
-    # A slow machine says how far it is.
-    assert len([line for line in stderr.splitlines() if not line.startswith("epoch ")]) == 1
-    assert sorted(path.name for path in folder.iterdir()) == FILES
-    found = re.search(
-        r"^train: stopped by SIGINT after step (\d+); run the same command again to go on$",
-        stderr.splitlines()[-1],
-    )
-    assert found is not None
-    assert (folder / "checkpoints" / f"step-{int(found[1]):08d}.safetensors").is_file()
-    load_weights(folder / "model.safetensors")
-    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
-
-
+@pytest.mark.slow
 @linux
 def test_ctrl_c_while_processes_start_is_quiet_too(images: Path, tmp_path: Path) -> None:
     process = _start(tmp_path, images, "--gpus", "2")
@@ -287,6 +268,7 @@ def test_an_interrupt_in_the_start_of_a_thread_leaves_the_thread_alone(
     assert not failures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpus", ["1", "2"])
 def test_a_loss_that_is_not_finite_ends_the_run(images: Path, tmp_path: Path, gpus: str) -> None:
     arguments = ["--gpus", gpus, "--variant", "owt", "--data", str(images), "--output", "run"]
@@ -302,10 +284,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(images: Path, tmp_path: Path, gp
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_bug_in_one_process_shows_its_traceback_once(tmp_path: Path) -> None:
     (tmp_path / "buggy.py").write_text(
         "import torch, torch.distributed as dist\n"
         "from fastalex.distributed import launch\n"
+        "from fastalex.distributed.world import World\n"
         "def work():\n"
         "    if dist.get_rank() == 1:\n"
         "        raise ZeroDivisionError('the bug')\n"
@@ -313,7 +297,7 @@ def test_a_bug_in_one_process_shows_its_traceback_once(tmp_path: Path) -> None:
         "if __name__ == '__main__':\n"
         "    import buggy\n"
         "    try:\n"
-        "        launch.run(launch.World('cpu', 2, 1, 1), buggy.work)\n"
+        "        launch.run(World('cpu', 2, 1, 1), buggy.work)\n"
         "    except launch.WorkerFailed as error:\n"
         "        print(error, error.traceback, sep='|')\n"
     )

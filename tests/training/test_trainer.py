@@ -15,13 +15,14 @@ from torch import nn
 
 from fastalex import AlexNet
 from fastalex.data import Batches, Normalization, Transform
-from fastalex.distributed.context import Team
-from fastalex.distributed.launch import TrainingError, World
+from fastalex.distributed.context import ParallelContext
+from fastalex.distributed.launch import TrainingError
+from fastalex.distributed.world import World
 from fastalex.training import trainer
 from fastalex.training.config import Settings
 from fastalex.training.options import parse_arguments
 from fastalex.training.progress import StuckLoss
-from fastalex.training.run_config import Plan
+from fastalex.training.run_config import RunConfig
 from fastalex.training.run_folder import RunFolder
 from fastalex.training.validation import Accuracy, evaluate
 
@@ -61,8 +62,8 @@ def _settings(*arguments: str) -> Settings:
     return Settings.choose(parse_arguments(arguments), "cpu")
 
 
-def _plan(folder: Path, source: FewImages, *arguments: str) -> Plan:
-    return Plan(
+def _plan(folder: Path, source: FewImages, *arguments: str) -> RunConfig:
+    return RunConfig(
         _settings("--image-size", "64", "--variant", "owt", *arguments),
         ALONE,
         folder,
@@ -95,7 +96,7 @@ def test_accuracies_are_those_of_a_count_by_hand(classes: int) -> None:
         source, 5, Transform(8, Normalization((0.0,) * 3, (1.0,) * 3)), 0, train=False
     )
     model = Lookup(logits)
-    accuracy = evaluate(model, batches, Team(ALONE))  # type: ignore[arg-type]
+    accuracy = evaluate(model, batches, ParallelContext(ALONE))  # type: ignore[arg-type]
 
     ranks = [sorted(range(classes), key=lambda c: -row[c]) for row in logits.tolist()]
     top1 = sum(rank[0] == label for rank, label in zip(ranks, labels, strict=True)) / 23
@@ -110,6 +111,7 @@ def test_accuracies_are_those_of_a_count_by_hand(classes: int) -> None:
     assert model.training
 
 
+@pytest.mark.usefixtures("here")
 def test_net_and_seed_name_one_set_of_weights() -> None:
     first, again = (trainer.build_model(_settings("--seed", "3"), 4) for _ in range(2))
     other = trainer.build_model(_settings("--seed", "4"), 4)
@@ -214,20 +216,6 @@ def test_a_stuck_run_is_warned_once(
     assert "--init he" in warnings[0]
 
 
-@pytest.mark.usefixtures("one_net")
-def test_full_disks_and_lost_data_end_a_run_with_a_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = _plan(tmp_path, FewImages([0, 1], 2), "--batch-size", "2")
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device", "model.safetensors")
-
-    monkeypatch.setattr(trainer, "save_weights", full)
-    with pytest.raises(TrainingError, match=r"^model\.safetensors: No space left on device$"):
-        trainer.train(plan)
-
-
 def test_output_folders_are_numbered_and_never_shared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,7 +256,7 @@ def test_what_a_process_killed_before_its_run_started_left_is_no_run(tmp_path: P
 def test_who_loses_a_race_for_a_new_folder_leaves_it_to_the_winner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastalex.training.run_folder._LOCK_SECONDS", 0.0)
+    monkeypatch.setattr("fastalex.training.metrics._LOCK_SECONDS", 0.0)
     winners: list[RunFolder] = []
     real = RunFolder._make
 
@@ -283,7 +271,7 @@ def test_who_loses_a_race_for_a_new_folder_leaves_it_to_the_winner(
     with pytest.raises(ValueError, match="another process trains in this folder"):
         RunFolder.claim(tmp_path / "run")
     monkeypatch.undo()
-    monkeypatch.setattr("fastalex.training.run_folder._LOCK_SECONDS", 0.0)
+    monkeypatch.setattr("fastalex.training.metrics._LOCK_SECONDS", 0.0)
     assert winners[0].metrics.exists()
     with pytest.raises(ValueError, match="another process trains in this folder"):
         RunFolder.claim(tmp_path / "run")

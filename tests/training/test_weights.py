@@ -88,6 +88,7 @@ def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "w").stat().st_mode) == 0o640
 
 
+@pytest.mark.usefixtures("here")
 def test_what_was_loaded_can_be_changed_and_saved(tmp_path: Path) -> None:
     model = AlexNet(3, 0.25, "owt").eval()
     save_weights(tmp_path / "a", model.state_dict(), METADATA)
@@ -109,6 +110,7 @@ def test_what_was_loaded_can_be_changed_and_saved(tmp_path: Path) -> None:
     assert (tmp_path / "b").stat().st_size > 0
 
 
+@pytest.mark.usefixtures("here")
 def test_a_model_comes_back_and_computes_the_same(tmp_path: Path) -> None:
     model = AlexNet(3, 0.25, "owt").eval()
     save_weights(tmp_path / "w", model.state_dict(), METADATA)

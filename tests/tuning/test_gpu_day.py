@@ -19,7 +19,11 @@ STEPS = ["environment", "step", "layers", "tests", "tune", "profile"]
 
 
 def _run(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    given = {k: v for k, v in environment().items() if k not in ("DRY_RUN", "TRITON_INTERPRET")}
+    given = {
+        k: v
+        for k, v in environment().items()
+        if k not in ("DRY_RUN", "TRITON_INTERPRET", "PYTEST_XDIST_WORKER")
+    }
     return subprocess.run(
         ["bash", str(ROOT / "bench/gpu_day.sh"), *options],
         cwd=folder, capture_output=True, text=True, timeout=500,
@@ -32,6 +36,7 @@ def _summary(output: str) -> dict[str, str]:
     return {line.split()[0]: line.split(" s  ", 1)[1] for line in lines}
 
 
+@pytest.mark.slow
 def test_the_dry_run_does_every_step(tmp_path: Path) -> None:
     process = _run(tmp_path, "--dry-run")
     assert process.returncode == 0, process.stdout + process.stderr

@@ -6,7 +6,6 @@ import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,16 +15,18 @@ import torch
 
 import fastalex_kernels as kernels
 from fastalex import AlexNet
-from fastalex.inspection import cost, offline
+from fastalex.inspection import offline
 from fastalex.inspection.gpus import GPUS
 from fastalex.inspection.record import record_step
 from fastalex.inspection.report import Row
+from fastalex.model.layers import MaxPool2d
 from fastalex.model.variants import VARIANTS
 from fastalex.training import TrainStep
+from fastalex.training.passes import Pool
 from fastalex.tuning import sweep, tune
-from fastalex.tuning.candidates import candidates, follows_tile
-from fastalex.tuning.sweep import Candidate, Problem, Search
-from fastalex.tuning.workloads import WatchedStep
+from fastalex.tuning.candidates import candidates, is_split
+from fastalex.tuning.sweep import Config, Entry, autotune
+from fastalex.tuning.workloads import WatchedStep, Workload
 from fastalex_kernels.common import launch, tuned
 from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.common.program import Launch
@@ -38,7 +39,8 @@ OWN = (128, 64, 64, 4, 4)
 
 
 ENTRY = {"kernel": KEY[0], "kind": KEY[1], "sizes": list(KEY[2]), "tile": list(TILE)}
-LAUNCH = Launch("fc8", "forward", None, (1,), [], {})
+LAUNCH = Launch("fc8", "forward", print, (1,), [], {})
+OPS = tuned.identity(GPU)["kernels"]
 SHARED = offline.TARGETS["sm_90"].shared_limit
 
 
@@ -50,15 +52,22 @@ def _content(**changes: Any) -> dict[str, Any]:
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "tiles.json"
     monkeypatch.setenv(tuned.VARIABLE, str(path))
+    monkeypatch.setattr(tuned, "device_name", lambda device: GPU)
     tuned._table.cache_clear()
     yield path
     tuned._table.cache_clear()
 
 
+def _tile() -> tuned.Tile:
+    """What a launch takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuned, "device_name", lambda device: GPU)
+        return tuned.tuned(OWN, torch.empty(1, dtype=torch.bfloat16), "linear", *KEY[2])
+
+
 def test_a_launch_takes_the_tuned_tile(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table.write_text(json.dumps(_content()))
     monkeypatch.setattr(tuned, "target", lambda device: "sm_90")
-    monkeypatch.setattr(tuned, "device_name", lambda device: GPU)
     x = torch.empty(1, dtype=torch.bfloat16)
     tiles = {("sm_90", 16): OWN, ("other", 16): OWN, ("other", 32): OWN}
     assert tuned.tile_entry(tiles, x, "linear", *KEY[2]) == TILE
@@ -73,7 +82,7 @@ def test_a_launch_takes_the_tuned_tile(table: Path, monkeypatch: pytest.MonkeyPa
     ("changes", "why"),
     [
         ({"device": "NVIDIA H100 PCIe"}, "it is of device NVIDIA H100 PCIe, here is"),
-        ({"kernels": "0" * 16}, "run python -m fastalex.tune"),
+        ({"kernels": dict.fromkeys(OPS, "0")}, "run python -m fastalex.tune"),
         ({"triton": "2.0.0"}, "it is of triton 2.0.0"),
         ({"timed": False}, "it was computed, not timed"),
         ({"tiles": [{"kernel": "linear"}]}, "no table of fastalex.tune"),
@@ -82,23 +91,28 @@ def test_a_launch_takes_the_tuned_tile(table: Path, monkeypatch: pytest.MonkeyPa
         ({"tiles": [ENTRY | {"tile": [128, 128, 0, 8, 3]}]}, "for a tile of linear"),
         ({"tiles": [ENTRY | {"kernel": "linear parts"}]}, "for a tile of linear parts"),
         ({"tiles": [ENTRY | {"kernel": "attention"}]}, "for a tile of attention"),
+        (None, "is not used"),  # damaged
     ],
 )
 def test_a_table_of_something_else_is_ignored(
-    table: Path, changes: dict[str, Any], why: str
+    table: Path, changes: dict[str, Any] | None, why: str
 ) -> None:
-    table.write_text(json.dumps(_content(**changes)))
+    text = json.dumps(_content(**changes or {}))
+    table.write_text(text if changes else text[:40])
     with pytest.warns(UserWarning, match=why):
-        assert tuned.tuned_tile(KEY, OWN, GPU) == OWN
+        assert _tile() == OWN
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuned.tuned_tile(KEY, OWN, GPU) == OWN  # says so once
+        assert _tile() == OWN  # says so once
 
 
-def test_a_damaged_table_is_ignored(table: Path) -> None:
-    table.write_text(json.dumps(_content())[:40])
-    with pytest.warns(UserWarning, match="is not used"):
-        assert tuned.tuned_tile(KEY, OWN, GPU) == OWN
+def test_a_tile_of_changed_kernels_is_not_taken(table: Path) -> None:
+    """Those of other ops still are."""
+    table.write_text(json.dumps(_content(kernels=OPS | {"conv2d": "0"})))
+    assert _tile() == TILE
+    table.write_text(json.dumps(_content(kernels=OPS | {"linear": "0"})))
+    tuned._table.cache_clear()
+    assert _tile() == OWN
 
 
 def test_without_a_table_nothing_is_said(
@@ -108,29 +122,36 @@ def test_without_a_table_nothing_is_said(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuned.tuned_tile(KEY, OWN, GPU) == OWN
+        assert _tile() == OWN
     tuned._table.cache_clear()
     path = tmp_path / "fastalex" / "tiles_nvidia-test-gpu.json"
     path.parent.mkdir()
     path.write_text(json.dumps(_content()))
-    assert tuned.tuned_tile(KEY, OWN, GPU) == TILE
+    assert _tile() == TILE
 
 
-def _problem(*seconds: float | None) -> Problem:
-    candidates = [Candidate((64, 64, 32, 4, i + 1), seconds=s) for i, s in enumerate(seconds)]
-    return Problem("conv2", "forward", KEY, candidates)
+def _entry(*seconds: float | None) -> Entry:
+    configs = [Config((64, 64, 32, 4, i + 1), seconds=s) for i, s in enumerate(seconds)]
+    return Entry("conv2", "forward", KEY, configs)
 
 
-def test_the_tables_own_tile_stays_unless_another_is_clearly_faster() -> None:
-    for seconds, chosen in (((1.0, 0.98), 0), ((1.0, 0.9, 0.8), 2), ((1.0, None), 0)):
-        problem = _problem(*seconds)
-        assert problem.best() is problem.candidates[chosen]
-    problem = _problem(1.0, 0.5)
-    problem.candidates[1].skipped = "spills"
-    assert problem.best() is problem.own
-    assert problem.entry()["skipped"] == [{"tile": [64, 64, 32, 4, 2], "why": "spills"}]
-    problem.candidates[0].skipped, problem.candidates[1].skipped = "spills", None
-    assert problem.best() is problem.candidates[1]
+@pytest.mark.parametrize(
+    ("seconds", "chosen"), [((1.0, 0.98), 0), ((1.0, 0.9, 0.8), 2), ((1.0, None), 0)]
+)
+def test_the_own_config_stays_unless_another_is_clearly_faster(
+    seconds: tuple[float | None, ...], chosen: int
+) -> None:
+    entry = _entry(*seconds)
+    assert entry.best() is entry.configs[chosen]
+
+
+def test_a_skipped_config_is_not_the_best() -> None:
+    entry = _entry(1.0, 0.5)
+    entry.configs[1].skipped = "spills"
+    assert entry.best() is entry.own
+    assert entry.as_row()["skipped"] == [{"tile": [64, 64, 32, 4, 2], "why": "spills"}]
+    entry.configs[0].skipped, entry.configs[1].skipped = "spills", None
+    assert entry.best() is entry.configs[1]
 
 
 @pytest.mark.parametrize("bits", [16, 32])
@@ -167,132 +188,132 @@ def test_few_candidates_beside_products(
         assert allowed(*tile), tile
 
 
-def _found(
+Measure = Callable[[Entry, dict[tuned.Key, tuned.Tile]], None]
+
+
+def _tuned(
     gpus: int,
     limit: int,
     monkeypatch: pytest.MonkeyPatch,
     *names: str,
     dtype: torch.dtype = torch.bfloat16,
-) -> Search:
+    measure: Measure = lambda entry, best: None,
+    seconds: float = 1e9,
+) -> list[Entry]:
     """The paper's net on an H100, without compiling anything."""
-    monkeypatch.setattr(sweep, "compile_all", lambda jobs, target: itertools.repeat(None))
+    monkeypatch.setattr(offline, "compile_ahead", lambda *_, **__: itertools.repeat(None))
     with record_launches("sm_90", lambda *_: None):
         step = WatchedStep("paper", 128, dtype, None, gpus, "meta")
-    calls = [call for call in step.calls if not names or call.layer in names]
-    return Search(calls, "sm_90", limit)
+    workloads = [w for w in step.workloads if not names or w.layer in names]
+    return list(autotune(workloads, "sm_90", limit, measure, seconds))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_what_a_training_step_looks_up_is_tuned(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up: dict[tuned.Key, tuned.Tile] = {}
     with tuned.choosing(lambda key, own: looked_up.setdefault(key, own)):
         record_step("sm_90", 128, towers=gpus)
-    problems = {problem.key: problem for problem in _found(gpus, 2, monkeypatch)}
+    entries = {entry.key: entry for entry in _tuned(gpus, 2, monkeypatch)}
     absent = {"linear half parts"} if gpus == 1 else set()  # a tower begins with a half
     assert {key[0] for key in looked_up} == set(tuned.FIELDS) - absent
     for key, own in looked_up.items():
         assert len(own) == len(tuned.FIELDS[key[0]])
-        if not (follows_tile(key) and key not in problems):
-            assert problems[key].own.tile == own
-            assert len(problems[key].candidates) == 2
-    # A reduction of a few steps is no problem: left are the weights of convolutions and fc layers.
-    steps = [key[2][-1] for key in problems if follows_tile(key)]
+        if not (is_split(key) and key not in entries):
+            assert entries[key].own.tile == own
+            assert len(entries[key].configs) == 2
+    # A reduction of a few steps is not split: left are weights of convolutions and fc layers.
+    steps = [key[2][-1] for key in entries if is_split(key)]
     assert len(steps) == 11
     assert min(steps) >= 8
 
 
 def test_in_float16_what_autograd_launches_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training in float16 scales its loss, so gradients are stored, products of their own."""
-    keys = [problem.key for problem in _found(1, 2, monkeypatch, "fc8", dtype=torch.float16)]
+    keys = [entry.key for entry in _tuned(1, 2, monkeypatch, "fc8", dtype=torch.float16)]
     assert {kind for _, kind, _ in keys} == {"float16"}
     products = [sizes[:3] for kernel, _, sizes in keys if kernel == "linear"]
     assert products == [(128, 1000, 4096), (128, 4096, 1000), (1000, 4096, 128)]
     assert {kernel for kernel, *_ in keys} == {"linear", "linear parts"}
 
 
-def test_what_launches_nothing_is_no_problem() -> None:
+def test_what_launches_nothing_is_not_tuned() -> None:
     """A tower asks whether halves of a product gain, and in the interpreter they do not."""
     with kernels.backend("interpreter"), record_launches("interpreter", lambda *_: None):
         step = WatchedStep(narrow("paper"), 1, torch.float32, 36, 2, "meta")
-        found = list(Search([c for c in step.calls if c.layer == "fc6"], "interpreter", 2))
-    kinds = [(problem.phase, problem.key[0]) for problem in found]
+        workloads = [w for w in step.workloads if w.layer == "fc6"]
+        found = list(autotune(workloads, "interpreter", 2, lambda *_: None, 1e9))
+    kinds = [(entry.phase, entry.key[0]) for entry in found]
     assert kinds == [("forward", "linear"), ("backward", "linear"), ("backward", "linear update")]
-    assert all(candidate.launches for problem in found for candidate in problem.candidates)
+    assert all(config.launches for entry in found for config in entry.configs)
 
 
-def test_tiles_are_settled_before_the_parts_that_follow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the end a table holds the parts of the tile that it holds."""
-    found = []
-    for problem in _found(1, 9, monkeypatch, "fc8"):
-        for i, candidate in enumerate(problem.candidates):
-            candidate.seconds = 1.0 / (i + 1)  # the last is the fastest
-        found.append(problem)
-    kinds = [problem.key[0] for problem in found]
+def test_splits_follow_from_the_best_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the end a table holds the splits of the tile that it holds."""
+
+    def measure(entry: Entry, best: dict[tuned.Key, tuned.Tile]) -> None:
+        for i, config in enumerate(entry.configs):
+            config.seconds = 1.0 / (i + 1)  # the last is the fastest
+
+    found = _tuned(1, 9, monkeypatch, "fc8", measure=measure)
+    kinds = [entry.key[0] for entry in found]
     assert kinds == ["linear", "linear", "linear update", "linear parts", "linear parts"]
-    tiles = {problem.key: problem.best().tile for problem in found}
-    assert any(p.own.tile[:2] != tiles[p.key][:2] for p in found[:2])
-    for problem in found[3:]:
-        (m, n, *_), (rows, columns) = tiles["linear", "bfloat16", problem.key[2][:5]], (128, 0)
-        columns = problem.key[2][1]
-        assert problem.key[2][5] == -(-rows // m) * -(-columns // n)
-        for candidate in problem.candidates:
-            product, *finish = candidate.launches
+    tiles = {entry.key: entry.best().tile for entry in found}
+    assert any(e.own.tile[:2] != tiles[e.key][:2] for e in found[:2])
+    for entry in found[3:]:
+        (m, n, *_) = tiles["linear", "bfloat16", entry.key[2][:5]]
+        assert entry.key[2][5] == -(-128 // m) * -(-entry.key[2][1] // n)
+        for config in entry.configs:
+            product, *finish = config.launches
             assert product.named["BLOCK_N"] == n
-            assert product.named["SPLIT"] == product.grid[2] == candidate.tile[0]  # type: ignore[index]
-            assert len(finish) == (candidate.tile != (1,))
+            assert product.named["SPLIT"] == product.grid[2] == config.tile[0]  # type: ignore[index]
+            assert len(finish) == (config.tile != (1,))
 
 
 def test_nothing_starts_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    search = _found(1, 2, monkeypatch, "fc8")
-    done = []
-    for problem in search:
-        done.append(problem.key[0])
-        search._deadline = 0.0
-    assert done == ["linear"]
-    assert len(search.found) == 3
+    found = _tuned(1, 2, monkeypatch, "fc8", seconds=-1.0)
+    assert len(found) >= 3
+    assert not any(entry.reached for entry in found)
 
 
-def test_time_to_issue() -> None:
-    gpu = GPUS["h100"]
-    clock = gpu.peak_tflops["bf16"] * 1e12 / (132 * 4096)
-    for programs, rounds in ((1, 1), (132, 1), (133, 2), (264, 2)):
-        instructions = torch.full((programs,), 4000.0).numpy()
-        expected = rounds * (4000 / 4 + 1500) / clock
-        assert cost.issue_seconds(gpu, instructions, 1) == pytest.approx(expected)
-    both = cost.issue_seconds(gpu, torch.full((264,), 4000.0).numpy(), 2)
-    assert both == pytest.approx((2 * 4000 / 4 + 1500) / clock)  # two share the schedulers
-
-
-def test_score_without_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = Row("pool1", "forward", "kernel", read=2_000_000, written=1_000_000)
-    monkeypatch.setattr(sweep, "inspect", lambda *_: [row])
-    problem = Problem("pool1", "forward", KEY, [Candidate((8, 4), launches=[LAUNCH])])
-    gpu = GPUS["h100"]
-    for seconds, score in ((4e-6, 0.25), (5e-7, 1.0), (None, None)):
-        row.issue_seconds, problem.own.score = seconds, None
-        sweep.rank(problem, None, gpu, "bf16")  # type: ignore[arg-type]
-        assert problem.own.score == (score and pytest.approx(score))  # 3 MB take 1 us
-
-
-def test_a_candidate_that_spills_or_fails_is_left_out_by_name(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("seconds", "score"), [(4e-6, pytest.approx(0.25)), (5e-7, 1.0), (None, None)]
+)
+def test_score_without_products(
+    seconds: float | None, score: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    codes = [(3, 16, 0), (0, 0, SHARED + 1), (0, 0, SHARED), RuntimeError("no such layout\nmore")]
+    """3 MB take an H100 1 us."""
+    row = Row("pool1", "forward", "kernel", read=2_000_000, written=1_000_000)
+    row.issue_seconds = seconds
+    monkeypatch.setattr(sweep, "inspect", lambda *_: [row])
+    entry = Entry("pool1", "forward", KEY, [Config((8, 4), launches=[LAUNCH])])
+    sweep.rank(entry, None, GPUS["h100"], "bf16")  # type: ignore[arg-type]
+    assert entry.own.score == score
 
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ((3, 16, 0), "print spills (3 instructions, 16 bytes)"),
+        (
+            (0, 0, SHARED + 1),
+            f"print needs {SHARED + 1} bytes of shared memory, there are {SHARED}",
+        ),
+        ((0, 0, SHARED), None),
+        (RuntimeError("no such layout\nmore"), "RuntimeError: no such layout"),
+    ],
+)
+def test_a_candidate_that_spills_or_fails_is_left_out(
+    code: Any, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def compile_launch(launch: Launch, target: str) -> Any:
-        code = codes[launch.options["number"]]
         if isinstance(code, Exception):
             raise code
         return SimpleNamespace(**dict(zip(("spills", "stack", "shared"), code, strict=True)))
 
     monkeypatch.setattr(offline, "compile_launch", compile_launch)
     monkeypatch.setattr(offline, "read", lambda compiled: compiled)
-    jobs = [[replace(LAUNCH, options={"number": i})] for i in range(4)]
-    spills, large, right, failing = sweep.compile_all([*jobs], "sm_90")
-    assert spills == "_probe spills (3 instructions, 16 bytes)"
-    assert large == f"_probe needs {SHARED + 1} bytes of shared memory, there are {SHARED}"
-    assert right is None
-    assert failing == "RuntimeError: no such layout"
+    assert list(offline.compile_ahead([[LAUNCH], [LAUNCH]], "sm_90", fit=True)) == [why, why]
 
 
 class Costs:
@@ -329,34 +350,38 @@ def small_step() -> WatchedStep:
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_a_wrong_candidate_is_refused_and_a_slow_one_loses(
-    phase: str, small_step: WatchedStep, monkeypatch: pytest.MonkeyPatch
+    phase: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (call,) = (c for c in small_step.calls if (c.layer, c.phase) == ("pool5", phase))
+    x, one = torch.randn(3, 3, 2, 16), Pool(MaxPool2d(3, 2))
+    with kernels.backend("interpreter"):
+        y = one.forward(x)
+    given = (x,) if phase == "forward" else (torch.randn(y.shape), None)
+    work = Workload("pool5", phase, one, given)
     costs = Costs(monkeypatch)
 
-    def tuned(*rows: int) -> Problem:
+    def timed(*rows: int) -> Entry:
         with kernels.backend("interpreter"):
-            ((key, own),) = call.again({}).own.items()
-            problem = Problem("pool5", phase, key, [Candidate((n, own[1])) for n in rows])
-            sweep.time_candidates(problem, call, {}, costs, 2)
-        return problem
+            ((key, own),) = work.run({}).own.items()
+            entry = Entry("pool5", phase, key, [Config((n, own[1])) for n in rows])
+            sweep.time_configs(entry, work, {}, costs, 1)
+        return entry
 
-    assert tuned(4, 8, 2).best().tile[0] == 2
-    assert tuned(2, 4, 8).best().tile[0] == 2
+    assert timed(4, 8, 2).best().tile[0] == 2
     costs.wrong = 2
-    problem = tuned(4, 8, 2)
-    assert problem.best().tile[0] == 4
-    assert problem.candidates[2].skipped is not None
-    assert "a result is 1.0e-02 away" in problem.candidates[2].skipped
-    assert problem.candidates[2].seconds is None
+    entry = timed(4, 8, 2)
+    assert entry.best().tile[0] == 4
+    assert entry.configs[2].skipped is not None
+    assert "a result is 1.0e-02 away" in entry.configs[2].skipped
+    assert entry.configs[2].seconds is None
 
 
+@pytest.mark.slow
 def test_what_an_update_does_is_checked_and_undone(
     small_step: WatchedStep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A candidate that gets the momentum buffer wrong is refused, and nothing is trained."""
-    (call,) = (c for c in small_step.calls if (c.layer, c.phase) == ("fc8", "backward"))
-    before = [x.clone() for x in call.changed()]
+    (work,) = (w for w in small_step.workloads if (w.layer, w.phase) == ("fc8", "backward"))
+    before = [x.clone() for x in work.changed()]
     run = launch.run
 
     def wrong(kernel: Any, grid: Any, args: Any, kwargs: Any) -> Any:
@@ -367,14 +392,14 @@ def test_what_an_update_does_is_checked_and_undone(
 
     monkeypatch.setattr(launch, "run", wrong)
     with kernels.backend("interpreter"):
-        key, own = next(x for x in call.again({}).own.items() if x[0][0] == "linear update")
+        key, own = next(x for x in work.run({}).own.items() if x[0][0] == "linear update")
         tiles = [own, (32, 64, 16, 4, 1), (64, 64, 16, 4, 1)]
-        problem = Problem("fc8", "backward", key, [Candidate(tile) for tile in tiles])
-        for x, value in zip(call.changed(), before, strict=True):
+        entry = Entry("fc8", "backward", key, [Config(tile) for tile in tiles])
+        for x, value in zip(work.changed(), before, strict=True):
             x.copy_(value)
-        sweep.time_candidates(problem, call, {}, iter(range(99)).__next__, 1)
-    assert [c.skipped is None for c in problem.candidates] == [True, False, True]
-    for x, value in zip(call.changed(), before, strict=True):
+        sweep.time_configs(entry, work, {}, iter(range(99)).__next__, 1)
+    assert [c.skipped is None for c in entry.configs] == [True, False, True]
+    for x, value in zip(work.changed(), before, strict=True):
         assert torch.equal(x, value)
 
 
@@ -392,6 +417,7 @@ def narrow_net(small_step: WatchedStep, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(tune, "WatchedStep", step)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow_net")
 def test_a_table_is_written_and_used_by_the_step(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -419,11 +445,12 @@ def _step() -> TrainStep:
     return TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.0))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow_net")
 def test_an_interrupted_sweep_keeps_what_it_had(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    times = iter([0.0, 2.0, 2.0, 3.0])  # of the first problem, which has two candidates
+    times = iter([0.0, 2.0, 2.0, 3.0])  # of the first key, which has two candidates
 
     def clock() -> float:
         for now in times:
@@ -433,7 +460,7 @@ def test_an_interrupted_sweep_keeps_what_it_had(
     monkeypatch.setattr(tune, "clock_of", lambda device: clock)
     with kernels.backend("interpreter"):
         assert tune.main([*SWEEP, "--layer", "pool5"]) == 130
-    assert capsys.readouterr().err.endswith(f"interrupted, 1 of 2 problems are in {table}\n")
+    assert capsys.readouterr().err.endswith(f"interrupted, 1 keys are in {table}\n")
     (found,) = tuned.read_table(table, "interpreter").items()
     assert found[0][0] == "pool forward"
     (entry,) = json.loads(table.read_text())["tiles"]

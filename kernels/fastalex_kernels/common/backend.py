@@ -97,37 +97,26 @@ def use_triton(x: torch.Tensor) -> bool:
 
 def target(device: torch.device) -> str:
     """The name tiles are chosen by: ``"sm_90"``, ``"gfx942"``, ... or ``"interpreter"``."""
-    if _choice.recorder is not None:
-        return _choice.recorder[0]
-    return "interpreter" if _absent(device) else _device_target(_index(device))
+    return _gpu(device)[0] if _choice.recorder is None else _choice.recorder[0]
 
 
 def device_name(device: torch.device) -> str | None:
     """The GPU's name, or ``"interpreter"``; None where launches are recorded."""
-    if _choice.recorder is not None:
-        return None
-    return "interpreter" if _absent(device) else _gpu_name(_index(device))
+    return _gpu(device)[1] if _choice.recorder is None else None
 
 
-def _absent(device: torch.device) -> bool:
-    return interpreted() or (device.type == "cpu" and not torch.cuda.is_available())
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+def _gpu(device: torch.device) -> tuple[str, str]:
+    if interpreted() or (device.type == "cpu" and not torch.cuda.is_available()):
+        return "interpreter", "interpreter"
+    return _gpu_at(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache
-def _device_target(index: int) -> str:
+def _gpu_at(index: int) -> tuple[str, str]:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
-@functools.cache
-def _gpu_name(index: int) -> str:
-    return torch.cuda.get_device_name(index)
+        return str(properties.gcnArchName).split(":")[0], properties.name
+    return f"sm_{properties.major}{properties.minor}", properties.name
 
 
 def has_tma(device: torch.device) -> bool:

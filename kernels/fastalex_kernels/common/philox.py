@@ -71,11 +71,6 @@ def uniform(word: torch.Tensor) -> torch.Tensor:
     return folded.to(torch.float32) * _UNIFORM_SCALE
 
 
-def rand(seed: int | torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """``tl.rand(seed, offset)`` in torch: the same bits, on any device; offsets below 2^32."""
-    return uniform(philox(seed, offset)[0])
-
-
 def keep_mask(
     rng: torch.Tensor,
     rows: int,

@@ -31,7 +31,8 @@ class Launch:
     """One launch of a kernel, or one call of a function of torch's.
 
     Attributes:
-        layer, phase: whose it is and when: ``"conv1"``, ``"forward"``.
+        layer: whose it is: ``"conv1"``.
+        phase: of which pass: ``"forward"`` or ``"backward"``; ``pass`` is a keyword of Python's.
         kernel: the ``@triton.jit`` function, or the function that is called.
         grid: programs along up to three axes; None for a call.
         arguments: positional, as the kernel takes them; what a constexpr is, too.
@@ -62,9 +63,9 @@ class Launch:
     ) -> Launch:
         """``kernel[grid](*args, **kwargs)`` as a launch."""
         names = kernel.arg_names
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        arguments = [given.pop(name) for name in names]
-        return cls(layer, phase, kernel, grid, arguments, given)
+        options = {**dict(zip(names, args, strict=False)), **kwargs}
+        arguments = [options.pop(name) for name in names]
+        return cls(layer, phase, kernel, grid, arguments, options)
 
     @property
     def name(self) -> str:
@@ -132,12 +133,12 @@ def _packed(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> R
         launcher(
             *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
         )
-        ((*values, given),) = kept
+        ((*values, tensors_and_numbers),) = kept
         at = next(i for i, value in enumerate(values) if value is stream)
-    except (AttributeError, TypeError, ValueError, StopIteration):
+    except Exception:  # a private interface may change in any way
         return None
     before, after = values[:at], values[at + 1 :]
-    plain = tuple(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in given)
+    plain = tuple(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in tensors_and_numbers)
     return lambda stream: c_launch(*before, stream, *after, plain)
 
 
@@ -151,7 +152,7 @@ class Program:
     def __init__(self, inputs: Sequence[torch.Tensor | None]) -> None:
         self.launches: list[Launch] = []
         self.inputs = list(inputs)
-        self._places: list[tuple[int, list[Any], int]] = []  # input, arguments, index
+        self._input_arguments: list[tuple[int, list[Any], int]] = []  # input, arguments, index
         self._device = next(x.device for x in inputs if x is not None)
         self._at = ("step", "forward")
 
@@ -161,13 +162,14 @@ class Program:
         with collecting(self):
             yield self
         for launch in self.launches:
-            for index, argument in enumerate(launch.arguments):
-                for number, given in enumerate(self.inputs):
-                    if given is not None and argument is given:
-                        self._places.append((number, launch.arguments, index))
-        changing = {id(arguments) for _, arguments, _ in self._places}
-        for launch in self.launches:
-            if id(launch.arguments) not in changing:
+            reads = [
+                (number, launch.arguments, index)
+                for index, argument in enumerate(launch.arguments)
+                for number, x in enumerate(self.inputs)
+                if x is not None and argument is x
+            ]
+            self._input_arguments += reads
+            if not reads:
                 launch.pack()
 
     def at(self, layer: str, phase: str) -> None:
@@ -193,13 +195,15 @@ class Program:
         self.launches.append(launch)
         return launch
 
-    def give(self, inputs: Sequence[torch.Tensor | None]) -> None:
-        """Take ``inputs``, of the recorded ones' shapes, strides and dtypes, from now on."""
-        for number, arguments, index in self._places:
+    def set_inputs(self, inputs: Sequence[torch.Tensor | None]) -> None:
+        """Read ``inputs``, of the recorded ones' shapes, strides and dtypes, from now on."""
+        for number, arguments, index in self._input_arguments:
             arguments[index] = inputs[number]
 
-    def run(self) -> None:
-        """Go through the launches, on the device's current stream."""
+    def run(self, inputs: Sequence[torch.Tensor | None] | None = None) -> None:
+        """Go through the launches, on the device's current stream; with other inputs if given."""
+        if inputs is not None:
+            self.set_inputs(inputs)
         if self._device.type != "cuda":
             self._run(0)
             return

@@ -104,17 +104,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def default_path(device: str) -> Path:
-    """Where the table of a GPU lies: in the user's cache folder."""
+def table_path(device: str) -> Path:
+    """Where the table of a GPU is read from: ``FASTALEX_TILES``, or the user's cache folder."""
+    if named := os.environ.get(VARIABLE):
+        return Path(named)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     return Path(cache) / "fastalex" / f"tiles_{name}.json"
-
-
-def table_path(device: str) -> Path:
-    """Where the table of a GPU is read from."""
-    named = os.environ.get(VARIABLE)
-    return Path(named) if named else default_path(device)
 
 
 @functools.cache

@@ -511,14 +511,7 @@ def _conv2d_relu(
 
 
 @_conv2d_relu.register_fake
-def _(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    padding: Sequence[int],
-    groups: int,
-    relu: bool,
-) -> torch.Tensor:
+def _(input, weight, bias, padding, groups, relu):
     (N, _, H, W), (K, _, R, S), (top, bottom, left, right) = input.shape, weight.shape, padding
     return empty_nchw(input, (N, K, H + top + bottom - R + 1, W + left + right - S + 1))
 
@@ -558,16 +551,7 @@ def _conv2d_relu_backward(
 
 
 @_conv2d_relu_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    output: torch.Tensor | None,
-    padding: Sequence[int],
-    groups: int,
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
+def _(grad, input, weight, bias, output, padding, groups, needs):
     K, C, R, S = weight.shape
     N, GC, H, W = input.shape
     gradients: list[torch.Tensor] = []

@@ -377,16 +377,7 @@ def _linear_relu_dropout(
 
 
 @_linear_relu_dropout.register_fake
-def _(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    p: float,
-    relu: bool,
-    rng: torch.Tensor | None,
-    row_offset: int,
-    feature_offset: int,
-) -> torch.Tensor:
+def _(input, weight, bias, p, relu, rng, row_offset, feature_offset):
     return input.new_empty((input.shape[0], weight.shape[0]))
 
 
@@ -422,18 +413,7 @@ def _linear_relu_dropout_backward(
 
 
 @_linear_relu_dropout_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    output: torch.Tensor | None,
-    rng: torch.Tensor | None,
-    p: float,
-    row_offset: int,
-    feature_offset: int,
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
+def _(grad, input, weight, bias, output, rng, p, row_offset, feature_offset, needs):
     arguments = zip((input, weight, bias), needs, strict=True)
     return [x.new_empty(x.shape) for x, need in arguments if need and x is not None]
 

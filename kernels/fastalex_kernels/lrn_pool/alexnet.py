@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -34,7 +33,9 @@ import triton.language as tl
 
 from fastalex_kernels.common.arguments import aligned
 from fastalex_kernels.common.backend import target
+from fastalex_kernels.common.columns import join8
 from fastalex_kernels.common.launch import MOST_COUNTED, launch
+from fastalex_kernels.common.parameters import Norm, Window
 from fastalex_kernels.common.tuned import PROCESSORS, tuned
 
 CHUNK = 8  # channels
@@ -43,23 +44,6 @@ _STRIP = 3  # pooled columns of a forward program
 _CHUNKS = {"forward": 128, "backward": 128}  # one a thread: 4 warps
 _RESIDENT = 4  # programs that a processor holds: 128 registers of 128 threads
 _EXTRA_ROWS = 1.5  # what a program costs beyond its pooled rows, in rows: those it starts with
-
-
-class Norm(NamedTuple):
-    """x * (offset + scale * sum of squares over ``size`` channels) ^ -beta."""
-
-    size: int
-    scale: float
-    beta: float
-    offset: float
-    signed: bool = True  # False: no x is negative
-
-
-class Window(NamedTuple):
-    """Pooling over size x size pixels, every stride pixels."""
-
-    size: int
-    stride: int
 
 
 def fits(x: torch.Tensor, norm: Norm, groups: int, window: Window) -> bool:
@@ -95,14 +79,6 @@ def _split8(v, T: tl.constexpr):
     v1, v5 = tl.split(v15)
     v3, v7 = tl.split(v37)
     return v0, v1, v2, v3, v4, v5, v6, v7
-
-
-@triton.jit
-def _join8(v0, v1, v2, v3, v4, v5, v6, v7, T: tl.constexpr):
-    """[T, 8] of its 8 columns."""
-    even = tl.reshape(tl.join(tl.join(v0, v4), tl.join(v2, v6)), [T, 4])
-    odd = tl.reshape(tl.join(tl.join(v1, v5), tl.join(v3, v7)), [T, 4])
-    return tl.reshape(tl.join(even, odd), [T, 8])
 
 
 @triton.jit
@@ -189,7 +165,7 @@ def _column_keys(
     START: tl.constexpr, SIGNED: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     a, d = _denominators(x_ptr, chunk, mask, left, right, START, EVEN, T)
-    return _join8(
+    return join8(
         _key(a[0], d[0], SIGNED), _key(a[1], d[1], SIGNED), _key(a[2], d[2], SIGNED),
         _key(a[3], d[3], SIGNED), _key(a[4], d[4], SIGNED), _key(a[5], d[5], SIGNED),
         _key(a[6], d[6], SIGNED), _key(a[7], d[7], SIGNED), T,
@@ -328,7 +304,7 @@ def _lrn_bwd_pixel(
     r0 = tl.where(right, tl.gather(t0, after, 0), 0.0)
     r1 = tl.where(right, tl.gather(t1, after, 0), 0.0)
     t01, t23, t45, t67 = t0 + t1, t2 + t3, t4 + t5, t6 + t7
-    dx = _join8(
+    dx = join8(
         z0 - 1.5 * a[0] * (l6 + l7 + t01 + t2),
         z1 - 1.5 * a[1] * (l7 + t01 + t23),
         z2 - 1.5 * a[2] * (t01 + t23 + t4),
@@ -342,7 +318,7 @@ def _lrn_bwd_pixel(
     offs = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
     dx *= UNIT
     if MASK:
-        x = _join8(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], T)
+        x = join8(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], T)
         dx = tl.where(x <= 0, 0.0, dx)  # a NaN hands its gradient on, as in torch
         total += dx
     tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask[:, None])
@@ -420,74 +396,30 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
         grad = tl.where(at == 0, dy, 0.0) + tl.where(at_l == 2, dy_l, 0.0)
         grad += tl.where(at_a == 6, dy_a, 0.0) + tl.where(at_al == 8, dy_al, 0.0)
         total = _lrn_bwd_pixel(
-            x_ptr + base,
-            dx_ptr + base,
-            grad,
-            total,
-            chunk,
-            mask,
-            left,
-            right,
-            START,
-            UNIT,
-            MASK,
-            EVEN,
-            T,
-        )
+            x_ptr + base, dx_ptr + base, grad, total, chunk, mask, left, right,
+            START, UNIT, MASK, EVEN, T,
+        )  # fmt: skip
         if 2 * q + 1 < W:
             grad = tl.where(at == 1, dy, 0.0) + tl.where(at_a == 7, dy_a, 0.0)
             here = base + pixel
             total = _lrn_bwd_pixel(
-                x_ptr + here,
-                dx_ptr + here,
-                grad,
-                total,
-                chunk,
-                mask,
-                left,
-                right,
-                START,
-                UNIT,
-                MASK,
-                EVEN,
-                T,
-            )
+                x_ptr + here, dx_ptr + here, grad, total, chunk, mask, left, right,
+                START, UNIT, MASK, EVEN, T,
+            )  # fmt: skip
         if 2 * p + 1 < H:
             here = base + W * pixel
             grad = tl.where(at == 3, dy, 0.0) + tl.where(at_l == 5, dy_l, 0.0)
             total = _lrn_bwd_pixel(
-                x_ptr + here,
-                dx_ptr + here,
-                grad,
-                total,
-                chunk,
-                mask,
-                left,
-                right,
-                START,
-                UNIT,
-                MASK,
-                EVEN,
-                T,
-            )
+                x_ptr + here, dx_ptr + here, grad, total, chunk, mask, left, right,
+                START, UNIT, MASK, EVEN, T,
+            )  # fmt: skip
             if 2 * q + 1 < W:
                 here = base + (W + 1) * pixel
                 grad = tl.where(at == 4, dy, 0.0)
                 total = _lrn_bwd_pixel(
-                    x_ptr + here,
-                    dx_ptr + here,
-                    grad,
-                    total,
-                    chunk,
-                    mask,
-                    left,
-                    right,
-                    START,
-                    UNIT,
-                    MASK,
-                    EVEN,
-                    T,
-                )
+                    x_ptr + here, dx_ptr + here, grad, total, chunk, mask, left, right,
+                    START, UNIT, MASK, EVEN, T,
+                )  # fmt: skip
         dy_al, at_al, dy_a, at_a = dy_l, at_l, dy, at
     if MASK:
         _store_sums(sum_ptr, total, chunk, lane, C // 8, T)

@@ -34,10 +34,10 @@ from fastalex_kernels.common.backend import interpreted, operator, use_triton
 from fastalex_kernels.common.epilogue import epilogue_backward
 from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.layout import as_hwnc, as_nchw, empty_nchw, hwnc_strided
+from fastalex_kernels.common.parameters import Norm, Window, norm_of
 from fastalex_kernels.common.reduce import fold
 from fastalex_kernels.common.tuned import tuned
 from fastalex_kernels.lrn_pool import alexnet
-from fastalex_kernels.lrn_pool.alexnet import Norm, Window
 
 MAX_KERNEL_SIZE = 15  # the position of a maximum is one byte
 MAX_CHANNELS = 4096  # of one group: they share a program
@@ -309,11 +309,7 @@ def lrn_max_pool2d_backward(
 
 
 def _norm(numbers: Sequence[float]) -> Norm | None:
-    """The norm of an operator's list of numbers, empty where there is none."""
-    if not numbers:
-        return None
-    size, scale, beta, offset, signed = numbers
-    return Norm(int(size), scale, beta, offset, bool(signed))
+    return norm_of(numbers) if numbers else None
 
 
 @operator("lrn_max_pool2d")
@@ -333,14 +329,7 @@ def _lrn_max_pool2d(
 
 
 @_lrn_max_pool2d.register_fake
-def _(
-    input: torch.Tensor,
-    norm: Sequence[float],
-    groups: int,
-    window: Sequence[int],
-    size: Sequence[int],
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(input, norm, groups, window, size, save):
     N, C = input.shape[:2]
     argmax = input.new_empty((*size, N, C) if save else (0,), dtype=torch.uint8)
     return empty_nchw(input, (N, C, size[0], size[1])), argmax
@@ -365,15 +354,7 @@ def _lrn_max_pool2d_backward(
 
 
 @_lrn_max_pool2d_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    input: torch.Tensor | None,
-    argmax: torch.Tensor,
-    norm: Sequence[float],
-    groups: int,
-    window: Sequence[int],
-    size: Sequence[int],
-) -> torch.Tensor:
+def _(grad, input, argmax, norm, groups, window, size):
     return empty_nchw(grad, (grad.shape[0], grad.shape[1], size[0], size[1]))
 
 
@@ -474,12 +455,10 @@ def lrn_max_pool2d(
     """
     pooled = _check_window(input, kernel_size, stride, ceil_mode)
     _check_lrn(input, size, alpha, beta, k, groups)
+    norm, window = Norm(size, alpha / size, beta, k, signed), Window(kernel_size, stride)
     if not use_triton(input) or input.shape[1] // groups > MAX_CHANNELS:
-        return aten.lrn_max_pool2d(
-            input, size, alpha, beta, k, groups, kernel_size, stride, ceil_mode
-        )
-    norm = Norm(size, alpha / size, beta, k, signed)
-    return _apply(input, norm, groups, kernel_size, stride, pooled)
+        return aten.lrn_max_pool2d(input, norm, groups, window, ceil_mode, pooled)
+    return _apply(input, norm, groups, window, pooled)
 
 
 def max_pool2d(
@@ -501,7 +480,8 @@ def max_pool2d(
     pooled = _check_window(input, kernel_size, stride, ceil_mode)
     if not use_triton(input):
         return aten.max_pool2d(input, kernel_size, stride, ceil_mode)
-    return _apply(input, None, channel_groups(input.shape[1]), kernel_size, stride, pooled)
+    window = Window(kernel_size, stride)
+    return _apply(input, None, channel_groups(input.shape[1]), window, pooled)
 
 
 def channel_groups(channels: int) -> int:
@@ -513,14 +493,11 @@ def _apply(
     input: torch.Tensor,
     norm: Norm | None,
     groups: int,
-    kernel_size: int,
-    stride: int,
+    window: Window,
     pooled: tuple[int, int],
 ) -> torch.Tensor:
     (wide,) = interpretable(input)
     save = wide.requires_grad and torch.is_grad_enabled()
     numbers = [] if norm is None else list(map(float, norm))
-    output, _ = _lrn_max_pool2d(
-        hwnc_strided(wide), numbers, groups, [kernel_size, stride], pooled, save
-    )
+    output, _ = _lrn_max_pool2d(hwnc_strided(wide), numbers, groups, window, pooled, save)
     return output.to(input.dtype)  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ from fastalex_kernels.common.program import Launch
 from fastalex_kernels.cross_entropy import cross_entropy_forward
 
 from .._alexnet import NAMES
+from .._cases import sampled
 from ._phantom import run_corners
 
 BATCH = 32768  # conv1's output has 9.5e9 elements; rows and images still count in 32 bits
@@ -46,7 +47,7 @@ def test_an_index_that_wraps_is_found() -> None:
     assert run_corners(_fill(_fill_far_kernel, 2**32)) == {"y_ptr": 2**34}
 
 
-@pytest.mark.parametrize("layer", ["augment", *NAMES])
+@pytest.mark.parametrize("layer", sampled(["augment", *NAMES], 12, first=8))
 def test_no_address_leaves_its_tensor(layer: str) -> None:
     far = 0
     launches = [event.launch for event in record_step("sm_90", BATCH).events]
@@ -111,7 +112,7 @@ LARGEST: dict[str, Callable[[], None]] = {
 }
 
 
-@pytest.mark.parametrize("name", LARGEST)
+@pytest.mark.parametrize("name", sampled(LARGEST, 6, first=5))
 def test_the_largest_sizes_that_are_accepted(name: str) -> None:
     for launch in record("sm_90", LARGEST[name]):
         assert run_corners(launch, longest_loop=3), f"{launch.name} touched nothing"

@@ -16,23 +16,24 @@ from fastalex_kernels.conv2d.arguments import space_to_depth_weight
 
 from .. import _augment as augments
 from .._augment import Case, check, make
+from .._cases import sampled
 from ._strict import Strict
 from .conftest import RealTiles
 
 
-@pytest.mark.parametrize("case", augments.CASES, ids=str)
+@pytest.mark.parametrize("case", sampled(augments.CASES, 3))
 def test_float32(case: Case, strict: Strict) -> None:
     check(case, torch.float32)
-    assert strict.launches == ([] if "empty" in case.name else ["_augment_kernel"])
+    assert len(strict.launches) == ("empty" not in case.name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", augments.CASES[:5], ids=str)
+@pytest.mark.parametrize("case", sampled(augments.CASES[:5], 5))
 def test_16_bits(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype)
 
 
-@pytest.mark.parametrize("case", augments.CASES, ids=str)
+@pytest.mark.parametrize("case", sampled(augments.CASES, 9))
 def test_on_real_tiles(case: Case, real_tiles: RealTiles, strict: Strict) -> None:
     with real_tiles("sm_90"):
         check(case, torch.float16)
@@ -49,9 +50,8 @@ def test_many_programs_an_image(real_tiles: RealTiles, strict: Strict) -> None:
     assert strict.programs > 2
 
 
-@settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@pytest.mark.slow
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_call(data: Any) -> None:
     size = data.draw(st.integers(1, 14))
@@ -69,10 +69,10 @@ def test_any_call(data: Any) -> None:
 
 # The four variants' padding at crops of every size modulo 4: 224 with ceil, 227, and 224 with 2.
 @pytest.mark.parametrize(
-    ("size", "padding"),
-    [(24, augments.PAPER), (27, 0), (24, 2), (21, 2), (22, 0), (25, ((0, 2), (0, 2)))],
+    "place", sampled([(25, ((0, 2), (0, 2))), (24, augments.PAPER), (27, 0), (24, 2), (22, 0)], 5)
 )
-def test_the_first_convolution_takes_it_as_it_lies(size: int, padding: Any) -> None:
+def test_the_first_convolution_takes_it_as_it_lies(place: tuple[int, Any]) -> None:
+    size, padding = place
     arguments = make(Case("conv1", (2, 30, 32), size, padding, mean="floats"))
     x = fk.augment(**arguments, dtype=torch.float32)
     assert as_hwnc(x).data_ptr() == x.data_ptr()

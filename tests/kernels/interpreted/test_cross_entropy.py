@@ -14,6 +14,7 @@ from fastalex_kernels.cross_entropy import cross_entropy_forward
 from fastalex_kernels.reference import TOLERANCES, relative_error
 
 from .. import _losses as losses
+from .._cases import sampled
 from .._losses import Case, check, make, run
 from .conftest import RealTiles
 
@@ -21,21 +22,20 @@ INF = float("inf")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", losses.CASES, ids=str)
+@pytest.mark.parametrize("case", sampled(losses.CASES, 4))
 def test_against_float64(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("case", losses.CASES, ids=str)
+@pytest.mark.parametrize("case", sampled(losses.CASES, 6))
 def test_on_real_tiles(case: Case, dtype: torch.dtype, real_tiles: RealTiles) -> None:
     with real_tiles("sm_90"):
         check(case, dtype)
 
 
-@settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@pytest.mark.slow
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_call(data: Any, real_tiles: RealTiles) -> None:
     shape = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 2100)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from .. import _updates as updates
+from .._cases import sampled
 from .._oracle import Case, conv, linear
 from .conftest import RealTiles
 
@@ -19,22 +20,24 @@ TILES = [
 
 
 @pytest.mark.parametrize("rule", updates.RULES)
-@pytest.mark.parametrize("case", updates.CASES, ids=str)
+@pytest.mark.parametrize("case", sampled(updates.CASES, 4))
 def test_float32(case: Case, rule: str) -> None:
     updates.check(case, torch.float32, rule)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("case", PACKED, ids=str)
 def test_weight_in_the_order_its_kernels_read(case: Case, dtype: torch.dtype) -> None:
     updates.check(case, dtype, "paper", packed=True)
 
 
-@pytest.mark.parametrize("case", updates.CASES, ids=str)
+@pytest.mark.parametrize("case", sampled(updates.CASES, 7, first=1))
 def test_float16(case: Case) -> None:
     updates.check(case, torch.float16, "torch")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "sm_80"])
 @pytest.mark.parametrize("case", TILES, ids=str)
 def test_real_tiles(case: Case, target: str, real_tiles: RealTiles) -> None:

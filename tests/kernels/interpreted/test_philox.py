@@ -73,14 +73,14 @@ def test_words(seed: int) -> None:
 def test_uniform_numbers(seed: int, first: int) -> None:
     out = torch.empty(BLOCK)
     _rand_kernel[(1,)](torch.tensor([seed, 0]), first, out, BLOCK=BLOCK)
-    ours = philox.rand(seed, torch.arange(first, first + BLOCK))
+    ours = philox.uniform(philox.philox(seed, torch.arange(first, first + BLOCK))[0])
     assert torch.equal(ours, out)
     assert ours.dtype == torch.float32
     assert ours.min() >= 0
     assert ours.max() < 1
 
 
-@pytest.mark.parametrize("seed", SEEDS[::2])
+@pytest.mark.parametrize("seed", SEEDS[::3])
 @pytest.mark.parametrize("offset", [0, 1, -1, 2**32 + 5, -(2**40)])
 @pytest.mark.parametrize("first", [(0, 0), (100_000, 4096), (2**31 - 64, 2**30)])
 def test_the_mask_of_dropout(seed: int, offset: int, first: tuple[int, int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 import fastalex_kernels as fk
 
+from .._cases import sampled
 from .._oracle import Case, call, conv, linear, lrn, make_inputs, pool, relative_error
 from ._strict import Strict
 from .conftest import RealTiles
@@ -24,6 +26,7 @@ ONE_OF_EACH = [
     linear("without-relu", 3, 7, 9, relu=False),
 ]
 NAN, INF = float("nan"), float("inf")
+TILES, DTYPES = (None, "sm_90"), (torch.float32, torch.float16)
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
@@ -93,12 +96,11 @@ def test_linear_relu_dropout_hands_on_what_is_not_finite(value: float) -> None:
     _same(fk.linear_relu_dropout(x, w, b, **arguments), expected)
 
 
-@pytest.mark.parametrize("value", [NAN, -NAN, INF, -INF])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("target", [None, "sm_90"])
+@pytest.mark.parametrize("on", sampled(product(TILES, DTYPES, [NAN, -NAN, INF, -INF]), 5))
 def test_pooling_hands_on_what_is_not_finite(
-    value: float, dtype: torch.dtype, target: str | None, real_tiles: RealTiles
+    on: tuple[str | None, torch.dtype, float], real_tiles: RealTiles
 ) -> None:
+    target, dtype, value = on
     x = torch.randn(2, 8, 7, 7).to(dtype)
     x[0, 1, 2:4, 3] = value
     x[1, 4, :3, :3] = value  # nothing else in a window
@@ -109,12 +111,11 @@ def test_pooling_hands_on_what_is_not_finite(
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("value", [NAN, -NAN, INF, -INF])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("target", [None, "sm_90"])
+@pytest.mark.parametrize("on", sampled(product(TILES, DTYPES, [NAN, -NAN, INF, -INF]), 5))
 def test_lrn_hands_on_what_is_not_finite(
-    value: float, dtype: torch.dtype, target: str | None, real_tiles: RealTiles
+    on: tuple[str | None, torch.dtype, float], real_tiles: RealTiles
 ) -> None:
+    target, dtype, value = on
     if target and dtype == torch.float16 and not (value != value and math.copysign(1, value) > 0):
         pytest.skip("an NVIDIA GPU makes positive NaNs, as the packed key expects; x86 negative")
     x = torch.randn(2, 8, 7, 7).to(dtype)
@@ -131,12 +132,11 @@ def _on(target: str | None, real_tiles: RealTiles, function: Any) -> torch.Tenso
         return function()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("target", [None, "sm_90"])
-@pytest.mark.parametrize("value", [0.0, -0.0, 1.5, -2.0])
+@pytest.mark.parametrize("on", sampled(product(TILES, DTYPES, [0.0, -0.0, 1.5, -2.0]), 5))
 def test_the_first_of_equal_maxima_takes_the_gradient(
-    value: float, dtype: torch.dtype, target: str | None, real_tiles: RealTiles
+    on: tuple[str | None, torch.dtype, float], real_tiles: RealTiles
 ) -> None:
+    target, dtype, value = on
     x = torch.full((2, 8, 7, 5), value, dtype=dtype, requires_grad=True)
     for function in (fk.max_pool2d, lambda x: fk.lrn_max_pool2d(x, k=1.0, alpha=1e-4)):
         with torch.enable_grad():

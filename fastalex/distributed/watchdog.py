@@ -1,9 +1,9 @@
 """Tells which process of a run is stuck; a collective only waits for it.
 
-Every process notes in the store that all of them share how far it is, and reads the others' notes.
-One whose notes stop coming was stopped, or is cut off; one that is behind the others and does not
-go on keeps them waiting. Either ends this process with a line that names it, whatever its main
-thread waits for.
+Every process writes heartbeats, which say how far it is, to the store that all of them share, and
+reads the others'. One whose heartbeats stop coming was stopped, or is cut off; one that is behind
+the others and does not go on keeps them waiting. Either ends this process with a line that names
+it, whatever its main thread waits for.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 STARTING = 1800.0  # seconds until the first step, in which processes start and kernels compile
-_MOST_EVERY = 2.0  # seconds between two notes
+_MOST_EVERY = 2.0  # seconds between two heartbeats
 _COMPILED = 2  # pieces of work after which the first step, in which kernels compile, is done
 _PATIENCE = 10  # how much longer may be waited for what a disk does
 
 
 @dataclass(frozen=True)
-class Note:
+class Heartbeat:
     """How far a process is.
 
     Attributes:
         host: its machine's name.
-        beats: notes written before.
+        beats: heartbeats written before.
         done: pieces of work begun or done: batches trained or validated, files written.
         step: of the training.
         doing: what it does that a disk may delay; empty for anything else.
@@ -45,22 +45,22 @@ class Note:
     state: str = "runs"
 
 
-class Watch:
-    """This process's eye on the others, from entering it as a context to leaving it.
+class Watchdog:
+    """Watches the other processes, from entering it as a context to leaving it.
 
     Args:
         store: that all processes share, and no other thread uses.
         rank: of this process.
         size: number of processes.
-        give_up: called with the line that names the process that is stuck; this one ends then.
+        on_stuck: called with the line that names the process that is stuck; this one ends then.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, give_up: Callable[[str], object]) -> None:
-        self._store, self._rank, self._give_up = store, rank, give_up
-        self._keys = [f"note of rank {number}" for number in range(size)]
-        self._mine = Note(socket.gethostname())
+    def __init__(self, store: Any, rank: int, size: int, on_stuck: Callable[[str], object]) -> None:
+        self._store, self._rank, self._on_stuck = store, rank, on_stuck
+        self._keys = [f"heartbeat of rank {number}" for number in range(size)]
+        self._mine = Heartbeat(socket.gethostname())
         now = time.monotonic()
-        self._notes: list[Note] = [self._mine] * size
+        self._heartbeats: list[Heartbeat] = [self._mine] * size
         self._heard, self._moved = [now] * size, [now] * size
         self._reached = now  # when the store last answered
         self._seconds = 0.0  # no limit yet
@@ -69,7 +69,7 @@ class Watch:
         threads = (self._exchange, self._look)
         self._threads = [threading.Thread(target=t, daemon=True) for t in threads]
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         for thread in self._threads:
             thread.start()
         return self
@@ -96,10 +96,10 @@ class Watch:
         last = time.monotonic() + 5 * _MOST_EVERY
         while time.monotonic() < last and waiting():
             time.sleep(_MOST_EVERY / 20)
-            for number, note in enumerate(self._notes):
+            for number, beat in enumerate(self._heartbeats):
                 silent = time.monotonic() - self._heard[number] > max(1.0, 3 * self._every)
-                if number != self._rank and (note.state == "ended" or silent):
-                    return f"lost the connection to {self._name(number)}, at step {note.step}"
+                if number != self._rank and (beat.state == "ended" or silent):
+                    return f"lost the connection to {self._name(number)}, at step {beat.step}"
         return "lost the connection to another process"
 
     @property
@@ -118,19 +118,19 @@ class Watch:
             ended = beats > 0 and self._end.wait(self._every)
             beats += 1
             with contextlib.suppress(RuntimeError):  # no answer: `_look` minds how long
-                note = json.dumps(asdict(replace(self._mine, beats=beats)))
-                self._store.set(self._keys[self._rank], note)
+                beat = json.dumps(asdict(replace(self._mine, beats=beats)))
+                self._store.set(self._keys[self._rank], beat)
                 if not ended:
                     self._take(self._store.multi_get(self._keys))
 
     def _take(self, texts: list[bytes]) -> None:
         self._reached = now = time.monotonic()
         for number, text in enumerate(texts):
-            note, before = Note(**json.loads(text)), self._notes[number]
-            self._notes[number] = note
-            if note != before:
+            beat, before = Heartbeat(**json.loads(text)), self._heartbeats[number]
+            self._heartbeats[number] = beat
+            if beat != before:
                 self._heard[number] = now
-            if note.done != before.done:
+            if beat.done != before.done:
                 self._moved[number] = now
 
     def _look(self) -> None:
@@ -142,7 +142,7 @@ class Watch:
             looked = now
             reason = self._stuck(now)
             if reason and not self._end.is_set():
-                self._give_up(reason)
+                self._on_stuck(reason)
                 os._exit(1)
 
     def _forgive(self, now: float) -> None:
@@ -158,24 +158,24 @@ class Watch:
                 f"the other side can't be reached: no answer from {os.environ.get('MASTER_ADDR')} "
                 f"for {now - self._reached:.0f} s, at step {self._mine.step}"
             )
-        running = [i for i, note in enumerate(self._notes) if note.state != "ended"]
+        running = [i for i, beat in enumerate(self._heartbeats) if beat.state != "ended"]
         for number in running:
             if number != self._rank and now - self._heard[number] > limit:
                 silence = now - self._heard[number]
-                step = self._notes[number].step
+                step = self._heartbeats[number].step
                 return f"{self._name(number)} has not answered for {silence:.0f} s, at step {step}"
         if not running:
             return ""
-        last = min(running, key=lambda number: self._notes[number].done)
-        note, still = self._notes[last], now - self._moved[last]
-        if still > limit * (_PATIENCE if note.doing else 1):
-            alike = len({self._notes[number].done for number in running}) == 1
+        last = min(running, key=lambda number: self._heartbeats[number].done)
+        beat, still = self._heartbeats[last], now - self._moved[last]
+        if still > limit * (_PATIENCE if beat.doing else 1):
+            alike = len({self._heartbeats[number].done for number in running}) == 1
             who = "no process" if alike else self._name(last)
             return (
                 f"{who} {'has' if alike else 'has not'} gone on for {still:.0f} s, at step "
-                f"{note.step}{note.doing and ', ' + note.doing}"
+                f"{beat.step}{beat.doing and ', ' + beat.doing}"
             )
         return ""
 
     def _name(self, number: int) -> str:
-        return f"rank {number} (host {self._notes[number].host})"
+        return f"rank {number} (host {self._heartbeats[number].host})"

@@ -1,0 +1,102 @@
+"""How many processes a run has, and what each of them is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from fastalex.model.ablations import get_variant
+
+_SHOWN = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run and how they share the work.
+
+    Attributes:
+        device_type: ``"cuda"`` or ``"cpu"``.
+        processes: how many, one per GPU.
+        towers: processes that hold one net together, 1 or 2; the others are replicas.
+        threads: CPU threads of each.
+    """
+
+    device_type: str
+    processes: int
+    towers: int
+    threads: int
+
+    @property
+    def replicas(self) -> int:
+        return self.processes // self.towers
+
+    def describe(self) -> str:
+        if self.device_type == "cuda":
+            if self.processes == 1:
+                return f"one GPU, {torch.cuda.get_device_name(0)}"
+            return f"{self.processes} GPUs, NCCL"  # asking for a name here would take memory on one
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        if self.processes == 1:
+            return f"no GPU found: one CPU process, {threads}"
+        return f"no GPU found: {self.processes} CPU processes, gloo, {threads} each"
+
+
+def under_torchrun() -> bool:
+    """Whether this process was started as one of a world."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def rank() -> int:
+    """This process's number, 0 where it is alone."""
+    return int(os.environ["RANK"]) if under_torchrun() else 0
+
+
+def device_index() -> int:
+    """This process's GPU; the only one where a scheduler shows each process its own."""
+    return min(int(os.environ.get("LOCAL_RANK", 0)), max(0, torch.cuda.device_count() - 1))
+
+
+def find_world(gpus: int | None, variant: str, threads: int | None = None) -> World:
+    """The processes to run on, from what was asked for and what the machine has.
+
+    Args:
+        gpus: processes asked for; None is one, or what torchrun started.
+        variant: one with two independent towers is cut in two where there are two processes,
+            another is copied.
+        threads: per process; None shares out the cores, or follows ``OMP_NUM_THREADS``.
+
+    Raises:
+        ValueError: where the machine lacks what was asked for, with what to do instead.
+    """
+    processes = local = gpus or 1
+    if under_torchrun():
+        processes = int(os.environ["WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        if gpus not in (None, processes):
+            raise ValueError(
+                f"--gpus {gpus} under a launcher that started {processes} processes: "
+                f"leave --gpus out or pass --gpus {processes}"
+            )
+    devices = torch.cuda.device_count()
+    if 0 < devices < local and not (devices == 1 and under_torchrun() and _SHOWN in os.environ):
+        raise ValueError(
+            f"{local} processes need {local} GPUs and there {'is' if devices == 1 else 'are'} "
+            f"{devices}: use --gpus 1, or set CUDA_VISIBLE_DEVICES= to run them on the CPU"
+        )
+    towers = get_variant(variant).towers
+    return World(
+        device_type="cuda" if devices else "cpu",
+        processes=processes,
+        towers=towers if processes % towers == 0 else 1,
+        threads=threads or _threads(local),
+    )
+
+
+def _threads(processes: int) -> int:
+    # torchrun sets OMP_NUM_THREADS=1 unasked, so there it says nothing about what the user wants.
+    if "OMP_NUM_THREADS" in os.environ and not under_torchrun():
+        return torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // processes)

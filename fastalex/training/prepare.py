@@ -1,0 +1,279 @@
+"""What is decided and checked before a run's processes start."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastalex.common import interrupts
+from fastalex.common.interrupts import Interrupted
+from fastalex.data import (
+    DataError,
+    ImageSource,
+    MeanImage,
+    Normalization,
+    color_noise,
+    decode_size,
+    mean_image,
+    open_sources,
+)
+from fastalex.data.fingerprint import Contents, describe_changes
+from fastalex.data.normalization import MEAN_IMAGES
+from fastalex.distributed.world import World, find_world, rank, under_torchrun
+from fastalex.model.alexnet import AlexNet
+from fastalex.training import checkpoints
+from fastalex.training.checkpoints import ResumeState
+from fastalex.training.config import Settings, describe_setting
+from fastalex.training.metrics import check_tensorboard
+from fastalex.training.recipes import INITIALISATIONS, MOMENTUM_RULES, NO_RECIPE, RECIPES
+from fastalex.training.run_config import RunConfig
+from fastalex.training.run_folder import RunFolder, find_attempt
+from fastalex.training.schedule import describe_schedule
+
+
+def prepare(options: Mapping[str, Any]) -> tuple[RunFolder, RunConfig | None]:
+    """Check everything a user can get wrong, claim the run's folder and say what was chosen.
+
+    Returns:
+        The folder, claimed, and the configuration; None where the run in it is finished.
+
+    Raises:
+        ValueError: for what is wrong; nothing was written.
+    """
+    folder, resume = _find(options)
+    try:
+        return folder, _prepare(options, folder, resume)
+    except BaseException as error:
+        if folder.running:
+            end(folder, "interrupted" if isinstance(error, Interrupted) else "failed")
+        folder.release()
+        raise
+
+
+def end(folder: RunFolder, status: str) -> str:
+    """Note how the run ended and let go of its folder; a line where that can't be written."""
+    with interrupts.blocked():
+        try:
+            folder.end(status)
+        except (OSError, ValueError) as error:
+            return f"error: {folder.path}: run.json can't say that the run is {status}: {error}"
+        finally:
+            folder.release()
+    return ""
+
+
+def choose_world(options: Mapping[str, Any], resume: ResumeState | None) -> World:
+    """The processes that a command asks for, or that the run had before."""
+    gpus, threads, variant = (options[name] for name in ("gpus", "threads", "variant"))
+    if resume is None:
+        recipe = RECIPES.get(options["recipe"], NO_RECIPE)
+        return find_world(gpus, variant or recipe.variant, threads)
+    if gpus is None and not under_torchrun():
+        gpus = resume.world.processes
+    # Sums are taken in another order by another number of threads.
+    same = gpus in (None, resume.world.processes)
+    threads = threads or (resume.world.threads if same else None)
+    return find_world(gpus, resume.settings.variant, threads)
+
+
+def _find(options: Mapping[str, Any]) -> tuple[RunFolder, ResumeState | None]:
+    """The run's folder, claimed, and where the run in it goes on; None for a new one."""
+    resumed, output = options["resume"], options["output"]
+    option = "--output" if resumed is None else "--resume"
+    if resumed is not None:
+        if output is not None:
+            raise ValueError("--resume writes to the run's own folder: leave out --output")
+        if not RunFolder(resumed).holds_run:
+            raise ValueError(f"--resume {resumed}: no run in it, there is no run.json")
+    place = resumed or output or find_attempt()
+    if place is None:
+        recipe = RECIPES.get(options["recipe"], NO_RECIPE)
+        variant, seed = options["variant"] or recipe.variant, options["seed"] or 0
+        return RunFolder.create(variant, seed), None
+    folder = RunFolder.claim(place, option)
+    if not folder.holds_run:
+        return folder, None
+    try:
+        resume, damaged = checkpoints.find(place, option)
+    except BaseException:
+        folder.release()
+        raise
+    for line in damaged:
+        _warn(f"{line}; the checkpoint before it is used")
+    return folder, resume
+
+
+def _prepare(
+    options: Mapping[str, Any], folder: RunFolder, resume: ResumeState | None
+) -> RunConfig | None:
+    world = choose_world(options, resume)
+    if resume is None:
+        settings = Settings.choose(options, world.device_type)
+    else:
+        settings = resume.choose(options, named=options["resume"] is not None)
+        resume = replace(resume, settings=settings)
+        if resume.finished:
+            checkpoints.drop(folder, resume.path, settings.keep_checkpoints)
+            return None
+    _check(settings, world)
+    sources = train, val = open_sources(settings.data, settings.seed, settings.image_size)
+    color_noise(train, settings.color_noise)  # raises what can't be
+    side = decode_size(settings.image_size)
+    image = mean_image(train, settings.normalization, side)
+    images = train.contents(), val.contents()
+    if resume is None or resume.path is None:
+        scale = Normalization.measure(train, side).scaled(settings.normalization, image)
+    else:
+        _check_same_images(resume, train, images, options["allow_changed_images"])
+        scale = _kept_normalization(resume, image)
+    config = RunConfig(
+        settings,
+        world,
+        folder.path,
+        list(train.classes),
+        scale,
+        unreadable=[bad for source in sources for bad in getattr(source, "unreadable", [])],
+        # Another process opens its own: what is kept in memory would be sent along.
+        sources=sources if world.processes == 1 else None,
+        resume=resume,
+        images=images,
+    )
+    after = None
+    if resume is not None:
+        checkpoints.drop(folder, resume.path, settings.keep_checkpoints)
+        after = resume.step
+    folder.begin(options, settings.to_dict(), vars(world), after)
+    for line in _describe(config, train, val):
+        print(line, flush=True)
+    return config
+
+
+def _meta_model(classes: int, variant: str) -> AlexNet:
+    """A net that tells its sizes and holds no numbers."""
+    with torch.device("meta"):
+        return AlexNet(classes, variant=variant)
+
+
+def _check(settings: Settings, world: World) -> None:
+    """Raise unless the settings go with each other and with the world."""
+    if settings.augmentation == "resized" and settings.normalization in MEAN_IMAGES:
+        raise ValueError(
+            f"--augmentation resized: parts of any size have no mean image; leave it out or use "
+            f"another --normalization than {settings.normalization}"
+        )
+    smallest = _meta_model(1, settings.variant).smallest_image_size()
+    if settings.image_size < smallest:
+        raise ValueError(
+            f"--image-size {settings.image_size}: variant {settings.variant} needs at least "
+            f"{smallest}"
+        )
+    if settings.tensorboard:
+        check_tensorboard()
+    if settings.batch_size % world.replicas:
+        raise ValueError(
+            f"--batch-size {settings.batch_size}: {world.replicas} processes share each batch, "
+            f"name a multiple of {world.replicas}"
+        )
+
+
+def _check_same_images(
+    resume: ResumeState, train: ImageSource, images: tuple[Contents, ...], allowed: bool
+) -> None:
+    """Raise unless the images are those that the run started with, or may be others."""
+    where, before = f"--data of {resume.folder}", resume.state.get("contents")
+    if list(train.classes) != resume.state["classes"]:
+        raise DataError(f"{where}: the images have other classes than they had")
+    if before:
+        parts = zip(("training", "validation"), before, images, strict=True)
+        changes = [(part, describe_changes(old, now)) for part, old, now in parts]
+        changed = [f"{part} images: {text}" for part, text in changes if text]
+    else:  # an older version's
+        counts = [sum(count for count, _ in part.values()) for part in images]
+        changed = [f"{counts} training and validation images, and there were {before}"]
+        changed = changed if counts != resume.state["images"] else []
+    if changed and not allowed:
+        raise DataError(
+            f"{where}: not what the run started with, {'; '.join(changed)}; put them back, or "
+            "go on all the same with --allow-changed-images"
+        )
+    for line in changed:
+        _warn(line)
+
+
+def _kept_normalization(resume: ResumeState, image: MeanImage | None) -> Normalization:
+    """The run's own, with the mean image that the images have now."""
+    values = resume.state["normalization"]
+    if "mean_image" not in values:
+        return Normalization.from_dict(values)
+    if image is None:
+        raise DataError(
+            f"--resume {resume.folder}: the run subtracts the mean image of a packed set; "
+            "name that set with --data"
+        )
+    try:
+        return Normalization.from_dict(values, image.pixels)
+    except ValueError as error:
+        raise DataError(
+            f"--resume {resume.folder}: the packed set has not the mean image that the run started "
+            "with; name that set with --data"
+        ) from error
+
+
+def _warn(line: str) -> None:
+    if rank() == 0:
+        print(f"train: warning: {line}", file=sys.stderr, flush=True)
+
+
+def _describe(config: RunConfig, train: ImageSource, val: ImageSource) -> list[str]:
+    settings, world = config.settings, config.world
+    split = "whole in one process"
+    if world.towers == 2:
+        split = "two towers, one per process"
+        split += f", {world.replicas} replicas" * (world.replicas > 1)
+    elif world.replicas > 1:
+        each = settings.batch_size // world.replicas
+        split = f"{world.replicas} replicas with {each} images each"
+    model = _meta_model(len(config.classes), settings.variant)
+    parameters = sum(p.numel() for p in model.parameters())
+    steps = -(-len(train) // settings.batch_size)
+    epochs = min(settings.epochs, (settings.max_steps or math.inf) / steps)
+    most = "" if settings.max_steps is None else f", at most {settings.max_steps} steps"
+    recipe = "" if settings.recipe is None else f" (recipe {settings.recipe})"
+    normalization = f"normalization {settings.normalization}"
+    if settings.normalization in MEAN_IMAGES and config.normalization.mean_image is None:
+        normalization = "normalization mean (only a packed set has a mean image, for "
+        normalization += f"{settings.normalization})"
+    lines = [
+        world.describe(),
+        f"net: {settings.variant}, {parameters:,} parameters, dropout {settings.dropout}, {split}",
+        f"initialisation: {settings.init} ({INITIALISATIONS[settings.init]}), seed {settings.seed}",
+        f"data: {settings.data or 'built-in set'}, {len(config.classes)} classes, {len(train)} "
+        f"training and {len(val)} validation images, {settings.image_size} px, "
+        f"augmentation {settings.augmentation}, {normalization}",
+        f"training: {settings.epochs} epochs of {steps} steps{most}, "
+        f"{settings.batch_size} images a step, {settings.precision}{recipe}",
+        f"optimizer: SGD, {describe_schedule(settings, epochs)}, momentum {settings.momentum} "
+        f"({MOMENTUM_RULES[settings.momentum_rule]}), weight decay {settings.weight_decay}",
+        f"output: {config.folder}",
+    ]
+    return lines if config.resume is None else lines + _describe_resume(config.resume, world)
+
+
+def _describe_resume(resume: ResumeState, world: World) -> list[str]:
+    if resume.path is None:
+        return ["resumed: there is no checkpoint yet, from the first step again"]
+    lines = [f"resumed: after step {resume.step}, from {resume.path}"]
+    if resume.unknown:
+        texts = [describe_setting(n, getattr(resume.settings, n)) for n in resume.unknown]
+        lines.append(f"note: started by an older version of fastalex; new here: {', '.join(texts)}")
+    changed = resume.differences(world)
+    if changed:
+        lines.append(
+            f"note: {', '.join(changed)}; equal to a run never stopped to rounding, not bit for bit"
+        )
+    return lines

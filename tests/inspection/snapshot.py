@@ -1,0 +1,225 @@
+"""What the machine code of a training step shows, at AlexNet's sizes, and its bars.
+
+``snapshot.json`` holds the figures of every launch. A figure may get better; one that gets worse
+by more than the tolerance, or misses a bar without a reason in ``MISSED``, is a failure. After a
+change that is meant:
+
+    python -m tests.inspection.snapshot --update
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+
+from fastalex.inspection import roofline
+
+PATH = Path(__file__).with_name("snapshot.json")
+CASES = {
+    f"{gpu} {'tower' if gpus == 2 else 'whole'} {batch}": (gpu, gpus, batch)
+    for gpu in ("h100", "a100")
+    for gpus, batch in ((1, 128), (1, 1024), (2, 128))
+}
+TOLERANCE = 0.02
+HIGHER = {"useful", "waves", "intensity"}  # is better; of anything else, lower
+Figures = dict[str, dict[str, float]]  # of each launch, and of the step
+
+
+class Bar(NamedTuple):
+    """What a figure of some launches has to reach; ``what`` matches the start of their names."""
+
+    figure: str
+    limit: float
+    what: str = ""
+
+
+BARS = [
+    Bar("spills", 0),
+    Bar("register loads", 0),
+    Bar("narrow", 1),
+    Bar("drains", 0),
+    Bar("fences", 0),
+    Bar("issue", 0.80, "conv1"),
+    Bar("issue", 0.40, "conv[2-5]|fc"),
+    Bar("useful", 0.93, "conv[2-5] forward"),
+    Bar("useful", 0.7499, "conv2 input"),
+    Bar("useful", 0.72, "conv1"),
+    Bar("waves", 0.85, "conv"),
+    Bar("intensity", 64, "conv"),
+    Bar("instructions", 16, "pool[12] forward"),
+    Bar("instructions", 36, "pool[12] backward"),
+    Bar("bytes over floor", 1.10, "pool[12]"),
+    Bar("bytes over floor", 1.05, "fc6 fc7 fc8"),
+    Bar("bytes a parameter", 18.005, "step"),
+    Bar("launches", 45, "step"),
+]
+MISSED = {  # (figure, launches): why it misses its bar
+    ("narrow", "augment forward"): "of 12 bytes that start anywhere, up to 4 are loaded alone",
+    ("narrow", "fc8 forward finish_partials"): "fc8 has 1000 columns, which 16 does not divide",
+    ("narrow", "loss forward sum_partials"): "one number of each program, 128 bytes in all",
+    ("narrow", "pool5 backward"): "the bias sums of the ReLU before it",
+    ("narrow", "conv. backward sum_update"): "of a bias each thread sums parts of one element; "
+    "of a weight, copies are 2 bytes; conv1's is padded to 12 x 12",
+    ("drains", "conv[12] forward"): "two products a step share a sum: two programs a processor "
+    "cover for each other",
+    ("issue", "conv2 forward"): "48 channels are taken as 32 + 16, two short products a step",
+    ("issue", "conv2 input"): "48 outputs in 64 columns",
+    ("issue", "conv2 weight"): "48 input channels in 64 rows",
+    ("issue", "fc. weight"): "two steps a program at batch 128: bound by bytes, not by issue",
+    ("issue", "fc8 input"): "a sum of 1000 is masked in its last block, and so in every one",
+    ("useful", "conv1 weight"): "48 channels in 64 rows, 96 outputs in 128 columns",
+    ("waves", "conv1 forward"): "9 short steps a program, and first loads and last stores between",
+    ("intensity", "conv2 input"): "48 outputs in 64 columns",
+    ("intensity", "conv1 (forward|weight)"): "a tower's 48 outputs in 64 columns",
+    ("instructions", "pool[12] forward"): "a program computes one row more than it keeps, of few",
+    ("instructions", "pool[12] backward"): "two windows are loaded before the first of few rows",
+    ("bytes over floor", "fc6 fc7 fc8"): "float32 sums of split products, stored and read",
+    ("bytes a parameter", "step"): "the copy of conv1's weight that products read is padded",
+    ("launches", "step"): "the exchange by torch, whose halves are put together apart",
+}
+
+
+def measure(case: str) -> Figures:
+    """The figures of a case, from the roofline report."""
+    gpu, gpus, batch = CASES[case]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        options = ["--gpu", gpu, "--gpus", str(gpus), "--batch", str(batch), "--json"]
+        assert roofline.main(options) == 0
+    report = json.loads(output.getvalue())
+    found: Figures = {}
+    for row in report["launches"]:
+        if row["grid"] is None:
+            continue
+        kernel = row["name"].strip("_").removesuffix("_kernel")
+        name = f"{row['layer']} {row['role'] or row['phase'] + ' ' + kernel}"
+        figures = found.setdefault(name, {})
+        for key, value in _of(row).items():
+            if key == "waves" and gpus == 2:
+                continue  # a tower's layers are half as large
+            worst = min if key in HIGHER else max
+            figures[key] = worst(value, figures.get(key, value))
+    layers, summary = report["layers"], report["summary"]
+    for layer in layers:
+        if layer["layer"] in ("pool1", "pool2"):
+            ratio = layer["size"] / layer["floor_size"]
+            found[f"{layer['layer']} {layer['phase']}"]["bytes over floor"] = ratio
+    linear = [layer for layer in layers if layer["layer"].startswith("fc")]
+    floor = sum(layer["floor_size"] for layer in linear) + 18 * summary["linear_parameters"]
+    ratio = sum(layer["size"] for layer in linear) / floor
+    found["fc6 fc7 fc8"] = {"bytes over floor": ratio}
+    found["step"] = {
+        "launches": summary["launches"],
+        "bytes a parameter": summary["optimizer_bytes_per_parameter"],
+        "bytes over floor": summary["bytes"] / summary["floor_bytes"],
+        "bound us": 1e6 * summary["bound"],
+    }
+    return found
+
+
+def _of(row: dict[str, Any]) -> dict[str, float]:
+    figures = {"registers": row["registers"], "spills": row["spills"], "narrow": row["narrow"]}
+    loop = row["loop"]
+    if loop is None:
+        return {**figures, "instructions": row["instructions"]} if row["instructions"] else figures
+    figures |= {
+        "issue": loop["issue_ratio"], "barriers": loop["barriers"], "drains": loop["drains"],
+        "register loads": loop["register_loads"], "useful": row["useful"], "waves": row["waves"],
+        "intensity": row["tile"][0] * row["tile"][1] / sum(row["tile"]),
+    }  # fmt: skip
+    if "TMA" in row["loads"]:
+        figures["fences"] = loop["fences"]
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def failures(found: Figures, held: Figures) -> list[str]:
+    """What is worse than it was, or misses a bar for no known reason."""
+    result = []
+    for what, figures in found.items():
+        for name, value in figures.items():
+            before = held.get(what, {}).get(name)
+            if before is not None and _worse(name, value, before, TOLERANCE):
+                result.append(f"{what}: {name} {value:.4g}, was {before:.4g}")
+            missed = [b for b in BARS if b.figure == name and re.match(b.what, what)]
+            below = any(_worse(name, value, bar.limit, 0.0) for bar in missed)
+            if below and not _why(name, what):
+                result.append(f"{what}: {name} {value:.4g} misses the bar {missed[0].limit:g}")
+    return [*result, *(f"{what}: is not launched" for what in held if what not in found)]
+
+
+def _worse(name: str, value: float, limit: float, tolerance: float) -> bool:
+    if name in HIGHER:
+        return value < limit * (1 - tolerance)
+    return value > limit * (1 + tolerance)
+
+
+def _why(name: str, what: str) -> str | None:
+    return next((y for (f, w), y in MISSED.items() if f == name and re.fullmatch(w, what)), None)
+
+
+def rows_missed(cases: dict[str, Figures]) -> list[dict[str, Any]]:
+    """Every bar that is missed, with the worst figure, where, and why."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for case, found in cases.items():
+        for what, figures in found.items():
+            for bar in BARS:
+                value = figures.get(bar.figure)
+                if value is None or not re.match(bar.what, what):
+                    continue
+                if _worse(bar.figure, value, bar.limit, 0.0):
+                    row = rows.setdefault(
+                        (bar.figure, what),
+                        {
+                            "bar": f"{bar.figure} {bar.limit:g}", "what": what, "figure": value,
+                            "where": [], "reason": _why(bar.figure, what),
+                        },
+                    )  # fmt: skip
+                    worst = min if bar.figure in HIGHER else max
+                    row["figure"] = worst(row["figure"], value)
+                    row["where"].append(case)
+    return list(rows.values())
+
+
+def _shown(content: Any, depth: int = 0) -> str:
+    """JSON with a launch on a line."""
+    inside = list(content.values() if isinstance(content, dict) else content)
+    if not any(isinstance(value, dict) for value in inside):
+        return json.dumps(content)
+    space = "\n" + " " * (depth + 1)
+    if isinstance(content, list):
+        return f"[{space}" + f",{space}".join(map(json.dumps, content)) + "\n]"
+    lines = [
+        json.dumps(name)
+        + ": "
+        + (_shown(value, depth + 1) if isinstance(value, (dict, list)) else json.dumps(value))
+        for name, value in content.items()
+    ]
+    return f"{{{space}" + f",{space}".join(lines) + "\n" + " " * depth + "}"
+
+
+def main() -> None:
+    """Write the snapshot, or with no option say what is worse than in it."""
+    cases = {case: measure(case) for case in CASES}
+    if "--update" in sys.argv:
+        rounded = {
+            case: {w: {n: round(v, 4) for n, v in f.items()} for w, f in found.items()}
+            for case, found in cases.items()
+        }
+        content = {"triton": triton.__version__, "missed": rows_missed(rounded), "cases": rounded}
+        PATH.write_text(_shown(content) + "\n")
+        return
+    held = json.loads(PATH.read_text())["cases"]
+    for case in CASES:
+        for line in failures(cases[case], held[case]):
+            print(f"{case}: {line}")
+
+
+if __name__ == "__main__":
+    main()
