@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastalex.data import (
+    Batches,
     DataError,
     MeanImage,
     Normalization,
@@ -25,7 +26,7 @@ from fastalex.data import (
     color_noise,
     mean_image,
 )
-from fastalex.data.augment import PUBLISHED_NOISE
+from fastalex.data.augment import PUBLISHED_NOISE, ColorNoise
 from fastalex.data.pack import pack
 from fastalex.evaluation import evaluate
 from fastalex.model.reference import ReferenceAlexNet
@@ -70,7 +71,9 @@ def options(*more: str) -> list[str]:
     return [str(ROOT / "tests" / "_small_train.py"), *small, "--data", "set", *more]
 
 
-@pytest.fixture(scope="module", params=["mean-image", "mean-centre"])
+@pytest.fixture(
+    scope="module", params=["mean-image", pytest.param("mean-centre", marks=pytest.mark.slow)]
+)
 def trained(request: pytest.FixtureRequest, folder: Path) -> Path:
     output = folder / request.param
     process = run(
@@ -177,6 +180,7 @@ def test_the_recipes_of_the_papers_subtract_it() -> None:
     }
 
 
+@pytest.mark.slow
 def test_images_without_one_have_their_channels_mean_subtracted(folder: Path) -> None:
     """And the run says so."""
     assert mean_image(SyntheticImages("train", 3), "mean-image", 8) is None

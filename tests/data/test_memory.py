@@ -73,7 +73,9 @@ def write_png(
 PNGS = {"RGB": (8, 2, 3), "RGBA": (8, 6, 4), "grey16": (16, 0, 1), "palette": (8, 3, 1)}
 
 
-@pytest.mark.parametrize("kind", PNGS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind != "RGB" else kind for kind in PNGS]
+)
 def test_a_small_file_of_many_pixels_is_refused_before_it_takes_memory(
     tmp_path: Path, kind: str
 ) -> None:
@@ -85,6 +87,7 @@ def test_a_small_file_of_many_pixels_is_refused_before_it_takes_memory(
         assert peak < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(89_000_000, 1), (1, 30_000_000)], ids=["wide", "tall"])
 def test_a_picture_of_one_row_or_one_column_is_refused_for_its_rows(
     tmp_path: Path, shape: tuple[int, int]
@@ -97,6 +100,7 @@ def test_a_picture_of_one_row_or_one_column_is_refused_for_its_rows(
         assert peak < 30
 
 
+@pytest.mark.slow
 def test_cmyk_too(tmp_path: Path) -> None:
     path = tmp_path / "bomb.jpg"
     Image.new("CMYK", (9_000, 9_000)).save(path)
@@ -140,6 +144,7 @@ def test_the_largest_images_that_are_read_stay_below_the_limit(tmp_path: Path, n
         assert peak < MOST
 
 
+@pytest.mark.slow
 def test_a_tile_larger_than_its_image_counts(tmp_path: Path) -> None:
     """TIFF decodes a whole tile at once, whatever part of it the image shows."""
     path = tmp_path / "a.tif"
