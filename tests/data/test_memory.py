@@ -121,7 +121,7 @@ def photograph(side: int, mode: str) -> Image.Image:
 
 LARGEST: dict[str, Callable[[Path], object]] = {
     "rgb.png": lambda path: write_png(path, 9_400, *PNGS["RGB"]),
-    "rgba.png": lambda path: write_png(path, 6_700, *PNGS["RGBA"]),
+    "rgba.png": lambda path: write_png(path, 6_690, *PNGS["RGBA"]),
     "grey16.png": lambda path: write_png(path, 7_700, *PNGS["grey16"]),
     "palette.png": lambda path: write_png(path, 8_400, *PNGS["palette"]),
     "cmyk.jpg": lambda path: photograph(6_600, "CMYK").save(path),
