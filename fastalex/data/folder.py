@@ -33,7 +33,8 @@ class FolderImages:
     Every file is decoded once to find those that can't be (cut short, empty, no image), which are
     left out; what was found is kept (see ``fastalex.data.check_cache``), so that later only files
     that are new or changed are decoded for it. Images are kept in memory, as far as
-    ``cache_bytes`` go, at the size asked for. Hidden files, other types and sub-folders of a class are ignored.
+    ``cache_bytes`` go, at the size asked for. Hidden files, other types and sub-folders of a
+    class are ignored.
 
     Args:
         root: the folder.
