@@ -52,7 +52,7 @@ _PART_OF = {
 }
 
 
-_BUILT_IN = {"image_size": 64, "batch_size": 64, "epochs": 5, "keep_checkpoints": 0}
+_BUILT_IN = {"image_size": 64, "batch_size": 64, "epochs": 6, "keep_checkpoints": 0}
 _FOLDER = {"keep_checkpoints": 2}
 # What follows data and device, by whether there is a folder of images and by the device.
 DEFAULTS: dict[tuple[bool, str], dict[str, int]] = {

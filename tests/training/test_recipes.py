@@ -22,7 +22,7 @@ def test_without_a_recipe_the_defaults_are_those_of_help() -> None:
     assert (settings.variant, settings.init, settings.momentum_rule) == ("paper", "he", "torch")
     assert (settings.lr, settings.momentum, settings.weight_decay) == (0.01, 0.9, 5e-4)
     assert (settings.schedule, settings.lr_drop, settings.lr_gamma) == ("drops", (0.8,), 0.1)
-    assert (settings.batch_size, settings.epochs, settings.image_size) == (64, 5, 64)
+    assert (settings.batch_size, settings.epochs, settings.image_size) == (64, 6, 64)
     assert (settings.augmentation, settings.normalization) == ("crop", "unit")
     assert (settings.bias_lr, settings.precision) == (None, "float32")
 
