@@ -8,13 +8,17 @@ and so have the same net and images.
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from dataclasses import replace
+from typing import Any
 
 from fastalex.data import sources
 from fastalex.model.variants import VARIANTS, Variant
-from fastalex.training import train
+from fastalex.training import train, trainer
 
+STEP_SECONDS = "STEP_SECONDS"  # variable of the environment: what each step takes longer
 TRAIN_COUNT, VAL_COUNT = 40, 12
 
 
@@ -35,6 +39,13 @@ def shrink() -> None:
     """Give this process the thin nets and the few images."""
     VARIANTS.update({name: thin(variant) for name, variant in VARIANTS.items()})
     sources.TRAIN_COUNT, sources.VAL_COUNT = TRAIN_COUNT, VAL_COUNT
+    train_step = trainer.Trainer._train_step
+
+    def slow(self: trainer.Trainer, batch: Any) -> None:
+        time.sleep(float(os.environ.get(STEP_SECONDS, 0)))
+        train_step(self, batch)
+
+    trainer.Trainer._train_step = slow  # type: ignore[method-assign]
 
 
 if __name__ in ("__main__", "__mp_main__"):

@@ -11,8 +11,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tests._commands import ROOT, alive, environment, wait_until
+from tests._small_train import STEP_SECONDS
 
 WORKER = "forks.py"  # in the command line of a run's processes
 
@@ -93,7 +95,13 @@ class Forks:
         out, err = (Path(self._outputs.name) / f"{self._started}.{n}" for n in ("out", "err"))
         for path in (out, err):
             path.touch()
-        request = {"arguments": arguments, "folder": str(folder), "out": str(out), "err": str(err)}
+        request: dict[str, Any] = {
+            "arguments": arguments,
+            "folder": str(folder),
+            "out": str(out),
+            "err": str(err),
+        }
+        request["seconds"] = os.environ.get(STEP_SECONDS, "0")
         return Fork(self, self.ask(request), (out, err))
 
     def run(self, arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests._small_train import STEP_SECONDS
 from tests.faults._forks import Forks
 from tests.faults._table import Table
 
@@ -14,6 +15,12 @@ from tests.faults._table import Table
 def forks() -> Iterator[Forks]:
     with Forks() as made:
         yield made
+
+
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes tell each other of a step twice a second or so: what is to be named has to be."""
+    monkeypatch.setenv(STEP_SECONDS, "0.05")
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,9 @@
 
     python tests/faults/forks.py < REQUESTS > ANSWERS
 
-Reads lines of JSON. ``{"arguments": [...], "folder": F, "out": A, "err": B}`` starts a run, the
-leader of a process group, in the folder, and is answered with its number; a number is answered
-with how that run ended, once it has. Runs have the small net of ``_small_train``; the processes
-of one with several are forks, too.
+Reads lines of JSON. The arguments of ``start`` start a run, the leader of a process group, and are
+answered with its number; a number is answered with how that run ended, once it has. Runs have the
+small net of ``_small_train``; the processes of one with several are forks, too.
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ from fastalex.training import train
 from tests import _small_train
 
 
-def start(arguments: list[str], folder: str, out: str, err: str) -> int:
-    """Fork; the child is the run and never returns."""
+def start(arguments: list[str], folder: str, out: str, err: str, seconds: str) -> int:
+    """Fork; the child is the run, and never returns. ``seconds`` are STEP_SECONDS."""
     child = os.fork()
     if child:
         return child
     os.setsid()
     os.chdir(folder)
+    os.environ[_small_train.STEP_SECONDS] = seconds
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     code = 70  # a traceback
