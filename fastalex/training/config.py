@@ -12,7 +12,9 @@ from fastalex.model.ablations import get_variant
 from fastalex.training.recipes import NO_RECIPE, RECIPES
 
 PRECISIONS = {
-    "float32": "IEEE single precision, or TF32 where torch's setting allows it",
+    "auto": "bf16 on a GPU that has tensor cores for it, float32 elsewhere",
+    "float32": "as torch has it: on a GPU, convolutions in TF32 and products in IEEE float32",
+    "tf32": "convolutions and products in TF32, where the GPU has it",
     "bf16": "bfloat16 products, weights in float32",
     "fp16": "float16 products with dynamic loss scaling, weights in float32",
 }
@@ -31,7 +33,7 @@ RESUMABLE = (
 
 # What an option takes that is not given, where neither recipe nor data have a say.
 PLAIN = {
-    "precision": "float32",
+    "precision": "auto",
     "color_noise": "published",
     "seed": 0,
     "log_every": 10,
@@ -107,10 +109,11 @@ class Settings:
     timeout: float  # seconds
 
     @classmethod
-    def choose(cls, arguments: Mapping[str, Any], device_type: str) -> Settings:
+    def choose(cls, arguments: Mapping[str, Any], device_type: str, bf16: bool = False) -> Settings:
         """The settings that ``arguments``, from ``parse_arguments``, come to on a device.
 
-        What was given wins over the recipe, and the recipe over data and device.
+        What was given wins over the recipe, and the recipe over data and device. ``bf16`` tells
+        whether the device has tensor cores for bfloat16.
 
         Raises:
             ValueError: for an option that the schedule has no use for.
@@ -123,6 +126,8 @@ class Settings:
         published = values["image_size"] == _PUBLISHED_SIZE and "image_size" not in given
         if arguments["recipe"] is not None and published:
             values["image_size"] = get_variant(values["variant"]).image_size
+        if values["precision"] == "auto":
+            values["precision"] = "bf16" if bf16 else "float32"
         for name, schedules in _PART_OF.items():
             if name in given and values["schedule"] not in schedules:
                 option = "--" + name.replace("_", "-")
