@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from fastalex import AlexNet
 from fastalex.data import Batches, Normalization, Transform
@@ -113,15 +113,17 @@ def test_accuracies_are_those_of_a_count_by_hand(classes: int) -> None:
     assert model.training
 
 
-class NoCopies(TorchDispatchMode):
+class NoCopies(TorchFunctionMode):
     """Refuses to copy numbers of the host to a device, which would have the host wait."""
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         made = func(*args, **(kwargs or {}))
-        tensors = [x for x in args if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
-        if tensors and isinstance(made, torch.Tensor):
+        of_host = func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor) or any(
+            isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in args
+        )
+        if of_host and isinstance(made, torch.Tensor):
             assert made.device.type == "cpu", f"{func}: a copy from the host"
         return made
 
