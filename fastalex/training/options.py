@@ -202,7 +202,7 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str | None, str]]] = {
             "stopped or after --checkpoint-minutes, and removes it when the run is finished",
         ),
         "log_every": (_COUNT, "STEPS", "steps between two records in metrics.jsonl"),
-        "tensorboard": (_FLAG, None, "write curves and conv1's kernels for TensorBoard too"),
+        "tensorboard": (_FLAG, None, "write curves for TensorBoard too"),
     },
 }  # fmt: skip
 

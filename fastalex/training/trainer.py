@@ -454,8 +454,6 @@ class Trainer:
         save_weights(self.folder.weights, weights, self._metadata(accuracy), image)
         if best:
             self.folder.keep_best()
-        if self.tensorboard is not None:
-            self.tensorboard.add_kernels(next(iter(weights.values())), self.step)
 
     def _metadata(self, accuracy: Accuracy) -> dict[str, Any]:
         settings = self.settings
