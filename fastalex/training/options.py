@@ -15,7 +15,7 @@ from fastalex.data.augment import AUGMENTATIONS, COLOR_NOISES
 from fastalex.data.normalization import NORMALIZATIONS
 from fastalex.model import ablations
 from fastalex.model.variants import VARIANTS
-from fastalex.training.config import DEFAULTS, PLAIN, PRECISIONS
+from fastalex.training.config import DEFAULTS, PRECISIONS, plain_defaults
 from fastalex.training.recipes import (
     INITIALISATIONS,
     MOMENTUM_RULES,
@@ -253,7 +253,7 @@ def _default(name: str) -> str:
             by_device = f"{where} {gpu} on a GPU, {cpu} on a CPU"
             texts.append(f"{gpu} {where}" if gpu == cpu else by_device)
         return "; ".join(texts)
-    value = {**PLAIN, **vars(NO_RECIPE)}.get(name)
+    value = plain_defaults().get(name)
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if isinstance(value, bool):
