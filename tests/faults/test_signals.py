@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from fastalex.training.weights import load_weights
 from tests._commands import alive, end, environment, start, wait_until, workers
 from tests._runs import SCRIPT, contents, digest, records, steps
 from tests.faults._forks import WORKER, Forks
@@ -124,6 +126,25 @@ def test_of_two_starts_at_once_one_goes_on(whole: Path, tmp_path: Path, forks: F
         line = "train: error: --output run: another process trains in this folder"
         assert refused[0].splitlines() == [line]
     _assert_as(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("whole", [2], indirect=True)
+def test_two_processes_leave_off_where_one_goes_on(
+    whole: Path, tmp_path: Path, forks: Forks
+) -> None:
+    first = forks.start([*OPTIONS, "--gpus", "2", "--output", "run"], tmp_path)
+    _wait_for_step(tmp_path / "run", 3)
+    os.kill(first.pid, signal.SIGTERM)
+    assert first.wait() == 75
+    again = forks.run(["--resume", "run", "--gpus", "1"], tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "1 processes instead of 2" in again.stdout
+    assert "to rounding, not bit for bit" in again.stdout
+    for ours, theirs in zip(records(tmp_path / "run"), records(whole), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)  # a handful of steps
+    weights = load_weights(whole / "model.safetensors")[0]
+    for name, weight in load_weights(tmp_path / "run" / "model.safetensors")[0].items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("whole", [2], indirect=True)
