@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import fastalex_kernels as kernels
-from fastalex.common.nvtx_ranges import annotate_layers, nvtx_range
+from fastalex.common.nvtx_ranges import nvtx_range
 from fastalex.data.augment import Augment
 from fastalex.distributed.context import ParallelContext
 from fastalex.model.alexnet import AlexNet
@@ -80,7 +80,6 @@ class AutogradStep:
     ) -> None:
         self._model, self._optimizer, self._precision = model, optimizer, precision
         self._augment, self._parallel, self._scaler = augment, parallel, scaler
-        annotate_layers(model)
 
     def __call__(self, pixels: Any, labels: torch.Tensor) -> torch.Tensor:
         """Do one step; the mean loss, on the device."""
