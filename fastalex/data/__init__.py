@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastalex.data.base import DataError, ImageSource
+from fastalex.data.base import DataError, ImageDataset
 from fastalex.data.folder import FolderImages
 from fastalex.data.normalization import MeanImage, Normalization
 from fastalex.data.packed import PackedImages
@@ -11,7 +11,7 @@ from fastalex.data.synthetic import TRAIN_COUNT, VAL_COUNT, SyntheticImages
 
 if TYPE_CHECKING:
     from fastalex.data.batches import Batch, Batches, Share, Transform, decode_size
-    from fastalex.data.sources import color_noise, mean_image, open_sources
+    from fastalex.data.datasets import color_noise, mean_image, open_datasets
 
 __all__ = [
     "TRAIN_COUNT",
@@ -20,7 +20,7 @@ __all__ = [
     "Batches",
     "DataError",
     "FolderImages",
-    "ImageSource",
+    "ImageDataset",
     "MeanImage",
     "Normalization",
     "PackedImages",
@@ -30,7 +30,7 @@ __all__ = [
     "color_noise",
     "decode_size",
     "mean_image",
-    "open_sources",
+    "open_datasets",
 ]
 
 # These need torch, without which a process that packs images starts.
@@ -40,9 +40,9 @@ _WITH_TORCH = {
     "Share": "batches",
     "Transform": "batches",
     "decode_size": "batches",
-    "color_noise": "sources",
-    "mean_image": "sources",
-    "open_sources": "sources",
+    "color_noise": "datasets",
+    "mean_image": "datasets",
+    "open_datasets": "datasets",
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import fastalex_kernels as kernels
-from fastalex.data.base import ImageSource, Pixels
+from fastalex.data.base import ImageDataset, Pixels
 from fastalex.data.normalization import Normalization
 
 AUGMENTATIONS = {
@@ -200,18 +200,18 @@ def draw_box(words: npt.NDArray[np.uint64], width: int, height: int) -> tuple[in
 
 
 def resized_crop(
-    source: ImageSource, index: int, words: npt.NDArray[np.uint64], side: int, size: int
+    dataset: ImageDataset, index: int, words: npt.NDArray[np.uint64], side: int, size: int
 ) -> Pixels:
     """A random part of an image, uint8 [size, size, 3].
 
     Args:
-        source: whose image it is.
+        dataset: whose image it is.
         index: of the image.
         words: decide the part, see ``draw_box``.
         side: what an image is decoded at that has no size of its own.
         size: side in pixels of what is returned.
     """
-    whole = source.whole(index, side)
+    whole = dataset.whole(index, side)
     # Cut first: resizing a box of a larger image would mix in what is around it.
     part = whole.crop(draw_box(words, *whole.size))
     return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))

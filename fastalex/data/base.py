@@ -21,7 +21,7 @@ Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
 R = TypeVar("R")
 
-CACHE_BYTES = 1 << 30  # decoded images that one source may keep in memory
+CACHE_BYTES = 1 << 30  # decoded images that one dataset may keep in memory
 MAX_IMAGE_SIZE = 2048  # largest side in pixels of the images that a net gets
 _PAUSES = (0.1, 1.0, 5.0)  # seconds
 _MAY_PASS = frozenset(
@@ -52,7 +52,7 @@ def retrying(read: Callable[[], T]) -> T:
     return read()
 
 
-class ImageSource(Protocol):
+class ImageDataset(Protocol):
     """Labelled images, decoded when they are asked for."""
 
     classes: list[str]  # sorted; a label is an index into it
@@ -67,7 +67,7 @@ class ImageSource(Protocol):
     def image(self, index: int, size: int) -> Pixels:
         """uint8 [size, size, 3], RGB: the shorter side resized to ``size``, then the centre.
 
-        What is returned may be the source's own memory: it must not be written to.
+        What is returned may be the dataset's own memory: it must not be written to.
         """
         ...
 

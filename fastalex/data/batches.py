@@ -1,4 +1,4 @@
-"""Batches of a source: their order, crops and colours are functions of (seed, epoch, index) alone.
+"""Batches of a dataset: their order, crops and colours are functions of (seed, epoch, index) alone.
 
 An epoch draws a Philox stream each for order, crops and colours, and sample i reads the words that
 belong to i. So neither the number of processes or threads nor the batch at which a run goes
@@ -23,7 +23,7 @@ from fastalex.data.augment import (
     ColorNoise,
     resized_crop,
 )
-from fastalex.data.base import DataError, ImageSource, Pixels, map_ahead
+from fastalex.data.base import DataError, ImageDataset, Pixels, map_ahead
 from fastalex.data.normalization import Normalization
 
 _ORDER, _CROPS, _COLORS, _BOXES = 0, 1, 2, 3  # the streams of an epoch
@@ -44,7 +44,7 @@ class Batch:
     Attributes:
         images: uint8 [n, D, D, 3], RGB; page-locked where there is a GPU.
         labels: int64 [n].
-        indices: int64 [n], which samples of the source these are; always on the CPU.
+        indices: int64 [n], which samples of the dataset these are; always on the CPU.
         tops, lefts: int32 [n], the first row and column of each crop.
         mirrors: bool [n], which crops are mirrored left to right.
         colors: float32 [n, 3], what is added to the pixels of each image, 0 to 255; or None.
@@ -110,7 +110,7 @@ WHOLE = Share()
 
 
 class Batches:
-    """The batches of each epoch over a source, or one replica's share of them.
+    """The batches of each epoch over a dataset, or one replica's share of them.
 
     Training: images decoded at ``decode_size(image_size)``, a random crop, mirrored half the time,
     with colour noise where ``augmentation`` says so, in a new random order each epoch; or random
@@ -118,7 +118,7 @@ class Batches:
     of the epoch run out, the last batch is filled with the first of the same order. So each sample
     is seen at least once an epoch, and a few twice, alike.
 
-    Validation: the centre crop of the same decoded image, in the source's order; the last batch
+    Validation: the centre crop of the same decoded image, in the dataset's order; the last batch
     may be short.
 
     With ``replicas`` r, ``batch_size`` is the size of the whole batch, and replica ``rank`` gets
@@ -126,7 +126,7 @@ class Batches:
     validation batch of fewer than r samples, so that all replicas take the same number of steps.
 
     Args:
-        source: where the images come from.
+        dataset: where the images come from.
         batch_size: samples in a batch, over all replicas.
         transform: what becomes of an image.
         seed: with the epoch, decides order, crops and mirrors of training; not negative.
@@ -143,7 +143,7 @@ class Batches:
 
     def __init__(
         self,
-        source: ImageSource,
+        dataset: ImageDataset,
         batch_size: int,
         transform: Transform,
         seed: int,
@@ -167,9 +167,9 @@ class Batches:
         if augmentation not in AUGMENTATIONS:
             known = ", ".join(AUGMENTATIONS)
             raise ValueError(f"augmentation: expected one of {known}, got {augmentation!r}")
-        if len(source) == 0:
-            raise DataError("source: expected at least one image, got none")
-        self.source = source
+        if len(dataset) == 0:
+            raise DataError("dataset: expected at least one image, got none")
+        self.dataset = dataset
         self.batch_size = batch_size
         self.image_size = image_size
         self.seed = seed
@@ -187,7 +187,7 @@ class Batches:
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return -(-len(self.source) // self.batch_size)
+        return -(-len(self.dataset) // self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches ``start``, ``start + 1``, ... of an epoch, this replica's share of each."""
@@ -205,17 +205,17 @@ class Batches:
         )
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """int64 [len(source)]: the samples in the order in which the epoch visits them."""
+        """int64 [len(dataset)]: the samples in the order in which the epoch visits them."""
         if not self.train:
-            return np.arange(len(self.source))
+            return np.arange(len(self.dataset))
         return np.argsort(self._words(epoch, _ORDER, 1)[:, 0], kind="stable")
 
     def _crops(self, epoch: int) -> npt.NDArray[np.int32]:
-        """int32 [3, len(source)]: top, left and whether to mirror, for each sample."""
+        """int32 [3, len(dataset)]: top, left and whether to mirror, for each sample."""
         spare = decode_size(self.image_size) - self.image_size
         if self.augmentation == "none":
             return np.repeat(
-                np.array([[spare // 2], [spare // 2], [0]], np.int32), len(self.source), 1
+                np.array([[spare // 2], [spare // 2], [0]], np.int32), len(self.dataset), 1
             )
         words = self._words(epoch, _CROPS, _CROP_WORDS)
         ranges = np.array([spare + 1, spare + 1, 2], np.uint64)
@@ -225,7 +225,7 @@ class Batches:
         return crops
 
     def _colors(self, epoch: int) -> npt.NDArray[np.float32] | None:
-        """float32 [len(source), 3]: what is added to the pixels of each sample, or None."""
+        """float32 [len(dataset), 3]: what is added to the pixels of each sample, or None."""
         if self.augmentation != "full":
             return None
         return self._noise.draw(self._words(epoch, _COLORS, _COLOR_WORDS))
@@ -233,7 +233,7 @@ class Batches:
     def _words(self, epoch: int, stream: int, words: int) -> npt.NDArray[np.uint64]:
         # Raw words, because numpy may change what its distributions make of them.
         generator = np.random.Philox(np.random.SeedSequence([self.seed, epoch, stream]))
-        return generator.random_raw(len(self.source) * words).reshape(-1, words)
+        return generator.random_raw(len(self.dataset) * words).reshape(-1, words)
 
     def _indices(self, order: npt.NDArray[np.int64], batch: int) -> npt.NDArray[np.int64]:
         stop = (batch + 1) * self.batch_size
@@ -251,13 +251,13 @@ class Batches:
         crops: npt.NDArray[np.int32],
         colors: npt.NDArray[np.float32] | None,
     ) -> Batch:
-        read = self.source.image
+        read = self.dataset.image
         if self.augmentation == "resized":
             read = lambda index, size: self._part(epoch, index, size)  # noqa: E731
         tops, lefts, mirrors = torch.from_numpy(crops.take(indices, 1))
         return Batch(
             load_pixels(read, indices, self._side),
-            torch.from_numpy(self.source.labels[indices]),
+            torch.from_numpy(self.dataset.labels[indices]),
             torch.from_numpy(indices),
             tops,
             lefts,
@@ -270,7 +270,7 @@ class Batches:
         stream = np.random.Philox(np.random.SeedSequence([self.seed, epoch, _BOXES]))
         words = stream.advance(index * _BOX_COUNTERS).random_raw(BOX_WORDS)
         side = decode_size(self.image_size)
-        return resized_crop(self.source, index, words, side, size)
+        return resized_crop(self.dataset, index, words, side, size)
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
@@ -287,7 +287,7 @@ def load_pixels(
     with ``non_blocking=True``, goes on beside the step before.
 
     Args:
-        read: called with an index and ``size``; a source's ``image``.
+        read: called with an index and ``size``; a dataset's ``image``.
         indices: int64 [n], which ones.
         size: side in pixels.
     """

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastalex.data.augment import PUBLISHED_NOISE, ColorNoise
-from fastalex.data.base import CACHE_BYTES, DataError, ImageSource, printable
+from fastalex.data.base import CACHE_BYTES, DataError, ImageDataset, printable
 from fastalex.data.batches import decode_size
 from fastalex.data.folder import FolderImages, class_folders
 from fastalex.data.normalization import MEAN_IMAGES, MeanImage
@@ -18,13 +18,13 @@ _NAMED = 10  # unreadable files named before the rest are only counted
 _LAYOUT = "images go in train/CLASS and val/CLASS"
 
 
-def open_sources(
+def open_datasets(
     data: Path | None,
     seed: int,
     image_size: int | None = None,
     unreadable: Sequence[tuple[str, str]] | None = None,
     quiet: bool = False,
-) -> tuple[ImageSource, ImageSource]:
+) -> tuple[ImageDataset, ImageDataset]:
     """The training and the validation images: a folder's, a packed set's, or the built-in set.
 
     Files that can't be read, and classes with nothing to validate on, are named on stderr.
@@ -57,36 +57,36 @@ def open_sources(
     return train, val
 
 
-def color_noise(source: ImageSource, kind: str) -> ColorNoise:
-    """The colour noise of ``fastalex.data.augment.COLOR_NOISES`` for the images of ``source``.
+def color_noise(dataset: ImageDataset, kind: str) -> ColorNoise:
+    """The colour noise of ``fastalex.data.augment.COLOR_NOISES`` for the images of ``dataset``.
 
     Raises:
         DataError: for measured noise of images that are not packed.
     """
     if kind == "published":
         return PUBLISHED_NOISE
-    if not isinstance(source, PackedImages):
+    if not isinstance(dataset, PackedImages):
         raise DataError(
             "--color-noise measured: the covariance is that of a packed set; pack the images with "
             "`python -m fastalex.data pack`, or leave it out"
         )
-    return ColorNoise.measured(source.covariance)
+    return ColorNoise.measured(dataset.covariance)
 
 
-def mean_image(source: ImageSource, kind: str, side: int) -> MeanImage | None:
+def mean_image(dataset: ImageDataset, kind: str, side: int) -> MeanImage | None:
     """The mean of the training images at ``side`` pixels, if ``kind`` subtracts it.
 
     Args:
-        source: the training images; only those of a packed set have a mean image.
+        dataset: the training images; only those of a packed set have a mean image.
         kind: one of ``fastalex.data.normalization.NORMALIZATIONS``.
         side: at which the images are decoded.
 
     Raises:
         DataError: where the packed set's is damaged.
     """
-    if kind not in MEAN_IMAGES or not isinstance(source, PackedImages):
+    if kind not in MEAN_IMAGES or not isinstance(dataset, PackedImages):
         return None
-    return MeanImage.of(source.mean_image, side, centred=kind == "mean-centre")
+    return MeanImage.of(dataset.mean_image, side, centred=kind == "mean-centre")
 
 
 def _open_folder(

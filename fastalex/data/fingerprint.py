@@ -19,7 +19,7 @@ def digest(value: object) -> str:
 
 
 def class_contents(classes: Sequence[str], images: Mapping[str, Sequence[Any]]) -> Contents:
-    """What ``ImageSource.contents`` returns.
+    """What ``ImageDataset.contents`` returns.
 
     Args:
         classes: their names, in order.
@@ -32,7 +32,7 @@ def class_contents(classes: Sequence[str], images: Mapping[str, Sequence[Any]]) 
 
 
 def describe_changes(before: Mapping[str, Sequence[Any]], now: Contents) -> str:
-    """What changed between two ``ImageSource.contents``, in a few words; empty where nothing did.
+    """What changed between two ``ImageDataset.contents``, in a few words; empty where nothing did.
 
     Args:
         before: an earlier one, which may have been through JSON.

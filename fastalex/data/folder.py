@@ -109,7 +109,7 @@ class FolderImages:
         return self._read(lambda path, _: read_upright(path), index, size)
 
     def contents(self) -> Contents:
-        """See ``ImageSource``; told by the name and the size in bytes of each file."""
+        """See ``ImageDataset``; told by the name and the size in bytes of each file."""
         images: dict[str, list[tuple[str, int]]] = {name: [] for name in self.classes}
         for (path, size, _), label in zip(self._files, self.labels.tolist(), strict=True):
             images[self.classes[label]].append((os.path.basename(path), size))

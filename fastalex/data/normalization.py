@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fastalex.data.base import ImageSource
+from fastalex.data.base import ImageDataset
 from fastalex.data.folder import FolderImages
 
 NORMALIZATIONS = {
@@ -73,15 +73,15 @@ class Normalization:
     mean_image: MeanImage | None = None
 
     @classmethod
-    def measure(cls, source: ImageSource, size: int, sample: int = 1000) -> Normalization:
-        """Mean and standard deviation of the pixels of a sample of ``source``.
+    def measure(cls, dataset: ImageDataset, size: int, sample: int = 1000) -> Normalization:
+        """Mean and standard deviation of the pixels of a sample of ``dataset``.
 
         Args:
-            source: the training images.
+            dataset: the training images.
             size: side in pixels at which they are decoded.
             sample: at most this many images are looked at: one of each of as many equal parts,
                 drawn at random, but always the same. So every class has its fair share, whether
-                a source keeps classes together or in turn; evenly spaced ones could miss some.
+                a dataset keeps classes together or in turn; evenly spaced ones could miss some.
 
         Returns:
             The normalisation that gives these images zero mean and unit variance in each channel;
@@ -89,10 +89,10 @@ class Normalization:
         """
         if sample < 1:
             raise ValueError(f"sample: expected at least 1, got {sample}")
-        if isinstance(source, FolderImages):  # a file is slow to decode
+        if isinstance(dataset, FolderImages):  # a file is slow to decode
             name = f"mean and deviation of {sample} images at {size} pixels"
-            return cls.from_dict(source.recall(name, lambda: _moments(source, size, sample)))
-        return cls.from_dict(_moments(source, size, sample))
+            return cls.from_dict(dataset.recall(name, lambda: _moments(dataset, size, sample)))
+        return cls.from_dict(_moments(dataset, size, sample))
 
     def scaled(self, kind: str, mean_image: MeanImage | None = None) -> Normalization:
         """Another normalisation of the images that this one was measured on.
@@ -155,14 +155,14 @@ IMAGENET = Normalization(
 )
 
 
-def _moments(source: ImageSource, size: int, sample: int) -> dict[str, list[float]]:
+def _moments(dataset: ImageDataset, size: int, sample: int) -> dict[str, list[float]]:
     """Mean and standard deviation of each channel, see ``Normalization.measure``."""
-    count = min(sample, len(source))
-    edges = np.arange(count + 1) * len(source) // count
+    count = min(sample, len(dataset))
+    edges = np.arange(count + 1) * len(dataset) // count
     chosen = np.random.default_rng(0).integers(edges[:-1], edges[1:])
     total, squares = np.zeros(3), np.zeros(3)
     for index in chosen.tolist():
-        pixels = source.image(index, size).reshape(-1, 3).astype(np.float64)
+        pixels = dataset.image(index, size).reshape(-1, 3).astype(np.float64)
         total += pixels.mean(0)
         squares += np.square(pixels).mean(0)
     mean = total / count

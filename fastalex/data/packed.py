@@ -112,7 +112,7 @@ class PackedImages:
         return Image.fromarray(self._packed(index))
 
     def contents(self) -> Contents:
-        """See ``ImageSource``; told by the checksums of the pixels and the names of their files."""
+        """See ``ImageDataset``; told by file names and the checksums of the pixels."""
         images: dict[str, list[tuple[str, int]]] = {name: [] for name in self.classes}
         for name, label, checksum in zip(
             self._names, self.labels.tolist(), self._checksums.tolist(), strict=True

@@ -77,7 +77,7 @@ class SyntheticImages:
         return Image.fromarray(self.image(index, size))
 
     def contents(self) -> Contents:
-        """See ``ImageSource``; each picture is told by what it is drawn from."""
+        """See ``ImageDataset``; each picture is told by what it is drawn from."""
         count, step = len(self), len(self.classes)
         return class_contents(
             self.classes,

@@ -20,11 +20,11 @@ from tqdm import tqdm
 from fastalex.data import (
     VAL_COUNT,
     FolderImages,
-    ImageSource,
+    ImageDataset,
     Normalization,
     SyntheticImages,
     decode_size,
-    open_sources,
+    open_datasets,
 )
 from fastalex.data.augment import Augment
 from fastalex.data.base import MAX_IMAGE_SIZE, Pixels, map_ahead
@@ -269,16 +269,16 @@ class Scores:
 
 def evaluate(
     ensemble: Ensemble,
-    source: ImageSource,
+    dataset: ImageDataset,
     crops: int = 10,
     batch_size: int = 64,
     workers: int = 1,
 ) -> Scores:
-    """What ``ensemble`` says of every image of ``source``.
+    """What ``ensemble`` says of every image of ``dataset``.
 
     Args:
         ensemble: the nets.
-        source: labelled images with the ensemble's classes.
+        dataset: labelled images with the ensemble's classes.
         crops: 1 or 10; see ``Ensemble.probabilities``.
         batch_size: images read at a time; each crop of them is one pass through a net.
         workers: threads that read ahead.
@@ -286,26 +286,26 @@ def evaluate(
     ranked = [
         rank_classes(ensemble.probabilities(pixels, crops))
         for pixels in read_batches(
-            source, range(len(source)), ensemble.image_size, batch_size, workers, "Evaluating"
+            dataset, range(len(dataset)), ensemble.image_size, batch_size, workers, "Evaluating"
         )
     ]
-    return Scores(ensemble.classes, np.asarray(source.labels), np.concatenate(ranked))
+    return Scores(ensemble.classes, np.asarray(dataset.labels), np.concatenate(ranked))
 
 
 def read_batches(
-    source: ImageSource,
+    dataset: ImageDataset,
     indices: Iterable[int],
     image_size: int,
     batch_size: int,
     workers: int,
     what: str,
 ) -> Iterator[Pixels]:
-    """uint8 [n, D, D, 3] of the images of ``source``, in order; a bar counts them on a terminal."""
+    """uint8 [n, D, D, 3] of the images of ``dataset``, in order, counted by a bar."""
     indices, side = list(indices), decode_size(image_size)
     starts = range(0, len(indices), batch_size)
 
     def load(start: int) -> Pixels:
-        return np.stack([source.image(i, side) for i in indices[start : start + batch_size]])
+        return np.stack([dataset.image(i, side) for i in indices[start : start + batch_size]])
 
     with tqdm(total=len(indices), desc=what, unit="image", disable=None, leave=False) as bar:
         for pixels in map_ahead(load, starts, workers, 2 * workers):
@@ -321,13 +321,13 @@ def read_files(paths: Sequence[Path], size: int, workers: int = 1) -> Iterator[P
         yield from map_ahead(read, paths, workers, 2 * workers)
 
 
-def open_validation(data: Path | None, ensemble: Ensemble) -> ImageSource:
+def open_validation(data: Path | None, ensemble: Ensemble) -> ImageDataset:
     """The validation images that ``ensemble`` can be tested on.
 
     Of a folder only ``val`` is decoded, for the training images may be many.
 
     Args:
-        data: a folder with ``val/CLASS/*``, or whatever ``open_sources`` takes; None is the
+        data: a folder with ``val/CLASS/*``, or whatever ``open_datasets`` takes; None is the
             built-in set, drawn with the seed of the first net.
         ensemble: whose classes and image size count.
 
@@ -350,12 +350,12 @@ def open_validation(data: Path | None, ensemble: Ensemble) -> ImageSource:
         found = class_folders(data / "val")
         _check_classes(data / "val", found, [name for name in found if name in known])
         return FolderImages(data / "val", classes, decode_size(size))
-    _, other = open_sources(data, 0, size)
+    _, other = open_datasets(data, 0, size)
     _check_classes(data, other.classes, classes)
     return other
 
 
-def open_training(data: Path | None, ensemble: Ensemble) -> ImageSource:
+def open_training(data: Path | None, ensemble: Ensemble) -> ImageDataset:
     """The training images beside those of ``open_validation``; no file is decoded yet.
 
     Raises:
@@ -363,13 +363,13 @@ def open_training(data: Path | None, ensemble: Ensemble) -> ImageSource:
     """
     classes, size = ensemble.classes, ensemble.image_size
     if data is None:
-        return open_sources(None, ensemble.seed, size)[0]
+        return open_datasets(None, ensemble.seed, size)[0]
     if _is_folder(data, "train"):
         _check_classes(data / "train", class_folders(data / "train"), classes)
         return FolderImages(data / "train", classes, unreadable=[])
-    source, _ = open_sources(data, 0, size, quiet=True)  # `open_validation` said what there is
-    _check_classes(data, source.classes, classes)
-    return source
+    dataset, _ = open_datasets(data, 0, size, quiet=True)  # `open_validation` said what there is
+    _check_classes(data, dataset.classes, classes)
+    return dataset
 
 
 def _is_folder(data: Path, part: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from fastalex.common.command_line import Parser, check_output, guarded, whole_number
 from fastalex.common.files import replacing
 from fastalex.common.tables import table
-from fastalex.data import ImageSource
+from fastalex.data import ImageDataset
 from fastalex.data.base import printable
 from fastalex.evaluation.ensemble import CROPS, TOP, Ensemble, Scores, evaluate, open_validation
 from fastalex.evaluation.published import RESULTS, Published, is_imagenet
@@ -94,9 +94,9 @@ def _run(options: argparse.Namespace) -> int:
     if options.confusion is not None:
         check_output("--confusion", options.confusion)
     ensemble = Ensemble.load(options.weights)
-    source = open_validation(options.data, ensemble)
-    report_unreadable(source)
-    scores = evaluate(ensemble, source, options.crops, options.batch_size, options.workers)
+    dataset = open_validation(options.data, ensemble)
+    report_unreadable(dataset)
+    scores = evaluate(ensemble, dataset, options.crops, options.batch_size, options.workers)
     where = str(options.data or "built-in set")
     if options.json:
         print(json.dumps(_report(ensemble, scores, where, options), indent=2))
@@ -111,9 +111,9 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def report_unreadable(source: ImageSource) -> None:
+def report_unreadable(dataset: ImageDataset) -> None:
     """Name on stderr the files of a folder that were left out."""
-    unreadable: list[tuple[str, str]] = getattr(source, "unreadable", [])
+    unreadable: list[tuple[str, str]] = getattr(dataset, "unreadable", [])
     for path, reason in unreadable[:_NAMED]:
         print(f"{printable(path)}: left out: {reason}", file=sys.stderr)
     if len(unreadable) > _NAMED:

@@ -20,7 +20,7 @@ from fastalex.data import (
     Share,
     Transform,
     decode_size,
-    open_sources,
+    open_datasets,
 )
 from fastalex.data.base import ImageCache, Pixels, map_ahead
 
@@ -180,7 +180,7 @@ def test_a_batch_moves_to_a_device_and_its_indices_stay() -> None:
         ({"workers": -1}, "workers: expected at least 0, got -1"),
         ({"replicas": 3}, "batch_size: expected a multiple of replicas=3, got 8"),
         ({"rank": 2, "replicas": 2}, "rank: expected 0 to 1, got 2"),
-        ({"count": 0}, "source: expected at least one image, got none"),
+        ({"count": 0}, "dataset: expected at least one image, got none"),
     ],
 )
 def test_arguments_out_of_range_are_named(options: dict[str, int], message: str) -> None:
@@ -198,7 +198,7 @@ def test_a_start_outside_the_epoch_is_refused(start: int) -> None:
 
 
 def test_measured_normalisation_gives_zero_mean_and_unit_variance() -> None:
-    source, _ = open_sources(None, seed=5)
+    source, _ = open_datasets(None, seed=5)
     norm = Normalization.measure(source, 16, sample=3000)
     pixels = np.stack([source.image(i, 16) for i in range(3000)]).reshape(-1, 3)
     scaled = (pixels - np.array(norm.mean)) / np.array(norm.std)

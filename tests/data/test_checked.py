@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from fastalex.data import DataError, FolderImages, Normalization, open_sources
+from fastalex.data import DataError, FolderImages, Normalization, open_datasets
 from fastalex.data import decode as decode_module
 from fastalex.data import folder as folder_module
 from fastalex.data.check_cache import NAME
@@ -64,9 +64,9 @@ def test_a_second_start_decodes_nothing(
 def test_both_parts_of_a_set_are_kept(tmp_path: Path, decoded: list[str]) -> None:
     for part in ("train", "val"):
         folder(tmp_path / part)
-    open_sources(tmp_path, 0, image_size=40, quiet=True)
+    open_datasets(tmp_path, 0, image_size=40, quiet=True)
     del decoded[:]
-    open_sources(tmp_path, 0, image_size=40, quiet=True)
+    open_datasets(tmp_path, 0, image_size=40, quiet=True)
     assert decoded == []
 
 

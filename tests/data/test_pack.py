@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastalex.data import DataError, PackedImages, open_sources
+from fastalex.data import DataError, PackedImages, open_datasets
 from fastalex.data.__main__ import main
 from fastalex.data.moments import Moments
 from fastalex.data.pack import pack
@@ -232,7 +232,7 @@ def test_killed_anywhere_and_resumed_it_equals_an_unkilled_packing(
         done = shards_done(root)
         if (root / "packing").exists():
             with pytest.raises(DataError, match="packing is not finished"):
-                open_sources(root, 0)
+                open_datasets(root, 0)
     result = _commands.run(arguments, tmp_path)
     assert result.returncode == 0, result.stderr
     assert contents(root) == contents(made.root)  # nothing left over, either
@@ -510,4 +510,4 @@ def test_a_share_of_each_class_becomes_the_validation_images(
     assert sorted(both) == sorted(str(path) for path in source.rglob("*.png"))
     if kept == 0:
         with pytest.raises(DataError, match="no val images in this packed set"):
-            open_sources(tmp_path / "set", 0)
+            open_datasets(tmp_path / "set", 0)

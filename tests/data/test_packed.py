@@ -23,7 +23,7 @@ from fastalex.data import (
     PackedImages,
     Transform,
     decode_size,
-    open_sources,
+    open_datasets,
     packed,
 )
 from fastalex.data.__main__ import main
@@ -75,9 +75,9 @@ def root(once: Path, tmp_path: Path) -> Path:
 def test_training_from_a_set_sees_what_training_from_the_folder_sees(
     root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from_set = open_sources(root, 0, IMAGE_SIZE)
+    from_set = open_datasets(root, 0, IMAGE_SIZE)
     assert capfd.readouterr() == ("", "")
-    from_folder = open_sources(tmp_path / "source", 0, IMAGE_SIZE, quiet=True)
+    from_folder = open_datasets(tmp_path / "source", 0, IMAGE_SIZE, quiet=True)
     for ours, theirs, count in zip(from_set, from_folder, (35, 6), strict=True):
         assert len(ours) == count
         assert ours.classes == theirs.classes
@@ -120,7 +120,7 @@ def test_another_size_is_resized_and_said_so(
     for part in ("train", "val"):
         save(tmp_path / "source" / part / "a" / "1.png", smooth(80, 64))
     pack(tmp_path / "source", tmp_path / "set", 64, 1, quiet=True)
-    train, _ = open_sources(tmp_path / "set", 0, 28)
+    train, _ = open_datasets(tmp_path / "set", 0, 28)
     expected = "Images packed at 64 pixels are resized to 32 as they are read\n"
     assert capfd.readouterr().err == expected
     direct = oracle(tmp_path / "source" / "train" / "a" / "1.png", 32).astype(int)
@@ -135,7 +135,7 @@ def test_a_class_without_validation_images_is_mentioned(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pack(write(tmp_path / "source", val="a"), tmp_path / "set", 8, 1, quiet=True)
-    open_sources(tmp_path / "set", 0)
+    open_datasets(tmp_path / "set", 0)
     assert "No validation images of b: 1 of 2 classes" in capfd.readouterr().err
 
 
@@ -263,7 +263,7 @@ def test_a_set_that_cannot_be_verified_is_refused(
 def test_a_damaged_set_is_not_trained_on(root: Path, damage: Callable[[Path], str]) -> None:
     expected = damage(root)
     with pytest.raises(DataError) as error:
-        open_sources(root, 0)
+        open_datasets(root, 0)
     assert str(error.value).startswith(expected)
 
 
@@ -381,7 +381,7 @@ def test_arrays_of_other_kinds_are_refused_though_their_checksums_are_right(
     change(root)
     rewrite(root, lambda _: None)
     with pytest.raises(DataError, match=message) as error:
-        open_sources(root, 0)
+        open_datasets(root, 0)
     assert str(error.value).startswith(str(root))
     assert "\n" not in str(error.value)
 
@@ -412,7 +412,7 @@ def test_manifests_of_no_set_are_refused_though_their_checksum_is_right(
 ) -> None:
     rewrite(root, change)
     with pytest.raises(DataError) as error:
-        open_sources(root, 0)
+        open_datasets(root, 0)
     assert str(error.value).startswith(f"{root}/packed.json: sizes, counts or classes")
 
 
@@ -420,7 +420,7 @@ def test_manifests_of_no_set_are_refused_though_their_checksum_is_right(
 def test_a_manifest_that_is_no_manifest_is_refused(root: Path, text: str) -> None:
     (root / "packed.json").write_text(text)
     with pytest.raises(DataError, match=r"packed.json: damaged, or not a packed set's"):
-        open_sources(root, 0)
+        open_datasets(root, 0)
 
 
 def test_names_of_another_number_are_refused(root: Path) -> None:

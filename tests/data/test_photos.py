@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastalex.data import open_sources, photos
+from fastalex.data import open_datasets, photos
 from fastalex.data.__main__ import main
 from fastalex.data.photos import PHOTOS, Photo, write_photos
 from tests import _commands
@@ -52,7 +52,7 @@ def original(name: str) -> Image.Image:
 
 @needs_pictures
 def test_the_folder_is_what_training_reads(written: Path) -> None:
-    train, val = open_sources(written, 0, quiet=True)
+    train, val = open_datasets(written, 0, quiet=True)
     assert train.classes == val.classes == sorted(photo.name for photo in PHOTOS)
     assert np.bincount(train.labels).tolist() == [12] * len(PHOTOS)
     assert np.bincount(val.labels).tolist() == [6] * len(PHOTOS)

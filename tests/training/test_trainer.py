@@ -70,7 +70,7 @@ def _plan(folder: Path, source: FewImages, *arguments: str) -> RunConfig:
         source.classes,
         Normalization((127.0,) * 3, (64.0,) * 3),
         unreadable=[],
-        sources=(source, source),
+        datasets=(source, source),
     )
 
 
