@@ -13,7 +13,7 @@ from fastalex.common.command_line import Parser, guarded
 from fastalex.data.base import printable
 from fastalex.data.pack import LEFT_OUT, ODD, SIZE, VAL_SPLIT, pack
 from fastalex.data.packed import verify
-from fastalex.data.photos import TRAIN_CROPS, VAL_CROPS, write_photos
+from fastalex.data.photos import write_photos
 from fastalex.data.shard import cores
 
 _NAMED = 10  # files named before the rest are only counted
@@ -90,21 +90,6 @@ def _add_photos(commands: Any) -> None:
         "separate parts of it. Nothing is downloaded.",
     )
     photos.add_argument("folder", metavar="DIR", type=Path, help="a new or empty folder")
-    photos.add_argument("--seed", type=int, default=0, help="decides the crops (default: 0)")
-    photos.add_argument(
-        "--crops-per-photo",
-        type=int,
-        default=TRAIN_CROPS,
-        metavar="N",
-        help=f"training crops of each photograph (default: {TRAIN_CROPS})",
-    )
-    photos.add_argument(
-        "--val-crops-per-photo",
-        type=int,
-        default=VAL_CROPS,
-        metavar="N",
-        help=f"validation crops of each photograph (default: {VAL_CROPS})",
-    )
     photos.set_defaults(run=_photos)
 
 
@@ -146,12 +131,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _photos(options: argparse.Namespace) -> int:
     folder: Path = options.folder
-    count = write_photos(
-        folder,
-        options.seed,
-        options.crops_per_photo,
-        options.val_crops_per_photo,
-    )
+    count = write_photos(folder)
     where = shlex.quote(str(folder))
     print(f"{count} crops are in {where}; next: python -m fastalex.train --data {where}")
     return 0

@@ -21,7 +21,7 @@ Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
 R = TypeVar("R")
 
-CACHE_BYTES = 1 << 30  # decoded images that one dataset may keep in memory
+CACHE_BYTES = 1 << 30  # of decoded images, kept in memory by one dataset
 MAX_IMAGE_SIZE = 2048  # largest side in pixels of the images that a net gets
 _PAUSES = (0.1, 1.0, 5.0)  # seconds
 _MAY_PASS = frozenset(
@@ -29,6 +29,11 @@ _MAY_PASS = frozenset(
     | {errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ENETDOWN, errno.ENETUNREACH}
     | {errno.EHOSTDOWN, errno.EHOSTUNREACH}
 )
+
+
+def decode_size(image_size: int) -> int:
+    """Side at which images are decoded for a net of ``image_size``: 256 for 224 (P§2, P§4.1)."""
+    return round(image_size * 256 / 224)
 
 
 class DataError(ValueError):
@@ -90,32 +95,20 @@ class ImageDataset(Protocol):
 class ImageCache:
     """Decoded images kept in memory, by index and size, up to a number of bytes."""
 
-    def __init__(self, count: int, limit: int = CACHE_BYTES) -> None:
-        self._count = count
+    def __init__(self, limit: int = CACHE_BYTES) -> None:
         self._free = limit
-        self._sizes: dict[int, tuple[Pixels, npt.NDArray[np.bool_]]] = {}
+        self._images: dict[tuple[int, int], Pixels] = {}
         self._lock = threading.Lock()
 
     def get(self, index: int, size: int) -> Pixels | None:
-        pixels, filled = self._arrays(size)
-        return pixels[index].copy() if index < len(filled) and filled[index] else None
+        return self._images.get((index, size))
 
     def put(self, index: int, image: Pixels) -> None:
-        pixels, filled = self._arrays(len(image))
-        if index < len(filled):
-            pixels[index] = image
-            filled[index] = True  # after the pixels: another thread may be reading
-
-    def _arrays(self, size: int) -> tuple[Pixels, npt.NDArray[np.bool_]]:
+        key = index, len(image)
         with self._lock:
-            if size not in self._sizes:
-                kept = min(self._count, self._free // (3 * size * size))
-                self._free -= kept * 3 * size * size
-                self._sizes[size] = (
-                    np.zeros((kept, size, size, 3), np.uint8),
-                    np.zeros(kept, np.bool_),
-                )
-            return self._sizes[size]
+            if key not in self._images and image.nbytes <= self._free:
+                self._free -= image.nbytes
+                self._images[key] = image
 
 
 def map_ahead(

@@ -7,7 +7,8 @@ on changes what is seen. Batches are bytes; the device augments them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -23,18 +24,14 @@ from fastalex.data.augment import (
     ColorNoise,
     resized_crop,
 )
-from fastalex.data.base import DataError, ImageDataset, Pixels, map_ahead
+from fastalex.data.base import DataError, ImageDataset, Pixels, decode_size, map_ahead
 from fastalex.data.normalization import Normalization
 
+_ALIGNMENT = 64  # bytes
 _ORDER, _CROPS, _COLORS, _BOXES = 0, 1, 2, 3  # the streams of an epoch
 _CROP_WORDS = 3  # random 64-bit words for a sample: top, left, mirror
 _COLOR_WORDS = 4
 _BOX_COUNTERS = -(-BOX_WORDS // 4)  # Philox makes four words of each count
-
-
-def decode_size(image_size: int) -> int:
-    """Side at which images are decoded for a net of ``image_size``: 256 for 224 (P§2, P§4.1)."""
-    return round(image_size * 256 / 224)
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,8 @@ class Batch:
     """Images as bytes and what augmentation is to do to them, drawn on the CPU.
 
     Attributes:
-        images: uint8 [n, D, D, 3], RGB; page-locked where there is a GPU.
+        images: uint8 [n, D, D, 3], RGB; like all below but the indices in page-locked memory where
+            there is a GPU.
         labels: int64 [n].
         indices: int64 [n], which samples of the dataset these are; always on the CPU.
         tops, lefts: int32 [n], the first row and column of each crop.
@@ -153,11 +151,15 @@ class Batches:
     ) -> None:
         rank, replicas = share
         image_size, normalization, augmentation, noise, device = transform
-        _check_at_least("batch_size", batch_size, 1)
-        _check_at_least("image_size", image_size, 1)
-        _check_at_least("seed", seed, 0)
-        _check_at_least("replicas", replicas, 1)
-        _check_at_least("workers", workers, 0)
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("image_size", image_size, 1),
+            ("seed", seed, 0),
+            ("replicas", replicas, 1),
+            ("workers", workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
         if batch_size % replicas:
             raise ValueError(
                 f"batch_size: expected a multiple of replicas={replicas}, got {batch_size}"
@@ -191,7 +193,8 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches ``start``, ``start + 1``, ... of an epoch, this replica's share of each."""
-        _check_at_least("epoch", epoch, 0)
+        if epoch < 0:
+            raise ValueError(f"epoch: expected at least 0, got {epoch}")
         if not 0 <= start <= len(self):
             raise ValueError(f"start: expected 0 to {len(self)}, got {start}")
         order, crops, colors = self._order(epoch), self._crops(epoch), self._colors(epoch)
@@ -251,48 +254,44 @@ class Batches:
         crops: npt.NDArray[np.int32],
         colors: npt.NDArray[np.float32] | None,
     ) -> Batch:
-        read = self.dataset.image
-        if self.augmentation == "resized":
-            read = lambda index, size: self._part(epoch, index, size)  # noqa: E731
-        tops, lefts, mirrors = torch.from_numpy(crops.take(indices, 1))
-        return Batch(
-            load_pixels(read, indices, self._side),
-            torch.from_numpy(self.dataset.labels[indices]),
-            torch.from_numpy(indices),
-            tops,
-            lefts,
-            mirrors.bool(),
-            None if colors is None else torch.from_numpy(colors[indices]),
-        )
+        count, side = len(indices), self._side
+        parts = [((count, side, side, 3), torch.uint8), ((count,), torch.int64)]
+        parts += [((count,), torch.int32)] * 2 + [((count,), torch.bool)]
+        parts += [] if colors is None else [((count, 3), torch.float32)]
+        images, labels, tops, lefts, mirrors, *noise = one_buffer(parts)
+        read = self._part if self.augmentation == "resized" else self._whole
+        for out, index in zip(images.numpy(), indices.tolist(), strict=True):
+            out[:] = read(epoch, index)
+        drawn = [self.dataset.labels[indices], *crops.take(indices, 1)]
+        drawn += [] if colors is None else [colors[indices]]
+        for tensor, values in zip((labels, tops, lefts, mirrors, *noise), drawn, strict=True):
+            tensor.numpy()[:] = values
+        known = torch.from_numpy(indices)
+        return Batch(images, labels, known, tops, lefts, mirrors, noise[0] if noise else None)
 
-    def _part(self, epoch: int, index: int, size: int) -> Pixels:
+    def _whole(self, epoch: int, index: int) -> Pixels:
+        return self.dataset.image(index, self._side)
+
+    def _part(self, epoch: int, index: int) -> Pixels:
         """A random part of an image; its words are read where they lie in the epoch's stream."""
         stream = np.random.Philox(np.random.SeedSequence([self.seed, epoch, _BOXES]))
         words = stream.advance(index * _BOX_COUNTERS).random_raw(BOX_WORDS)
         side = decode_size(self.image_size)
-        return resized_crop(self.dataset, index, words, side, size)
+        return resized_crop(self.dataset, index, words, side, self._side)
 
 
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-
-
-def load_pixels(
-    read: Callable[[int, int], Pixels], indices: npt.NDArray[np.int64], size: int
-) -> torch.Tensor:
-    """Images as uint8 [n, size, size, 3], RGB.
+def one_buffer(parts: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
+    """Uninitialised tensors of these shapes and dtypes, one behind the other in memory.
 
     Where there is a GPU the memory is page-locked, so that a copy to the device is quicker and,
     with ``non_blocking=True``, goes on beside the step before.
-
-    Args:
-        read: called with an index and ``size``; a dataset's ``image``.
-        indices: int64 [n], which ones.
-        size: side in pixels.
     """
-    shape = (len(indices), size, size, 3)
-    batch = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    for out, index in zip(batch.numpy(), indices.tolist(), strict=True):
-        out[:] = read(index, size)
-    return batch
+    counts = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
+    places = [-(-count // _ALIGNMENT) * _ALIGNMENT for count in counts]
+    pinned = torch.cuda.is_available()
+    memory = torch.empty(sum(places), dtype=torch.uint8, pin_memory=pinned)
+    pieces = torch.split(memory, places)
+    return [
+        piece[:count].view(dtype).view(shape)
+        for piece, count, (shape, dtype) in zip(pieces, counts, parts, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""The images that a run trains and validates on."""
+"""The images that a run trains and validates on: built in, packed, or a folder's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastalex.data.augment import PUBLISHED_NOISE, ColorNoise
-from fastalex.data.base import CACHE_BYTES, DataError, ImageDataset, printable
-from fastalex.data.batches import decode_size
+from fastalex.data.base import CACHE_BYTES, DataError, ImageDataset, decode_size, printable
 from fastalex.data.folder import FolderImages, class_folders
 from fastalex.data.normalization import MEAN_IMAGES, MeanImage
 from fastalex.data.packed import PackedImages, is_packed
@@ -50,11 +49,43 @@ def open_datasets(
     if is_packed(data):
         train, val = PackedImages(data, "train"), PackedImages(data, "val")
     else:
-        train, val = _open_folder(data, size, unreadable, quiet)
+        classes = _check_layout(data)
+        train, val = (
+            FolderImages(data / part, classes, size, unreadable, quiet, limit)
+            for part, limit in (("train", CACHE_BYTES), ("val", CACHE_BYTES // 4))
+        )
     if not quiet:
-        for line in _notes(train, val, size):
+        lines = describe([train, val], size)
+        missing = sorted(set(train.classes) - {val.classes[label] for label in set(val.labels)})
+        if missing:
+            lines.append(
+                f"No validation images of {', '.join(missing[:_NAMED])}: {len(missing)} of "
+                f"{len(train.classes)} classes are trained but not validated"
+            )
+        for line in lines:
             print(line, file=sys.stderr)
     return train, val
+
+
+def describe(datasets: Sequence[ImageDataset], size: int | None) -> list[str]:
+    """Lines on what a user should know: files left out, images packed at another size.
+
+    Args:
+        datasets: of one folder or packed set.
+        size: the side in pixels that images will be asked for, if known.
+    """
+    bad = [file for dataset in datasets for file in getattr(dataset, "unreadable", [])]
+    lines = [f"{printable(path)}: left out: {reason}" for path, reason in bad[:_NAMED]]
+    if bad:
+        total = len(bad) + sum(map(len, datasets))
+        rest = f", {len(bad) - _NAMED} more than named above" if len(bad) > _NAMED else ""
+        lines.append(f"{len(bad)} of {total} images can't be read and are left out{rest}")
+    packed = datasets[0]
+    if isinstance(packed, PackedImages) and size not in (None, packed.size):
+        lines.append(
+            f"Images packed at {packed.size} pixels are resized to {size} as they are read"
+        )
+    return lines
 
 
 def color_noise(dataset: ImageDataset, kind: str) -> ColorNoise:
@@ -89,54 +120,14 @@ def mean_image(dataset: ImageDataset, kind: str, side: int) -> MeanImage | None:
     return MeanImage.of(dataset.mean_image, side, centred=kind == "mean-centre")
 
 
-def _open_folder(
-    data: Path, size: int | None, unreadable: Sequence[tuple[str, str]] | None, quiet: bool
-) -> tuple[FolderImages, FolderImages]:
-    _check_layout(data)
-    train, val = (
-        FolderImages(data / part, classes, size, _within(data / part, unreadable), quiet, limit)
-        for part, classes, limit in (
-            ("train", None, CACHE_BYTES),
-            ("val", class_folders(data / "train"), CACHE_BYTES // 4),
-        )
-    )
-    return train, val
-
-
-def _check_layout(data: Path) -> None:
-    """Raise what can be told without opening any image."""
-    if not data.exists():
-        raise DataError(f"{data}: no such folder; {_LAYOUT} of a folder")
+def _check_layout(data: Path) -> list[str]:
+    """The classes of a folder; raises what can be told without opening any image."""
     if not data.is_dir():
-        raise DataError(f"{data}: not a folder; {_LAYOUT} of a folder")
+        what = "not a folder" if data.exists() else "no such folder"
+        raise DataError(f"{data}: {what}; {_LAYOUT} of a folder")
     for part in ("train", "val"):
         if not (data / part).is_dir():
             raise DataError(f"{data}: no {part} folder in it; {_LAYOUT}")
-    class_folders(data / "val", class_folders(data / "train"))
-
-
-def _within(
-    folder: Path, unreadable: Sequence[tuple[str, str]] | None
-) -> list[tuple[str, str]] | None:
-    if unreadable is None:
-        return None
-    return [(path, reason) for path, reason in unreadable if folder in Path(path).parents]
-
-
-def _notes(
-    train: PackedImages | FolderImages, val: PackedImages | FolderImages, size: int | None
-) -> list[str]:
-    """What a user should know of the data: files left out, another size, classes not validated."""
-    bad = [*train.unreadable, *val.unreadable]
-    lines = [f"{printable(path)}: left out: {reason}" for path, reason in bad[:_NAMED]]
-    if bad:
-        total = len(bad) + len(train) + len(val)
-        rest = f", {len(bad) - _NAMED} more than named above" if len(bad) > _NAMED else ""
-        lines.append(f"{len(bad)} of {total} images can't be read and are left out{rest}")
-    if isinstance(train, PackedImages) and size not in (None, train.size):
-        lines.append(f"Images packed at {train.size} pixels are resized to {size} as they are read")
-    missing = sorted(set(train.classes) - {val.classes[label] for label in set(val.labels)})
-    if missing:
-        lines.append(f"No validation images of {', '.join(missing[:_NAMED])}: {len(missing)} of ")
-        lines[-1] += f"{len(train.classes)} classes are trained but not validated"
-    return lines
+    classes = class_folders(data / "train")
+    class_folders(data / "val", classes)
+    return classes

@@ -28,7 +28,7 @@ from fastalex.common.files import is_temporary, replacing
 from fastalex.data.base import DataError
 from fastalex.data.fingerprint import digest
 from fastalex.data.folder import class_folders, image_files, stat_files
-from fastalex.data.moments import Moments
+from fastalex.data.normalization import Moments
 from fastalex.data.packed import (
     FORMAT,
     INDEX,
@@ -270,7 +270,7 @@ def _alone(root: Path) -> Iterator[None]:
 
 def _finish(images: ImageFiles, shards: list[Shard], root: Path, plan: dict[str, Any]) -> None:
     """Write index, statistics and, last, the manifest."""
-    moments = Moments.zero(plan["size"])
+    moments = Moments(plan["size"])
     records: dict[str, list[list[Record]]] = {part: [] for part in images.parts}
     for shard in shards:
         some, of_shard = shard.recorded()

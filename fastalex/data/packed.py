@@ -22,9 +22,8 @@ import hashlib
 import itertools
 import json
 import tokenize
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,9 +52,11 @@ class PackedImages:
     Args:
         root: the packed set.
         part: "train" or "val".
+        check_shards: whether to look at the length and the header of each file of images.
 
     Attributes:
         size: side in pixels at which the images are packed.
+        shards: how many images each file of them has.
         channel_mean: [3], of the pixels of the training images, 0 to 255.
         covariance: [3, 3], of their channels.
         mean_image: float32 [size, size, 3], the mean of the training images (P§2).
@@ -64,7 +65,7 @@ class PackedImages:
         DataError: where the set is unfinished, damaged, or lacks the part.
     """
 
-    def __init__(self, root: Path, part: str) -> None:
+    def __init__(self, root: Path, part: str, check_shards: bool = True) -> None:
         manifest = self._manifest = read_manifest(root)
         if part not in manifest["parts"]:
             raise DataError(f"{root}: no {part} images in this packed set; pack it again with some")
@@ -74,10 +75,10 @@ class PackedImages:
         self.channel_mean = np.array(manifest["channel_mean"])
         self.covariance = np.array(manifest["covariance"])
         self._root, self._part = root, part
-        counts = manifest["parts"][part]["shards"]
-        for number, count in enumerate(counts):
-            _check_shard(shard_path(root, part, number), count, self.size)
-        self._starts = [0, *itertools.accumulate(counts)]
+        self.shards: list[int] = manifest["parts"][part]["shards"]
+        self._starts = [0, *itertools.accumulate(self.shards)]
+        for number in range(len(self.shards) if check_shards else 0):
+            self._check_shard(number)
         shape = (self._starts[-1],)
         self.labels: npt.NDArray[np.int64] = load_array(
             root, f"{part}/labels.npy", manifest, np.int64, shape
@@ -156,7 +157,40 @@ class PackedImages:
 
     @functools.cached_property
     def _names(self) -> list[str]:
-        return _load_names(self._root, self._part, len(self))
+        path = self._root / self._part / "names.json"
+        try:
+            names = json.loads(path.read_text(encoding="ascii"))
+        except (ValueError, RecursionError):
+            names = None
+        found: list[str] = names if isinstance(names, list) else []
+        if len(found) != len(self) or not all(isinstance(name, str) for name in found):
+            raise DataError(f"{path}: not the names of {len(self)} images; pack the set again")
+        return found
+
+    def _check_shard(self, number: int) -> None:
+        path, count = shard_path(self._root, self._part, number), self.shards[number]
+        expected = HEADER + count * self.size * self.size * 3
+        found = path.stat().st_size if path.is_file() else None
+        if found != expected:
+            what = "missing" if found is None else f"{found:,} bytes long instead of {expected:,}"
+            raise DataError(f"{path}: {what}; copy the set or pack it again")
+        with open(path, "rb") as file:
+            if file.read(HEADER) != shard_header(count, self.size):
+                raise DataError(f"{path}: its header is damaged; copy the set or pack it again")
+
+    def damage(self, number: int) -> list[str]:
+        """A line for a shard that is cut short, or for each of its images that has changed."""
+        lines = []
+        try:
+            self._check_shard(number)
+        except DataError as error:
+            return [str(error)]
+        for index in range(self._starts[number], self._starts[number + 1]):
+            try:
+                self._packed(index)
+            except DataError as error:
+                lines.append(str(error))
+        return lines
 
 
 def is_packed(folder: Path) -> bool:
@@ -224,14 +258,14 @@ def verify(root: Path, workers: int, quiet: bool = False) -> tuple[int, list[str
     manifest = read_manifest(root)
     for name in manifest["files"]:
         _check_file(root, name, manifest)
-    shards = list(_shards(root, manifest))
-    damaged: list[str] = []
-    checked = map_ahead(_damages, shards, workers, 2 * workers)
-    total = sum(len(shard.checksums) for shard in shards)
+    parts = [PackedImages(root, part, check_shards=False) for part in manifest["parts"]]
+    shards = [(images, number) for images in parts for number in range(len(images.shards))]
+    found = map_ahead(lambda shard: shard[0].damage(shard[1]), shards, workers, 2 * workers)
+    total, damaged = sum(map(len, parts)), []
     with tqdm(desc=f"Verifying {root}", total=total, disable=quiet or None, unit="image") as bar:
-        for shard, lines in zip(shards, checked, strict=True):
+        for (images, number), lines in zip(shards, found, strict=True):
             damaged += lines
-            bar.update(len(shard.checksums))
+            bar.update(images.shards[number])
     return total, damaged
 
 
@@ -272,69 +306,9 @@ def load_array(
     return np.array(array)
 
 
-def _load_names(root: Path, part: str, count: int) -> list[str]:
-    path = root / part / "names.json"
-    try:
-        names = json.loads(path.read_text(encoding="ascii"))
-    except (ValueError, RecursionError):
-        names = None
-    found: list[str] = names if isinstance(names, list) else []
-    if len(found) != count or not all(isinstance(name, str) for name in found):
-        raise DataError(f"{path}: not the names of {count} images; pack the set again")
-    return found
-
-
 def _check_file(root: Path, name: str, manifest: dict[str, Any]) -> None:
     path = root / name
     if not path.is_file():
         raise DataError(f"{path}: missing from the packed set; pack it again")
     if file_digest(path) != manifest["files"].get(name):
         raise DataError(f"{path}: damaged, it does not match its checksum; pack the set again")
-
-
-def _check_shard(path: Path, count: int, size: int) -> None:
-    expected = HEADER + count * size * size * 3
-    found = path.stat().st_size if path.is_file() else None
-    if found != expected:
-        what = "missing" if found is None else f"{found:,} bytes long instead of {expected:,}"
-        raise DataError(f"{path}: {what}; copy the set or pack it again")
-    with open(path, "rb") as file:
-        if file.read(HEADER) != shard_header(count, size):
-            raise DataError(f"{path}: its header is damaged; copy the set or pack it again")
-
-
-class _Shard(NamedTuple):
-    path: Path
-    size: int
-    names: list[str]
-    checksums: npt.NDArray[np.uint32]
-
-
-def _shards(root: Path, manifest: dict[str, Any]) -> Iterator[_Shard]:
-    for part, about in manifest["parts"].items():
-        names = _load_names(root, part, about["images"])
-        shape = (about["images"],)
-        checksums = load_array(root, f"{part}/checksums.npy", manifest, np.uint32, shape)
-        start = 0
-        for number, count in enumerate(about["shards"]):
-            rows = slice(start, start + count)
-            path = shard_path(root, part, number)
-            yield _Shard(path, manifest["size"], names[rows], checksums[rows])
-            start += count
-
-
-def _damages(shard: _Shard) -> list[str]:
-    """A line for each image of a shard that does not match its checksum."""
-    try:
-        _check_shard(shard.path, len(shard.names), shard.size)
-        with open(shard.path, "rb") as file:
-            file.seek(HEADER)
-            found = [crc32(file.read(3 * shard.size**2)) for _ in shard.names]
-    except DataError as error:
-        return [str(error)]
-    except OSError as error:
-        return [f"{shard.path}: can't be read: {(error.strerror or '?').lower()}"]
-    return [
-        f"{shard.path}: image {row}, {printable(shard.names[row])}, does not match its checksum"
-        for row in np.flatnonzero(np.array(found, np.uint32) != shard.checksums).tolist()
-    ]

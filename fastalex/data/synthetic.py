@@ -55,7 +55,7 @@ class SyntheticImages:
         self.seed = seed
         self.classes = list(_FIGURES)
         self.labels = np.arange(count) % len(self.classes)
-        self._cache = ImageCache(count, cache_bytes)
+        self._cache = ImageCache(cache_bytes)
 
     def __len__(self) -> int:
         return len(self.labels)

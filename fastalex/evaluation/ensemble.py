@@ -24,10 +24,10 @@ from fastalex.data import (
     Normalization,
     SyntheticImages,
     decode_size,
-    open_datasets,
 )
 from fastalex.data.augment import Augment
 from fastalex.data.base import MAX_IMAGE_SIZE, Pixels, map_ahead
+from fastalex.data.datasets import open_datasets
 from fastalex.data.decode import read_image, try_read
 from fastalex.data.folder import class_folders
 from fastalex.model.alexnet import AlexNet

@@ -12,16 +12,8 @@ import torch
 
 from fastalex.common import interrupts
 from fastalex.common.interrupts import Interrupted
-from fastalex.data import (
-    DataError,
-    ImageDataset,
-    MeanImage,
-    Normalization,
-    color_noise,
-    decode_size,
-    mean_image,
-    open_datasets,
-)
+from fastalex.data import DataError, ImageDataset, MeanImage, Normalization, decode_size
+from fastalex.data.datasets import color_noise, mean_image, open_datasets
 from fastalex.data.fingerprint import Contents, describe_changes
 from fastalex.data.normalization import MEAN_IMAGES
 from fastalex.distributed.world import World, find_world, rank, under_torchrun

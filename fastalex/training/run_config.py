@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastalex.data import ImageDataset, Normalization, decode_size, mean_image, open_datasets
+from fastalex.data import ImageDataset, Normalization, decode_size
+from fastalex.data.datasets import mean_image, open_datasets
 from fastalex.data.fingerprint import Contents
 from fastalex.distributed.world import World
 from fastalex.training.checkpoints import ResumeState

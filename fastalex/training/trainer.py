@@ -14,16 +14,9 @@ from fastalex.common import interrupts
 from fastalex.common.command_line import output_may_fail
 from fastalex.common.interrupts import Interrupted
 from fastalex.common.provenance import versions
-from fastalex.data import (
-    Batch,
-    Batches,
-    DataError,
-    ImageDataset,
-    Share,
-    Transform,
-    color_noise,
-    open_datasets,
-)
+from fastalex.data import DataError, ImageDataset
+from fastalex.data.batches import Batch, Batches, Share, Transform
+from fastalex.data.datasets import color_noise, open_datasets
 from fastalex.distributed import towers
 from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.launch import TrainingError

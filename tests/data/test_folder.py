@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fastalex.data import DataError, FolderImages, decode_size, open_datasets
+from fastalex.data import DataError, FolderImages, decode_size
 from fastalex.data import folder as folder_module
+from fastalex.data.datasets import open_datasets
 from fastalex.data.decode import read_image
 from tests._pictures import save, smooth
 

@@ -15,18 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastalex.data import (
-    Batches,
-    DataError,
-    MeanImage,
-    Normalization,
-    PackedImages,
-    SyntheticImages,
-    Transform,
-    color_noise,
-    mean_image,
-)
+from fastalex.data import DataError, MeanImage, Normalization, PackedImages, SyntheticImages
 from fastalex.data.augment import PUBLISHED_NOISE, ColorNoise
+from fastalex.data.batches import Batches, Transform
+from fastalex.data.datasets import color_noise, mean_image
 from fastalex.data.pack import pack
 from fastalex.evaluation import evaluate
 from fastalex.model.reference import ReferenceAlexNet

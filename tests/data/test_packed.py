@@ -16,18 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastalex.data import (
-    Batches,
-    DataError,
-    Normalization,
-    PackedImages,
-    Transform,
-    decode_size,
-    open_datasets,
-    packed,
-)
+from fastalex.data import DataError, Normalization, PackedImages, decode_size, packed
 from fastalex.data.__main__ import main
-from fastalex.data.batches import load_pixels
+from fastalex.data.batches import Batches, Transform
+from fastalex.data.datasets import open_datasets
 from fastalex.data.decode import read_whole
 from fastalex.data.fingerprint import digest
 from fastalex.data.pack import pack
@@ -152,7 +144,7 @@ def test_a_large_jpeg_is_packed_from_all_its_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_a_batch_of_bytes_is_page_locked_where_there_is_a_gpu(
+def test_a_batch_is_one_piece_of_memory_page_locked_where_there_is_a_gpu(
     root: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool
 ) -> None:
     asked = []
@@ -162,14 +154,19 @@ def test_a_batch_of_bytes_is_page_locked_where_there_is_a_gpu(
         asked.append(pin_memory)
         return empty(*arguments, **options)  # type: ignore[call-overload, no-any-return]
 
+    images = PackedImages(root, "train")
+    unit = Normalization((0.0,) * 3, (1.0,) * 3)
+    batches = Batches(images, 5, Transform(IMAGE_SIZE, unit, "full"), 0, True)
     monkeypatch.setattr(torch, "empty", recording)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    images = PackedImages(root, "train")
-    batch = load_pixels(images.image, np.array([30, 2, 2]), SIZE)
+    batch = next(batches.epoch(0))
     assert asked == [gpu]
-    assert batch.dtype == torch.uint8
-    for found, index in zip(batch, (30, 2, 2), strict=True):
-        np.testing.assert_array_equal(found.numpy(), images.image(index, SIZE))
+    for found, label, index in zip(batch.images, batch.labels, batch.indices, strict=True):
+        np.testing.assert_array_equal(found.numpy(), images.image(int(index), SIZE))
+        assert label == images.labels[index]
+    copied = (*batch.inputs, batch.labels)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in copied}) == 1
+    assert all(tensor.is_contiguous() for tensor in copied)
 
 
 # Damage

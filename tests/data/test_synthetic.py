@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fastalex.data import TRAIN_COUNT, VAL_COUNT, SyntheticImages, open_datasets
+from fastalex.data import TRAIN_COUNT, VAL_COUNT, SyntheticImages
 from fastalex.data.base import Pixels
+from fastalex.data.datasets import open_datasets
 from tests import _commands
 
 CLASSES = [

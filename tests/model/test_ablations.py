@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from fastalex import AlexNet
-from fastalex.data import Batches, Normalization, SyntheticImages, Transform, decode_size
+from fastalex.data import Normalization, SyntheticImages, decode_size
+from fastalex.data.batches import Batches, Transform
 from fastalex.distributed.world import World
 from fastalex.evaluation import ablate
 from fastalex.model.ablations import ABLATIONS, edit, edited_name, get_variant, split_name

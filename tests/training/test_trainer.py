@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from fastalex import AlexNet
-from fastalex.data import Batches, Normalization, Transform
+from fastalex.data import Normalization
+from fastalex.data.batches import Batches, Transform
 from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.launch import TrainingError
 from fastalex.distributed.world import World
