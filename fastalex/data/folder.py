@@ -264,8 +264,8 @@ def class_folders(root: Path, known: list[str] | None = None) -> list[str]:
     for name in names:
         if known is not None and name not in known:
             raise DataError(
-                f"{root}: class {name!r} is missing from the training images; "
-                "add some there or remove it here"
+                f"{root}: class {name!r} is none of the classes trained on; "
+                "add training images of it or remove it here"
             )
     return names
 

@@ -19,13 +19,11 @@ from fastalex.evaluation import drawing
 from fastalex.evaluation.ensemble import (
     TOP,
     Ensemble,
-    open_training,
-    open_validation,
+    open_dataset,
     rank_classes,
     read_batches,
     read_files,
 )
-from fastalex.evaluation.evaluate import report_unreadable
 
 _PICTURES, _QUERIES, _NEAREST = 8, 5, 6  # as in Figure 4
 _SHOWN = 224  # side in pixels at which images are drawn
@@ -92,8 +90,7 @@ def _run(options: argparse.Namespace) -> int:
     metrics = options.metrics or options.weights.parent / "metrics.jsonl"
     curves = read_metrics(metrics) if options.metrics or metrics.is_file() else None
     given = options.images and predict_files(ensemble, options.images)
-    dataset = open_validation(options.data, ensemble)
-    report_unreadable(dataset)
+    dataset = open_dataset(options.data, "val", ensemble)
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
 
@@ -102,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
 
     save(draw_first_layer(ensemble), "conv1")
     save(drawing.draw_predictions(given or predict_some(ensemble, dataset)), "predictions")
-    gallery = open_training(options.data, ensemble)
+    gallery = open_dataset(options.data, "train", ensemble)
     save(
         drawing.draw_neighbours(find_neighbours(ensemble, dataset, gallery, options.gallery)),
         "neighbours",
@@ -240,17 +237,8 @@ def read_metrics(path: Path) -> drawing.Curves:
         raise ValueError(f"--metrics {path}: no such file") from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"--metrics {path}: not the metrics of a run ({error})") from error
-    steps = [found["step"][step] for step in sorted(found["step"])]
+    steps, epochs = ([records[n] for n in sorted(records)] for records in found.values())
     steps = [record for record in steps if record["loss"] is not None]
-    epochs = [found["epoch"][step] for step in sorted(found["epoch"])]
     if not steps and not epochs:
         raise ValueError(f"--metrics {path}: no step and no epoch recorded in it")
-    return drawing.Curves(
-        [record["step"] for record in steps],
-        [record["loss"] for record in steps],
-        [record["lr"] for record in steps],
-        [record["step"] for record in epochs],
-        [record["val_loss"] for record in epochs],
-        [1 - record["top1"] for record in epochs],
-        [1 - record["top5"] for record in epochs],
-    )
+    return drawing.Curves(steps, epochs)

@@ -221,8 +221,8 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
     ),
     (
         unknown_class,
-        "{root}/val: class 'newt' is missing from the training images; "
-        "add some there or remove it here",
+        "{root}/val: class 'newt' is none of the classes trained on; "
+        "add training images of it or remove it here",
     ),
 ]
 

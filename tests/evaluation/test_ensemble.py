@@ -21,8 +21,7 @@ from fastalex.evaluation.ensemble import (
     Ensemble,
     Scores,
     crop_places,
-    open_training,
-    open_validation,
+    open_dataset,
     rank_classes,
 )
 from fastalex.evaluation.published import RESULTS, is_imagenet
@@ -171,7 +170,7 @@ def test_what_is_to_be_said_of_a_packed_set_is_said_once(
 ) -> None:
     pack(folder / "data", tmp_path / "set", 50, 1, quiet=True)
     ensemble = Ensemble.load([folder / "a"])
-    counts = [len(f(tmp_path / "set", ensemble)) for f in (open_validation, open_training)]
+    counts = [len(open_dataset(tmp_path / "set", part, ensemble)) for part in ("val", "train")]
     assert counts == [2 * len(CLASSES), 3 * len(CLASSES)]
     expected = f"Images packed at 50 pixels are resized to {decode_size(SIZE)} as they are read\n"
     assert capsys.readouterr().err == expected
@@ -288,7 +287,7 @@ def test_neighbours_are_the_nearest_by_features(folder: Path) -> None:
     images = np.stack([train.image(i, side) for i in range(len(train))])
     features = ensemble.features(images).double().numpy()
     for row, query in zip(rows, figures.spread(val, len(rows)), strict=True):
-        mine = ensemble.features(val.image(query, side)[None]).double().numpy()
+        mine = ensemble.features(np.stack([val.image(query, side)])).double().numpy()
         order = np.argsort(((features - mine) ** 2).sum(1))[: len(row.nearest)]
         expected = [train.image(int(i), 224) for i in order]
         assert all(np.array_equal(a, p) for (p, _), a in zip(row.nearest, expected, strict=True))
