@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastalex.common.command_line import Parser, guarded
+from fastalex.common.command_line import Parser, guarded, whole_number
 from fastalex.data.base import printable
 from fastalex.data.pack import LEFT_OUT, ODD, SIZE, VAL_SPLIT, pack
-from fastalex.data.packed import verify
+from fastalex.data.packed import MAX_SIZE, verify
 from fastalex.data.photos import write_photos
 from fastalex.data.shard import cores
 
@@ -49,7 +49,7 @@ def _add_pack(commands: Any) -> None:
     command.add_argument("folder", metavar="DST", type=Path, help="a new or empty folder")
     command.add_argument(
         "--size",
-        type=int,
+        type=whole_number(1, MAX_SIZE),
         default=SIZE,
         metavar="PIXELS",
         help="side of the packed images (default: %(default)s)",
@@ -63,7 +63,7 @@ def _add_pack(commands: Any) -> None:
     )
     command.add_argument(
         "--workers",
-        type=int,
+        type=whole_number(1),
         metavar="N",
         help="images decoded at a time (default: as many as cores)",
     )

@@ -15,8 +15,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fastalex.data.fingerprint import Contents
-
 Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
 R = TypeVar("R")
@@ -83,11 +81,10 @@ class ImageDataset(Protocol):
         """
         ...
 
-    def contents(self) -> Contents:
-        """Of each class, in order, how many images it has and a digest of them.
+    def keys(self) -> Iterable[tuple[Any, ...]]:
+        """What tells each image from others, in order, without decoding it; JSON can hold it.
 
-        No image is decoded: files are told apart by name and size, those of a packed set by name
-        and checksum. ``fastalex.data.fingerprint.describe_changes`` compares two.
+        Of a file its name and size, of a packed image its name and checksum.
         """
         ...
 

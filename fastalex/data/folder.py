@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fastalex.common.files import replacing
 from fastalex.data.base import CACHE_BYTES, DataError, ImageCache, Pixels, map_ahead
 from fastalex.data.decode import FORMATS, PASSING, read_image, read_upright, try_read, why
-from fastalex.data.fingerprint import Contents, class_contents, digest
+from fastalex.data.fingerprint import digest
 
 T = TypeVar("T")
 
@@ -113,12 +113,8 @@ class FolderImages:
         """
         return self._read(lambda path, _: read_upright(path), index, size)
 
-    def contents(self) -> Contents:
-        """See ``ImageDataset``; told by the name and the size in bytes of each file."""
-        images: dict[str, list[tuple[str, int]]] = {name: [] for name in self.classes}
-        for (path, size, _), label in zip(self._files, self.labels.tolist(), strict=True):
-            images[self.classes[label]].append((os.path.basename(path), size))
-        return class_contents(self.classes, images)
+    def keys(self) -> list[tuple[str, int]]:
+        return [(os.path.basename(path), size) for path, size, _ in self._files]
 
     def recall(self, name: str, measure: Callable[[], Any]) -> Any:
         """What ``measure`` returned when it was last called for these very files, or returns now.

@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 import tokenize
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastalex.data.base import DataError, Pixels, map_ahead, printable, retrying
-from fastalex.data.fingerprint import Contents, class_contents, digest
+from fastalex.data.fingerprint import digest
 
 try:
     from isal.isal_zlib import crc32 as crc32  # many times as fast as zlib's
@@ -112,14 +113,8 @@ class PackedImages:
         """RGB, at the packed size, whatever ``size``."""
         return Image.fromarray(self._packed(index))
 
-    def contents(self) -> Contents:
-        """See ``ImageDataset``; told by file names and the checksums of the pixels."""
-        images: dict[str, list[tuple[str, int]]] = {name: [] for name in self.classes}
-        for name, label, checksum in zip(
-            self._names, self.labels.tolist(), self._checksums.tolist(), strict=True
-        ):
-            images[self.classes[label]].append((name, checksum))
-        return class_contents(self.classes, images)
+    def keys(self) -> Iterable[tuple[str, int]]:
+        return zip(self._names, self._checksums.tolist(), strict=True)
 
     @functools.cached_property
     def mean_image(self) -> npt.NDArray[np.float32]:

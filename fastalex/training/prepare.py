@@ -14,7 +14,7 @@ from fastalex.common import interrupts
 from fastalex.common.interrupts import Interrupted
 from fastalex.data import DataError, ImageDataset, MeanImage, Normalization, decode_size
 from fastalex.data.datasets import color_noise, mean_image, open_datasets
-from fastalex.data.fingerprint import Contents, describe_changes
+from fastalex.data.fingerprint import Contents, contents, describe_changes
 from fastalex.data.normalization import MEAN_IMAGES
 from fastalex.distributed.world import World, find_world, rank, under_torchrun
 from fastalex.model.alexnet import AlexNet
@@ -117,7 +117,7 @@ def _prepare(
     color_noise(train, settings.color_noise)  # raises what can't be
     side = decode_size(settings.image_size)
     image = mean_image(train, settings.normalization, side)
-    images = train.contents(), val.contents()
+    images = contents(train), contents(val)
     if resume is None or resume.path is None:
         scale = Normalization.measure(train, side).scaled(settings.normalization, image)
     else:
