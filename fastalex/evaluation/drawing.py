@@ -34,6 +34,8 @@ Weights = npt.NDArray[np.float32]
 def save_figure(figure: Any, stem: Path) -> list[Path]:
     """Write ``stem`` with .png and .pdf added, each atomically; returns the two paths."""
     paths = []
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, for both
     for kind in ("png", "pdf"):
         path = stem.with_name(f"{stem.name}.{kind}")
         # Without a date the same figure is the same file.

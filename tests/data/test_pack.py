@@ -30,6 +30,8 @@ from tests._pictures import save, smooth
 
 GOOD, BAD_SETS = 176, 3  # with 8 kinds of bad files: 200
 FILES = GOOD + 8 * BAD_SETS
+SIDE = 64
+SIZED = ("--size", str(SIDE))
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -65,7 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Set:
     """200 files, 24 of them bad, packed by the command line in one go."""
     folder = tmp_path_factory.mktemp("pack")
     source = write_folder(folder / "source", GOOD, BAD_SETS)
-    arguments = ["-m", "fastalex.data", "pack", "source", "whole set", "--workers", "2"]
+    arguments = ["-m", "fastalex.data", "pack", "source", "whole set", "--workers", "2", *SIZED]
     process = _commands.run(arguments, folder)
     assert process.returncode == 0, process.stderr
     return Set(source, folder / "whole set", process.stdout, process.stderr)
@@ -87,10 +89,10 @@ def test_every_readable_image_is_packed_as_an_independent_decoder_has_it(made: S
         for i in range(len(images)):
             path = Path(images.name(i))
             assert path.parent == made.source / part / images.classes[images.labels[i]]
-            found = images.image(i, 256)
+            found = images.image(i, SIDE)
             # Ours is turned upright after resizing, the oracle before: rounding only.
             turned = Image.open(path).getexif().get(0x0112, 1) > 1
-            expected = oracle(path, 256).astype(int)
+            expected = oracle(path, SIDE).astype(int)
             np.testing.assert_allclose(found.astype(int), expected, atol=1 if turned else 0)
             seen.add(path)
     readable = {p for p in made.source.rglob("*.*") if not p.name.endswith(UNREADABLE)}
@@ -131,7 +133,7 @@ def test_a_png_named_jpeg_is_packed_and_mentioned(made: Set) -> None:
 
 def test_the_statistics_are_those_of_the_training_pixels(made: Set) -> None:
     images = PackedImages(made.root, "train")
-    pixels = np.stack([images.image(i, 256) for i in range(len(images))])
+    pixels = np.stack([images.image(i, SIDE) for i in range(len(images))])
     channels = pixels.reshape(-1, 3).astype(np.float64)
     np.testing.assert_allclose(images.channel_mean, channels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(images.covariance, np.cov(channels.T, ddof=0), rtol=1e-9)
@@ -195,7 +197,7 @@ def test_packing_again_finds_the_set_there(
 ) -> None:
     before = contents(made.root)
     monkeypatch.setattr("fastalex.data.pack.pack_shards", lambda *_: pytest.fail("packed again"))
-    assert run("pack", made.source, made.root) == 0
+    assert run("pack", made.source, made.root, *SIZED) == 0
     assert "images were already in" in capsys.readouterr().out
     assert contents(made.root) == before
 
@@ -221,7 +223,16 @@ def test_killed_anywhere_and_resumed_it_equals_an_unkilled_packing(
     made: Set, tmp_path: Path
 ) -> None:
     root = tmp_path / "killed"
-    arguments = ["-m", "fastalex.data", "pack", str(made.source), str(root), "--workers", "1"]
+    arguments = [
+        "-m",
+        "fastalex.data",
+        "pack",
+        str(made.source),
+        str(root),
+        "--workers",
+        "1",
+        *SIZED,
+    ]
     done = 0
     for moment in (0.3, 0.5, 0.7, 0.9, 1.1, 1.3):
         process = _commands.start(arguments, tmp_path)
@@ -259,11 +270,11 @@ def test_what_is_done_is_not_done_again_and_leftovers_go(
         else:  # all shards, and no manifest
             patched.setattr("fastalex.data.pack._finish", stopped)
         with pytest.raises(PackingStopped):
-            pack(made.source, root, workers=1, quiet=True)
+            pack(made.source, root, SIDE, workers=1, quiet=True)
     done = shards_done(root)
     for name in ("packing/train-00000.journal", "packing/.plan.json.7.tmp", "train/.x.npy.7.tmp"):
         (root / name).write_text("left")
-    packed = pack(made.source, root, workers=1, quiet=True)
+    packed = pack(made.source, root, SIDE, workers=1, quiet=True)
     assert packed.decoded <= FILES - 24 * done
     assert (packed.decoded == 0) == (leave == 5)
     assert contents(root) == contents(made.root)
@@ -271,7 +282,16 @@ def test_what_is_done_is_not_done_again_and_leftovers_go(
 
 def test_ctrl_c_says_what_is_kept(made: Set, tmp_path: Path) -> None:
     root = tmp_path / "stopped"
-    arguments = ["-m", "fastalex.data", "pack", str(made.source), str(root), "--workers", "1"]
+    arguments = [
+        "-m",
+        "fastalex.data",
+        "pack",
+        str(made.source),
+        str(root),
+        "--workers",
+        "1",
+        *SIZED,
+    ]
     process = _commands.start(arguments, tmp_path)
     try:
         _commands.wait_until(lambda: shards_done(root) > 0, "a shard")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,6 @@ from fastalex.evaluation.ensemble import (
 )
 from fastalex.evaluation.published import RESULTS, is_imagenet
 from fastalex.training.weights import load_mean_image, load_model
-from tests._commands import run
 from tests._nets import CLASSES, SIZE, random_weights
 
 
@@ -219,14 +219,15 @@ def test_data_of_other_classes_are_refused(
         assert "classes" in error
 
 
-def test_a_bad_image_is_named_and_the_others_are_not_lost(folder: Path, tmp_path: Path) -> None:
+def test_a_bad_image_is_named_and_the_others_are_not_lost(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad, good = tmp_path / "bad.png", folder / "data" / "val" / "red" / "0.png"
     bad.write_bytes(b"text")
-    command = ["-m", "fastalex.predict", str(bad), str(good), "--weights", str(folder / "a")]
-    process = run([*command, "--top", "2"], tmp_path)
-    assert process.returncode == 2
-    assert process.stderr == f"predict: error: {bad}: not an image\n"
-    assert len(process.stdout.splitlines()) == 3
+    assert predict.main([*map(str, (bad, good)), "--weights", str(folder / "a"), "--top", "2"]) == 2
+    said = capsys.readouterr()
+    assert said.err == f"predict: error: {bad}: not an image\n"
+    assert len(said.out.splitlines()) == 3
 
 
 # Figures.
@@ -240,8 +241,13 @@ METRICS = [
 
 
 def test_figures_are_pictures_of_the_right_size(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name, rows in (("_PICTURES", 4), ("_QUERIES", 1)):  # one row each
+        monkeypatch.setattr(figures, name, rows)
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(record) + "\n" for record in METRICS))
     out = tmp_path / "out"
@@ -339,13 +345,16 @@ def test_metrics_that_are_none_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_without_matplotlib_one_line_says_what_to_install(folder: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['matplotlib'] = None; from fastalex import figures; "
-        f"sys.exit(figures.main(['--weights', {str(folder / 'a')!r}]))"
-    )
-    process = run(["-c", code], tmp_path)
-    assert process.returncode == 2
-    assert process.stderr.count("\n") == 1
-    assert "fastalex[figures]" in process.stderr
+def test_without_matplotlib_one_line_says_what_to_install(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = ["--weights", str(folder / "a"), "--output", str(tmp_path / "out")]
+    assert figures.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "fastalex[figures]" in error
     assert not list(tmp_path.iterdir())
