@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fastalex.common.command_line import Parser, guarded, whole_number
 from fastalex.data.base import printable
@@ -28,13 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="python -m fastalex.data", description="Make data to train on.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    _add_pack(commands)
-    _add_verify(commands)
-    _add_photos(commands)
-    return parser
-
-
-def _add_pack(commands: Any) -> None:
     command = commands.add_parser(
         "pack",
         help="decode a folder of images once, to train from",
@@ -68,9 +60,6 @@ def _add_pack(commands: Any) -> None:
         help="images decoded at a time (default: as many as cores)",
     )
     command.set_defaults(run=_pack)
-
-
-def _add_verify(commands: Any) -> None:
     command = commands.add_parser(
         "verify",
         help="compare a packed set with its checksums",
@@ -79,18 +68,16 @@ def _add_verify(commands: Any) -> None:
     )
     command.add_argument("folder", metavar="DST", type=Path, help="a packed set")
     command.set_defaults(run=_verify)
-
-
-def _add_photos(commands: Any) -> None:
-    photos = commands.add_parser(
+    command = commands.add_parser(
         "photos",
         help="write crops of the public-domain photographs that scikit-image ships",
         description="Write train/CLASS/*.jpg and val/CLASS/*.jpg, crops of photographs that "
         "scikit-image ships. A class is one photograph; training and validation crops come from "
         "separate parts of it. Nothing is downloaded.",
     )
-    photos.add_argument("folder", metavar="DIR", type=Path, help="a new or empty folder")
-    photos.set_defaults(run=_photos)
+    command.add_argument("folder", metavar="DIR", type=Path, help="a new or empty folder")
+    command.set_defaults(run=_photos)
+    return parser
 
 
 def _pack(options: argparse.Namespace) -> int:
@@ -130,9 +117,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _photos(options: argparse.Namespace) -> int:
-    folder: Path = options.folder
-    count = write_photos(folder)
-    where = shlex.quote(str(folder))
+    count = write_photos(options.folder)
+    where = shlex.quote(str(options.folder))
     print(f"{count} crops are in {where}; next: python -m fastalex.train --data {where}")
     return 0
 

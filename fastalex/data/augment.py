@@ -62,25 +62,18 @@ class Augment:
     """
 
     def __init__(
-        self,
-        normalization: Normalization,
-        size: int,
-        device: torch.device,
-        colored: bool = False,
+        self, normalization: Normalization, size: int, device: torch.device, colored: bool = False
     ) -> None:
         self.size = size
         std = torch.tensor(normalization.std) * (COLOR_SCALE if colored else 1.0)
         self.scale = (1 / std).to(device)
-        self.mean = torch.tensor(normalization.mean, device=device)
-        self.centred = False
         image = normalization.mean_image
-        if image is None:
-            return
-        spare = len(image.pixels) - size
-        if spare < 0:
-            raise ValueError(f"size: expected at most the mean image's {size + spare}, got {size}")
-        self.mean = torch.from_numpy(image.pixels).to(device)
-        self.centred = image.centred
+        if image is not None and len(image.pixels) < size:
+            side = len(image.pixels)
+            raise ValueError(f"size: expected at most the mean image's {side}, got {size}")
+        mean = normalization.mean if image is None else image.pixels
+        self.mean = torch.tensor(mean, device=device)
+        self.centred = image is not None and image.centred
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -112,9 +112,8 @@ class Batches:
 
     Training: images decoded at ``decode_size(image_size)``, a random crop, mirrored half the time,
     with colour noise where ``augmentation`` says so, in a new random order each epoch; or random
-    parts of the images, resized to ``image_size`` already. Every batch is full: where the samples
-    of the epoch run out, the last batch is filled with the first of the same order. So each sample
-    is seen at least once an epoch, and a few twice, alike.
+    parts of the images, resized to ``image_size`` already. Every batch is full: the last one is
+    filled with the first samples of the same order.
 
     Validation: the centre crop of the same decoded image, in the dataset's order; the last batch
     may be short.
@@ -149,35 +148,25 @@ class Batches:
         share: Share = WHOLE,
         workers: int = 0,
     ) -> None:
-        rank, replicas = share
         image_size, normalization, augmentation, noise, device = transform
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("image_size", image_size, 1),
-            ("seed", seed, 0),
-            ("replicas", replicas, 1),
-            ("workers", workers, 0),
-        ):
+        at_least = {"batch_size": (batch_size, 1), "image_size": (image_size, 1), "seed": (seed, 0)}
+        at_least |= {"replicas": (share.replicas, 1), "workers": (workers, 0)}
+        for name, (value, least) in at_least.items():
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
-        if batch_size % replicas:
+        if batch_size % share.replicas:
             raise ValueError(
-                f"batch_size: expected a multiple of replicas={replicas}, got {batch_size}"
+                f"batch_size: expected a multiple of replicas={share.replicas}, got {batch_size}"
             )
-        if not 0 <= rank < replicas:
-            raise ValueError(f"rank: expected 0 to {replicas - 1}, got {rank}")
+        if not 0 <= share.rank < share.replicas:
+            raise ValueError(f"rank: expected 0 to {share.replicas - 1}, got {share.rank}")
         if augmentation not in AUGMENTATIONS:
             known = ", ".join(AUGMENTATIONS)
             raise ValueError(f"augmentation: expected one of {known}, got {augmentation!r}")
         if len(dataset) == 0:
             raise DataError("dataset: expected at least one image, got none")
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.image_size = image_size
-        self.seed = seed
-        self.train = train
-        self.share = share
-        self.workers = workers
+        self.dataset, self.batch_size, self.image_size = dataset, batch_size, image_size
+        self.seed, self.train, self.share, self.workers = seed, train, share, workers
         self.augmentation = augmentation if train else "none"
         resized = self.augmentation == "resized"
         if resized and normalization.mean_image is not None:
@@ -197,15 +186,13 @@ class Batches:
             raise ValueError(f"epoch: expected at least 0, got {epoch}")
         if not 0 <= start <= len(self):
             raise ValueError(f"start: expected 0 to {len(self)}, got {start}")
-        order, crops, colors = self._order(epoch), self._crops(epoch), self._colors(epoch)
+        order, drawn = self._order(epoch), [*self._crops(epoch)]
+        if self.augmentation == "full":
+            drawn.append(self._noise.draw(self._words(epoch, _COLORS, _COLOR_WORDS)))
         shares = (self._indices(order, batch) for batch in range(start, len(self)))
+        load = lambda indices: self._load(epoch, indices, drawn)  # noqa: E731
         # Two batches a thread: one being loaded and one ready.
-        return map_ahead(
-            lambda indices: self._load(epoch, indices, crops, colors),
-            shares,
-            self.workers,
-            2 * self.workers,
-        )
+        return map_ahead(load, shares, self.workers, 2 * self.workers)
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         """int64 [len(dataset)]: the samples in the order in which the epoch visits them."""
@@ -217,9 +204,8 @@ class Batches:
         """int32 [3, len(dataset)]: top, left and whether to mirror, for each sample."""
         spare = decode_size(self.image_size) - self.image_size
         if self.augmentation == "none":
-            return np.repeat(
-                np.array([[spare // 2], [spare // 2], [0]], np.int32), len(self.dataset), 1
-            )
+            centre = np.array([[spare // 2], [spare // 2], [0]], np.int32)
+            return np.repeat(centre, len(self.dataset), 1)
         words = self._words(epoch, _CROPS, _CROP_WORDS)
         ranges = np.array([spare + 1, spare + 1, 2], np.uint64)
         crops = np.ascontiguousarray((words % ranges).T, np.int32)
@@ -227,47 +213,34 @@ class Batches:
             crops[:2] = 0
         return crops
 
-    def _colors(self, epoch: int) -> npt.NDArray[np.float32] | None:
-        """float32 [len(dataset), 3]: what is added to the pixels of each sample, or None."""
-        if self.augmentation != "full":
-            return None
-        return self._noise.draw(self._words(epoch, _COLORS, _COLOR_WORDS))
-
     def _words(self, epoch: int, stream: int, words: int) -> npt.NDArray[np.uint64]:
         # Raw words, because numpy may change what its distributions make of them.
         generator = np.random.Philox(np.random.SeedSequence([self.seed, epoch, stream]))
         return generator.random_raw(len(self.dataset) * words).reshape(-1, words)
 
     def _indices(self, order: npt.NDArray[np.int64], batch: int) -> npt.NDArray[np.int64]:
-        stop = (batch + 1) * self.batch_size
-        positions = np.arange(
-            batch * self.batch_size, stop if self.train else min(stop, len(order))
-        )
+        start, stop = batch * self.batch_size, (batch + 1) * self.batch_size
+        positions = np.arange(start, stop if self.train else min(stop, len(order)))
         rank, replicas = self.share
         first, last = (r * len(positions) // replicas for r in (rank, rank + 1))
         return order[positions[first:last] % len(order)]
 
     def _load(
-        self,
-        epoch: int,
-        indices: npt.NDArray[np.int64],
-        crops: npt.NDArray[np.int32],
-        colors: npt.NDArray[np.float32] | None,
+        self, epoch: int, indices: npt.NDArray[np.int64], drawn: list[npt.NDArray[Any]]
     ) -> Batch:
+        """One batch; ``drawn`` has tops, lefts, mirrors and colours, if any, of all samples."""
         count, side = len(indices), self._side
         parts = [((count, side, side, 3), torch.uint8), ((count,), torch.int64)]
         parts += [((count,), torch.int32)] * 2 + [((count,), torch.bool)]
-        parts += [] if colors is None else [((count, 3), torch.float32)]
-        images, labels, tops, lefts, mirrors, *noise = one_buffer(parts)
+        parts += [((count, 3), torch.float32)] * (len(drawn) - 3)
+        images, *others = one_buffer(parts)
         read = self._part if self.augmentation == "resized" else self._whole
         for out, index in zip(images.numpy(), indices.tolist(), strict=True):
             out[:] = read(epoch, index)
-        drawn = [self.dataset.labels[indices], *crops.take(indices, 1)]
-        drawn += [] if colors is None else [colors[indices]]
-        for tensor, values in zip((labels, tops, lefts, mirrors, *noise), drawn, strict=True):
-            tensor.numpy()[:] = values
-        known = torch.from_numpy(indices)
-        return Batch(images, labels, known, tops, lefts, mirrors, noise[0] if noise else None)
+        for tensor, values in zip(others, [self.dataset.labels, *drawn], strict=True):
+            tensor.numpy()[:] = values[indices]
+        labels, *inputs = others
+        return Batch(images, labels, torch.from_numpy(indices), *inputs)
 
     def _whole(self, epoch: int, index: int) -> Pixels:
         return self.dataset.image(index, self._side)

@@ -171,18 +171,20 @@ class Normalization:
                 the mean image is missing or another one.
         """
         try:
-            mean, std = _triple(values["mean"]), _triple(values["std"])
-            about = values.get("mean_image")
-            centred, sha256 = (False, "") if about is None else (about["centred"], about["sha256"])
+            mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
+            about = values.get("mean_image") or {}
+            centred, sha256 = bool(about.get("centred")), about.get("sha256")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"normalization: expected mean and std, got {values!r}") from error
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError(f"normalization: expected mean and std, got {values!r}")
         if not (all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)):
             raise ValueError(f"normalization: expected finite mean, positive std, got {values!r}")
-        if about is None:
+        if not about:
             return cls(mean, std)
         if mean_image is None:
             raise ValueError("normalization: its mean image is missing")
-        image = MeanImage.of(mean_image, len(mean_image), bool(centred))
+        image = MeanImage.of(mean_image, len(mean_image), centred)
         if image.sha256 != sha256:
             raise ValueError("normalization: its mean image is another one, or damaged")
         return cls(mean, std, image)
@@ -206,8 +208,3 @@ def _measure(dataset: ImageDataset, size: int, sample: int) -> dict[str, list[fl
     std = np.sqrt(np.maximum(covariance.diagonal(), 0.0))
     std[std < 0.5] = 1.0  # half a grey level: nothing but rounding
     return {"mean": mean.tolist(), "std": std.tolist()}
-
-
-def _triple(values: Any) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
