@@ -26,6 +26,7 @@ from fastalex.data.augment import (
 )
 from fastalex.data.base import DataError, ImageDataset, Pixels, decode_size, map_ahead
 from fastalex.data.normalization import Normalization
+from fastalex.data.packed import PackedImages
 
 _ALIGNMENT = 64  # bytes
 _ORDER, _CROPS, _COLORS, _BOXES = 0, 1, 2, 3  # the streams of an epoch
@@ -236,21 +237,23 @@ class Batches:
         images, *others = one_buffer(parts)
         read = self._part if self.augmentation == "resized" else self._whole
         for out, index in zip(images.numpy(), indices.tolist(), strict=True):
-            out[:] = read(epoch, index)
+            read(epoch, index, out)
         for tensor, values in zip(others, [self.dataset.labels, *drawn], strict=True):
             tensor.numpy()[:] = values[indices]
         labels, *inputs = others
         return Batch(images, labels, torch.from_numpy(indices), *inputs)
 
-    def _whole(self, epoch: int, index: int) -> Pixels:
-        return self.dataset.image(index, self._side)
+    def _whole(self, epoch: int, index: int, out: Pixels) -> None:
+        if isinstance(self.dataset, PackedImages) and self.dataset.size == self._side:
+            self.dataset.read(index, out)  # from the file straight into the batch
+        else:
+            out[:] = self.dataset.image(index, self._side)
 
-    def _part(self, epoch: int, index: int) -> Pixels:
+    def _part(self, epoch: int, index: int, out: Pixels) -> None:
         """A random part of an image; its words are read where they lie in the epoch's stream."""
         stream = np.random.Philox(np.random.SeedSequence([self.seed, epoch, _BOXES]))
         words = stream.advance(index * _BOX_COUNTERS).random_raw(BOX_WORDS)
-        side = decode_size(self.image_size)
-        return resized_crop(self.dataset, index, words, side, self._side)
+        out[:] = resized_crop(self.dataset, index, words, decode_size(self.image_size), self._side)
 
 
 def one_buffer(parts: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:

@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import tokenize
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,6 +79,7 @@ class PackedImages:
         self._root, self._part = root, part
         self.shards: list[int] = manifest["parts"][part]["shards"]
         self._starts = [0, *itertools.accumulate(self.shards)]
+        self._paths = [str(shard_path(root, part, i)) for i in range(len(self.shards))]
         for number in range(len(self.shards) if check_shards else 0):
             self._check_shard(number)
         shape = (self._starts[-1],)
@@ -124,31 +126,32 @@ class PackedImages:
         )
         return mean
 
-    def _packed(self, index: int) -> Pixels:
+    def read(self, index: int, out: Pixels) -> Pixels:
+        """Read an image at the packed size into ``out``, uint8 [size, size, 3], contiguous.
+
+        Raises:
+            DataError: as ``image``.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
         number = bisect.bisect_right(self._starts, index) - 1
-        path, row = shard_path(self._root, self._part, number), index - self._starts[number]
-        pixels = np.empty((self.size, self.size, 3), np.uint8)
-
-        def read() -> int:
-            with open(path, "rb") as file:
-                file.seek(HEADER + row * pixels.nbytes)
-                return file.readinto(pixels.data)
-
+        path, row = self._paths[number], index - self._starts[number]
         try:
-            whole = retrying(read) == pixels.nbytes
+            found = retrying(lambda: _read_at(path, HEADER + row * out.nbytes, out))
         except OSError as error:
             raise DataError(f"{path}: can't be read: {(error.strerror or '?').lower()}") from error
-        if not whole:
+        if found < out.nbytes:
             raise DataError(f"{path}: cut short; copy the set or pack it again")
-        if crc32(pixels.data) != self._checksums[index]:
+        if crc32(out.data) != self._checksums[index]:
             name = printable(self._names[index])
             raise DataError(
                 f"{path}: image {row}, {name}, does not match its checksum; "
                 "copy the set or pack it again"
             )
-        return pixels
+        return out
+
+    def _packed(self, index: int) -> Pixels:
+        return self.read(index, np.empty((self.size, self.size, 3), np.uint8))
 
     @functools.cached_property
     def _names(self) -> list[str]:
@@ -163,7 +166,7 @@ class PackedImages:
         return found
 
     def _check_shard(self, number: int) -> None:
-        path, count = shard_path(self._root, self._part, number), self.shards[number]
+        path, count = Path(self._paths[number]), self.shards[number]
         expected = HEADER + count * self.size * self.size * 3
         found = path.stat().st_size if path.is_file() else None
         if found != expected:
@@ -186,6 +189,18 @@ class PackedImages:
             except DataError as error:
                 lines.append(str(error))
         return lines
+
+
+def _read_at(path: str, place: int, out: Pixels) -> int:
+    """Fill ``out`` from a place in a file; returns how many bytes there were."""
+    data, found = out.reshape(-1).data, 0
+    file = os.open(path, os.O_RDONLY)
+    try:
+        while more := os.preadv(file, [data[found:]], place + found):
+            found += more
+    finally:
+        os.close(file)
+    return found
 
 
 def is_packed(folder: Path) -> bool:
