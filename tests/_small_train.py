@@ -14,7 +14,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from fastalex.data import sources
+from fastalex.data import datasets
 from fastalex.model.variants import VARIANTS, Variant
 from fastalex.training import train, trainer
 
@@ -38,7 +38,7 @@ def thin(variant: Variant) -> Variant:
 def shrink() -> None:
     """Give this process the thin nets and the few images."""
     VARIANTS.update({name: thin(variant) for name, variant in VARIANTS.items()})
-    sources.TRAIN_COUNT, sources.VAL_COUNT = TRAIN_COUNT, VAL_COUNT
+    datasets.TRAIN_COUNT, datasets.VAL_COUNT = TRAIN_COUNT, VAL_COUNT
     train_step = trainer.Trainer._train_step
 
     def slow(self: trainer.Trainer, batch: Any) -> None:

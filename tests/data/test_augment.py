@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 import fastalex_kernels as kernels
-from fastalex.data import Batches, MeanImage, Normalization, Share, SyntheticImages, Transform
+from fastalex.data import MeanImage, Normalization, SyntheticImages
 from fastalex.data.augment import COLOR_SCALE, PUBLISHED_NOISE, Augment, ColorNoise
+from fastalex.data.batches import Batches, Share, Transform
 from fastalex.training.validation import fetch
 
 RANDOM = np.random.default_rng(3)
@@ -156,11 +157,6 @@ def test_without_augmentation_epochs_differ_in_order_only() -> None:
     first, second = (_images(_batches("none"), epoch) for epoch in (0, 1))
     assert list(first) != list(second)
     assert all(torch.equal(first[i], second[i]) for i in first)
-
-
-def test_an_unknown_augmentation_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^augmentation: expected one of none, crop, full"):
-        _batches("mixup")
 
 
 @pytest.mark.gpu

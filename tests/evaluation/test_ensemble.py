@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,14 +22,13 @@ from fastalex.evaluation.ensemble import (
     Ensemble,
     Scores,
     crop_places,
-    open_training,
-    open_validation,
+    open_dataset,
     rank_classes,
 )
 from fastalex.evaluation.published import RESULTS, is_imagenet
 from fastalex.training.weights import load_mean_image, load_model
-from tests._commands import run
 from tests._nets import CLASSES, SIZE, random_weights
+from tests._types import Capture, Patch
 
 
 @pytest.fixture(scope="module")
@@ -123,14 +123,14 @@ def test_of_equal_classes_the_first_counts() -> None:
     assert rank_classes(torch.tensor([[0.1, 0.3, 0.3]])).tolist() == [[1, 2, 0]]
 
 
-def _json(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+def _json(folder: Path, capsys: Capture, *arguments: str) -> dict:
     data = ["--data", str(folder / "data"), "--json"]
     assert evaluate.main(["--weights", str(folder / "a"), *data, *arguments]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def test_evaluation_counts_what_prediction_says(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     table = tmp_path / "confusion.csv"
     report = _json(folder, capsys, "--per-class", "--confusion", str(table), "--batch-size", "3")
@@ -153,7 +153,7 @@ def test_evaluation_counts_what_prediction_says(
 
 
 def test_a_packed_set_is_evaluated_as_its_folder_is(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     from_folder = _json(folder, capsys)
     pack(folder / "data", tmp_path / "data", decode_size(SIZE), 1, quiet=True)
@@ -167,18 +167,18 @@ def test_a_packed_set_is_evaluated_as_its_folder_is(
 
 
 def test_what_is_to_be_said_of_a_packed_set_is_said_once(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     pack(folder / "data", tmp_path / "set", 50, 1, quiet=True)
     ensemble = Ensemble.load([folder / "a"])
-    counts = [len(f(tmp_path / "set", ensemble)) for f in (open_validation, open_training)]
+    counts = [len(open_dataset(tmp_path / "set", part, ensemble)) for part in ("val", "train")]
     assert counts == [2 * len(CLASSES), 3 * len(CLASSES)]
     expected = f"Images packed at 50 pixels are resized to {decode_size(SIZE)} as they are read\n"
     assert capsys.readouterr().err == expected
 
 
 def test_the_published_errors_stand_beside_and_are_said_to_be_of_other_images(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: Capture
 ) -> None:
     arguments = ["--weights", str(folder / "a"), "--data", str(folder / "data"), "--crops", "1"]
     assert evaluate.main(arguments) == 0
@@ -199,7 +199,7 @@ def test_the_published_errors_stand_beside_and_are_said_to_be_of_other_images(
     ],
 )
 def test_nets_that_do_not_match_are_refused_in_one_line(
-    folder: Path, tmp_path: Path, changes: dict, message: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, changes: dict, message: str, capsys: Capture
 ) -> None:
     other = random_weights(tmp_path / "c", 2, **changes)
     assert evaluate.main(["--weights", str(folder / "a"), str(other)]) == 2
@@ -208,9 +208,7 @@ def test_nets_that_do_not_match_are_refused_in_one_line(
     assert re.search(message, error)
 
 
-def test_data_of_other_classes_are_refused(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_of_other_classes_are_refused(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     for part in ("train", "val"):
         (tmp_path / part / "violet").mkdir(parents=True)
     for arguments in (["--data", str(tmp_path)], []):
@@ -220,14 +218,15 @@ def test_data_of_other_classes_are_refused(
         assert "classes" in error
 
 
-def test_a_bad_image_is_named_and_the_others_are_not_lost(folder: Path, tmp_path: Path) -> None:
+def test_a_bad_image_is_named_and_the_others_are_not_lost(
+    folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
     bad, good = tmp_path / "bad.png", folder / "data" / "val" / "red" / "0.png"
     bad.write_bytes(b"text")
-    command = ["-m", "fastalex.predict", str(bad), str(good), "--weights", str(folder / "a")]
-    process = run([*command, "--top", "2"], tmp_path)
-    assert process.returncode == 2
-    assert process.stderr == f"predict: error: {bad}: not an image\n"
-    assert len(process.stdout.splitlines()) == 3
+    assert predict.main([*map(str, (bad, good)), "--weights", str(folder / "a"), "--top", "2"]) == 2
+    said = capsys.readouterr()
+    assert said.err == f"predict: error: {bad}: not an image\n"
+    assert len(said.out.splitlines()) == 3
 
 
 # Figures.
@@ -241,8 +240,10 @@ METRICS = [
 
 
 def test_figures_are_pictures_of_the_right_size(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
+    for name, rows in (("_PICTURES", 4), ("_QUERIES", 1)):  # one row each
+        monkeypatch.setattr(figures, name, rows)
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(record) + "\n" for record in METRICS))
     out = tmp_path / "out"
@@ -288,14 +289,14 @@ def test_neighbours_are_the_nearest_by_features(folder: Path) -> None:
     images = np.stack([train.image(i, side) for i in range(len(train))])
     features = ensemble.features(images).double().numpy()
     for row, query in zip(rows, figures.spread(val, len(rows)), strict=True):
-        mine = ensemble.features(val.image(query, side)[None]).double().numpy()
+        mine = ensemble.features(np.stack([val.image(query, side)])).double().numpy()
         order = np.argsort(((features - mine) ** 2).sum(1))[: len(row.nearest)]
         expected = [train.image(int(i), 224) for i in order]
         assert all(np.array_equal(a, p) for (p, _), a in zip(row.nearest, expected, strict=True))
     assert len({row.label for row in rows}) == 5
 
 
-def test_a_part_of_the_gallery_holds_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_the_gallery_holds_every_class(monkeypatch: Patch) -> None:
     train, val = SyntheticImages("train", 600), SyntheticImages("val", 20)
     seen: dict[str, list[int]] = {}
 
@@ -330,7 +331,7 @@ def test_given_images_take_their_label_from_their_folder(folder: Path, tmp_path:
 
 @pytest.mark.parametrize("text", ["{broken", '{"kind": "note"}\n', "[1]\n"])
 def test_metrics_that_are_none_are_refused(
-    folder: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, text: str, capsys: Capture
 ) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(text)
@@ -340,13 +341,13 @@ def test_metrics_that_are_none_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_without_matplotlib_one_line_says_what_to_install(folder: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['matplotlib'] = None; from fastalex import figures; "
-        f"sys.exit(figures.main(['--weights', {str(folder / 'a')!r}]))"
-    )
-    process = run(["-c", code], tmp_path)
-    assert process.returncode == 2
-    assert process.stderr.count("\n") == 1
-    assert "fastalex[figures]" in process.stderr
+def test_without_matplotlib_one_line_says_what_to_install(
+    folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = ["--weights", str(folder / "a"), "--output", str(tmp_path / "out")]
+    assert figures.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "fastalex[figures]" in error
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fastalex import AlexNet
-from fastalex.data import Batches, Normalization, Transform
+from fastalex.data import Normalization
+from fastalex.data.batches import Batches, Transform
 from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.launch import TrainingError
 from fastalex.distributed.world import World
@@ -72,7 +73,7 @@ def _plan(folder: Path, source: FewImages, *arguments: str) -> RunConfig:
         source.classes,
         Normalization((127.0,) * 3, (64.0,) * 3),
         unreadable=[],
-        sources=(source, source),
+        datasets=(source, source),
     )
 
 
