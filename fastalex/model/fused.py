@@ -160,8 +160,10 @@ def fuse_classifier(layers: list[nn.Module]) -> FusedSequential:
             layer = Linear(layer.in_features, layer.out_features)
         elif isinstance(layer, nn.Linear):
             groups = 2 if isinstance(layer, TowerLinear) else 1
-            p = sum(m.p for m in _parts(layers[i + 1 : i + 3]) if isinstance(m, nn.Dropout))
-            layer = LinearReLUDropout(groups * layer.in_features, layer.out_features, p, groups)
+            layer = LinearReLUDropout(groups * layer.in_features, layer.out_features, 0.0, groups)
+            for dropout in _parts(layers[i + 1 : i + 3]):
+                if isinstance(dropout, nn.Dropout):
+                    layer.absorb(dropout)
         elif i == 0 and isinstance(layer, nn.Dropout):
             layer = Dropout(layer.p)
         else:

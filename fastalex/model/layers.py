@@ -222,7 +222,22 @@ class LinearReLUDropout(CounterDropout, nn.Linear):
         self, in_features: int, out_features: int, p: float = 0.5, groups: int = 1
     ) -> None:
         super().__init__(in_features // groups, out_features)
-        self.in_features, self.p, self.groups = in_features, p, groups
+        self.in_features, self.groups, self._p = in_features, groups, p
+        self._absorbed: tuple[nn.Dropout, ...] = ()
+
+    def absorb(self, dropout: nn.Dropout) -> None:
+        """Drop while ``dropout``, which stands behind the ReLU, is in training, with its ``p``."""
+        self._absorbed = (dropout,)  # in a tuple, so that it is no child
+
+    @property
+    def p(self) -> float:
+        """Probability that a unit is dropped in training."""
+        return self._absorbed[0].p if self._absorbed else self._p
+
+    @property
+    def dropping(self) -> bool:
+        """Whether units are dropped now."""
+        return all(module.training for module in self._absorbed or (self,))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.groups == 1:  # chunk's backward would copy the gradients, of one chunk too
@@ -243,25 +258,18 @@ class LinearReLUDropout(CounterDropout, nn.Linear):
         """The outputs from number ``first`` on, whose weights these are."""
         rng, row, feature = self.mask
         return kernels.linear_relu_dropout(
-            input, weight, bias, self.p, True, self.training, rng, row, feature + first
+            input, weight, bias, self.p, True, self.dropping, rng, row, feature + first
         )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, relu=True, p={self.p}, groups={self.groups}"
 
 
-class Dropout(CounterDropout, nn.Module):
+class Dropout(CounterDropout, nn.Dropout):
     """Dropout of [N, features] with probability ``p`` in training."""
-
-    def __init__(self, p: float = 0.5) -> None:
-        super().__init__()
-        self.p = p
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return kernels.dropout(input, self.p, self.training, *self.mask)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
 
 
 class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
