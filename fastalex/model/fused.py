@@ -140,6 +140,9 @@ def _pool(spec: Convolution, ceil_mode: bool) -> nn.Module:
     if spec.norm is None:
         return MaxPool2d(**pool)
     norm = (spec.norm.size, spec.norm.alpha, spec.norm.beta, spec.norm.k, spec.norm.groups)
+    if spec.norm_after_pool:
+        alone = LRNMaxPool2d(*norm, kernel_size=1, stride=1, signed=False)
+        return nn.Sequential(MaxPool2d(**pool), alone)
     if spec.spatial_norm is None:
         relu = spec.relu_after_pool
         return LRNMaxPool2d(*norm, **pool, relu=relu, signed=relu)

@@ -13,10 +13,16 @@ from torch import nn
 from torch.nn.utils import prune
 
 from fastalex import AlexNet
-from fastalex.model.variants import VARIANTS
+from fastalex.model.variants import FOREIGN, VARIANTS
 from tests._nets import narrow
 
-NAMES = (*VARIANTS, "paper-without-tower-traffic", "owt-without-fc7", "source2012-without-conv4")
+NAMES = (
+    *VARIANTS,
+    *FOREIGN,
+    "paper-without-tower-traffic",
+    "owt-without-fc7",
+    "source2012-without-conv4",
+)
 
 # The leaves of print(torchvision.models.alexnet()), version 0.28.
 TORCHVISION = {
