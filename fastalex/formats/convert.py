@@ -110,6 +110,8 @@ def _run(options: argparse.Namespace) -> int:
     size = options.image_size or net.image_size or get_variant(variant).image_size
     AlexNet(1, variant=variant).check_image_size(size, size)
     scale = IMAGENET if split_name(variant)[0] == "owt" else Normalization(_MEAN, (1.0, 1.0, 1.0))
+    if net.normalization is not None:
+        scale = Normalization.from_dict(net.normalization)
     if options.mean is not None:
         scale = _normalization(options.mean, size, net.bgr, split_name(variant)[0] == "source2012")
     metadata = {

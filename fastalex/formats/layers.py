@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,7 @@ class ForeignNet(NamedTuple):
         bgr: whether the net reads blue, green, red.
         image_size: in pixels, where the file says it.
         classes: their names, where the file has them.
+        normalization: as a weights file's metadata have it, where the file has it.
     """
 
     kind: str
@@ -34,6 +37,25 @@ class ForeignNet(NamedTuple):
     bgr: bool = False
     image_size: int | None = None
     classes: list[str] | None = None
+    normalization: dict[str, Any] | None = None
+
+    def told(self, metadata: Mapping[str, str]) -> ForeignNet:
+        """With what fastalex.export wrote beside the weights, if it did.
+
+        Raises:
+            ValueError: where that is no JSON.
+        """
+        if not {"variant", "classes", "image_size", "normalization"} <= set(metadata):
+            return self
+        classes, scale = (json.loads(metadata[name]) for name in ("classes", "normalization"))
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError("classes: expected a list of names in its metadata")
+        return self._replace(
+            variant=metadata["variant"],
+            classes=classes,
+            image_size=int(metadata["image_size"]),
+            normalization=scale,
+        )
 
 
 def find_variant(net: ForeignNet, asked: str | None = None) -> str:

@@ -5,7 +5,6 @@ Source: onnx/onnx.proto of onnx/onnx.
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any, NamedTuple
 
@@ -20,7 +19,6 @@ _TYPES = {1: ("<f4", 4), 11: ("<f8", 10), 10: ("<f2", 0)}  # of TensorProto: dty
 _RAW, _LOCATION = 9, 14
 # k and alpha of the local response norms.
 _NORMS = {(1.0, 1e-4): "caffe", (2.0, 5e-4): "paper", (2.0, 1e-4): "source2012"}
-CLASSES = "classes"  # among the metadata: the names as a JSON list
 
 
 def is_onnx(file: Message) -> bool:
@@ -58,8 +56,7 @@ def read_onnx(file: Message) -> ForeignNet:
         _variant(nodes),
         bgr="caffe" in producer.lower(),
         image_size=_image_size(graph, set(tensors)),
-        classes=_classes(metadata),
-    )
+    ).told(metadata)
 
 
 def _node(node: Message) -> _Node:
@@ -117,12 +114,3 @@ def _image_size(graph: Message, initializers: set[str]) -> int | None:
         if len(dims) == 4 and dims[2] == dims[3] > 0:
             return dims[2]
     return None
-
-
-def _classes(metadata: dict[str, str]) -> list[str] | None:
-    try:
-        names = json.loads(metadata.get(CLASSES, "null"))
-    except ValueError:
-        return None
-    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return names if known else None

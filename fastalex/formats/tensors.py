@@ -48,13 +48,14 @@ def read_safetensors(path: Path) -> ForeignNet:
     """
     try:
         with safe_open(path, "pt") as file:
-            if "fastalex" in (file.metadata() or {}):
+            metadata = file.metadata() or {}
+            if "fastalex" in metadata:
                 raise ValueError("already weights of fastalex's: give them to the commands")
             names = list(file.keys())
             tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"damaged, or not a safetensors file ({error})") from error
-    return _net("safetensors", tensors, path)
+    return _net("safetensors", tensors, path).told(metadata)
 
 
 def _net(kind: str, tensors: Any, path: Path) -> ForeignNet:

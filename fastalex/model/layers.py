@@ -122,18 +122,14 @@ class LRNMaxPool2d(MaxPool2d):
         self.groups, self.relu, self.signed = groups, relu, signed
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        output = kernels.lrn_max_pool2d(
-            input,
-            self.size,
-            self.alpha,
-            self.beta,
-            self.k,
-            self.groups,
-            self.kernel_size,
-            self.stride,
-            self.ceil_mode,
-            self.signed,
-        )
+        norm = (self.size, self.alpha, self.beta, self.k)
+        pool = (self.kernel_size, self.stride)
+        if torch.compiler.is_exporting():  # a program is to hold torch's own operators alone
+            parts = [F.local_response_norm(x, *norm) for x in input.chunk(self.groups, 1)]
+            output = F.max_pool2d(torch.cat(parts, 1), *pool, ceil_mode=self.ceil_mode)
+        else:
+            groups, ceil_mode, signed = self.groups, self.ceil_mode, self.signed
+            output = kernels.lrn_max_pool2d(input, *norm, groups, *pool, ceil_mode, signed)
         return F.relu(output) if self.relu else output
 
     def extra_repr(self) -> str:
