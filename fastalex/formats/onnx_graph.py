@@ -129,7 +129,7 @@ class _Graph:
             self.add(
                 "MaxPool", kernel_shape=[kernel] * 2, strides=[stride] * 2, ceil_mode=int(ceil)
             )
-            return (side - kernel + (stride - 1) * ceil) // stride + 1
+            return int((side - kernel + (stride - 1) * ceil) // stride + 1)
         elif isinstance(layer, nn.LocalResponseNorm):
             norm: dict[str, Any] = {
                 "size": layer.size,
