@@ -110,7 +110,7 @@ class Ensemble:
         places = crop_places(images.shape[1] - self.image_size, crops)
         for member, augment in zip(self.members, self._augments, strict=True):
             for place in places:
-                crop = _cut(augment, images, *place)
+                crop = cut(augment, images, *place)
                 softmax = member.model(crop).double().softmax(1)
                 if not bool(softmax.isfinite().all()):
                     raise ValueError(f"{member.path}: its net's output is not finite")
@@ -133,7 +133,7 @@ class Ensemble:
         images = torch.from_numpy(pixels).to(self.device)
         (place,) = crop_places(images.shape[1] - self.image_size, 1)
         model = member.model
-        maps = model.forward_features(_cut(self._augments[0], images, *place))
+        maps = model.forward_features(cut(self._augments[0], images, *place))
         return model.forward_head(maps, pre_logits=True).float().cpu()
 
     def _check_alike(self, first: Member, other: Member) -> None:
@@ -182,7 +182,7 @@ def _shown(value: object) -> str:
     return f"{len(value)} of them" if isinstance(value, list) else repr(value)[:50]
 
 
-def _cut(
+def cut(
     augment: Augment, images: torch.Tensor, top: int, left: int, mirrored: bool
 ) -> torch.Tensor:
     """The same crop of every image, normalised."""

@@ -21,7 +21,7 @@ from fastalex.distributed import towers
 from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.launch import TrainingError
 from fastalex.model.alexnet import AlexNet
-from fastalex.training import checkpoints
+from fastalex.training import checkpoints, fine_tuning
 from fastalex.training.autograd_step import AutogradStep, LossScaler, autocast, tf32
 from fastalex.training.checkpoints import ResumeState
 from fastalex.training.config import Settings
@@ -124,6 +124,9 @@ class Trainer:
         if resume is not None and resume.path is not None:
             weights, buffers = resume.tensors()
             model.load_state_dict(weights)
+        elif settings.init_from is not None:
+            fine_tuning.begin_with(model, settings.init_from, self.config.classes)
+        fine_tuning.freeze(model, settings.freeze)
         self.model = parallel.parallelize(
             model.to(parallel.device), rows=self.train_batches.batch_size // parallel.replicas
         )
