@@ -25,6 +25,13 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 @contextlib.contextmanager
+def computing(precision: str, device: torch.device) -> Iterator[None]:
+    """A context in which a net computes in ``precision``, TF32 included."""
+    with tf32(precision), autocast(precision, device):
+        yield
+
+
+@contextlib.contextmanager
 def tf32(precision: str) -> Iterator[None]:
     """A context in which ``tf32`` is what float32 means to torch; others leave it as it is."""
     settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]

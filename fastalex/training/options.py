@@ -291,7 +291,6 @@ def _parser(kind: type[Parser] = Parser) -> Parser:
         epilog="Without --data it trains on a built-in set of ten drawn classes and needs no "
         "download. `python -m fastalex.data photos DIR` makes a folder of real photographs. "
         "A recipe changes the defaults below; docs/training.md has the table.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fastalex {__version__}")
     for title, options in _OPTIONS.items():
