@@ -119,7 +119,8 @@ class Ensemble:
             for place in places:
                 crop = cut(augment, images, *place)
                 with member.precision(self.device):
-                    softmax = member.model(crop).double().softmax(1)
+                    logits = member.model(crop)
+                softmax = logits.double().softmax(1)
                 if not bool(softmax.isfinite().all()):
                     raise ValueError(f"{member.path}: its net's output is not finite")
                 total += softmax.cpu()

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,6 +102,24 @@ def test_an_ensemble_is_the_mean_of_its_softmaxes(folder: Path, pixels: np.ndarr
     each = [Ensemble.load([path]).probabilities(pixels) for path in paths]
     torch.testing.assert_close(Ensemble.load(paths).probabilities(pixels), sum(each) / 2)
     assert not torch.allclose(*each)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", "bf16"), ("cpu", "float32")])
+def test_on_a_gpu_a_net_computes_as_it_was_trained(
+    tmp_path: Path, pixels: np.ndarray, monkeypatch: Patch, device: str, expected: str
+) -> None:
+    weights = random_weights(tmp_path / "w", 0, precision="bf16")
+    seen = []
+
+    def computing(name: str, on: torch.device) -> AbstractContextManager[None]:
+        seen.append(name)
+        return nullcontext()
+
+    monkeypatch.setattr("fastalex.evaluation.ensemble.computing", computing)
+    ensemble = Ensemble.load([weights], torch.device("cpu"))
+    assert len(ensemble.probabilities(pixels)) == len(pixels)
+    with ensemble.members[0].precision(torch.device(device)):
+        assert seen == ["float32", expected]
 
 
 def test_ten_crops_are_four_corners_the_centre_and_their_mirrors() -> None:
