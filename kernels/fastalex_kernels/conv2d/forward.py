@@ -44,6 +44,7 @@ from fastalex_kernels.conv2d.arguments import (
     space_to_depth_weight,
     spell_out,
 )
+from fastalex_kernels.conv2d.columns import conv2d_backward_input_columns, pixels_as_columns
 from fastalex_kernels.conv2d.tiles import halved_warps, row_blocks, split_channels, tma_fits
 from fastalex_kernels.conv2d.weight import conv2d_relu_backward_weight
 
@@ -400,6 +401,9 @@ def conv2d_relu_backward_input(
     here: dx then is the gradient before the ReLU, and what comes with it are partials of its sum
     over all but the channels, float32 [parts, G*C], the gradient of the bias there.
     """
+    pixels = pixels_as_columns(dz, w, groups) if mask is None else 0
+    if pixels:
+        return conv2d_backward_input_columns(dz, w, size, padding, groups, pixels), None
     (R, S, C, _), (top, _), (left, _) = w.shape, *padding
     pad = (R - 1 - top, S - 1 - left)
     return _convolve(dz, w, None, size, C, pad, groups, relu=False, reverse=True, mask=mask)
