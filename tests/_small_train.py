@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from fastalex.data import sources
+from fastalex.data import datasets
 from fastalex.model.variants import VARIANTS, Variant
 from fastalex.training import train
 
@@ -28,7 +28,7 @@ def thin(variant: Variant) -> Variant:
 def shrink() -> None:
     """Give this process the thin nets and the few images."""
     VARIANTS.update({name: thin(variant) for name, variant in VARIANTS.items()})
-    sources.TRAIN_COUNT, sources.VAL_COUNT = TRAIN_COUNT, VAL_COUNT
+    datasets.TRAIN_COUNT, datasets.VAL_COUNT = TRAIN_COUNT, VAL_COUNT
 
 
 if __name__ in ("__main__", "__mp_main__"):

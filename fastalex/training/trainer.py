@@ -14,16 +14,9 @@ from fastalex.common import interrupts
 from fastalex.common.command_line import output_may_fail
 from fastalex.common.interrupts import Interrupted
 from fastalex.common.provenance import versions
-from fastalex.data import (
-    Batch,
-    Batches,
-    DataError,
-    ImageSource,
-    Share,
-    Transform,
-    color_noise,
-    open_sources,
-)
+from fastalex.data import DataError, ImageDataset
+from fastalex.data.batches import Batch, Batches, Share, Transform
+from fastalex.data.datasets import color_noise, open_datasets
 from fastalex.distributed import towers
 from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.launch import TrainingError
@@ -96,12 +89,12 @@ class Trainer:
         self.config = config
         self.settings = settings = config.settings
         self.parallel = parallel = ParallelContext(config.world, settings.timeout)
-        train_source, val_source = config.sources or open_sources(
+        train_dataset, val_dataset = config.datasets or open_datasets(
             settings.data, settings.seed, settings.image_size, config.unreadable, quiet=True
         )
-        self.source = train_source
-        self.train_batches = self._batches(train_source, train=True)
-        self.val_batches = self._batches(val_source, train=False)
+        self.dataset = train_dataset
+        self.train_batches = self._batches(train_dataset, train=True)
+        self.val_batches = self._batches(val_dataset, train=False)
         state = {} if config.resume is None else config.resume.state
         self.steps = checkpoints.last_step(settings, len(self.train_batches), state)
         self.schedule = Schedule(settings, self.steps)
@@ -208,7 +201,7 @@ class Trainer:
             "world": vars(config.world),
             "versions": versions(),
             "classes": config.classes,
-            "images": [len(self.source), len(self.val_batches.source)],
+            "images": [len(self.dataset), len(self.val_batches.dataset)],
             "contents": config.images,
             "normalization": config.normalization.to_dict(),
             "unreadable": [path for path, _ in config.unreadable],
@@ -225,16 +218,16 @@ class Trainer:
         if self.settings.tensorboard:
             self.tensorboard = TensorBoard(self.folder.tensorboard, self.step)
 
-    def _batches(self, source: ImageSource, train: bool) -> Batches:
+    def _batches(self, dataset: ImageDataset, train: bool) -> Batches:
         settings = self.settings
         return Batches(
-            source,
+            dataset,
             settings.batch_size,
             Transform(
                 settings.image_size,
                 self.config.normalization,
                 settings.augmentation,
-                color_noise(source, settings.color_noise),
+                color_noise(dataset, settings.color_noise),
                 self.parallel.device,
             ),
             settings.seed,
@@ -360,7 +353,7 @@ class Trainer:
         self.losses += losses
 
     def _not_finite(self, loss: float, step: int, indices: list[int]) -> str:
-        names = ", ".join(self.source.name(i) for i in indices[:_NAMED])
+        names = ", ".join(self.dataset.name(i) for i in indices[:_NAMED])
         more = len(indices) - _NAMED
         return (
             f"the loss is {loss} at step {step} (epoch {self.epoch}), on {names}"

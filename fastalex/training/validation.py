@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastalex.common.nvtx_ranges import nvtx_range
-from fastalex.data import Batch, Batches
+from fastalex.data.batches import Batch, Batches
 from fastalex.distributed.context import ParallelContext
 from fastalex.model.alexnet import AlexNet
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastalex.data import sources
+from fastalex.data import datasets
 from fastalex.distributed import launch
 from fastalex.training import train, trainer
 from fastalex.training.checkpoints import find
@@ -254,7 +254,7 @@ def test_what_a_resumed_run_cannot_take_is_refused(
 def test_other_images_are_refused(
     stopped: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "TRAIN_COUNT", 30)
+    monkeypatch.setattr(datasets, "TRAIN_COUNT", 30)
     before = contents(here)
     assert train.main(["--resume", stopped]) == 2
     said = capsys.readouterr().err

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from fastalex import AlexNet
-from fastalex.data import Batches, Normalization, Transform
+from fastalex.data import Normalization
+from fastalex.data.batches import Batches, Transform
 from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.launch import TrainingError
 from fastalex.distributed.world import World
@@ -70,7 +71,7 @@ def _plan(folder: Path, source: FewImages, *arguments: str) -> RunConfig:
         source.classes,
         Normalization((127.0,) * 3, (64.0,) * 3),
         unreadable=[],
-        sources=(source, source),
+        datasets=(source, source),
     )
 
 
