@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fastalex.data.augment import Augment
@@ -142,18 +142,19 @@ def resident(gpu: GPU, registers: int, shared: int, warps: int) -> int:
     return max(1, min(by_registers, by_shared, gpu.threads // threads, _BLOCKS))
 
 
-def schedule(gpu: GPU, cycles: Iterable[float], slots: int) -> float:
+def schedule(gpu: GPU, cycles: Sequence[float], slots: int) -> float:
     """The cycle in which the last program ends.
 
     Programs start in order, each where a place is free first. The places of a processor share it
     evenly, and a program keeps its place for some cycles in which it does not use it: its first
-    loads and its last stores.
+    loads and its last stores. Where places outnumber programs, every processor gets as many.
 
     Args:
         gpu: one of ``fastalex.inspection.gpus.GPUS``.
         cycles: of each program, if it had a processor to itself.
         slots: programs that a processor holds at once.
     """
+    slots = min(slots, -(-len(cycles) // gpu.processors))
     free = [0.0] * (gpu.processors * slots)
     last = 0.0
     for work in cycles:

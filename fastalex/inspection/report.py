@@ -149,7 +149,8 @@ def read_launch(event: Event, launch: Launch, layer: Layer | None, gpu: GPU) -> 
     loops = sass.loops(code.instructions)
     amd = gpu.target.startswith("gfx")
     work = ir.work(launch.grid, launch.named)
-    row.loop = _main_loop(loops, ir, work, warps, gpu)
+    bodies = [code.instructions[loop.start : loop.stop] for loop in loops]
+    row.loop = _main_loop(bodies, ir, work, warps, gpu)
     if work is None:
         return row
     row.flops = float(sum(w.flops for w in work))
@@ -167,19 +168,18 @@ def read_launch(event: Event, launch: Launch, layer: Layer | None, gpu: GPU) -> 
     return row
 
 
-def _executed(
-    total: int, loops: Sequence[list[sass.Instruction]], work: Sequence[ttir.Work]
-) -> list[float] | None:
-    """Instructions that one warp of each program runs; None with several loops.
+def _executed(total: int, loops: Sequence[range], work: Sequence[ttir.Work]) -> list[float] | None:
+    """Instructions that one warp of each program runs; None where loops are not the IR's.
 
     Both sides of a branch count.
     """
-    real = [len(loop) for loop in loops if len(loop) > _WAITING]
+    real = [loop for loop in loops if len(loop) > _WAITING]
     if not real and all(max(w.turns, default=0) <= 1 for w in work):
         return [total] * len(work)
-    if len(real) != 1 or len(work[0].turns) != 1:
+    if len(real) != len(work[0].turns):
         return None
-    return [total + real[0] * (w.turns[0] - 1) for w in work]
+    straight, *own = sass.lengths(total, real)
+    return [straight + sum(map(int.__mul__, own, w.turns)) for w in work]
 
 
 def _add_traffic(row: Row, arguments: dict[str, Any], ir: ttir.Code) -> dict[str, tuple[int, int]]:
