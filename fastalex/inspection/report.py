@@ -116,7 +116,7 @@ def inspect(step: Step, gpu: GPU, dtype: str) -> list[Row]:
             row = Row(event.layer, event.phase, event.name, read=event.read, written=event.written)
         else:
             row = read_launch(event, event.launch, step.layers.get(event.layer), gpu)
-        row.bound = gpu.seconds(row.flops, row.read + row.written, dtype)
+        row.bound = gpu.seconds(row.flops, row.read + row.written, _rounded(row, dtype))
         rows.append(row)
     train = any(event.phase == "backward" for event in step.events)
     floors = cost.floors(step.layers, 4 if dtype == "fp32" else 2, train)
@@ -127,7 +127,7 @@ def inspect(step: Step, gpu: GPU, dtype: str) -> list[Row]:
         for row in [row for row in made_by if row.flops] if total else made_by[:1]:
             share = row.flops / total if total else 1.0
             row.floor_size, row.floor_flops = share * floor.size, share * floor.flops
-            row.floor = gpu.seconds(row.floor_flops, row.floor_size, dtype)
+            row.floor = gpu.seconds(row.floor_flops, row.floor_size, _rounded(row, dtype))
             row.useful = share * floor.useful / row.flops if row.flops else None
             if row.waves is not None:
                 row.waves /= cost.tap_share(step.layers[name])
@@ -166,6 +166,11 @@ def read_launch(event: Event, launch: Launch, layer: Layer | None, gpu: GPU) -> 
         issued = [warps * each / _SCHEDULERS for each in executed]
         row.issue_seconds = cost.schedule(gpu, issued, slots) / gpu.clock
     return row
+
+
+def _rounded(row: Row, dtype: str) -> str:
+    """What the products of a launch are computed in, in a step of ``dtype``."""
+    return "tf32" if row.loop is not None and "TF32" in row.loop.product else dtype
 
 
 def _executed(total: int, loops: Sequence[range], work: Sequence[ttir.Work]) -> list[float] | None:

@@ -20,14 +20,15 @@ TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 TF32_TOLERANCE = 1e-3
 
 
-def tolerance(dtype: torch.dtype, length: int) -> float:
+def tolerance(dtype: torch.dtype, length: int, precision: str = "ieee") -> float:
     """The relative error allowed to a result of ``dtype`` whose elements sum ``length`` products.
 
-    Where torch's matmul setting lets float32 products round to TF32, that is what they may cost.
+    Args:
+        precision: of the products, as ``fastalex_kernels.common.tuned.dot_precision`` says.
     """
     if dtype != torch.float32:
         return TOLERANCES[dtype]
-    if length and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if length and precision == "tf32":
         return TF32_TOLERANCE
     return float(TOLERANCES[dtype] * max(1.0, (length / 1000) ** 0.5))
 
