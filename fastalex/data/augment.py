@@ -47,7 +47,7 @@ class Augment:
 
     Attributes:
         size: as given.
-        mean, scale, centred: what ``fastalex_kernels.augment`` takes under these names.
+        norm: what ``fastalex_kernels.augment`` takes under this name.
 
     Args:
         normalization: mean and deviation; its mean image, if any, has the side of the images.
@@ -70,17 +70,16 @@ class Augment:
     ) -> None:
         self.size = size
         std = torch.tensor(normalization.std) * (COLOR_SCALE if colored else 1.0)
-        self.scale = (1 / std).to(device)
-        self.mean = torch.tensor(normalization.mean, device=device)
-        self.centred = False
+        scale = (1 / std).to(device)
+        self.norm = kernels.PixelNorm(torch.tensor(normalization.mean, device=device), scale)
         image = normalization.mean_image
         if image is None:
             return
         spare = len(image.pixels) - size
         if spare < 0:
             raise ValueError(f"size: expected at most the mean image's {size + spare}, got {size}")
-        self.mean = torch.from_numpy(image.pixels).to(device)
-        self.centred = image.centred
+        mean = torch.from_numpy(image.pixels).to(device)
+        self.norm = kernels.PixelNorm(mean, scale, image.centred)
 
     def __call__(
         self,
@@ -104,10 +103,8 @@ class Augment:
         """
         kind = images.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        normalization = (colors, self.mean, self.scale, self.size)
-        return kernels.augment(
-            images, tops, lefts, mirrors, *normalization, dtype=dtype, centred=self.centred
-        )
+        crops = kernels.Crops(tops, lefts, mirrors)
+        return kernels.augment(images, crops, colors, self.norm, self.size, dtype)
 
 
 @dataclass(frozen=True)
