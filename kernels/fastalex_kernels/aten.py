@@ -298,20 +298,14 @@ def cross_entropy(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def augment(
     images: torch.Tensor,
-    tops: torch.Tensor,
-    lefts: torch.Tensor,
-    mirrors: torch.Tensor,
+    crops: Sequence[torch.Tensor],
     colors: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    centred: bool,
+    norm: tuple[torch.Tensor | None, torch.Tensor | None, bool],
     size: int,
-    padding: tuple[tuple[int, int], tuple[int, int]],
-    block: int,
-    lines: tuple[int, int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    (N, H, W, _), (height, width) = images.shape, lines
+    """[N, size, size, 3]."""
+    (N, H, W, _), (tops, lefts, mirrors), (mean, scale, centred) = images.shape, crops, norm
     step = torch.arange(size, device=images.device)
     rows = (tops.clamp(0, H - size)[:, None] + step)[:, :, None]
     steps = torch.where(mirrors[:, None], size - 1 - step, step)
@@ -329,10 +323,4 @@ def augment(
     shift = torch.zeros(1, 3, dtype=wide, device=x.device) if colors is None else colors.to(wide)
     shift = (shift if mean is None else shift - mean) * factor
     torch.addcmul(shift.repeat(1, size)[:, None], x, factor.repeat(size), out=x)
-    x = x.view(N, size, size, 3)
-    (top, _), (left, _) = padding
-    x = F.pad(x.to(dtype), (0, 0, left, width - left - size, top, height - top - size))
-    if block == 1:
-        return x
-    x = x.reshape(N, height // block, block, width // block, block, 3).permute(1, 3, 0, 2, 4, 5)
-    return x.reshape(height // block, width // block, N, block * block * 3)
+    return x.view(N, size, size, 3).to(dtype)

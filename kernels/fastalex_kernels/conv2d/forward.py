@@ -57,6 +57,8 @@ _FORWARD_TILES = {
     ("sm_100", 16): (128, 128, 64, 8, 4),
     ("gfx942", 16): (128, 128, 32, 8, 2),
     ("other", 16): (128, 128, 32, 8, 3),
+    ("sm_80", "tf32"): (128, 64, 32, 8, 3),
+    ("sm_90", "tf32"): (128, 128, 32, 8, 3),
     ("sm_90", 32): (64, 64, 32, 8, 4 if TRITON < (3, 9) else 3),  # each spills with the other
     ("other", 32): (64, 64, 32, 8, 3),
     ("interpreter", 16): (2048, 512, 512, 4, 1),  # where an operation costs the same at any size
@@ -455,7 +457,7 @@ def _convolve(
         launch(
             _conv2d_relu_fwd_kernel, grid, x, w, b, *made, *sizes, **constants,
             W_TAP=rows * columns, W_GROUP=columns // groups, W_C=strides[0], W_K=strides[1],
-            ONE_PIXEL=one_pixel, PRECISION=dot_precision(x.dtype), counted=counted,
+            ONE_PIXEL=one_pixel, PRECISION=dot_precision(x, name), counted=counted,
         )  # fmt: skip
     return output, None if sums is None else fold(sums)
 
