@@ -189,17 +189,12 @@ def _check_same_images(
     resume: ResumeState, train: ImageDataset, images: tuple[Contents, ...], allowed: bool
 ) -> None:
     """Raise unless the images are those that the run started with, or may be others."""
-    where, before = f"--data of {resume.folder}", resume.state.get("contents")
+    where, before = f"--data of {resume.folder}", resume.state["contents"]
     if list(train.classes) != resume.state["classes"]:
         raise DataError(f"{where}: the images have other classes than they had")
-    if before:
-        parts = zip(("training", "validation"), before, images, strict=True)
-        changes = [(part, describe_changes(old, now)) for part, old, now in parts]
-        changed = [f"{part} images: {text}" for part, text in changes if text]
-    else:  # an older version's
-        counts = [sum(count for count, _ in part.values()) for part in images]
-        changed = [f"{counts} training and validation images, and there were {before}"]
-        changed = changed if counts != resume.state["images"] else []
+    parts = zip(("training", "validation"), before, images, strict=True)
+    changes = [(part, describe_changes(old, now)) for part, old, now in parts]
+    changed = [f"{part} images: {text}" for part, text in changes if text]
     if changed and not allowed:
         raise DataError(
             f"{where}: not what the run started with, {'; '.join(changed)}; put them back, or "
