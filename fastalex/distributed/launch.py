@@ -286,7 +286,9 @@ def _work(
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
     for signum in set(interrupts.SIGNALS) - {signal.SIGHUP}:
-        signal.signal(signum, signal.SIG_IGN)  # once it has saved: the launcher sends one more
+        # Once it has saved, for the launcher sends one more. Not SIG_IGN: that would throw away
+        # one that came while this process was starting, and waits to be let through.
+        signal.signal(signum, lambda *_: None)
 
     def on_stuck(line: str) -> None:
         pipe.send(WorkerFailed(line))
