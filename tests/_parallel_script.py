@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastalex import AlexNet
-from fastalex.distributed import towers
+from fastalex.distributed import exchange, towers
 from fastalex.distributed.exchange import TowerExchange, checked_exchange
 from fastalex.model.variants import Variant
 from fastalex.training import TrainStep
@@ -126,17 +126,17 @@ def _refused(function: Callable[[], object]) -> str:
 
 def _check_damaged(mesh: DeviceMesh, damaged: Callable[[int], bool]) -> str:
     """What ``checked_exchange`` says where the processes of some ranks receive zeros."""
-    both = TowerExchange.both
+    exchanged = exchange.exchanged
 
-    def zeros(self: TowerExchange, x: torch.Tensor) -> torch.Tensor:
-        received = both(self, x)
-        return torch.zeros_like(x) if damaged(self.rank) and x.numel() > 1 else received
+    def zeros(other: TowerExchange, x: torch.Tensor) -> torch.Tensor:
+        received = exchanged(other, x)
+        return torch.zeros_like(x) if damaged(other.rank) and x.numel() > 1 else received
 
-    TowerExchange.both = zeros  # type: ignore[method-assign]
+    exchange.exchanged = zeros  # type: ignore[assignment]
     try:
         return _refused(lambda: checked_exchange(mesh))
     finally:
-        TowerExchange.both = both  # type: ignore[method-assign]
+        exchange.exchanged = exchanged
 
 
 def _copies_agree(mesh: DeviceMesh) -> list[bool]:
@@ -150,15 +150,15 @@ def _copies_agree(mesh: DeviceMesh) -> list[bool]:
 
 def two() -> dict[str, Any]:
     pair, replicas = towers.init_mesh("cpu", 1, 2), towers.init_mesh("cpu", 2, 1)
-    exchange = TowerExchange(pair)
+    pair_exchange = TowerExchange(pair)
     sent = torch.arange(3.0) + 10 * dist.get_rank()
     return {
         "paper": _compare(narrow("paper"), pair, [0, ROWS]),
-        "source2012": _compare(narrow("source2012"), pair, [0, ROWS], exchange),
+        "source2012": _compare(narrow("source2012"), pair, [0, ROWS], pair_exchange),
         "caffe": _compare(narrow("caffe"), replicas, [0, 3, ROWS]),
         "owt": _compare(narrow("owt"), replicas, [0, 1, ROWS]),
-        "sent": exchange.both(sent).tolist(),
-        "empty": list(exchange.both(torch.empty(0, 4)).shape),
+        "sent": exchange.exchanged(pair_exchange, sent).tolist(),
+        "empty": list(exchange.exchanged(pair_exchange, torch.empty(0, 4)).shape),
         "sound": _check_damaged(pair, lambda _: False),
         "damaged": _check_damaged(pair, lambda _: True),
         "damaged to rank 1": _check_damaged(pair, lambda rank: rank == 1),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,4 +22,27 @@ def save(path: Path, pixels: npt.NDArray[np.generic] | Image.Image, **options: o
     path.parent.mkdir(parents=True, exist_ok=True)
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     image.save(path, **options)
+    return path
+
+
+_PNGS = {"RGB": (8, 2, 3), "RGBA": (8, 6, 4), "grey16": (16, 0, 1), "palette": (8, 3, 1)}
+
+
+def write_png(
+    path: Path, width: int, height: int, kind: str = "RGB", rows: int | None = None
+) -> Path:
+    """A PNG of one colour, compressed row by row, with ``rows`` of the height that it claims."""
+    bits, colours, channels = _PNGS[kind]
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
+
+    row = b"\0" + bytes(width * channels * bits // 8)
+    packer = zlib.compressobj(1)
+    data = b"".join(packer.compress(row) for _ in range(rows or height)) + packer.flush()
+    body = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0))
+    body += chunk(b"PLTE", bytes(range(6))) if kind == "palette" else b""
+    body += chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
     return path

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,8 +19,35 @@ REFUSED = 2  # exit code
 class Parser(argparse.ArgumentParser):
     """An argparse parser that answers a wrong command line with one line.
 
-    Of torchrun's processes only the first says it. ``prog`` is ``python -m fastalex.NAME``.
+    Of torchrun's processes only the first says it. ``prog`` is ``python -m fastalex.NAME``. Options
+    are whole; ``--help`` names the default of each that has one.
     """
+
+    def __init__(self, **about: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **about})
+
+    def add_flag(self, option: str, text: str) -> None:
+        """An option that takes nothing."""
+        self.add_argument(option, action="store_true", help=text)
+
+    def add_count(
+        self, option: str, text: str, default: int | None = None, most: int | None = None
+    ) -> None:
+        """An option that takes a whole number from 1 to ``most``."""
+        text += "" if default is None else " (default: %(default)s)"
+        kind = whole_number(1, most)
+        self.add_argument(option, type=kind, default=default, metavar="N", help=text)
+
+    def add_choice(self, option: str, choices: Iterable[Any], default: Any, text: str = "") -> None:
+        """An option that takes one of ``choices``; None as the default is for ``text`` to say."""
+        text += "" if default is None else " (default: %(default)s)"
+        kind = type(default) if default is not None else str
+        self.add_argument(option, type=kind, choices=tuple(choices), default=default, help=text)
+
+    def add_path(self, name: str, text: str, metavar: str, **about: Any) -> None:
+        """An option or argument that takes a path."""
+        text += "" if about.get("default") is None else " (default: %(default)s)"
+        self.add_argument(name, type=Path, metavar=metavar, help=text, **about)
 
     def error(self, message: str) -> NoReturn:
         if os.environ.get("RANK", "0") == "0":

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastalex.common.command_line import Parser, guarded, whole_number
+from fastalex.common.command_line import Parser, guarded
 from fastalex.data.base import printable
 from fastalex.data.pack import LEFT_OUT, ODD, SIZE, VAL_SPLIT, pack
 from fastalex.data.packed import MAX_SIZE, verify
@@ -35,17 +35,9 @@ def _parser() -> Parser:
         "becomes 256 pixels, and the middle of the longer one is kept. However it ends, the same "
         "command goes on where it was.",
     )
-    command.add_argument(
-        "source", metavar="SRC", type=Path, help="folder with train/CLASS and val/CLASS, or CLASS"
-    )
-    command.add_argument("folder", metavar="DST", type=Path, help="a new or empty folder")
-    command.add_argument(
-        "--size",
-        type=whole_number(1, MAX_SIZE),
-        default=SIZE,
-        metavar="PIXELS",
-        help="side of the packed images (default: %(default)s)",
-    )
+    command.add_path("source", "folder with train/CLASS and val/CLASS, or CLASS", "SRC")
+    command.add_path("folder", "a new or empty folder", "DST")
+    command.add_count("--size", "side of the packed images in pixels", SIZE, most=MAX_SIZE)
     command.add_argument(
         "--val-split",
         type=float,
@@ -53,12 +45,7 @@ def _parser() -> Parser:
         help="where SRC has no val folder: share of the images of each class, evenly spaced, that "
         f"are kept for validation (default: {VAL_SPLIT})",
     )
-    command.add_argument(
-        "--workers",
-        type=whole_number(1),
-        metavar="N",
-        help="images decoded at a time (default: as many as cores)",
-    )
+    command.add_count("--workers", "images decoded at a time (default: as many as cores)")
     command.set_defaults(run=_pack)
     command = commands.add_parser(
         "verify",
@@ -66,7 +53,7 @@ def _parser() -> Parser:
         description="Read all of a packed set and name every image that does not match its "
         "checksum. The exit code is 0 for a good set, 1 for a damaged one.",
     )
-    command.add_argument("folder", metavar="DST", type=Path, help="a packed set")
+    command.add_path("folder", "a packed set", "DST")
     command.set_defaults(run=_verify)
     command = commands.add_parser(
         "photos",
@@ -75,7 +62,7 @@ def _parser() -> Parser:
         "scikit-image ships. A class is one photograph; training and validation crops come from "
         "separate parts of it. Nothing is downloaded.",
     )
-    command.add_argument("folder", metavar="DIR", type=Path, help="a new or empty folder")
+    command.add_path("folder", "a new or empty folder", "DIR")
     command.set_defaults(run=_photos)
     return parser
 

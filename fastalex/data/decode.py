@@ -71,7 +71,7 @@ def read_image(path: Path, size: int) -> Pixels:
     with _opened(path) as image:
         # A JPEG is decoded at a half, quarter or eighth where that is still no smaller than asked.
         _draft(image, (size, size))
-        return _square(image, size)
+        return centre_square(image, size)
 
 
 def read_whole(path: Path, size: int) -> tuple[Pixels, str | None]:
@@ -90,7 +90,7 @@ def read_whole(path: Path, size: int) -> tuple[Pixels, str | None]:
     with _opened(path) as image:
         _require_memory(image, image.width * image.height)
         deep = any(";16" in str(tile.args) for tile in image.tile)  # known until it is decoded
-        return _square(image, size), _remark(image, path.suffix.lower(), size, deep)
+        return centre_square(image, size), _remark(image, path.suffix.lower(), size, deep)
 
 
 def read_upright(path: Path) -> Image.Image:
@@ -221,7 +221,7 @@ def _shrink(image: Image.Image) -> int:
     return next(by for by in (1, 2, 4, 8, 16) if pixels <= by * by * _MOST_WHOLE)
 
 
-def _square(image: Image.Image, size: int) -> Pixels:
+def centre_square(image: Image.Image, size: int) -> Pixels:
     rgb = _to_rgb(image)
     orientation = _orientation(image)
     short = min(rgb.size)

@@ -20,7 +20,9 @@ NORMALIZATIONS = {
     "mean-image": "likewise the mean image of a packed set, cropped and mirrored with each image",
     "mean-centre": "likewise its centre, from every crop",
     "imagenet": "torchvision's constants",
+    "init-from": "as the net of --init-from has it, the default with that",
 }
+INIT_FROM = "init-from"
 MEAN_IMAGES = ("mean-image", "mean-centre")  # those that subtract one where there is one
 
 FloatPixels = npt.NDArray[np.float32]

@@ -130,13 +130,6 @@ class TowerExchange:
         """A transfer of the contiguous ``sent``; both towers start theirs in the same order."""
         return _GatherTransfer(sent, self)
 
-    def both(self, x: torch.Tensor) -> torch.Tensor:
-        """Send the contiguous ``x`` to the other tower, return what it sent."""
-        transfer = self.transfer(x)
-        transfer.start()
-        transfer.wait()
-        return transfer.received
-
 
 def checked_exchange(mesh: DeviceMesh) -> TowerExchange:
     """An exchange that was seen to work: some machines' GPUs claim peer access and lack it.
@@ -149,10 +142,10 @@ def checked_exchange(mesh: DeviceMesh) -> TowerExchange:
         device = torch.device("cuda", torch.cuda.current_device())
     exchange = TowerExchange(mesh)
     pattern = torch.arange(_CHECK_NUMEL, dtype=torch.float32, device=device)
-    received = exchange.both(pattern + exchange.rank)
+    received = exchanged(exchange, pattern + exchange.rank)
     arrived = torch.equal(received, pattern + (1 - exchange.rank))
     verdict = torch.tensor([float(arrived)], device=device)
-    if not (exchange.both(verdict).item() and arrived):
+    if not (exchanged(exchange, verdict).item() and arrived):
         raise RuntimeError(
             "the towers cannot exchange data: a test pattern arrived damaged; set "
             "NCCL_P2P_DISABLE=1 to go through host memory, or use one GPU"
@@ -160,7 +153,8 @@ def checked_exchange(mesh: DeviceMesh) -> TowerExchange:
     return exchange
 
 
-def _received(exchange: Exchange, sent: torch.Tensor) -> torch.Tensor:
+def exchanged(exchange: Exchange, sent: torch.Tensor) -> torch.Tensor:
+    """Send the contiguous ``sent`` to the other tower; what it sent."""
     transfer = exchange.transfer(sent)
     transfer.start()
     transfer.wait()
@@ -175,7 +169,7 @@ class GatherTowers(torch.autograd.Function):
         ctx.exchange, ctx.summed = exchange, summed
         mine, order = dense(x)
         with nvtx_range("exchange forward"):
-            theirs = _received(exchange, mine)
+            theirs = exchanged(exchange, mine)
         halves = [mine, theirs] if exchange.rank == 0 else [theirs, mine]
         whole = torch.cat(halves, dim=order.index(1))
         return whole.permute([order.index(d) for d in range(x.dim())])
@@ -188,7 +182,7 @@ class GatherTowers(torch.autograd.Function):
         if ctx.summed:
             theirs, order = dense(halves[1 - ctx.exchange.rank])
             with nvtx_range("exchange backward"):
-                received = _received(ctx.exchange, theirs)
+                received = exchanged(ctx.exchange, theirs)
             mine = mine + received.permute([order.index(d) for d in range(grad.dim())])
         return mine, None, None
 

@@ -2,7 +2,9 @@
 
 No process outlives the others. The launcher stops all when one fails; each of them asks the
 kernel to be killed when the launcher dies, however it dies. They meet on loopback, and nothing that
-comes from a socket is unpickled: what they tell their launcher goes through pipes.
+comes from a socket is unpickled: what they tell their launcher goes through pipes. This is not
+left to torch: torch.distributed.run listens on every interface, and torch.multiprocessing hands
+on no signal and, of what a process raised, a traceback alone.
 """
 
 from __future__ import annotations

@@ -41,7 +41,6 @@ def _parser() -> Parser:
         description="Train the whole net and edited ones, one after the other, and print what each "
         "edit cost beside what was published. The same command again goes on where it stopped.",
         epilog="Every other option is passed to fastalex.train.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--set",
@@ -51,12 +50,8 @@ def _parser() -> Parser:
         metavar="NAME",
         help=f"among {', '.join((*ABLATIONS, HALF))} (default: {' '.join(_DEFAULT)})",
     )
-    parser.add_argument(
-        "--variant", choices=tuple(VARIANTS), help="default: that of --recipe, or paper"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/ablate"), metavar="DIR", help="%(default)s"
-    )
+    parser.add_choice("--variant", VARIANTS, None, "default: that of --recipe, or paper")
+    parser.add_path("--output", "folder of the runs", "DIR", default=Path("runs/ablate"))
     return parser
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from fastalex.data.folder import class_folders
 from fastalex.data.packed import is_packed
 from fastalex.data.synthetic import Split
 from fastalex.model.alexnet import AlexNet
+from fastalex.training.autograd_step import computing
 from fastalex.training.validation import TOP as TOP
 from fastalex.training.weights import load_mean_image, load_model
 
@@ -53,6 +55,11 @@ class Member:
     model: AlexNet
     metadata: dict[str, Any]
     normalization: Normalization
+
+    def precision(self, device: torch.device) -> AbstractContextManager[None]:
+        """A context in which the net computes as it was trained; on a CPU in float32."""
+        name = self.metadata.get("precision", "float32")
+        return computing(name if device.type == "cuda" else "float32", device)
 
 
 class Ensemble:
@@ -110,8 +117,10 @@ class Ensemble:
         places = crop_places(images.shape[1] - self.image_size, crops)
         for member, augment in zip(self.members, self._augments, strict=True):
             for place in places:
-                crop = _cut(augment, images, *place)
-                softmax = member.model(crop).double().softmax(1)
+                crop = cut(augment, images, *place)
+                with member.precision(self.device):
+                    logits = member.model(crop)
+                softmax = logits.double().softmax(1)
                 if not bool(softmax.isfinite().all()):
                     raise ValueError(f"{member.path}: its net's output is not finite")
                 total += softmax.cpu()
@@ -133,8 +142,9 @@ class Ensemble:
         images = torch.from_numpy(pixels).to(self.device)
         (place,) = crop_places(images.shape[1] - self.image_size, 1)
         model = member.model
-        maps = model.forward_features(_cut(self._augments[0], images, *place))
-        return model.forward_head(maps, pre_logits=True).float().cpu()
+        with member.precision(self.device):
+            maps = model.forward_features(cut(self._augments[0], images, *place))
+            return model.forward_head(maps, pre_logits=True).float().cpu()
 
     def _check_alike(self, first: Member, other: Member) -> None:
         names = str(first.path), str(other.path)
@@ -182,7 +192,7 @@ def _shown(value: object) -> str:
     return f"{len(value)} of them" if isinstance(value, list) else repr(value)[:50]
 
 
-def _cut(
+def cut(
     augment: Augment, images: torch.Tensor, top: int, left: int, mirrored: bool
 ) -> torch.Tensor:
     """The same crop of every image, normalised."""

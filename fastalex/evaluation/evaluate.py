@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastalex.common.command_line import Parser, check_output, guarded, whole_number
+from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.common.files import replacing
 from fastalex.common.tables import table
 from fastalex.evaluation.ensemble import CROPS, TOP, Ensemble, Scores, evaluate, open_dataset
@@ -36,54 +36,19 @@ def _parser() -> Parser:
         usage="%(prog)s --weights W [W ...] [--data DIR] [options]",
         description="Test trained weights, several as an ensemble, and print the published errors "
         "beside their own. Image size, normalisation and classes come from the weights file.",
-        allow_abbrev=False,
     )
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="W",
-        help="weights files (model.safetensors of a run); probabilities of several are averaged",
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="folder with val/CLASS/IMAGE, as for training (default: the built-in set)",
-    )
-    parser.add_argument(
-        "--crops",
-        type=int,
-        choices=CROPS,
-        default=10,
-        help="of each image: 1 is the centre, 10 the paper's four corners, centre and mirror "
-        "images (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--per-class", action="store_true", help="print the errors of each class too"
-    )
-    parser.add_argument(
-        "--confusion",
-        type=Path,
-        metavar="FILE",
-        help="write a CSV table: rows the correct classes, columns the predicted ones",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=whole_number(1),
-        default=64,
-        metavar="N",
-        help="images in a pass through the net (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=whole_number(1),
-        default=1,
-        metavar="N",
-        help="threads that read images ahead (default: %(default)s)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    text = "weights files (model.safetensors of a run); probabilities of several are averaged"
+    parser.add_path("--weights", text, "W", nargs="+", required=True)
+    text = "folder with val/CLASS/IMAGE, as for training (default: the built-in set)"
+    parser.add_path("--data", text, "DIR")
+    text = "of each image: 1 is the centre, 10 the paper's four corners, centre and mirror images"
+    parser.add_choice("--crops", CROPS, 10, text)
+    parser.add_flag("--per-class", "print the errors of each class too")
+    text = "write a CSV table: rows the correct classes, columns the predicted ones"
+    parser.add_path("--confusion", text, "FILE")
+    parser.add_count("--batch-size", "images in a pass through the net", 64)
+    parser.add_count("--workers", "threads that read images ahead", 1)
+    parser.add_flag("--json", "print one JSON object instead")
     return parser
 
 

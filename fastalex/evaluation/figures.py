@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastalex.common.command_line import Parser, check_output, guarded, whole_number
+from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.common.figures import new_figure
 from fastalex.data import ImageDataset, decode_size
 from fastalex.data.base import Pixels
@@ -46,40 +46,20 @@ def _parser() -> Parser:
         usage="%(prog)s --weights W [--data DIR] [--output DIR] [options]",
         description="Draw, as PNG and PDF: conv1's kernels (Figure 3), predictions and nearest "
         "neighbours (Figure 4), and a run's curves.",
-        allow_abbrev=False,
     )
-    parser.add_argument("--weights", type=Path, required=True, metavar="W", help="weights file")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="folder of images, as for training (default: the built-in set)",
+    parser.add_path("--weights", "weights file", "W", required=True)
+    text = "folder of images, as for training (default: the built-in set)"
+    parser.add_path("--data", text, "DIR")
+    text = (
+        "files to show predictions of; where its folder bears the name of a class, that is the "
+        f"correct one (default: {_PICTURES} validation images)"
     )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        nargs="+",
-        metavar="IMAGE",
-        help="files to show predictions of; where its folder bears the name of a class, that is "
-        f"the correct one (default: {_PICTURES} validation images)",
-    )
-    parser.add_argument(
-        "--metrics",
-        type=Path,
-        metavar="FILE",
-        help="a run's metrics.jsonl (default: the one beside the weights, if there is one)",
-    )
-    parser.add_argument(
-        "--gallery",
-        type=whole_number(1),
-        default=2000,
-        metavar="N",
-        help="training images, drawn at random, among which neighbours are sought (default: "
-        "%(default)s)",
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("figures"), metavar="DIR", help="default: %(default)s"
-    )
+    parser.add_path("--images", text, "IMAGE", nargs="+")
+    text = "a run's metrics.jsonl (default: the one beside the weights, if there is one)"
+    parser.add_path("--metrics", text, "FILE")
+    text = "training images, drawn at random, among which neighbours are sought"
+    parser.add_count("--gallery", text, 2000)
+    parser.add_path("--output", "where they go", "DIR", default=Path("figures"))
     return parser
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from fastalex.common.command_line import REFUSED, Parser, guarded, whole_number
+from fastalex.common.command_line import REFUSED, Parser, guarded
 from fastalex.data import decode_size
 from fastalex.data.base import printable
 from fastalex.evaluation.ensemble import CROPS, TOP, Ensemble, rank_classes, read_files
@@ -32,38 +31,14 @@ def _parser() -> Parser:
         prog="python -m fastalex.predict",
         usage="%(prog)s IMAGE [IMAGE ...] --weights W [options]",
         description="Print the most probable classes of image files.",
-        allow_abbrev=False,
     )
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="an image file")
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        action="append",
-        required=True,
-        metavar="W",
-        help="weights file (model.safetensors of a run); given again, their nets are averaged",
-    )
-    parser.add_argument(
-        "--top",
-        type=whole_number(1),
-        default=TOP,
-        metavar="N",
-        help="classes printed for each image (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--crops",
-        type=int,
-        choices=CROPS,
-        default=10,
-        help="of each image, averaged: 1 is the centre, 10 the paper's (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=whole_number(1),
-        default=32,
-        metavar="N",
-        help="images in a pass through the net (default: %(default)s)",
-    )
+    parser.add_path("images", "an image file", "IMAGE", nargs="+")
+    text = "weights file (model.safetensors of a run); given again, their nets are averaged"
+    parser.add_path("--weights", text, "W", action="append", required=True)
+    parser.add_count("--top", "classes printed for each image", TOP)
+    text = "of each image, averaged: 1 is the centre, 10 the paper's"
+    parser.add_choice("--crops", CROPS, 10, text)
+    parser.add_count("--batch-size", "images in a pass through the net", 32)
     return parser
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastalex._version import __version__
-from fastalex.common.command_line import Parser, check_output, guarded, whole_number
+from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.data import MeanImage, Normalization, decode_size
 from fastalex.data.base import MAX_IMAGE_SIZE, printable
 from fastalex.data.folder import class_folders
@@ -52,43 +52,26 @@ def _parser() -> Parser:
         "a safetensors file with its names, BVLC's or CaffeNet's .caffemodel, an .onnx file, "
         "caffe-tensorflow's .npy, or a checkpoint of cuda-convnet. Nothing in the file is run.",
         epilog="docs/weights.md says what is done to the weights of each format.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fastalex {__version__}")
-    parser.add_argument("file", type=Path, metavar="FILE", help="what the other program wrote")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="W", help="the weights file to write"
+    parser.add_path("file", "what the other program wrote", "FILE")
+    parser.add_path("--output", "the weights file to write", "W", required=True)
+    text = (
+        "names of the classes in the order of the net's outputs: a text file with one a line, or "
+        "a folder of class folders (default: the file's own, or numbers)"
     )
-    parser.add_argument(
-        "--classes",
-        type=Path,
-        metavar="NAMES",
-        help="names of the classes in the order of the net's outputs: a text file with one a "
-        "line, or a folder of class folders (default: the file's own, or numbers)",
+    parser.add_path("--classes", text, "NAMES")
+    text = (
+        "mean of the images it was trained on, .npy or Caffe's .binaryproto (default: ILSVRC "
+        "2012's mean of each channel; torchvision's constants for owt)"
     )
-    parser.add_argument(
-        "--mean",
-        type=Path,
-        metavar="FILE",
-        help="mean of the images it was trained on, .npy or Caffe's .binaryproto (default: "
-        "ILSVRC 2012's mean of each channel; torchvision's constants for owt)",
-    )
-    parser.add_argument(
-        "--channels",
-        choices=("rgb", "bgr"),
-        help="order in which the file's net and mean have the colours (default: bgr of Caffe's)",
-    )
-    parser.add_argument(
-        "--variant",
-        metavar="NAME",
-        help="which AlexNet it is, where the file's format and shapes fit several",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=whole_number(1, MAX_IMAGE_SIZE),
-        metavar="PIXELS",
-        help="side of the images it gets (default: the file's own, or as published)",
-    )
+    parser.add_path("--mean", text, "FILE")
+    text = "order in which the file's net and mean have the colours (default: bgr of Caffe's)"
+    parser.add_choice("--channels", ("rgb", "bgr"), None, text)
+    text = "which AlexNet it is, where the file's format and shapes fit several"
+    parser.add_argument("--variant", metavar="NAME", help=text)
+    text = "side in pixels of the images it gets (default: the file's own, or as published)"
+    parser.add_count("--image-size", text, most=MAX_IMAGE_SIZE)
     return parser
 
 

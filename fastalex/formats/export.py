@@ -53,23 +53,20 @@ def _parser() -> Parser:
         "that has torch's own layers alone.",
         epilog="Names of the classes, image size and normalization go along as metadata; "
         "docs/weights.md says where they stand.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fastalex {__version__}")
-    parser.add_argument(
-        "--weights", type=Path, required=True, metavar="W", help="model.safetensors of a run, or "
-        "what fastalex.convert wrote",
-    )  # fmt: skip
+    text = "model.safetensors of a run, or what fastalex.convert wrote"
+    parser.add_path("--weights", text, "W", required=True)
     parser.add_argument(
         "--to", choices=tuple(_TO), required=True,
         help="; ".join(f"{name}: {text}" for name, text in _TO.items()),
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, required=True, metavar="F", help="the file to write")
-    parser.add_argument(
-        "--preprocess", action="store_true", help="onnx and pt2: take uint8 images [N, height, "
-        "width, 3], RGB, of any size, and resize, crop and normalise them in the graph (default: "
-        "float32 [N, 3, S, S], normalised by the caller)",
-    )  # fmt: skip
+    parser.add_path("--output", "the file to write", "F", required=True)
+    text = (
+        "onnx and pt2: take uint8 images [N, height, width, 3], RGB, of any size, and resize, crop "
+        "and normalise them in the graph (default: float32 [N, 3, S, S], normalised by the caller)"
+    )
+    parser.add_flag("--preprocess", text)
     return parser
 
 

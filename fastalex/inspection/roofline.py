@@ -51,29 +51,16 @@ def _parser() -> Parser:
         prog="python -m fastalex.roofline",
         description="Compile every launch of a step of AlexNet for a GPU that need not be here, "
         "and print what its machine code says, beside the least that the step can take.",
-        allow_abbrev=False,
     )
-    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="(default: %(default)s)")
+    parser.add_choice("--gpu", GPUS, "h100")
     parser.add_argument(
         "--batch", type=int, default=128, metavar="N", help="images of a step (128)"
     )
-    parser.add_argument(
-        "--gpus", type=int, choices=(1, 2), default=1, help="2: one of the two towers (default: 1)"
-    )
-    parser.add_argument(
-        "--step",
-        choices=("train", "infer"),
-        default="train",
-        help="train: forward, loss, backward, updates; infer: of these the forward passes, without "
-        "dropout (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=tuple(PRECISIONS),
-        default="bf16",
-        help="of the products; parameters are float32 (default: %(default)s)",
-    )
-    parser.add_argument("--variant", choices=tuple(VARIANTS), default="paper")
+    parser.add_choice("--gpus", (1, 2), 1, "2: one of the two towers")
+    text = "train: forward, loss, backward, updates; infer: of these the forward passes, without "
+    parser.add_choice("--step", ("train", "infer"), "train", text + "dropout")
+    parser.add_choice("--dtype", PRECISIONS, "bf16", "of the products; parameters are float32")
+    parser.add_choice("--variant", VARIANTS, "paper")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="every figure, for machines")
     output.add_argument("--sass", metavar="KERNEL", help="print the machine code of one kernel")

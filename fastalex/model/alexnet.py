@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +57,9 @@ class AlexNet(nn.Module):
     Raises:
         ValueError: for an argument out of range, naming it.
     """
+
+    classes: list[str] | None = None  # names of the outputs, where ``fastalex.load`` found them
+    transforms: Callable[[Any], torch.Tensor] | None = None  # of an image, likewise
 
     def __init__(
         self,
@@ -149,6 +153,7 @@ class AlexNet(nn.Module):
         modes = {name: module.training for name, module in self.named_modules()}
         for name, module in other.named_modules():
             module.training = modes.get(name, self.training)
+        other.classes, other.transforms = self.classes, self.transforms
         return other
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:

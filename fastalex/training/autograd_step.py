@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import fastalex_kernels as kernels
-from fastalex.common.nvtx_ranges import annotate_layers, nvtx_range
+from fastalex.common.nvtx_ranges import nvtx_range
 from fastalex.data.augment import Augment
 from fastalex.distributed.context import ParallelContext
 from fastalex.model.alexnet import AlexNet
@@ -22,6 +22,13 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     """A context in which a net computes in ``precision``, one of ``config.PRECISIONS``."""
     narrow = _NARROW.get(precision)
     return torch.autocast(device.type, narrow or torch.bfloat16, enabled=narrow is not None)
+
+
+@contextlib.contextmanager
+def computing(precision: str, device: torch.device) -> Iterator[None]:
+    """A context in which a net computes in ``precision``, TF32 included."""
+    with tf32(precision), autocast(precision, device):
+        yield
 
 
 @contextlib.contextmanager
@@ -80,7 +87,6 @@ class AutogradStep:
     ) -> None:
         self._model, self._optimizer, self._precision = model, optimizer, precision
         self._augment, self._parallel, self._scaler = augment, parallel, scaler
-        annotate_layers(model)
 
     def __call__(self, pixels: Any, labels: torch.Tensor) -> torch.Tensor:
         """Do one step; the mean loss, on the device."""

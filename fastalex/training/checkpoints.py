@@ -206,8 +206,7 @@ def _read(run: Path, report: Mapping[str, Any], path: Path | None) -> ResumeStat
     state = {} if path is None else read_tensors(path, FORMAT)[1]["state"]
     written_by = state or report
     world = World(**written_by["world"])
-    # An older version kept what a resumed run was given in its checkpoints alone.
-    settings = (report if "launch" in report else written_by)["settings"]
+    settings = report["settings"]
     given = [report.get("arguments", {}), *(r["arguments"] for r in report.get("resumed", []))]
     return ResumeState(
         run,

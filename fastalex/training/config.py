@@ -34,7 +34,7 @@ RESUMABLE = (
 _PUBLISHED_SIZE = 224  # stands for the size that the variant was published with
 
 # The schedules that a setting belongs to.
-_PART_OF = {
+PART_OF = {
     "lr_gamma": ("drops", "step", "plateau"),
     "lr_drop": ("drops",),
     "lr_step": ("step",),
@@ -61,6 +61,8 @@ class Settings(Recipe):
 
     recipe: str | None = None
     data: Path | None = None
+    init_from: Path | None = None
+    freeze: str | None = None
     image_size: int
     batch_size: int
     epochs: int
@@ -98,7 +100,7 @@ class Settings(Recipe):
             values["image_size"] = get_variant(values["variant"]).image_size
         if values["precision"] == "auto":
             values["precision"] = "bf16" if bf16 else "float32"
-        for name, schedules in _PART_OF.items():
+        for name, schedules in PART_OF.items():
             if name in given and values["schedule"] not in schedules:
                 option = "--" + name.replace("_", "-")
                 raise ValueError(
@@ -115,8 +117,8 @@ class Settings(Recipe):
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; ``from_dict`` undoes it."""
-        data = None if self.data is None else str(self.data)
-        return {**vars(self), "data": data, "lr_drop": list(self.lr_drop)}
+        paths = {n: str(v) for n, v in vars(self).items() if isinstance(v, Path)}
+        return {**vars(self), **paths, "lr_drop": list(self.lr_drop)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], device_type: str = "cpu") -> Settings:
@@ -135,8 +137,8 @@ class Settings(Recipe):
             given = {n: values.get(n) for n in ("recipe", "data")}
             known = {**dict.fromkeys(setting_names()), **given}
             values = {**cls.choose(known, device_type).to_dict(), **values}
-        data = None if values["data"] is None else Path(values["data"])
-        return cls(**{**values, "data": data, "lr_drop": tuple(values["lr_drop"])})
+        paths = {n: Path(values[n]) for n in ("data", "init_from") if values[n] is not None}
+        return cls(**{**values, **paths, "lr_drop": tuple(values["lr_drop"])})
 
 
 def describe_setting(name: str, value: Any) -> str:

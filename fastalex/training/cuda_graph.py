@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fastalex.distributed.exchange import Exchange
+from fastalex.distributed.exchange import Exchange, exchanged
 from fastalex_kernels.common.program import Program
 
 Replay = Callable[[], object]
@@ -88,10 +88,8 @@ class Graph:
         if self._exchange is None:
             return verdict
         device = next(x.device for x in self._program.inputs if x is not None)
-        transfer = self._exchange.transfer(torch.tensor([float(verdict)], device=device))
-        transfer.start()
-        transfer.wait()
-        return verdict and bool(transfer.received.item())
+        theirs = exchanged(self._exchange, torch.tensor([float(verdict)], device=device))
+        return verdict and bool(theirs.item())
 
 
 def _same_memory(one: Inputs, other: Inputs) -> bool:

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ import torch
 from fastalex.common.timing import Stopwatch
 
 _LOCK_SECONDS = 10.0  # within which the processes of a killed launcher have ended
+STUCK_STEPS = 100
 _SYNC_SECONDS = 1.0  # records of steps reach the disk this soon, those of epochs at once
 
 # Tags by the names in metrics.jsonl.
@@ -53,7 +55,8 @@ class RunningMetrics:
     def __init__(
         self, window: int, exchange: Stopwatch | None = None, losses: Sequence[float] = ()
     ) -> None:
-        self._losses: deque[float] = deque(losses, maxlen=window)
+        self._window = window
+        self._losses: deque[float] = deque(losses, maxlen=max(window, STUCK_STEPS))
         self._exchange = exchange or Stopwatch()
         self._waiting = Stopwatch()
         self._images = 0
@@ -90,7 +93,8 @@ class RunningMetrics:
 
     @property
     def loss(self) -> float | None:
-        return math.fsum(self._losses) / len(self._losses) if self._losses else None
+        losses = self.losses[-self._window :]
+        return math.fsum(losses) / len(losses) if losses else None
 
     @property
     def rate(self) -> float | None:
@@ -119,6 +123,25 @@ class RunningMetrics:
 
     def _rate(self) -> float | None:
         return self._images / (time.monotonic() - self._since) if self._images else None
+
+
+def is_stuck(losses: Sequence[float], classes: int) -> bool:
+    """Whether a loss stays at ln(classes), where every class is as likely as any other.
+
+    Over the last STUCK_STEPS steps the mean loss lies within 2% of ln(classes), and from their
+    first half to their second it did not fall by more than 0.3%: a run on its way down is spared.
+
+    Args:
+        losses: of the steps so far; with fewer than STUCK_STEPS nothing is stuck.
+        classes: of the data; with one class nothing ever is.
+    """
+    level, half = math.log(classes), STUCK_STEPS // 2
+    if len(losses) < STUCK_STEPS or level == 0:
+        return False
+    first, second = (
+        statistics.fmean(part) for part in (losses[-STUCK_STEPS:-half], losses[-half:])
+    )
+    return abs((first + second) / 2 - level) <= 0.02 * level and first - second <= 0.003 * level
 
 
 class MetricsLog:

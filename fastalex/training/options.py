@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastalex._version import __version__
 from fastalex.common.command_line import Parser, whole_number
@@ -15,7 +17,8 @@ from fastalex.data.augment import AUGMENTATIONS, COLOR_NOISES
 from fastalex.data.normalization import NORMALIZATIONS
 from fastalex.model import ablations
 from fastalex.model.variants import VARIANTS
-from fastalex.training.config import DEFAULTS, PRECISIONS, plain_defaults
+from fastalex.training.config import DEFAULTS, PART_OF, PRECISIONS, Settings, plain_defaults
+from fastalex.training.fine_tuning import FREEZES
 from fastalex.training.recipes import (
     INITIALISATIONS,
     MOMENTUM_RULES,
@@ -27,17 +30,79 @@ from fastalex.training.recipes import (
 _LARGEST_IMAGE = 2048  # pixels: the built-in set draws a thousand images of this size first
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+class Raising(Parser):
+    """A parser that raises ValueError where the options are wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse_arguments(
+    arguments: Sequence[str] | None = None, kind: type[Parser] = Parser
+) -> dict[str, Any]:
     """The options of a command line by name; None reads the process's.
 
-    An option that was not given is None.
+    An option that was not given is None, or what the file of --config says.
+
+    Args:
+        arguments: the command line.
+        kind: of the parser, whose ``error`` is called where the command line is wrong.
 
     Raises:
         SystemExit: with code 2 and one line on stderr, where the command line is wrong.
     """
-    options = vars(_parser().parse_args(arguments))
+    parser, arguments = _parser(kind), list(sys.argv[1:] if arguments is None else arguments)
+    options = vars(parser.parse_args(arguments))
+    if options["config"] is not None:
+        try:
+            from_file = as_arguments(_read_config(options))
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            parser.error(f"--config {options['config']}: {why}")
+        options = vars(parser.parse_args([*from_file, *arguments]))
     recipe = RECIPES.get(options["recipe"], NO_RECIPE)
     return ablations.apply_arguments(options, options["variant"] or recipe.variant)
+
+
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """A command line that has ``options``; those that are None are left out."""
+    words: list[str] = []
+    for name, value in options.items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            switch = any(name in group and group[name][0] is _SWITCH for group in _OPTIONS.values())
+            words += [option] if value else ["--no-" + option[2:]] if switch else []
+        elif name == "without":
+            words += [option, *value] if value else []
+        elif value is not None:
+            many = isinstance(value, (list, tuple))
+            words += [f"{option}={','.join(map(str, value)) if many else value}"]
+    return words
+
+
+def _read_config(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a run.json, but for those that ``options`` leave without a part.
+
+    Raises:
+        ValueError: where it is no such file.
+    """
+    report = json.loads(options["config"].read_text(encoding="utf-8"))
+    if not isinstance(report, dict) or not isinstance(report.get("settings"), dict):
+        raise ValueError("expected a run's run.json, which has settings")
+    settings = report["settings"]
+    given = report.get("arguments") or {}
+    found = vars(Settings.from_dict(settings)) if settings else {}
+    schedule = options["schedule"] or found.get("schedule")
+    for name, schedules in PART_OF.items():
+        if schedule not in schedules:
+            found.pop(name, None)
+    if (options["augmentation"] or found.get("augmentation")) != "full":
+        found.pop("color_noise", None)
+    for name in ("fused_update", "cuda_graph", "workers"):  # follow the device, if not chosen
+        if given.get(name) is None:
+            found.pop(name, None)
+    variant, without, half = ablations.split_name(str(found.pop("variant", "paper")))
+    return {**found, "variant": variant, "without": without, "half": half}
 
 
 def _number(least: float, below: float = math.inf, above: bool = False) -> Callable[[str], float]:
@@ -123,6 +188,12 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str | None, str]]] = {
             "as in torchvision",
         ),
         "init": (INITIALISATIONS, None, ""),
+        "init_from": (
+            Path, "W", "begin with the weights of this file, of a run or of fastalex.convert; its "
+            "variant, image size and normalization are the defaults then, and for other classes "
+            "than its own the last layer is drawn anew",
+        ),
+        "freeze": (FREEZES, None, "what training leaves as it is: "),
         "dropout": (_number(0, below=1), "P", "probability that a unit of fc6 or fc7 is dropped"),
     },
     "ablations": {},
@@ -186,6 +257,10 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str | None, str]]] = {
             Path, "RUN", "go on with the run in this folder, with its settings, from its last "
             "checkpoint; with --epochs N one that is finished is trained on",
         ),
+        "config": (
+            Path, "FILE", "take the settings of a run from its run.json; what is given beside it "
+            "counts more",
+        ),
         "allow_changed_images": (
             _FLAG, None, "go on with a run although its images are not the ones it started with",
         ),
@@ -207,8 +282,8 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str | None, str]]] = {
 }  # fmt: skip
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def _parser(kind: type[Parser] = Parser) -> Parser:
+    parser = kind(
         prog="python -m fastalex.train",
         usage="%(prog)s [--gpus N] [--data DIR] [--recipe NAME | --resume RUN] [options]",
         description="Train the AlexNet of 2012 on one GPU or, its two towers apart, on two; "
@@ -216,7 +291,6 @@ def _parser() -> Parser:
         epilog="Without --data it trains on a built-in set of ten drawn classes and needs no "
         "download. `python -m fastalex.data photos DIR` makes a folder of real photographs. "
         "A recipe changes the defaults below; docs/training.md has the table.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fastalex {__version__}")
     for title, options in _OPTIONS.items():

@@ -15,10 +15,10 @@ from fastalex.common.interrupts import Interrupted
 from fastalex.data import DataError, ImageDataset, MeanImage, Normalization, decode_size
 from fastalex.data.datasets import color_noise, mean_image, open_datasets
 from fastalex.data.fingerprint import Contents, contents, describe_changes
-from fastalex.data.normalization import MEAN_IMAGES
+from fastalex.data.normalization import INIT_FROM, MEAN_IMAGES
 from fastalex.distributed.world import World, find_world, has_bf16, rank, under_torchrun
 from fastalex.model.alexnet import AlexNet
-from fastalex.training import checkpoints
+from fastalex.training import checkpoints, fine_tuning
 from fastalex.training.checkpoints import ResumeState
 from fastalex.training.config import PRECISIONS, Settings, describe_setting
 from fastalex.training.metrics import check_tensorboard
@@ -120,10 +120,21 @@ def _prepare(
     image = mean_image(train, settings.normalization, side)
     images = contents(train), contents(val)
     if resume is None or resume.path is None:
-        scale = Normalization.measure(train, side).scaled(settings.normalization, image)
+        if settings.normalization == INIT_FROM and settings.init_from is not None:
+            scale = fine_tuning.normalization(settings.init_from)
+        else:
+            scale = Normalization.measure(train, side).scaled(settings.normalization, image)
     else:
         _check_same_images(resume, train, images, options["allow_changed_images"])
         scale = _kept_normalization(resume, image)
+    lines = []
+    if settings.init_from is not None and (resume is None or resume.path is None):
+        model = _meta_model(len(train.classes), settings.variant)
+        same = fine_tuning.begin_with(model, settings.init_from, list(train.classes))
+        last = "" if same else " but for the last layer, which is drawn anew for these classes"
+        lines = [f"begins with: {settings.init_from}{last}"]
+    if settings.freeze is not None:
+        lines += [f"not trained: {fine_tuning.FREEZES[settings.freeze]}"]
     config = RunConfig(
         settings,
         world,
@@ -141,7 +152,7 @@ def _prepare(
         checkpoints.drop(folder, resume.path, settings.keep_checkpoints)
         after = resume.step
     folder.begin(options, settings.to_dict(), vars(world), after)
-    for line in _describe(config, train, val):
+    for line in _describe(config, train, val) + lines:
         print(line, flush=True)
     return config
 
@@ -178,17 +189,12 @@ def _check_same_images(
     resume: ResumeState, train: ImageDataset, images: tuple[Contents, ...], allowed: bool
 ) -> None:
     """Raise unless the images are those that the run started with, or may be others."""
-    where, before = f"--data of {resume.folder}", resume.state.get("contents")
+    where, before = f"--data of {resume.folder}", resume.state["contents"]
     if list(train.classes) != resume.state["classes"]:
         raise DataError(f"{where}: the images have other classes than they had")
-    if before:
-        parts = zip(("training", "validation"), before, images, strict=True)
-        changes = [(part, describe_changes(old, now)) for part, old, now in parts]
-        changed = [f"{part} images: {text}" for part, text in changes if text]
-    else:  # an older version's
-        counts = [sum(count for count, _ in part.values()) for part in images]
-        changed = [f"{counts} training and validation images, and there were {before}"]
-        changed = changed if counts != resume.state["images"] else []
+    parts = zip(("training", "validation"), before, images, strict=True)
+    changes = [(part, describe_changes(old, now)) for part, old, now in parts]
+    changed = [f"{part} images: {text}" for part, text in changes if text]
     if changed and not allowed:
         raise DataError(
             f"{where}: not what the run started with, {'; '.join(changed)}; put them back, or "

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
 
 from tqdm import tqdm
 
@@ -81,37 +77,3 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
-
-
-class StuckLoss:
-    """Tells a loss that stays at ln(classes), where every class is as likely as any other.
-
-    Over the last ``window`` steps the mean loss lies within 2% of ln(classes), and from their
-    first half to their second it did not fall by more than 0.3%: a run on its way down is spared.
-
-    Args:
-        classes: of the data; with one class nothing is ever stuck.
-        window: steps looked at.
-        losses: of an earlier part of the run.
-    """
-
-    def __init__(self, classes: int, window: int = 100, losses: Sequence[float] = ()) -> None:
-        self.level = math.log(classes)
-        self._losses: deque[float] = deque(losses, maxlen=window)
-
-    @property
-    def losses(self) -> list[float]:
-        """Of the last steps, for another one to go on with."""
-        return list(self._losses)
-
-    def add(self, loss: float) -> bool:
-        """Take the loss of one more step; whether the run is stuck now."""
-        self._losses.append(loss)
-        if len(self._losses) < (self._losses.maxlen or 0) or self.level == 0:
-            return False
-        losses = list(self._losses)
-        if abs(statistics.fmean(losses) - self.level) > 0.02 * self.level:
-            return False
-        half = len(losses) // 2
-        fall = statistics.fmean(losses[:half]) - statistics.fmean(losses[half:])
-        return fall <= 0.003 * self.level

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastalex.common import interrupts
@@ -15,8 +16,8 @@ from fastalex.common.interrupts import INTERRUPTED, Interrupted
 from fastalex.distributed import launch
 from fastalex.distributed.launch import PeerLost, TrainingError, WorkerFailed
 from fastalex.distributed.world import rank, under_torchrun
-from fastalex.training import checkpoints, trainer
-from fastalex.training.options import parse_arguments
+from fastalex.training import checkpoints, fine_tuning, trainer
+from fastalex.training.options import Raising, as_arguments, parse_arguments
 from fastalex.training.prepare import choose_world, end, prepare
 from fastalex.training.run_config import RunConfig
 from fastalex.training.run_folder import RunFolder
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             if under_torchrun():
                 return _run_under_torchrun(options)
+            options = fine_tuning.with_file(options)
             folder, config = prepare(options)
             if config is None:
                 return _finished(folder)
@@ -49,6 +51,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Interrupted as stop:
             line = f"stopped by {stop} before training started, run the same command again"
             return _say(line, _exit_code(stop))
+
+
+def fit(**options: Any) -> Path:
+    """Train what ``python -m fastalex.train`` trains, from Python.
+
+    Several processes import the main module again: a script that asks for ``gpus=2`` calls this
+    under ``if __name__ == "__main__"``.
+
+    Args:
+        options: of the command, as in ``fit(data="photos", epochs=3, fused_update=False)``.
+
+    Returns:
+        The run's folder, which holds model.safetensors and metrics.jsonl.
+
+    Raises:
+        ValueError: for a wrong option; nothing was written.
+        TrainingError, WorkerFailed: where the run failed; its folder keeps what was done.
+        Interrupted: after a signal; the same call goes on.
+    """
+    given = fine_tuning.with_file(parse_arguments(as_arguments(options), Raising))
+    folder, config = prepare(given)
+    status = "failed" if config else "finished"
+    try:
+        if config is not None:
+            launch.run(config.world, trainer.train, config)
+            status = "finished"
+    except Interrupted:
+        status = "interrupted"
+        raise
+    finally:
+        unwritten = end(folder, status)
+    if unwritten:
+        raise TrainingError(unwritten)
+    return folder.path
 
 
 def _exit_code(stop: Interrupted) -> int:
@@ -166,6 +202,7 @@ def _agree(options: Mapping[str, Any]) -> tuple[RunFolder | None, RunConfig | No
     size = int(os.environ["WORLD_SIZE"])
     folder, config, code, refusal, store = None, None, 0, "", None
     try:
+        options = fine_tuning.with_file(options)
         device_type = choose_world(options, None).device_type
         store = launch.rendezvous(size) if size > 1 else None
         if rank() == 0:

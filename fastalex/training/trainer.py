@@ -21,18 +21,18 @@ from fastalex.distributed import towers
 from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.launch import TrainingError
 from fastalex.model.alexnet import AlexNet
-from fastalex.training import checkpoints
+from fastalex.training import checkpoints, fine_tuning
 from fastalex.training.autograd_step import AutogradStep, LossScaler, autocast, tf32
 from fastalex.training.checkpoints import ResumeState
 from fastalex.training.config import Settings
-from fastalex.training.metrics import MetricsLog, RunningMetrics, TensorBoard
+from fastalex.training.metrics import MetricsLog, RunningMetrics, TensorBoard, is_stuck
 from fastalex.training.optim import (
     build_optimizer,
     momentum_buffers,
     set_learning_rate,
     set_momentum_buffers,
 )
-from fastalex.training.progress import Progress, StuckLoss
+from fastalex.training.progress import Progress
 from fastalex.training.run_config import RunConfig
 from fastalex.training.run_folder import RunFolder
 from fastalex.training.schedule import Schedule
@@ -124,6 +124,9 @@ class Trainer:
         if resume is not None and resume.path is not None:
             weights, buffers = resume.tensors()
             model.load_state_dict(weights)
+        elif settings.init_from is not None:
+            fine_tuning.begin_with(model, settings.init_from, self.config.classes)
+        fine_tuning.freeze(model, settings.freeze)
         self.model = parallel.parallelize(
             model.to(parallel.device), rows=self.train_batches.batch_size // parallel.replicas
         )
@@ -184,9 +187,7 @@ class Trainer:
         self.best: dict[str, float] | None = state.get("best")
         window = self.settings.log_every
         self.recent = RunningMetrics(window, self.parallel.stopwatch, state.get("window", []))
-        stuck = state.get("stuck", [])  # None once the user was warned
-        classes = len(self.config.classes)
-        self.stuck = None if stuck is None else StuckLoss(classes, losses=stuck)
+        self.warned: bool = state.get("warned", False)  # that the loss is stuck
         if state:
             self.schedule.restore(state["schedule"])
             self.scaler.load_state_dict(state["scaler"])
@@ -202,7 +203,7 @@ class Trainer:
             "epoch_seconds": self.epoch_seconds,
             "best": self.best,
             "window": self.recent.losses,
-            "stuck": None if self.stuck is None else self.stuck.losses,
+            "warned": self.warned,
             "schedule": self.schedule.state(),
             "scaler": self.scaler.state_dict(),
             "metrics_bytes": 0 if self.metrics is None else self.metrics.length,
@@ -358,7 +359,7 @@ class Trainer:
                 indices = self.parallel.gather_replicas(self.unread[i][1].tolist())
                 raise TrainingError(self._not_finite(loss, first + i, indices))
             self.recent.add(loss, self.settings.batch_size)
-            self._watch(loss)
+            self._watch()
         self.unread.clear()
         self.losses += losses
 
@@ -371,16 +372,17 @@ class Trainer:
             + f"; try a lower --lr than {self.settings.lr}"
         )
 
-    def _watch(self, loss: float) -> None:
+    def _watch(self) -> None:
         """Warn once where the net learns nothing."""
-        if self.stuck is None or not self.stuck.add(loss):
+        classes = len(self.config.classes)
+        if self.warned or not is_stuck(self.recent.losses, classes):
             return
         advice = "a larger --lr, a larger --batch-size or --dropout 0"
         if self.settings.init != "he":
             advice = f"--init he, {advice}"
-        text = STUCK.format(classes=len(self.config.classes), level=self.stuck.level, advice=advice)
+        text = STUCK.format(classes=classes, level=math.log(classes), advice=advice)
         self.progress.warn(f"{text} (step {self.step})")
-        self.stuck = None
+        self.warned = True
 
     def _report_steps(self) -> None:
         norms = self.train_step.gradient_norms()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastalex.common.command_line import Parser, check_output, guarded, whole_number
+from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.common.files import replacing
 from fastalex.common.nvtx_ranges import nvtx_range
 from fastalex.common.provenance import device_name, provenance
@@ -64,23 +64,17 @@ def _parser() -> Parser:
         "Results are checked against float64 first.",
         epilog="Ranges for Nsight Systems are on: nsys profile --trace=cuda,nvtx -o layers "
         "python -m fastalex.profiler --no-compile",
-        allow_abbrev=False,
     )
-    number: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
-    parser.add_argument("--batch-size", **number, help="images (128 on a GPU, 16 on a CPU)")
-    parser.add_argument("--rounds", **number, help="times each is timed (30 on a GPU, 5 on a CPU)")
-    size: dict[str, Any] = {"type": whole_number(1, MAX_IMAGE_SIZE), "metavar": "N"}
-    parser.add_argument("--image-size", **size, help="pixels of a side (the variant's own)")
-    parser.add_argument("--variant", choices=tuple(VARIANTS), default="paper")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="(bf16 on a GPU, fp32 on a CPU)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="(a GPU if there is one)")
-    parser.add_argument(
-        "--layer", nargs="+", metavar="NAME", help=f"conv1, pool1, ... fc8, {NET} (all of them)"
-    )
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/profile"), metavar="DIR", help="%(default)s"
-    )
+    parser.add_count("--batch-size", "images (128 on a GPU, 16 on a CPU)")
+    parser.add_count("--rounds", "times each is timed (30 on a GPU, 5 on a CPU)")
+    parser.add_count("--image-size", "pixels of a side (the variant's own)", most=MAX_IMAGE_SIZE)
+    parser.add_choice("--variant", VARIANTS, "paper")
+    parser.add_choice("--dtype", DTYPES, None, "(bf16 on a GPU, fp32 on a CPU)")
+    parser.add_choice("--device", ("cuda", "cpu"), None, "(a GPU if there is one)")
+    text = f"conv1, pool1, ... fc8, {NET} (all of them)"
+    parser.add_argument("--layer", nargs="+", metavar="NAME", help=text)
+    parser.add_flag("--no-compile", "without torch.compile")
+    parser.add_path("--output", "where the report goes", "DIR", default=Path("runs/profile"))
     return parser
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastalex.common.command_line import Parser, check_output, guarded, whole_number
+from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.common.files import replacing
 from fastalex.common.provenance import provenance
 from fastalex.common.tables import table
@@ -55,28 +55,19 @@ def _parser() -> Parser:
         "and write the table that fastalex_kernels uses from then on.",
         epilog=f"The table is read from the path in {tuned.VARIABLE}, or from the user's cache "
         "folder. It holds for this GPU, Triton and these kernels, and for the same batch size.",
-        allow_abbrev=False,
     )
-    number: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
-    parser.add_argument("--batch-size", default=128, help="images (default: 128)", **number)
-    size: dict[str, Any] = {"type": whole_number(1, MAX_IMAGE_SIZE), "metavar": "N"}
-    parser.add_argument("--image-size", help="pixels of a side (the variant's own)", **size)
-    parser.add_argument("--variant", choices=tuple(VARIANTS), default="paper")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(%(default)s)")
+    parser.add_count("--batch-size", "images", 128)
+    parser.add_count("--image-size", "pixels of a side (the variant's own)", most=MAX_IMAGE_SIZE)
+    parser.add_choice("--variant", VARIANTS, "paper")
+    parser.add_choice("--dtype", DTYPES, "bf16")
     parser.add_argument("--layer", nargs="+", metavar="NAME", help="conv1, ... fc8 (all of them)")
-    parser.add_argument(
-        "--gpus", type=int, choices=(1, 2), default=1, help="2: one of the two towers (default: 1)"
-    )
-    parser.add_argument("--candidates", default=16, help="for each key (16)", **number)
-    parser.add_argument("--seconds", help="start no key after so many", **number)
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="with no GPU: compile for --gpu and rank by the machine code; under "
-        "TRITON_INTERPRET=1 check and time in the interpreter",
-    )
-    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="(%(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="(the path it is read from)")
+    parser.add_choice("--gpus", (1, 2), 1, "2: one of the two towers")
+    parser.add_count("--candidates", "for each key", 16)
+    parser.add_count("--seconds", "start no key after so many")
+    text = "with no GPU: compile for --gpu and rank by the machine code; under TRITON_INTERPRET=1 "
+    parser.add_flag("--dry-run", text + "check and time in the interpreter")
+    parser.add_choice("--gpu", GPUS, "h100")
+    parser.add_path("--output", "(the path it is read from)", "FILE")
     return parser
 
 

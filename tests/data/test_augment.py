@@ -159,11 +159,6 @@ def test_without_augmentation_epochs_differ_in_order_only() -> None:
     assert all(torch.equal(first[i], second[i]) for i in first)
 
 
-def test_an_unknown_augmentation_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^augmentation: expected one of none, crop, full"):
-        _batches("mixup")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("augmentation", ["full", "resized"])
 def test_a_gpu_makes_what_the_cpu_makes(augmentation: str) -> None:

@@ -41,7 +41,8 @@ class Coordinates:
 
 
 def batches(count: int = 20, size: int = 14, batch_size: int = 8, **options: object) -> Batches:
-    transform = Transform(size, options.pop("mean_std", PLAIN))  # type: ignore[arg-type]
+    augmentation = options.pop("augmentation", "crop")
+    transform = Transform(size, options.pop("mean_std", PLAIN), augmentation)  # type: ignore[arg-type]
     share = Share(options.pop("rank", 0), options.pop("replicas", 1))  # type: ignore[arg-type]
     arguments = {"seed": 3, "train": True, "share": share, **options}
     return Batches(Coordinates(count), batch_size, transform, **arguments)  # type: ignore[arg-type]
@@ -174,6 +175,10 @@ def test_a_batch_moves_to_a_device_and_its_indices_stay() -> None:
         ({"workers": -1}, "workers: expected at least 0, got -1"),
         ({"replicas": 3}, "batch_size: expected a multiple of replicas=3, got 8"),
         ({"rank": 2, "replicas": 2}, "rank: expected 0 to 1, got 2"),
+        (
+            {"augmentation": "mixup"},
+            "augmentation: expected one of none, crop, full, resized, got .*",
+        ),
         ({"count": 0}, "dataset: expected at least one image, got none"),
     ],
 )

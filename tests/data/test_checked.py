@@ -14,15 +14,15 @@ from PIL import Image
 from fastalex.data import DataError, FolderImages, Normalization
 from fastalex.data import decode as decode_module
 from fastalex.data import folder as folder_module
-from fastalex.data.datasets import open_datasets
 from fastalex.data.decode import read_image
 from fastalex.data.fingerprint import contents
 from fastalex.data.folder import CHECKED
 from tests._pictures import save, smooth
+from tests._types import Patch
 
 
 @pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def decoded(monkeypatch: Patch) -> list[str]:
     """The names of the files decoded from here on."""
     names: list[str] = []
 
@@ -63,15 +63,6 @@ def test_a_second_start_decodes_nothing(
         np.testing.assert_array_equal(again.image(index, 16), first.image(index, 16))
 
 
-def test_both_parts_of_a_set_are_kept(tmp_path: Path, decoded: list[str]) -> None:
-    for part in ("train", "val"):
-        folder(tmp_path / part)
-    open_datasets(tmp_path, 0, image_size=40, quiet=True)
-    del decoded[:]
-    open_datasets(tmp_path, 0, image_size=40, quiet=True)
-    assert decoded == []
-
-
 def test_files_that_are_new_or_changed_are_decoded_and_no_others(
     tmp_path: Path, decoded: list[str]
 ) -> None:
@@ -108,7 +99,7 @@ def test_the_normalization_is_measured_once(tmp_path: Path, decoded: list[str]) 
 
 
 def test_a_folder_that_takes_no_file_is_kept_in_the_cache_directory(
-    tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, decoded: list[str], monkeypatch: Patch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = folder(tmp_path / "data")
@@ -126,7 +117,7 @@ def test_a_folder_that_takes_no_file_is_kept_in_the_cache_directory(
 
 
 def test_without_any_place_it_is_checked_each_time(
-    tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, decoded: list[str], monkeypatch: Patch
 ) -> None:
     (tmp_path / "cache").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -153,9 +144,7 @@ def test_a_damaged_file_costs_a_check_and_no_more(
     assert decoded == []
 
 
-def test_what_may_pass_is_not_kept(
-    tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_may_pass_is_not_kept(tmp_path: Path, decoded: list[str], monkeypatch: Patch) -> None:
     root = folder(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(folder_module, "try_read", lambda *_, **__: "input/output error")
@@ -166,9 +155,7 @@ def test_what_may_pass_is_not_kept(
     assert len(decoded) == 9
 
 
-def test_ctrl_c_keeps_what_was_done(
-    tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_keeps_what_was_done(tmp_path: Path, decoded: list[str], monkeypatch: Patch) -> None:
     root = folder(tmp_path)
     monkeypatch.setattr(folder_module.os, "cpu_count", lambda: 1)
 
@@ -193,9 +180,7 @@ def test_a_copied_folder_need_not_be_decoded_again(tmp_path: Path, decoded: list
     assert decoded == []
 
 
-def test_a_read_that_fails_for_a_moment_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_that_fails_for_a_moment_is_tried_again(tmp_path: Path, monkeypatch: Patch) -> None:
     source = FolderImages(folder(tmp_path))
     pauses: list[float] = []
     monkeypatch.setattr("time.sleep", pauses.append)

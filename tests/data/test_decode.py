@@ -124,17 +124,6 @@ def test_exif_rotation_is_applied(tmp_path: Path, suffix: str, orientation: int)
     np.testing.assert_allclose(got, expected, atol=1)
 
 
-def test_a_phone_held_upright(tmp_path: Path) -> None:
-    """Orientation 6: the first row of the file is the right edge of the picture."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    stored = Image.new("RGB", (32, 32), RED)
-    stored.paste(BLUE, (0, 0, 32, 16))
-    left, right = halves(save(tmp_path / "phone.jpg", stored, exif=exif, quality=95))
-    np.testing.assert_allclose(left, RED, atol=5)
-    np.testing.assert_allclose(right, BLUE, atol=5)
-
-
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_metadata_does_not_lose_the_picture(tmp_path: Path) -> None:
     path = save(tmp_path / "a.jpg", two_tone(), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff", quality=95)

@@ -26,7 +26,6 @@ from fastalex.model.variants import VARIANTS
 from fastalex.training import prepare, train, trainer
 from fastalex.training.config import Settings
 from fastalex.training.options import parse_arguments
-from fastalex.training.recipes import RECIPES
 from fastalex.training.weights import (
     FORMAT,
     MEAN_IMAGE,
@@ -38,6 +37,7 @@ from fastalex.training.weights import (
 from tests import _small_train
 from tests._packing import picture
 from tests._pictures import save
+from tests._types import Capture, Patch
 
 SIZE, SIDE = 64, 73  # of the net's images, and of packed ones
 
@@ -112,14 +112,12 @@ def test_the_weights_file_has_it_and_the_loss_is_that_of_images_less_it(
 
 
 @pytest.fixture
-def thin(monkeypatch: pytest.MonkeyPatch) -> None:
+def thin(monkeypatch: Patch) -> None:
     """The nets of ``_small_train``, in this process."""
     monkeypatch.setitem(VARIANTS, "owt", _small_train.thin(VARIANTS["owt"]))
 
 
-def test_evaluation_uses_it(
-    folder: Path, trained: Path, thin: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluation_uses_it(folder: Path, trained: Path, thin: None, capsys: Capture) -> None:
     """The accuracy that training noted, from the weights file alone."""
     weights = trained / "model.safetensors"
     command = ["--weights", str(weights), "--data", str(folder / "set"), "--crops", "1", "--json"]
@@ -129,7 +127,7 @@ def test_evaluation_uses_it(
 
 
 def test_weights_without_their_mean_image_are_refused(
-    trained: Path, tmp_path: Path, thin: None, capsys: pytest.CaptureFixture[str]
+    trained: Path, tmp_path: Path, thin: None, capsys: Capture
 ) -> None:
     weights, metadata = load_weights(trained / "model.safetensors")
     kept = {k: v for k, v in metadata.items() if "sha256" not in k and k != "format"}
@@ -157,18 +155,8 @@ def test_what_was_loaded_is_saved_with_its_mean_image_or_not_at_all(
     assert image.mean_image is not None
 
 
-def test_the_recipes_of_the_papers_subtract_it() -> None:
-    kinds = {name: recipe.normalization for name, recipe in RECIPES.items()}
-    assert kinds == {
-        "paper": "mean-image",
-        "source2012": "mean-centre",
-        "caffe": "mean-image",
-        "torchvision": "imagenet",
-    }
-
-
 def test_images_without_one_have_their_channels_mean_subtracted(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: Capture
 ) -> None:
     """And the run says so."""
     assert mean_image(SyntheticImages("train", 3), "mean-image", 8) is None
@@ -194,27 +182,21 @@ def test_a_damaged_mean_image_is_refused(folder: Path, tmp_path: Path) -> None:
         mean_image(PackedImages(root, "train"), "mean-image", SIDE)
 
 
-def start(values: dict[str, Any]) -> Any:
-    return SimpleNamespace(folder="R", state={"normalization": values})
-
-
 def test_a_resumed_run_goes_on_with_the_same_mean_image(folder: Path) -> None:
-    source = PackedImages(folder / "set", "train")
-    image = mean_image(source, "mean-centre", 30)
+    image = mean_image(PackedImages(folder / "set", "train"), "mean-centre", 30)
     assert image is not None
     begun = Normalization((1.0, 2.0, 3.0), (1.0, 1.0, 1.0), image)
-    values = json.loads(json.dumps(begun.to_dict()))
-    again = prepare._kept_normalization(start(values), mean_image(source, "mean-centre", 30))
+    state = {"normalization": json.loads(json.dumps(begun.to_dict()))}
+    resume: Any = SimpleNamespace(folder="R", state=state)
+    again = prepare._kept_normalization(resume, image)
     assert again == begun
     assert again.mean_image is not None
     np.testing.assert_array_equal(again.mean_image.pixels, image.pixels)
     other = MeanImage.of(image.pixels + 1, 30, centred=True)
     with pytest.raises(DataError, match="has not the mean image that the run started with"):
-        prepare._kept_normalization(start(values), other)
+        prepare._kept_normalization(resume, other)
     with pytest.raises(DataError, match="name that set with --data"):
-        prepare._kept_normalization(start(values), None)
-    plain = {"mean": [1, 2, 3], "std": [1, 1, 1]}
-    assert prepare._kept_normalization(start(plain), None) == Normalization((1, 2, 3), (1, 1, 1))
+        prepare._kept_normalization(resume, None)
 
 
 # Of the packed set too: its covariance
@@ -268,7 +250,7 @@ def test_training_draws_the_colour_noise_it_is_told_to(folder: Path, kind: str) 
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    tmp_path: Path, capsys: Capture, arguments: list[str], message: str
 ) -> None:
     assert train.main(["--output", str(tmp_path / "run"), *arguments]) == 2
     error = capsys.readouterr().err

@@ -16,7 +16,10 @@ import pytest
 from PIL import Image
 
 from fastalex.data.decode import read_image, read_upright, read_whole, try_read
+from tests._pictures import write_png
+from tests._types import Patch
 
+KINDS = ("RGB", "RGBA", "grey16", "palette")
 MOST = 400  # MB above what the process had before
 _MEASURE = """
 import json, sys, warnings
@@ -50,36 +53,14 @@ def measure(*paths: Path) -> list[tuple[float, str | None]]:
     return [(peak, reason) for peak, reason in json.loads(run.stdout)]
 
 
-def write_png(
-    path: Path, width: int, bits: int, kind: int, channels: int, height: int | None = None
-) -> Path:
-    """A PNG of one colour, square unless ``height`` is given, compressed row by row."""
-    height = height or width
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        checksum = zlib.crc32(name + data)
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
-
-    row = b"\0" + bytes(width * channels * bits // 8)
-    packer = zlib.compressobj(1)
-    data = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
-    colours = chunk(b"PLTE", bytes(range(6))) if kind == 3 else b""
-    body = header + colours + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
-    return path
-
-
-PNGS = {"RGB": (8, 2, 3), "RGBA": (8, 6, 4), "grey16": (16, 0, 1), "palette": (8, 3, 1)}
-
-
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind != "RGB" else kind for kind in PNGS]
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow) if kind != "RGB" else kind for kind in KINDS],
 )
 def test_a_small_file_of_many_pixels_is_refused_before_it_takes_memory(
     tmp_path: Path, kind: str
 ) -> None:
-    path = write_png(tmp_path / "bomb.png", 13_300, *PNGS[kind])  # below Pillow's own limit
+    path = write_png(tmp_path / "bomb.png", 13_300, 13_300, kind)  # below Pillow's own limit
     assert path.stat().st_size < 4_000_000
     for peak, reason in measure(path):
         assert reason is not None
@@ -93,7 +74,7 @@ def test_a_picture_of_one_row_or_one_column_is_refused_for_its_rows(
     tmp_path: Path, shape: tuple[int, int]
 ) -> None:
     """A decoder keeps two rows, and Pillow a pointer to each."""
-    path = write_png(tmp_path / "thin.png", shape[0], *PNGS["RGB"], height=shape[1])
+    path = write_png(tmp_path / "thin.png", *shape)
     for peak, reason in measure(path):
         assert reason is not None
         assert "to decode, more than" in reason
@@ -120,10 +101,10 @@ def photograph(side: int, mode: str) -> Image.Image:
 
 
 LARGEST: dict[str, Callable[[Path], object]] = {
-    "rgb.png": lambda path: write_png(path, 9_400, *PNGS["RGB"]),
-    "rgba.png": lambda path: write_png(path, 6_690, *PNGS["RGBA"]),
-    "grey16.png": lambda path: write_png(path, 7_700, *PNGS["grey16"]),
-    "palette.png": lambda path: write_png(path, 8_400, *PNGS["palette"]),
+    "rgb.png": lambda path: write_png(path, 9_400, 9_400, "RGB"),
+    "rgba.png": lambda path: write_png(path, 6_690, 6_690, "RGBA"),
+    "grey16.png": lambda path: write_png(path, 7_700, 7_700, "grey16"),
+    "palette.png": lambda path: write_png(path, 8_400, 8_400, "palette"),
     "cmyk.jpg": lambda path: photograph(6_600, "CMYK").save(path),
     "progressive.jpg": lambda path: photograph(5_900, "RGB").save(
         path, progressive=True, subsampling=0
@@ -177,7 +158,7 @@ def test_a_long_file_is_refused_unread(tmp_path: Path) -> None:
 # Which decoders a file reaches
 
 
-def test_no_file_starts_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_starts_ghostscript(tmp_path: Path, monkeypatch: Patch) -> None:
     path = tmp_path / "photo.jpg"
     Image.new("RGB", (64, 64)).save(path, "EPS")
     program, called = tmp_path / "gs", tmp_path / "called"

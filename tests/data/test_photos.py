@@ -15,6 +15,7 @@ from fastalex.data import photos
 from fastalex.data.__main__ import main
 from fastalex.data.datasets import open_datasets
 from fastalex.data.photos import PHOTOS, Box, Photo, write_photos
+from tests._types import Capture, Patch
 
 needs_pictures = pytest.mark.skipif(
     importlib.util.find_spec("skimage") is None, reason="needs scikit-image's pictures"
@@ -127,7 +128,7 @@ def test_the_readme_names_author_and_licence_of_every_photograph(written: Path) 
 
 @needs_pictures
 def test_the_last_line_says_where_and_what_next(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     folder = tmp_path / "my photos"
     folder.mkdir()  # an empty folder is taken
@@ -140,7 +141,7 @@ def test_the_last_line_says_where_and_what_next(
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_a_place_in_use_is_refused_and_left_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+    tmp_path: Path, capsys: Capture, kind: str
 ) -> None:
     place = tmp_path / "P"
     kept = place
@@ -156,7 +157,7 @@ def test_a_place_in_use_is_refused_and_left_alone(
 
 
 def test_without_scikit_image_it_says_what_to_install(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(photos.importlib.util, "find_spec", lambda name: None)
     assert run("photos", tmp_path / "P") == 2
@@ -175,8 +176,8 @@ def test_without_scikit_image_it_says_what_to_install(
 )
 def test_what_fails_half_way_leaves_nothing(
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    monkeypatch: Patch,
     error: BaseException,
     code: int,
     message: str,

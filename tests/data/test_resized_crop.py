@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from fastalex.data import FolderImages, Normalization, PackedImages, decode_size
+from fastalex.data import FolderImages, Normalization, PackedImages
 from fastalex.data.augment import BOX_WORDS, draw_box
 from fastalex.data.batches import WHOLE, Batches, Share, Transform
 from fastalex.data.pack import pack
@@ -163,15 +163,3 @@ def test_parts_depend_on_seed_epoch_and_index_alone(root: Path) -> None:
                 assert torch.equal(image, whole[index])
     later = parts(batches(source), 2)
     assert all(not torch.equal(later[i], whole[i]) for i in whole)
-
-
-def test_validation_has_the_centre_crop(root: Path) -> None:
-    source = PackedImages(root / "set", "val")
-    loader = Batches(source, 5, Transform(SIZE, PLAIN, "resized"), 0, train=False)
-    (batch,) = loader.epoch(0)
-    side = decode_size(SIZE)
-    first = (side - SIZE) // 2
-    rows = slice(first, first + SIZE)
-    for image, index in zip(loader.augment(*batch.inputs), batch.indices.tolist(), strict=True):
-        expected = source.image(index, side)[rows, rows]
-        assert torch.equal(image, torch.from_numpy(expected).permute(2, 0, 1).float())

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from fastalex.evaluation.ensemble import (
 from fastalex.evaluation.published import RESULTS, is_imagenet
 from fastalex.training.weights import load_mean_image, load_model
 from tests._nets import CLASSES, SIZE, random_weights
+from tests._types import Capture, Patch
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +104,24 @@ def test_an_ensemble_is_the_mean_of_its_softmaxes(folder: Path, pixels: np.ndarr
     assert not torch.allclose(*each)
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cuda", "bf16"), ("cpu", "float32")])
+def test_on_a_gpu_a_net_computes_as_it_was_trained(
+    tmp_path: Path, pixels: np.ndarray, monkeypatch: Patch, device: str, expected: str
+) -> None:
+    weights = random_weights(tmp_path / "w", 0, precision="bf16")
+    seen = []
+
+    def computing(name: str, on: torch.device) -> AbstractContextManager[None]:
+        seen.append(name)
+        return nullcontext()
+
+    monkeypatch.setattr("fastalex.evaluation.ensemble.computing", computing)
+    ensemble = Ensemble.load([weights], torch.device("cpu"))
+    assert len(ensemble.probabilities(pixels)) == len(pixels)
+    with ensemble.members[0].precision(torch.device(device)):
+        assert seen == ["float32", expected]
+
+
 def test_ten_crops_are_four_corners_the_centre_and_their_mirrors() -> None:
     corners = [(0, 0), (0, 3), (3, 0), (3, 3), (1, 1)]
     expected = {(*corner, mirrored) for corner in corners for mirrored in (False, True)}
@@ -122,14 +142,14 @@ def test_of_equal_classes_the_first_counts() -> None:
     assert rank_classes(torch.tensor([[0.1, 0.3, 0.3]])).tolist() == [[1, 2, 0]]
 
 
-def _json(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+def _json(folder: Path, capsys: Capture, *arguments: str) -> dict:
     data = ["--data", str(folder / "data"), "--json"]
     assert evaluate.main(["--weights", str(folder / "a"), *data, *arguments]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def test_evaluation_counts_what_prediction_says(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     table = tmp_path / "confusion.csv"
     report = _json(folder, capsys, "--per-class", "--confusion", str(table), "--batch-size", "3")
@@ -152,7 +172,7 @@ def test_evaluation_counts_what_prediction_says(
 
 
 def test_a_packed_set_is_evaluated_as_its_folder_is(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     from_folder = _json(folder, capsys)
     pack(folder / "data", tmp_path / "data", decode_size(SIZE), 1, quiet=True)
@@ -166,7 +186,7 @@ def test_a_packed_set_is_evaluated_as_its_folder_is(
 
 
 def test_what_is_to_be_said_of_a_packed_set_is_said_once(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     pack(folder / "data", tmp_path / "set", 50, 1, quiet=True)
     ensemble = Ensemble.load([folder / "a"])
@@ -177,7 +197,7 @@ def test_what_is_to_be_said_of_a_packed_set_is_said_once(
 
 
 def test_the_published_errors_stand_beside_and_are_said_to_be_of_other_images(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: Capture
 ) -> None:
     arguments = ["--weights", str(folder / "a"), "--data", str(folder / "data"), "--crops", "1"]
     assert evaluate.main(arguments) == 0
@@ -198,7 +218,7 @@ def test_the_published_errors_stand_beside_and_are_said_to_be_of_other_images(
     ],
 )
 def test_nets_that_do_not_match_are_refused_in_one_line(
-    folder: Path, tmp_path: Path, changes: dict, message: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, changes: dict, message: str, capsys: Capture
 ) -> None:
     other = random_weights(tmp_path / "c", 2, **changes)
     assert evaluate.main(["--weights", str(folder / "a"), str(other)]) == 2
@@ -207,9 +227,7 @@ def test_nets_that_do_not_match_are_refused_in_one_line(
     assert re.search(message, error)
 
 
-def test_data_of_other_classes_are_refused(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_of_other_classes_are_refused(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     for part in ("train", "val"):
         (tmp_path / part / "violet").mkdir(parents=True)
     for arguments in (["--data", str(tmp_path)], []):
@@ -220,7 +238,7 @@ def test_data_of_other_classes_are_refused(
 
 
 def test_a_bad_image_is_named_and_the_others_are_not_lost(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     bad, good = tmp_path / "bad.png", folder / "data" / "val" / "red" / "0.png"
     bad.write_bytes(b"text")
@@ -241,10 +259,7 @@ METRICS = [
 
 
 def test_figures_are_pictures_of_the_right_size(
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     for name, rows in (("_PICTURES", 4), ("_QUERIES", 1)):  # one row each
         monkeypatch.setattr(figures, name, rows)
@@ -300,7 +315,7 @@ def test_neighbours_are_the_nearest_by_features(folder: Path) -> None:
     assert len({row.label for row in rows}) == 5
 
 
-def test_a_part_of_the_gallery_holds_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_the_gallery_holds_every_class(monkeypatch: Patch) -> None:
     train, val = SyntheticImages("train", 600), SyntheticImages("val", 20)
     seen: dict[str, list[int]] = {}
 
@@ -335,7 +350,7 @@ def test_given_images_take_their_label_from_their_folder(folder: Path, tmp_path:
 
 @pytest.mark.parametrize("text", ["{broken", '{"kind": "note"}\n', "[1]\n"])
 def test_metrics_that_are_none_are_refused(
-    folder: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, text: str, capsys: Capture
 ) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(text)
@@ -346,10 +361,7 @@ def test_metrics_that_are_none_are_refused(
 
 
 def test_without_matplotlib_one_line_says_what_to_install(
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     arguments = ["--weights", str(folder / "a"), "--output", str(tmp_path / "out")]

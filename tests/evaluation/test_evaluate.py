@@ -18,6 +18,7 @@ from fastalex.evaluation import evaluate, predict
 from fastalex.evaluation.ensemble import Ensemble, open_dataset
 from fastalex.training.weights import load_weights, save_weights
 from tests._nets import CLASSES, SIZE, random_weights
+from tests._types import Capture, Patch
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def _images(root: Path, part: str, names: list[str], count: int = 1) -> Path:
     return root
 
 
-def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def _refused(capsys: Capture, *arguments: object) -> str:
     assert evaluate.main([str(argument) for argument in arguments]) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -46,9 +47,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return said.err
 
 
-def test_a_net_that_says_nan_is_named(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_net_that_says_nan_is_named(weights: Path, tmp_path: Path, capsys: Capture) -> None:
     tensors, metadata = load_weights(weights)
     tensors["classifier.6.bias"][0] = float("nan")
     save_weights(tmp_path / "bad", tensors, metadata)
@@ -58,7 +57,7 @@ def test_a_net_that_says_nan_is_named(
 
 
 def test_some_of_the_classes_will_do_to_validate_but_no_others(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     data = _images(tmp_path / "some", "val", CLASSES[2:4])
     ensemble = Ensemble.load([weights])
@@ -87,7 +86,7 @@ def test_the_seed_is_that_of_the_weights(tmp_path: Path) -> None:
 
 
 def test_a_bad_file_of_a_folder_is_named_and_the_rest_is_evaluated(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     data = _images(tmp_path, "val", CLASSES)
     bad = data / "val" / CLASSES[0] / "bad.png"
@@ -104,7 +103,7 @@ def test_a_bad_file_of_a_folder_is_named_and_the_rest_is_evaluated(
 
 @pytest.mark.parametrize(("count", "said"), [(5, True), (6, False)])
 def test_with_five_classes_the_top_5_error_is_said_to_mean_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int, said: bool
+    tmp_path: Path, capsys: Capture, count: int, said: bool
 ) -> None:
     some = CLASSES[:count]
     weights = random_weights(tmp_path / "a", 0, classes=some)
@@ -115,7 +114,7 @@ def test_with_five_classes_the_top_5_error_is_said_to_mean_nothing(
 
 
 def test_a_table_that_has_no_place_is_refused_first(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     table = tmp_path / "nowhere" / "table.csv"
     error = _refused(capsys, "--weights", weights, "--confusion", table, "--data", "not/looked/at")
@@ -123,10 +122,7 @@ def test_a_table_that_has_no_place_is_refused_first(
 
 
 def test_the_scores_are_printed_even_if_the_table_can_not_be_written(
-    weights: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    weights: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "table.csv")
@@ -162,11 +158,7 @@ def test_the_scores_are_printed_even_if_the_table_can_not_be_written(
     ],
 )
 def test_metadata_that_no_net_has_are_named(
-    weights: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    changes: dict[str, object],
-    said: str,
+    weights: Path, tmp_path: Path, capsys: Capture, changes: dict[str, object], said: str
 ) -> None:
     """Of a file whose checksums are right: who wrote it may have erred, or meant harm."""
     tensors, metadata = load_weights(weights)
@@ -182,7 +174,7 @@ def test_metadata_that_no_net_has_are_named(
 
 
 def test_prediction_names_files_on_one_line_each(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     good, bad, loop = (tmp_path / name for name in ("a\nb\udcff.png", "a\rb.jpg", "loop.jpg"))
     Image.new("RGB", (60, 60)).save(good)
@@ -200,11 +192,7 @@ def test_prediction_names_files_on_one_line_each(
 
 @pytest.mark.parametrize("crops", [1, 10])
 def test_prediction_prints_the_net_s_probabilities(
-    weights: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    crops: int,
+    weights: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch, crops: int
 ) -> None:
     data = _images(tmp_path, "val", CLASSES[:1], count=5)
     files = sorted((data / "val" / CLASSES[0]).iterdir())

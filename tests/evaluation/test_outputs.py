@@ -12,6 +12,7 @@ from fastalex.data import __main__ as data
 from fastalex.evaluation import ablate, evaluate, figures
 from fastalex.tuning import profiler, tune
 from tests._pictures import save, smooth
+from tests._types import Capture
 
 Main = Callable[[list[str]], int]
 
@@ -27,7 +28,7 @@ FOLDERS: list[tuple[Main, list[str], str]] = [
 ]
 
 
-def refused(capsys: pytest.CaptureFixture[str], main: Main, arguments: list[str]) -> str:
+def refused(capsys: Capture, main: Main, arguments: list[str]) -> str:
     assert main(arguments) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -37,11 +38,7 @@ def refused(capsys: pytest.CaptureFixture[str], main: Main, arguments: list[str]
 
 @pytest.mark.parametrize(("main", "arguments", "option"), FILES)
 def test_a_folder_in_a_file_s_place_is_named_first(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    main: Main,
-    arguments: list[str],
-    option: str,
+    tmp_path: Path, capsys: Capture, main: Main, arguments: list[str], option: str
 ) -> None:
     said = refused(capsys, main, [*arguments, option, str(tmp_path)])
     assert f"{option} {tmp_path}: a folder, name a file" in said
@@ -54,12 +51,7 @@ def test_a_folder_in_a_file_s_place_is_named_first(
 @pytest.mark.parametrize(("main", "arguments", "option"), FOLDERS)
 @pytest.mark.parametrize("below", ["", "a/b"])
 def test_a_file_in_a_folder_s_place_is_named_first(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    main: Main,
-    arguments: list[str],
-    option: str,
-    below: str,
+    tmp_path: Path, capsys: Capture, main: Main, arguments: list[str], option: str, below: str
 ) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
@@ -70,7 +62,7 @@ def test_a_file_in_a_folder_s_place_is_named_first(
 
 @pytest.mark.parametrize(("main", "arguments", "option"), [*FILES, *FOLDERS])
 def test_a_place_that_takes_no_files_is_named_first(
-    capsys: pytest.CaptureFixture[str], main: Main, arguments: list[str], option: str
+    capsys: Capture, main: Main, arguments: list[str], option: str
 ) -> None:
     """Even to the superuser /proc gives no new files."""
     if not Path("/proc/self").is_dir():
@@ -81,9 +73,7 @@ def test_a_place_that_takes_no_files_is_named_first(
 
 
 @pytest.mark.parametrize("place", ["file", "file/a/b", "/proc/x"])
-def test_packing_names_its_folder_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
-) -> None:
+def test_packing_names_its_folder_first(tmp_path: Path, capsys: Capture, place: str) -> None:
     if place == "/proc/x" and not Path("/proc/self").is_dir():
         pytest.skip("there is no /proc here")
     (tmp_path / "file").write_text("mine")

@@ -22,8 +22,8 @@ from fastalex.distributed.launch import TrainingError
 from fastalex.distributed.world import World
 from fastalex.training import trainer
 from fastalex.training.config import Settings
+from fastalex.training.metrics import is_stuck
 from fastalex.training.options import parse_arguments
-from fastalex.training.progress import StuckLoss
 from fastalex.training.run_config import RunConfig
 from fastalex.training.run_folder import RunFolder
 from fastalex.training.validation import Accuracy, evaluate
@@ -165,8 +165,8 @@ def test_net_and_seed_name_one_set_of_weights() -> None:
 
 def _stuck_at(losses: list[float], classes: int = 10) -> int | None:
     """The first step at which the losses count as stuck."""
-    stuck = StuckLoss(classes)
-    return next((i for i, loss in enumerate(losses, 1) if stuck.add(loss)), None)
+    steps = range(1, len(losses) + 1)
+    return next((step for step in steps if is_stuck(losses[:step], classes)), None)
 
 
 @pytest.mark.parametrize("classes", [10, 1000])
