@@ -31,13 +31,13 @@ class Moments:
 
     Attributes:
         images: how many.
-        pixels: uint64 [size, size, 3], the sum of each pixel.
+        pixels: uint32 [size, size, 3], the sum of each pixel; uint64 once merged.
         products: float64 [3, 3], the sum over all pixels of the products of two channels.
     """
 
     def __init__(self, size: int) -> None:
         self.images = 0
-        self.pixels = np.zeros((size, size, 3), np.uint64)
+        self.pixels = np.zeros((size, size, 3), np.uint32)  # enough for 16 million images
         self.products = np.zeros((3, 3))
 
     def add(self, image: Pixels) -> None:
@@ -51,7 +51,7 @@ class Moments:
 
     def merge(self, other: Moments) -> None:
         self.images += other.images
-        self.pixels += other.pixels
+        self.pixels = np.add(self.pixels, other.pixels, dtype=np.uint64)
         self.products += other.products
 
     def mean_image(self) -> npt.NDArray[np.float64]:
