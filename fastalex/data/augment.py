@@ -47,7 +47,7 @@ class Augment:
 
     Attributes:
         size: as given.
-        mean, scale, centred: what ``fastalex_kernels.augment`` takes under these names.
+        norm: what ``fastalex_kernels.augment`` takes under this name.
 
     Args:
         normalization: mean and deviation; its mean image, if any, has the side of the images.
@@ -66,14 +66,13 @@ class Augment:
     ) -> None:
         self.size = size
         std = torch.tensor(normalization.std) * (COLOR_SCALE if colored else 1.0)
-        self.scale = (1 / std).to(device)
         image = normalization.mean_image
         if image is not None and len(image.pixels) < size:
             side = len(image.pixels)
             raise ValueError(f"size: expected at most the mean image's {side}, got {size}")
-        mean = normalization.mean if image is None else image.pixels
-        self.mean = torch.tensor(mean, device=device)
-        self.centred = image is not None and image.centred
+        mean = torch.tensor(normalization.mean if image is None else image.pixels, device=device)
+        centred = image is not None and image.centred
+        self.norm = kernels.PixelNorm(mean, (1 / std).to(device), centred)
 
     def __call__(
         self,
@@ -97,10 +96,8 @@ class Augment:
         """
         kind = images.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        normalization = (colors, self.mean, self.scale, self.size)
-        return kernels.augment(
-            images, tops, lefts, mirrors, *normalization, dtype=dtype, centred=self.centred
-        )
+        crops = kernels.Crops(tops, lefts, mirrors)
+        return kernels.augment(images, crops, colors, self.norm, self.size, dtype)
 
 
 @dataclass(frozen=True)

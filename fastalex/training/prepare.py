@@ -16,11 +16,11 @@ from fastalex.data import DataError, ImageDataset, MeanImage, Normalization, dec
 from fastalex.data.datasets import color_noise, mean_image, open_datasets
 from fastalex.data.fingerprint import Contents, contents, describe_changes
 from fastalex.data.normalization import MEAN_IMAGES
-from fastalex.distributed.world import World, find_world, rank, under_torchrun
+from fastalex.distributed.world import World, find_world, has_bf16, rank, under_torchrun
 from fastalex.model.alexnet import AlexNet
 from fastalex.training import checkpoints
 from fastalex.training.checkpoints import ResumeState
-from fastalex.training.config import Settings, describe_setting
+from fastalex.training.config import PRECISIONS, Settings, describe_setting
 from fastalex.training.metrics import check_tensorboard
 from fastalex.training.recipes import INITIALISATIONS, MOMENTUM_RULES, NO_RECIPE, RECIPES
 from fastalex.training.run_config import RunConfig
@@ -105,7 +105,8 @@ def _prepare(
 ) -> RunConfig | None:
     world = choose_world(options, resume)
     if resume is None:
-        settings = Settings.choose(options, world.device_type)
+        bf16 = options["precision"] in (None, "auto") and has_bf16(world)
+        settings = Settings.choose(options, world.device_type, bf16)
     else:
         settings = resume.choose(options, named=options["resume"] is not None)
         resume = replace(resume, settings=settings)
@@ -248,7 +249,8 @@ def _describe(config: RunConfig, train: ImageDataset, val: ImageDataset) -> list
         f"training and {len(val)} validation images, {settings.image_size} px, "
         f"augmentation {settings.augmentation}, {normalization}",
         f"training: {settings.epochs} epochs of {steps} steps{most}, "
-        f"{settings.batch_size} images a step, {settings.precision}{recipe}",
+        f"{settings.batch_size} images a step{recipe}",
+        f"precision: {settings.precision} ({PRECISIONS[settings.precision]})",
         f"optimizer: SGD, {describe_schedule(settings, epochs)}, momentum {settings.momentum} "
         f"({MOMENTUM_RULES[settings.momentum_rule]}), weight decay {settings.weight_decay}",
         f"output: {config.folder}",

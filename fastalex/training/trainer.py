@@ -22,7 +22,7 @@ from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.launch import TrainingError
 from fastalex.model.alexnet import AlexNet
 from fastalex.training import checkpoints
-from fastalex.training.autograd_step import AutogradStep, LossScaler, autocast
+from fastalex.training.autograd_step import AutogradStep, LossScaler, autocast, tf32
 from fastalex.training.checkpoints import ResumeState
 from fastalex.training.config import Settings
 from fastalex.training.metrics import MetricsLog, RunningMetrics, TensorBoard
@@ -57,7 +57,7 @@ def train(config: RunConfig) -> None:
         Interrupted: a signal asked for the end; where it could, the run has saved its state.
     """
     try:
-        with output_may_fail():
+        with output_may_fail(), tf32(config.settings.precision):
             trainer = Trainer(config)
             try:
                 trainer.run()
@@ -142,7 +142,17 @@ class Trainer:
             set_momentum_buffers(self.model, self.optimizer, parts)
 
     def _whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Those of the whole net; every process takes part."""
+        """Those of the whole net; every process takes part.
+
+        Raises:
+            TrainingError: where the towers' copies of the last layer have drifted apart.
+        """
+        if not towers.copies_agree(self.model, self.parallel.mesh, tensors):
+            raise TrainingError(
+                f"the two towers' copies of the last layer differ after step {self.step}: their "
+                "GPUs or software round differently; run both on one model of GPU with the same "
+                "versions, or use one process"
+            )
         return towers.full_tensors(self.model, self.parallel.mesh, tensors)
 
     def _make_step(self) -> TrainStep | AutogradStep:
@@ -154,8 +164,8 @@ class Trainer:
             reduce = None if alone else lambda: parallel.reduce_gradients(self.model)
             try:
                 return TrainStep(
-                    self.model, self.optimizer, settings.precision, augment=augment,
-                    tricks=tricks, reduce=reduce, tell=self.progress.warn,
+                    self.model, self.optimizer, settings.precision.replace("tf32", "float32"),
+                    augment=augment, tricks=tricks, reduce=reduce, tell=self.progress.warn,
                 )  # fmt: skip
             except ValueError as error:
                 self.progress.warn(f"autograd and the optimizer make each step: {error}")
@@ -437,8 +447,6 @@ class Trainer:
         save_weights(self.folder.weights, weights, self._metadata(accuracy), image)
         if best:
             self.folder.keep_best()
-        if self.tensorboard is not None:
-            self.tensorboard.add_kernels(next(iter(weights.values())), self.step)
 
     def _metadata(self, accuracy: Accuracy) -> dict[str, Any]:
         settings = self.settings
@@ -450,6 +458,7 @@ class Trainer:
             "image_size": settings.image_size,
             "normalization": self.config.normalization.to_dict(),
             "dropout": settings.dropout,
+            "precision": settings.precision,
             "init": settings.init,
             "seed": settings.seed,
             "epoch": self.epoch,

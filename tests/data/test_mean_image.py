@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastalex import AlexNet
 from fastalex.data import DataError, MeanImage, Normalization, PackedImages, SyntheticImages
 from fastalex.data.augment import PUBLISHED_NOISE, ColorNoise
 from fastalex.data.batches import Batches, Transform
 from fastalex.data.datasets import color_noise, mean_image
 from fastalex.data.pack import pack
 from fastalex.evaluation import evaluate
-from fastalex.model.reference import ReferenceAlexNet
 from fastalex.model.variants import VARIANTS
 from fastalex.training import prepare, train, trainer
 from fastalex.training.config import Settings
@@ -99,10 +99,7 @@ def test_the_weights_file_has_it_and_the_loss_is_that_of_images_less_it(
     assert metadata["normalization"]["std"] == [1, 1, 1]
     assert set(load_file(path)) == {*weights, MEAN_IMAGE}
     losses = []
-    net = ReferenceAlexNet(2, variant="owt")
-    for index in (1, 4, 6):
-        net.classifier[index] = torch.nn.Linear(*weights[f"classifier.{index}.weight"].T.shape)
-    net.double().eval()
+    net = AlexNet(2, variant=_small_train.thin(VARIANTS["owt"]), fused=False).double().eval()
     net.load_state_dict(weights)
     val = PackedImages(folder / "set", "val")
     for i in range(len(val)):
