@@ -126,8 +126,6 @@ class Normalization:
             The normalisation that gives these images zero mean and unit variance in each channel;
             a channel that never varies is left at its scale.
         """
-        if sample < 1:
-            raise ValueError(f"sample: expected at least 1, got {sample}")
         if isinstance(dataset, FolderImages):  # a file is slow to decode
             name = f"mean and deviation of {sample} images at {size} pixels"
             return cls.from_dict(dataset.recall(name, lambda: _measure(dataset, size, sample)))
