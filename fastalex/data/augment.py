@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import fastalex_kernels as kernels
-from fastalex.data.base import ImageSource, Pixels
+from fastalex.data.base import ImageDataset, Pixels
 from fastalex.data.normalization import Normalization
 
 AUGMENTATIONS = {
@@ -62,24 +62,17 @@ class Augment:
     """
 
     def __init__(
-        self,
-        normalization: Normalization,
-        size: int,
-        device: torch.device,
-        colored: bool = False,
+        self, normalization: Normalization, size: int, device: torch.device, colored: bool = False
     ) -> None:
         self.size = size
         std = torch.tensor(normalization.std) * (COLOR_SCALE if colored else 1.0)
-        scale = (1 / std).to(device)
-        self.norm = kernels.PixelNorm(torch.tensor(normalization.mean, device=device), scale)
         image = normalization.mean_image
-        if image is None:
-            return
-        spare = len(image.pixels) - size
-        if spare < 0:
-            raise ValueError(f"size: expected at most the mean image's {size + spare}, got {size}")
-        mean = torch.from_numpy(image.pixels).to(device)
-        self.norm = kernels.PixelNorm(mean, scale, image.centred)
+        if image is not None and len(image.pixels) < size:
+            side = len(image.pixels)
+            raise ValueError(f"size: expected at most the mean image's {side}, got {size}")
+        mean = torch.tensor(normalization.mean if image is None else image.pixels, device=device)
+        centred = image is not None and image.centred
+        self.norm = kernels.PixelNorm(mean, (1 / std).to(device), centred)
 
     def __call__(
         self,
@@ -197,18 +190,18 @@ def draw_box(words: npt.NDArray[np.uint64], width: int, height: int) -> tuple[in
 
 
 def resized_crop(
-    source: ImageSource, index: int, words: npt.NDArray[np.uint64], side: int, size: int
+    dataset: ImageDataset, index: int, words: npt.NDArray[np.uint64], side: int, size: int
 ) -> Pixels:
     """A random part of an image, uint8 [size, size, 3].
 
     Args:
-        source: whose image it is.
+        dataset: whose image it is.
         index: of the image.
         words: decide the part, see ``draw_box``.
         side: what an image is decoded at that has no size of its own.
         size: side in pixels of what is returned.
     """
-    whole = source.whole(index, side)
+    whole = dataset.whole(index, side)
     # Cut first: resizing a box of a larger image would mix in what is around it.
     part = whole.crop(draw_box(words, *whole.size))
     return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))

@@ -228,7 +228,7 @@ class FullyConnected(Pass):
         self.module, self.update, self._gather = module, update, gather
         self.relu = isinstance(module, LinearReLUDropout)
         self._dropout = NO_DROPOUT
-        if isinstance(module, LinearReLUDropout) and module.p and module.training:
+        if isinstance(module, LinearReLUDropout) and module.p and module.dropping:
             self._dropout = Dropout(float(module.p), *module.mask)
 
     def forward(self, x: Tensor) -> Tensor:

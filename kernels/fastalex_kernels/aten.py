@@ -176,11 +176,15 @@ def _backward(
 def _outputs(
     input: torch.Tensor, window: Sequence[int], pooled: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for the output and the places of its maxima, if anything is pooled; channels last."""
+    """Memory for the output and the places of its maxima, if anything is pooled; channels last.
+
+    Allocated so and not a view: autograd refuses to change a view that an operator returned.
+    """
     N, C = input.shape[:2]
-    shape = (N, 0, 0, 0) if list(window) == [1, 1] else (N, *pooled, C)
-    argmax = input.new_empty(shape, dtype=torch.int64)
-    return input.new_empty((N, *pooled, C)).permute(0, 3, 1, 2), argmax.permute(0, 3, 1, 2)
+    size = (N, C, *pooled)
+    places = size if list(window) != [1, 1] else (N, 0, 0, 0)
+    make = functools.partial(torch.empty, device=input.device, memory_format=torch.channels_last)
+    return make(size, dtype=input.dtype), make(places, dtype=torch.int64)
 
 
 @operator("aten_lrn_max_pool2d")

@@ -34,6 +34,7 @@ from fastalex_kernels.common.layout import as_hwnc, empty_nchw
 from fastalex_kernels.common.reduce import fold
 from fastalex_kernels.common.tuned import cut, dot_precision, tile_entry
 from fastalex_kernels.conv2d.arguments import Padding, space_to_depth_weight
+from fastalex_kernels.conv2d.columns import conv2d_backward_input_columns, pixels_as_columns
 from fastalex_kernels.conv2d.tiles import halved_warps, row_blocks, split_channels, tma_fits
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width, cut to the layer.
@@ -386,6 +387,9 @@ def conv2d_relu_backward_input(
     here: dx then is the gradient before the ReLU, and what comes with it are partials of its sum
     over all but the channels, float32 [parts, G*C], the gradient of the bias there.
     """
+    pixels = pixels_as_columns(dz, w, groups) if mask is None else 0
+    if pixels:
+        return conv2d_backward_input_columns(dz, w, size, padding, groups, pixels), None
     (R, S, _, _), (top, _), (left, _) = w.shape, *padding
     return _convolve(dz, w, _Taps(size, (R - 1 - top, S - 1 - left), True), groups, mask=mask)
 
