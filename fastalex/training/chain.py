@@ -26,7 +26,7 @@ from fastalex.training.optim import BUFFER, Rates, update_rule
 from fastalex.training.passes import Convolution, Flatten, FullyConnected, Gather, Pass, Pool, Torch
 from fastalex.training.updates import FusedUpdate, StoredGradients, momentum_update
 from fastalex_kernels.conv2d.forward import pack_weight
-from fastalex_kernels.lrn_pool.general import MAX_CHANNELS
+from fastalex_kernels.lrn_pool.function import MAX_CHANNELS
 from fastalex_kernels.momentum import MomentumUpdate, Updates
 
 _KNOWN = (

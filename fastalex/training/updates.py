@@ -15,10 +15,11 @@ from torch import nn
 from fastalex.model.layers import Conv2dReLU
 from fastalex_kernels.common.epilogue import epilogue_backward
 from fastalex_kernels.common.launch import call
+from fastalex_kernels.common.parameters import Dropout
 from fastalex_kernels.common.reduce import sum_partials
 from fastalex_kernels.conv2d.arguments import depth_to_space_weight
 from fastalex_kernels.conv2d.forward import pack_weight
-from fastalex_kernels.linear.forward import matmul
+from fastalex_kernels.linear.forward import Epilogue, matmul
 from fastalex_kernels.linear.update import linear_backward_weight_update
 from fastalex_kernels.momentum import MomentumUpdate, Updates, sum_updates
 
@@ -112,7 +113,7 @@ class StoredGradients(FusedUpdate):
 
     def linear(self, dz: Tensor, x: Tensor, p: float) -> None:
         weight, bias = self._gradients
-        call(weight.copy_, matmul(dz.t(), x, p=p))
+        call(weight.copy_, matmul(dz.t(), x, Epilogue(dropout=Dropout(p))))
         rows = dz
         if dz.stride(0) != dz.shape[1]:
             rows = dz.new_empty(dz.shape)

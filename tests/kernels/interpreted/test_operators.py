@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastalex_kernels as fk
 
-from .. import _augment as augments
 from .. import _cases as cases
 from .._cases import sampled
 from .._oracle import Case, call, conv, linear, lrn, make_gradient, make_inputs, pool
@@ -57,20 +56,6 @@ def test_compiled_as_eager(case: Case, strict: Strict) -> None:
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
         assert a.stride() == b.stride()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", augments.PLAIN[:-1:4], ids=str)
-def test_augment_compiled_as_eager(case: augments.Case, strict: Strict) -> None:
-    arguments = augments.make(case)
-    expected = fk.augment(**arguments, dtype=torch.bfloat16)
-    strict.launches.clear()
-    torch._dynamo.reset()
-    compiled = torch.compile(fk.augment, backend="aot_eager", fullgraph=True)
-    found = compiled(**arguments, dtype=torch.bfloat16)
-    assert len(strict.launches) == 1
-    assert torch.equal(found, expected)
-    assert found.stride() == expected.stride()
 
 
 def _arguments() -> dict[str, tuple[Any, ...]]:
