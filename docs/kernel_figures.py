@@ -25,15 +25,15 @@ KERNELS = {
 }
 HEAD = (
     "launch", "grid", "tile, warps", "registers", "shared KB", "loop", "issue", "barriers",
-    "useful", "waves", "instr", "MB", "over floor",
+    "useful", "waves", "smem", "instr", "MB", "over floor", "L2 MB", "floor us", "estimate us",
 )  # fmt: skip
 INTRODUCTION = """\
 # Each launch of a training step, read without a GPU
 
 `python docs/kernel_figures.py` writes this page from `python -m fastalex.roofline --gpu h100`
 and the same for `a100`, at a batch of 128 (Triton {triton}, torch {torch}). Where the two GPUs
-differ, a cell is "H100 / A100". Nothing here was timed. [roofline.md](../roofline.md) explains the
-columns.
+differ, a cell is "H100 / A100". Nothing here was timed; estimates are middle (low-high).
+[roofline.md](../roofline.md) explains the columns.
 """
 EXCHANGES = """\
 ## Exchanges between two towers
@@ -58,7 +58,10 @@ def _number(value: float | None, form: str = ".2f") -> str:
 def _cells(row: dict[str, Any]) -> list[str]:
     moved = row["read"] + row["written"] - row["updated"]
     tile = "" if row["tile"] is None else "x".join(map(str, row["tile"])) + f", {row['warps']}"
-    loop = row["loop"] or dict.fromkeys(("instructions", "issue_ratio", "barriers"))
+    loop = row["loop"] or dict.fromkeys(
+        ("instructions", "issue_ratio", "barriers", "shared_ratio", "loaded")
+    )
+    made, loaded = row["estimate"], loop["loaded"]
     return [
         f"{row['layer']} {row['role'] or row['phase']}",
         "x".join(map(str, row["grid"])),
@@ -70,9 +73,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _number(loop["barriers"], "d"),
         _number(row["useful"]),
         _number(row["waves"]),
+        _number(loop["shared_ratio"]),
         "" if row["flops"] else _number(row["instructions"], ".1f"),
         _number((row["read"] + row["written"]) / 1e6, ".1f"),
         _number(moved / row["floor_size"]) if row["floor_size"] and moved else "",
+        _number(loaded and loaded / 1e6, ".0f"),
+        _number(row["floor"] and 1e6 * row["floor"], ".1f"),
+        f"{1e6 * made['middle']:.1f} ({1e6 * made['low']:.1f}-{1e6 * made['high']:.1f})",
     ]
 
 

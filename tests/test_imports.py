@@ -146,7 +146,8 @@ def test_the_model_knows_nothing_of_processes() -> None:
 
 ROOMS = {  # a module imports from its own room and from rooms before it
     "fastalex": [
-        "common", "model", "data", "distributed", "training", "evaluation", "inspection", "tuning",
+        "common", "model", "data", "distributed", "training", "formats", "evaluation", "inspection",
+        "tuning",
     ],
     "fastalex_kernels": [
         "common", "reference", "aten", "momentum", "conv2d", "linear", "lrn_pool",

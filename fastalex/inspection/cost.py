@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fastalex.data.augment import Augment
@@ -23,7 +23,7 @@ LINK_BANDWIDTH = 0.37  # TB/s in one direction between two GPUs, NVLink 4
 _BLOCKS = 32  # resident programs of a processor
 _RESERVED_SHARED = 1 << 10  # of a program, by the system
 _REGISTERS = 1 << 16  # of a processor
-_OVERHEAD_CYCLES = 1500  # of a program in which its processor has nothing from it
+OVERHEAD_CYCLES = 1500  # of a program in which its processor has nothing from it
 
 
 class Floor(NamedTuple):
@@ -142,22 +142,26 @@ def resident(gpu: GPU, registers: int, shared: int, warps: int) -> int:
     return max(1, min(by_registers, by_shared, gpu.threads // threads, _BLOCKS))
 
 
-def schedule(gpu: GPU, cycles: Iterable[float], slots: int) -> float:
+def schedule(
+    gpu: GPU, cycles: Sequence[float], slots: int, overhead: float = OVERHEAD_CYCLES
+) -> float:
     """The cycle in which the last program ends.
 
     Programs start in order, each where a place is free first. The places of a processor share it
     evenly, and a program keeps its place for some cycles in which it does not use it: its first
-    loads and its last stores.
+    loads and its last stores. Where places outnumber programs, every processor gets as many.
 
     Args:
         gpu: one of ``fastalex.inspection.gpus.GPUS``.
         cycles: of each program, if it had a processor to itself.
         slots: programs that a processor holds at once.
+        overhead: cycles in which a program does not use its processor.
     """
+    slots = min(slots, -(-len(cycles) // gpu.processors))
     free = [0.0] * (gpu.processors * slots)
     last = 0.0
     for work in cycles:
-        end = free[0] + work * slots + _OVERHEAD_CYCLES
+        end = free[0] + work * slots + overhead
         heapq.heapreplace(free, end)
         last = max(last, end)
     return last

@@ -114,9 +114,13 @@ def fake_driver(target: str) -> Iterator[None]:
         driver.set_active(previous)
 
 
-def without_data(launch: Launch) -> Launch:
-    """The launch on meta tensors of the same shapes, strides, alignment and shared memory."""
-    storages: dict[int, torch.UntypedStorage] = {}
+def without_data(launch: Launch, storages: dict[int, torch.UntypedStorage]) -> Launch:
+    """The launch on meta tensors of the same shapes, strides, alignment and shared memory.
+
+    Args:
+        launch: to copy.
+        storages: of the launches before, by the storage that each stands for; this one's are added.
+    """
 
     def bare(x: Any) -> Any:
         if isinstance(x, TensorDescriptor):
@@ -152,7 +156,8 @@ def record(target: str, step: Callable[[], object]) -> list[Launch]:
 
     with FakeTensorMode(allow_non_fake_inputs=True), record_launches(target, recorder):
         step()
-    return list(map(without_data, recorded))
+    storages: dict[int, torch.UntypedStorage] = {}
+    return [without_data(launch, storages) for launch in recorded]
 
 
 def check_target(target: str) -> None:

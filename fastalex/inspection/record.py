@@ -201,8 +201,9 @@ def record_step(
                 model.seed_dropout(0, 1)
                 train_step(images, labels)
             recorded.events += beside.events
+    storages: dict[int, torch.UntypedStorage] = {}
     recorded.events = [
-        e if e.launch is None else replace(e, launch=offline.without_data(e.launch))
+        e if e.launch is None else replace(e, launch=offline.without_data(e.launch, storages))
         for e in recorded.events
     ]
     recorded.parameters = [p.numel() for p in model.parameters()]

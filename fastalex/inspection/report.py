@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from fastalex.inspection import cost, offline, sass, ttir
+from fastalex.inspection import cost, forecast, offline, sass, ttir
 from fastalex.inspection.gpus import GPU
 from fastalex.inspection.record import Event, Layer, Step
 from fastalex_kernels.common.program import Launch, tensor_of
@@ -33,6 +33,9 @@ class MainLoop:
         register_loads: loads from global memory that go through registers.
         turns: of all programs together.
         turn_flops, turn_bytes: of the products of one turn, and of their operands.
+        tensor_cycles: of the products of one turn; 0 where they don't carry their size.
+        shared_bytes: that one turn moves to and from shared memory.
+        number: of the loop in the intermediate code.
     """
 
     product: str
@@ -45,6 +48,40 @@ class MainLoop:
     turns: int | None
     turn_flops: int
     turn_bytes: int
+    tensor_cycles: float
+    shared_bytes: float
+    number: int | None
+
+    @property
+    def loaded(self) -> int | None:
+        """Bytes that all turns load into shared memory."""
+        return None if self.turns is None else self.turns * self.turn_bytes
+
+    @property
+    def shared_ratio(self) -> float | None:
+        """Cycles of the tensor cores over those of shared memory in a turn."""
+        cycles = self.shared_bytes / forecast.SHARED_BYTES
+        return self.tensor_cycles / cycles if cycles and self.tensor_cycles else None
+
+
+class Traffic(NamedTuple):
+    """A tensor that a launch reads or writes, once.
+
+    Args:
+        name: of the kernel's argument.
+        key: what stands for the tensor in every launch of a step.
+        size: bytes.
+        moved: those of them that no argument before has read or written.
+        itemsize: bytes of an element.
+        store: whether it is written.
+    """
+
+    name: str
+    key: tuple[int, int]
+    size: int
+    moved: int
+    itemsize: int
+    store: bool
 
 
 @dataclass
@@ -66,12 +103,12 @@ class Row:
         waves: of the tensor cores' time until the last program ends, over the share of taps that
             are not skipped.
         instructions: of all threads, for each element of the layer's input.
-        issue_seconds: until the last program has issued its instructions.
+        issue_cycles: until the last program has issued its instructions.
         read, written: bytes, every tensor once.
         updated: of them, those of weights and velocities where a launch applies a gradient.
         flops: done, padding included.
         floor, floor_size, floor_flops: of the pass, seconds, bytes and operations.
-        bound: seconds that its bytes and operations take at the rates assumed.
+        estimate: its seconds; None on a GPU for which nothing is assumed.
     """
 
     layer: str
@@ -91,7 +128,7 @@ class Row:
     useful: float | None = None
     waves: float | None = None
     instructions: float | None = None
-    issue_seconds: float | None = None
+    issue_cycles: float | None = None
     read: int = 0
     written: int = 0
     updated: int = 0
@@ -99,7 +136,7 @@ class Row:
     floor: float | None = None
     floor_size: float | None = None
     floor_flops: float | None = None
-    bound: float = 0.0
+    estimate: forecast.Estimate | None = None
 
 
 def inspect(step: Step, gpu: GPU, dtype: str) -> list[Row]:
@@ -111,12 +148,22 @@ def inspect(step: Step, gpu: GPU, dtype: str) -> list[Row]:
         dtype: of the products, as the step was recorded.
     """
     rows = []
+    assumed = forecast.ASSUMED.get(gpu.name, ())
+    caches = [forecast.L2(rates.l2_size) for rates in assumed]
     for event in step.events:
         if event.launch is None:
             row = Row(event.layer, event.phase, event.name, read=event.read, written=event.written)
+            moved = float(event.read + event.written)
+            terms = [forecast.stream(rates, moved, moved, 0.0) for rates in assumed]
         else:
-            row = read_launch(event, event.launch, step.layers.get(event.layer), gpu)
-        row.bound = gpu.seconds(row.flops, row.read + row.written, dtype)
+            found = read_launch(event, event.launch, step.layers.get(event.layer), gpu)
+            row = found.row
+            terms = [
+                _terms(found, gpu, rates, cache, dtype)
+                for rates, cache in zip(assumed, caches, strict=True)
+            ]
+        if assumed:
+            row.estimate = forecast.estimate(assumed, terms)
         rows.append(row)
     train = any(event.phase == "backward" for event in step.events)
     floors = cost.floors(step.layers, 4 if dtype == "fp32" else 2, train)
@@ -127,14 +174,54 @@ def inspect(step: Step, gpu: GPU, dtype: str) -> list[Row]:
         for row in [row for row in made_by if row.flops] if total else made_by[:1]:
             share = row.flops / total if total else 1.0
             row.floor_size, row.floor_flops = share * floor.size, share * floor.flops
-            row.floor = gpu.seconds(row.floor_flops, row.floor_size, dtype)
+            row.floor = gpu.seconds(row.floor_flops, row.floor_size, _rounded(row, dtype))
             row.useful = share * floor.useful / row.flops if row.flops else None
             if row.waves is not None:
                 row.waves /= cost.tap_share(step.layers[name])
     return rows
 
 
-def read_launch(event: Event, launch: Launch, layer: Layer | None, gpu: GPU) -> Row:
+class Found(NamedTuple):
+    """A launch as it was read.
+
+    Args:
+        row: of the report.
+        traffic: the tensors that it reads and writes.
+        work: of each program; None where it depends on values in memory.
+        slots: programs that a processor holds at once.
+    """
+
+    row: Row
+    traffic: list[Traffic]
+    work: list[ttir.Work] | None
+    slots: int
+
+
+def _terms(
+    found: Found, gpu: GPU, rates: forecast.Rates, cache: forecast.L2, dtype: str
+) -> dict[str, float]:
+    """What limits a launch, with ``cache`` as the launches before left it."""
+    row, loop = found.row, found.row.loop
+    memory = float(row.written)
+    for x in sorted(found.traffic, key=lambda x: x.store):
+        if x.moved and not cache.touch(x.key, x.size) and not x.store:
+            memory += x.moved
+    if loop is None or found.work is None or loop.number is None or not loop.tensor_cycles:
+        terms = forecast.stream(
+            rates, float(row.read + row.written), memory, row.issue_cycles or 0.0
+        )
+        if row.flops:  # without tensor cores
+            terms["flops"] = row.flops / gpu.flops(dtype)
+        return terms
+    issue = loop.instructions * (row.warps or 0) / _SCHEDULERS
+    turn = forecast.Turn(
+        loop.tensor_cycles, loop.shared_bytes, issue, loop.turn_bytes, bool(loop.drains)
+    )
+    turns = [w.turns[loop.number] for w in found.work]
+    return forecast.product(gpu, rates, turn, turns, found.slots, memory)
+
+
+def read_launch(event: Event, launch: Launch, layer: Layer | None, gpu: GPU) -> Found:
     """One launch, as far as its machine code and its arguments tell."""
     compiled = offline.compile_launch(launch, gpu.target)
     code, ir = offline.read(compiled), ttir.read(compiled.asm["ttir"])
@@ -144,73 +231,75 @@ def read_launch(event: Event, launch: Launch, layer: Layer | None, gpu: GPU) -> 
         event.layer, event.phase, event.name, _role(event, launch, ir, layer), launch.grid,
         warps, code.registers, code.shared, code.spills, tile=ir.tile(),
     )  # fmt: skip
-    sizes = _add_traffic(row, launch.named, ir)
-    _add_widths(row, sass.accesses(code.instructions), ir, sizes)
+    traffic = _traffic(launch.named, ir)
+    row.read = sum(x.moved for x in traffic if not x.store)
+    row.written = sum(x.moved for x in traffic if x.store)
+    if "rate_ptr" in launch.named:
+        row.updated = sum(x.moved for x in traffic if x.name in _UPDATED)
+    _add_widths(row, sass.accesses(code.instructions), ir, traffic)
     loops = sass.loops(code.instructions)
-    amd = gpu.target.startswith("gfx")
     work = ir.work(launch.grid, launch.named)
-    row.loop = _main_loop(loops, ir, work, warps, gpu)
-    if work is None:
-        return row
-    row.flops = float(sum(w.flops for w in work))
-    executed = _executed(len(code.instructions), loops, work)
-    if layer is None or amd:
-        return row
     slots = cost.resident(gpu, code.registers, code.shared, warps)
+    bodies = [code.instructions[loop.start : loop.stop] for loop in loops]
+    row.loop = _main_loop(bodies, ir, work, warps, gpu)
+    if work is None:
+        return Found(row, traffic, work, slots)
+    row.flops = float(sum(w.flops for w in work))
+    if layer is None or gpu.target.startswith("gfx"):
+        return Found(row, traffic, work, slots)
     if row.loop is not None:
         cycles = [w.flops / gpu.tensor_flops for w in work]
         row.waves = sum(cycles) / gpu.processors / cost.schedule(gpu, cycles, slots)
+    executed = _executed(len(code.instructions), loops, work)
     if executed is not None:
         row.instructions = 32 * warps * sum(executed) / torch.Size(layer.input).numel()
         issued = [warps * each / _SCHEDULERS for each in executed]
-        row.issue_seconds = cost.schedule(gpu, issued, slots) / gpu.clock
-    return row
+        row.issue_cycles = cost.schedule(gpu, issued, slots)
+    return Found(row, traffic, work, slots)
 
 
-def _executed(
-    total: int, loops: Sequence[list[sass.Instruction]], work: Sequence[ttir.Work]
-) -> list[float] | None:
-    """Instructions that one warp of each program runs; None with several loops.
+def _rounded(row: Row, dtype: str) -> str:
+    """What the products of a launch are computed in, in a step of ``dtype``."""
+    return "tf32" if row.loop is not None and "TF32" in row.loop.product else dtype
+
+
+def _executed(total: int, loops: Sequence[range], work: Sequence[ttir.Work]) -> list[float] | None:
+    """Instructions that one warp of each program runs; None where loops are not the IR's.
 
     Both sides of a branch count.
     """
-    real = [len(loop) for loop in loops if len(loop) > _WAITING]
+    real = [loop for loop in loops if len(loop) > _WAITING]
     if not real and all(max(w.turns, default=0) <= 1 for w in work):
         return [total] * len(work)
-    if len(real) != 1 or len(work[0].turns) != 1:
+    if len(real) != len(work[0].turns):
         return None
-    return [total + real[0] * (w.turns[0] - 1) for w in work]
+    straight, *own = sass.lengths(total, real)
+    return [straight + sum(map(int.__mul__, own, w.turns)) for w in work]
 
 
-def _add_traffic(row: Row, arguments: dict[str, Any], ir: ttir.Code) -> dict[str, tuple[int, int]]:
-    """Count every tensor that is read once, and every one that is written.
+def _traffic(arguments: dict[str, Any], ir: ttir.Code) -> list[Traffic]:
+    """The tensors that are read and those that are written, by each argument.
 
-    Returns:
-        The bytes of each argument, and of an element of it.
+    Two descriptors of one tensor, in blocks of two sizes, share its bytes: only the first has them.
     """
-    sizes: dict[str, tuple[int, int]] = {}
-    seen: set[tuple[int, int, bool]] = set()
+    found: list[Traffic] = []
+    seen: set[tuple[tuple[int, int], bool]] = set()
     accesses = [(name, False) for name in sorted(ir.reads)]
     for name, store in [*accesses, *((name, True) for name in sorted(ir.writes))]:
         tensor = tensor_of(arguments.get(name))
-        if tensor is None:
-            continue
-        sizes[name] = tensor.nbytes, tensor.element_size()
-        # Two descriptors of one tensor, in blocks of two sizes, share its bytes.
-        same = (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), store)
-        if same in seen:
-            continue
-        seen.add(same)
-        row.written += tensor.nbytes * store
-        row.read += tensor.nbytes * (not store)
-        row.updated += tensor.nbytes * ("rate_ptr" in arguments and name in _UPDATED)
-    return sizes
+        if tensor is not None:
+            key = tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+            moved = 0 if (key, store) in seen else tensor.nbytes
+            found.append(Traffic(name, key, tensor.nbytes, moved, tensor.element_size(), store))
+            seen.add((key, store))
+    return found
 
 
 def _add_widths(
-    row: Row, accesses: Sequence[sass.Access], ir: ttir.Code, sizes: dict[str, tuple[int, int]]
+    row: Row, accesses: Sequence[sass.Access], ir: ttir.Code, traffic: Sequence[Traffic]
 ) -> None:
     """The widths of accesses to what carries a share of the bytes, or to what is not known."""
+    sizes = {x.name: (x.size, x.itemsize) for x in traffic}
     least = _WIDE_SHARE * sum(size for size, _ in sizes.values())
     found: dict[tuple[bool, str], set[str]] = {}
     for access in accesses:
@@ -250,6 +339,7 @@ def _main_loop(
     if product.startswith("UTC"):
         cycles = turn_flops / gpu.tensor_flops
     accesses = sass.accesses(main)
+    loaded = sass.shared_bytes(main, warps) + turn_bytes
     return MainLoop(
         product,
         len(main),
@@ -261,6 +351,9 @@ def _main_loop(
         None if work is None or number is None else sum(w.turns[number] for w in work),
         turn_flops,
         turn_bytes,
+        cycles,
+        loaded,
+        number,
     )
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from fastalex.common.command_line import Parser, guarded
 from fastalex.common.tables import table
 from fastalex.inspection import cost, offline
+from fastalex.inspection.forecast import Estimate
 from fastalex.inspection.gpus import GPU, GPUS
 from fastalex.inspection.record import PRECISIONS, Step, record_step
 from fastalex.inspection.report import Row, inspect
@@ -112,7 +113,7 @@ def make_report(options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]
         "torch": torch.__version__,
         "triton": triton.__version__,
         **{name: getattr(options, name) for name in ("batch", "gpus", "step", "dtype", "variant")},
-        "launches": [dataclasses.asdict(row) for row in rows],
+        "launches": [_as_json(row) for row in rows],
         "layers": _layers(rows),
         "exchanges": exchanges,
         "summary": _summary(step, rows, exchanges, gpu, options),
@@ -139,6 +140,22 @@ def _layers(rows: list[Row]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def _as_json(row: Row) -> dict[str, Any]:
+    loop, estimate = row.loop, row.estimate
+    shown = dataclasses.asdict(row)
+    if loop is not None:
+        shown["loop"] |= {"loaded": loop.loaded, "shared_ratio": loop.shared_ratio}
+    return shown | {"estimate": None if estimate is None else estimate._asdict()}
+
+
+def _estimates(rows: list[Row]) -> dict[str, float] | None:
+    """Low, middle and high seconds of the rows together; None on a GPU that has no estimate."""
+    made = [row.estimate for row in rows if row.estimate is not None]
+    if len(made) < len(rows):
+        return None
+    return {name: sum(getattr(one, name) for one in made) for name in ("low", "middle", "high")}
+
+
 def _summary(
     step: Step,
     rows: list[Row],
@@ -153,6 +170,9 @@ def _summary(
     floor = _sum(rows, "floor") + update_floor
     waited = sum(exchange["waited"] for exchange in exchanges)
     ours = sum(row.grid is not None for row in rows)
+    estimates = _estimates(rows)
+    if estimates is not None:
+        estimates = {name: seconds + waited for name, seconds in estimates.items()}
     return {
         "launches": len(rows),
         "our_launches": ours,
@@ -162,15 +182,15 @@ def _summary(
         "optimizer_bytes_per_parameter": _sum(rows, "updated") / parameters if update else None,
         "bytes": _sum(rows, "read", "written"),
         "floor_bytes": _sum(rows, "floor_size") + update,
+        "loaded": sum(row.loop.loaded or 0 for row in rows if row.loop),
         "flops": _sum(rows, "flops"),
         "floor_flops": _sum(rows, "floor_flops"),
         "update_floor": update_floor,
         "floor": floor,
-        "bound": _sum(rows, "bound"),
         # Two towers share the images of a step. The floor takes their exchange to be hidden.
         "ceiling_images_per_second": options.batch / floor,
         "waited": waited,
-        "bound_images_per_second": options.batch / (_sum(rows, "bound") + waited),
+        "estimate": estimates,
     }
 
 
@@ -182,7 +202,7 @@ def _exchanges(step: Step, rows: list[Row]) -> list[dict[str, Any]]:
     result = []
     for one in step.exchanges:
         seconds = one.size / (1e12 * cost.LINK_BANDWIDTH)
-        meanwhile = _sum(rows[one.started : one.ended], "bound")
+        meanwhile = (_estimates(rows[one.started : one.ended]) or {"middle": 0.0})["middle"]
         result.append(
             {
                 "layer": one.layer, "phase": one.phase, "size": one.size, "seconds": seconds,
@@ -192,21 +212,22 @@ def _exchanges(step: Step, rows: list[Row]) -> list[dict[str, Any]]:
     return result
 
 
-_SUMMED = ("flops", "bound", "floor_size", "floor_flops", "floor")
-_HEAD = [
-    "layer", "pass", "kernel", "grid", "tile", "products by", "regs", "shared", "spills", "loads",
-    "stores", "loop", "issue", "barriers", "useful", "waves", "instr", "MB", "/floor", "GFLOP",
-    "/floor", "floor us", "bound us",
+_SUMMED = ("flops", "floor_size", "floor_flops", "floor")
+_TIMES = [
+    "layer", "pass", "floor", "low", "mid", "high", "limit", "MB", "/floor", "L2 MB", "GFLOP",
+    "smem",
 ]  # fmt: skip
+_CODE = ["layer", "pass", "grid", "regs", "KB", "spills", "loads", "stores"]
+_PRODUCTS = ["tile", "loop", "issue", "bars", "useful"]
 _LEGEND = """\
-tile: rows x columns of a program's result, warps. loads, stores: bytes of an access to what
-carries 1% of the bytes. loop: instructions of the loop with the products. issue: time to issue it
-over the tensor cores' time for its products. barriers: in a turn of it. useful: operations on real
-data over those done. waves: of the tensor cores' time until the last program ends, as simulated,
-over the share of taps that are not skipped. instr: instructions of all threads for an element of
-the layer's input. MB: every tensor once. floor: the least for the pass, all taps counted; a weight
-that is updated in the pass is in MB, and its floor is in the update's. bound: this launch's bytes
-and operations at the rates assumed."""
+pass: or the kernel that prepares or finishes one. floor: microseconds, at least, for the pass.
+low, mid, high: estimates of this launch. limit: of the middle one. MB: every tensor once; a weight
+that is updated counts, but not over the floor. L2 MB: what loops load. GFLOP: padding included.
+smem: tensor cycles over shared-memory cycles of a turn. tile: rows x columns x warps of a program.
+KB: shared memory. loads, stores: bytes of an access to what has 1% of the bytes. loop:
+instructions of the loop with the products. issue: time to issue it over the time of its products.
+bars: BAR.SYNC in a turn. useful: operations on real data over those done. instr: instructions of
+all threads for an element of the input. More: docs/roofline.md."""
 
 
 def _number(value: float | None, form: str = "d", scale: float = 1.0) -> str:
@@ -217,35 +238,51 @@ def _over(value: float, floor: float | None) -> str:
     return f"{value / floor:.2f}" if floor and value else "-"
 
 
-def _cells(row: Row) -> list[str]:
-    moved, loop = row.read + row.written, row.loop
-    looped = ["-"] * 3
-    if loop:
-        issue = _number(loop.issue_ratio, ".2f")
-        looped = [str(loop.instructions), issue, str(loop.barriers)]
+def _times(row: Row) -> list[str]:
+    """A line of the first table."""
+    moved, loop, made = row.read + row.written, row.loop, row.estimate
+    estimates = ["-"] * 4 if made is None else [*(f"{1e6 * x:.1f}" for x in made[:3]), made.limit]
     return [
         row.layer,
-        row.role or row.phase,
-        _short(row.name),
-        "x".join(map(str, row.grid)) if row.grid else "-",
-        "x".join(map(str, (*row.tile, f"{row.warps}w"))) if row.tile else "-",
-        ".".join(loop.product.split(".")[:2]) if loop else "-",
-        _number(row.registers),
-        _number(row.shared),
-        _number(row.spills),
-        "/".join(row.loads) or "-",
-        "/".join(row.stores) or "-",
-        *looped,
-        _number(row.useful, ".2f"),
-        _number(row.waves, ".2f"),
-        _number(row.instructions if not row.flops else None, ".1f"),
-        _number(moved, ".2f", 1e-6),
-        _over(moved - row.updated, row.floor_size),
-        _number(row.flops or None, ".2f", 1e-9),
-        _over(row.flops, row.floor_flops),
+        row.role or _short(row.name),
         _number(row.floor, ".1f", 1e6),
-        _number(row.bound, ".1f", 1e6),
+        *estimates,
+        _number(moved, ".1f", 1e-6),
+        _over(moved - row.updated, row.floor_size),
+        _number(loop.loaded if loop else None, ".0f", 1e-6),
+        _number(row.flops or None, ".1f", 1e-9),
+        _number(loop.shared_ratio if loop else None, ".2f"),
     ]
+
+
+def _code(row: Row) -> list[str]:
+    """A line of the tables of machine code."""
+    loop = row.loop
+    common = [
+        row.layer,
+        row.role or _short(row.name),
+        "x".join(map(str, row.grid or ())),
+        _number(row.registers),
+        _number(row.shared, ".0f", 1 / 1024),
+        _number(row.spills),
+        _widths(row.loads),
+        _widths(row.stores),
+    ]
+    if loop is None:
+        return [*common, _number(row.instructions, ".1f")]
+    return [
+        *common,
+        "x".join(map(str, (*(row.tile or ()), row.warps))),
+        str(loop.instructions),
+        _number(loop.issue_ratio, ".2f"),
+        str(loop.barriers),
+        _number(row.useful, ".2f"),
+    ]
+
+
+def _widths(labels: list[str]) -> str:
+    """The narrowest and the widest of some accesses."""
+    return "-".join(dict.fromkeys((labels[0], labels[-1]))) if labels else "-"
 
 
 def _short(name: str) -> str:
@@ -261,41 +298,31 @@ def _without_operators(rows: list[Row]) -> list[Row]:
         if row.grid is not None:
             result.append(row)
         elif before and before.grid is None and before.layer == row.layer:
-            read, written = before.read + row.read, before.written + row.written
-            bound = before.bound + row.bound
-            names = f"{before.name}, {name}"
-            result[-1] = Row(row.layer, row.phase, names, read=read, written=written, bound=bound)
+            result[-1] = dataclasses.replace(
+                before, name=f"{before.name}, {name}", read=before.read + row.read,
+                written=before.written + row.written,
+                estimate=Estimate.joined(before.estimate, row.estimate),
+            )  # fmt: skip
         else:
             result.append(dataclasses.replace(row, name=f"torch: {name}"))
     return result
 
 
 def describe(report: dict[str, Any], rows: list[Row]) -> list[str]:
-    """The report as text."""
+    """The report as text, at most 100 columns wide."""
     gpu = report["gpu"]
+    launches = [row for row in rows if row.grid is not None]
     towers = "one tower of two" if report["gpus"] == 2 else "one GPU"
-    layers = [
-        [
-            layer["layer"], layer["phase"], str(layer["launches"]), f"{layer['size'] / 1e6:.1f}",
-            f"{layer['floor_size'] / 1e6:.1f}", f"{layer['flops'] / 1e9:.1f}",
-            f"{layer['floor_flops'] / 1e9:.1f}", f"{layer['floor'] * 1e6:.1f}",
-            f"{layer['bound'] * 1e6:.1f}",
-        ]
-        for layer in report["layers"]
-    ]  # fmt: skip
-    head = [
-        "layer", "pass", "launches", "MB", "floor MB", "GFLOP", "floor GFLOP", "floor us",
-        "bound us",
-    ]  # fmt: skip
     lines = [
         f"AlexNet ({report['variant']}), {report['step']} step, batch {report['batch']}, "
         f"{report['dtype']}, {towers}, {gpu['name']} ({gpu['target']}), triton {report['triton']}",
-        "Computed from machine code, nothing was timed. Rates assumed: "
-        f"{gpu['tflops']:g} TFLOP/s bf16, {gpu['bandwidth']:g} TB/s.",
+        "Computed from machine code; nothing was timed.",
         "",
-        *table([_HEAD, *map(_cells, _without_operators(rows))], right=17),
+        *table([_TIMES, *map(_times, _without_operators(rows))], right=10),
         "",
-        *table([head, *layers], right=7),
+        *table([[*_CODE, *_PRODUCTS], *(_code(row) for row in launches if row.loop)], right=10),
+        "",
+        *table([[*_CODE, "instr"], *(_code(row) for row in launches if not row.loop)], right=6),
         "",
     ]
     if report["exchanges"]:
@@ -307,25 +334,31 @@ def describe(report: dict[str, Any], rows: list[Row]) -> list[str]:
         ]
         lines += [*table([head, *exchanges], right=4)]
         lines += [f"(each direction at {cost.LINK_BANDWIDTH:g} TB/s)", ""]
-    return [*lines, *_totals(report["summary"]), "", _LEGEND]
+    return [*lines, *_totals(report["summary"], gpu, report["batch"]), "", _LEGEND]
 
 
-def _totals(total: dict[str, Any]) -> list[str]:
-    update, waited = total["optimizer_bytes_per_parameter"], total["waited"]
-    waiting = f" and {waited * 1e6:.0f} us of waiting" if waited else ""
+def _totals(total: dict[str, Any], gpu: dict[str, Any], batch: int) -> list[str]:
+    update, made = total["optimizer_bytes_per_parameter"], total["estimate"]
     lines = [
         f"launches a step: {total['launches']} ({total['our_launches']} ours, "
         f"{total['torch_launches']} of torch's operators)",
         f"bytes: {total['bytes'] / 1e6:.0f} MB, floor {total['floor_bytes'] / 1e6:.0f} MB "
-        f"({total['bytes'] / total['floor_bytes']:.2f})",
-        f"update: {update or 0.0:.1f} bytes a parameter, floor {cost.UPDATE_BYTES} "
-        f"({total['update_floor'] * 1e6:.0f} us)",
-        f"floor of the step: {total['floor'] * 1e6:.0f} us, ceiling "
-        f"{total['ceiling_images_per_second']:,.0f} images/s (computed)",
-        f"these launches at the rates assumed: {total['bound'] * 1e6:.0f} us{waiting}, "
-        f"{total['bound_images_per_second']:,.0f} images/s (computed)",
+        f"({total['bytes'] / total['floor_bytes']:.2f}); through L2 {total['loaded'] / 1e6:.0f} MB",
+        f"floor: {total['floor'] * 1e6:.0f} us, {total['ceiling_images_per_second']:,.0f} images/s "
+        f"at {gpu['tflops']:g} TFLOP/s bf16 and {gpu['bandwidth']:g} TB/s",
     ]
-    return [line for line in lines if update is not None or not line.startswith("update")]
+    if update is not None:
+        lines.insert(2, f"update: {update:.1f} bytes a parameter, floor {cost.UPDATE_BYTES}")
+    if made is None:
+        return [*lines, f"estimate: none, the rates of L2 are not known for {gpu['name']}"]
+    spread = [f"{made[name] * 1e6:.0f}" for name in ("middle", "low", "high")]
+    images = [f"{batch / made[name]:,.0f}" for name in ("middle", "high", "low")]
+    waiting = f", {total['waited'] * 1e6:.0f} us of it waiting" if total["waited"] else ""
+    return [
+        *lines,
+        f"estimate, unmeasured: {spread[0]} us ({spread[1]} to {spread[2]}{waiting}), {images[0]} "
+        f"images/s ({images[1]} to {images[2]})",
+    ]
 
 
 def machine_code(options: argparse.Namespace) -> str:

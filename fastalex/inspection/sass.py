@@ -9,7 +9,7 @@ The cycles of the products, of all warps of a program together, F being the oper
 processor's tensor cores do in a cycle (``fastalex.inspection.gpus``):
 
 * HGMMA.64xNxK, one for four warps: 2 * 64 * N * K operations, so N / 2 cycles at K = 16 and
-  F = 4096, times W / 4.
+  F = 4096, times W / 4; TF32 at half the rate.
 * HMMA.16816, one for each warp: 2 * 16 * 8 * 16 operations, so 2 cycles at F = 2048, times W;
   HMMA.1688 (TF32) half the operations at half the rate. On sm_90 these old instructions reach
   about half of what HGMMA does, and are counted so.
@@ -99,8 +99,8 @@ def parse(assembly: str) -> list[Instruction]:
     return instructions
 
 
-def loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
-    """The instructions of each loop: from a label to the last jump back to it.
+def loops(instructions: Sequence[Instruction]) -> list[range]:
+    """The places of each loop, an outer one first: from a label to the last jump back to it.
 
     What NVIDIA's compiler moved behind the end, such as the slow way through a wait, jumps back
     too, but with an end between.
@@ -114,7 +114,18 @@ def loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
         body = instructions[start : number + 1]
         if start <= number and not any(i.name == "EXIT" and not i.guarded for i in body):
             ends[start] = number
-    return [list(instructions[start : end + 1]) for start, end in ends.items()]
+    return [range(start, end + 1) for start, end in sorted(ends.items())]
+
+
+def lengths(total: int, loops: Sequence[range]) -> list[int]:
+    """Of ``total`` instructions, those outside every loop, and of each loop its own.
+
+    What a loop shares with one inside it belongs to the inner one.
+    """
+    inner = [0] * total
+    for number, loop in enumerate(loops, 1):
+        inner[loop.start : loop.stop] = [number] * len(loop)
+    return [inner.count(number) for number in range(len(loops) + 1)]
 
 
 def count(instructions: Sequence[Instruction], pattern: str) -> int:
@@ -135,10 +146,38 @@ def tensor_cycles(loop: Sequence[Instruction], warps: int, flops_per_cycle: int)
         wide = re.match(r"HGMMA\.64x(\d+)x(\d+)", instruction.name)
         if wide:
             n, k = map(int, wide.groups())
-            cycles += 2 * 64 * n * k / flops_per_cycle * warps / 4
+            half = 2 if "TF32" in instruction.name else 1
+            cycles += half * 2 * 64 * n * k / flops_per_cycle * warps / 4
         elif re.match(r"HMMA\.(16816|1688)\b", instruction.name):
             cycles += 2 * 16 * 8 * 16 / min(flops_per_cycle, 2048) * warps
     return cycles
+
+
+def shared_bytes(loop: Sequence[Instruction], warps: int) -> int:
+    """Bytes of shared memory that a loop reads and writes by instructions of all warps.
+
+    HGMMA reads its second operand there, and its first where that is a descriptor. What comes from
+    global memory is written there besides.
+    """
+    size = 0
+    for instruction in loop:
+        wide = re.match(r"HGMMA\.64x(\d+)x(\d+)", instruction.name)
+        moved = re.match(r"(LDSM|STSM|LDS|STS)\b", instruction.name)
+        if wide:
+            n, k = map(int, wide.groups())
+            operand = 4 if "TF32" in instruction.name else 2
+            first = (
+                instruction.operands.count(",") > 0
+                and "gdesc" in instruction.operands.split(",")[1]
+            )
+            size += operand * k * (n + 64 * first) * warps // 4
+        elif moved and moved[1].endswith("M"):
+            blocks = re.search(r"M[T]?88\.(\d)", instruction.name)
+            size += 128 * int(blocks[1] if blocks else 1) * warps
+        elif moved:
+            bits = re.search(r"\.(?:[US]?(8|16)|(64|128))\b", instruction.name)
+            size += 4 * int((bits[1] or bits[2]) if bits else 32) * warps
+    return size
 
 
 def accesses(instructions: Sequence[Instruction]) -> list[Access]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastalex.model.variants import VARIANTS, Convolution, ResponseNorm, Variant
+from fastalex.model.variants import FOREIGN, VARIANTS, Convolution, ResponseNorm, Variant
 
 _WITHOUT, _HALF = "-without-", "-half"
 
@@ -185,8 +185,8 @@ def get_variant(variant: str | Variant) -> Variant:
     """The variant of a name; one that is given stays as it is.
 
     Args:
-        variant: one of ``VARIANTS``, alone or with what ``edited_name`` adds to it, as in
-            ``"paper-without-lrn"``.
+        variant: one of ``VARIANTS`` or ``FOREIGN``, alone or with what ``edited_name`` adds to it,
+            as in ``"paper-without-lrn"``.
 
     Raises:
         ValueError: for an unknown name, listing the known ones, and for an edit that this variant
@@ -195,9 +195,10 @@ def get_variant(variant: str | Variant) -> Variant:
     if isinstance(variant, Variant):
         return variant
     base, without, half = split_name(variant) if isinstance(variant, str) else (variant, (), False)
-    if base not in VARIANTS:
-        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
-    return edit(VARIANTS[base], without, half)
+    known = VARIANTS | FOREIGN
+    if base not in known:
+        raise ValueError(f"variant: expected one of {', '.join(known)}, got {variant!r}")
+    return edit(known[base], without, half)
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:

@@ -94,8 +94,10 @@ class AlexNet(nn.Module):
 
     def _check(self, images: torch.Tensor) -> None:
         """Raise where fused layers can't compute the logits of ``images``."""
-        if isinstance(images, torch.fx.Proxy) or torch._C._get_tracing_state() is not None:
-            raise NotImplementedError(f"fused layers can't be traced: {USE_UNFUSED}")
+        if _is_observed(images):
+            raise NotImplementedError(
+                f"fused layers can't be traced, nor transformed by torch.func: {USE_UNFUSED}"
+            )
         first = next(self.features.children(), None)
         channels = first.in_channels if isinstance(first, nn.Conv2d) else 3
         if len(images.shape) != 4 or (isinstance(first, nn.Conv2d) and images.shape[1] != channels):
@@ -144,7 +146,10 @@ class AlexNet(nn.Module):
                     raise ValueError(f"{part}.{name}: changed since it was made: {layer}")
                 else:  # a layer of the user's
                     setattr(after, name, layer)
-        return other.train(self.training)
+        modes = {name: module.training for name, module in self.named_modules()}
+        for name, module in other.named_modules():
+            module.training = modes.get(name, self.training)
+        return other
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """The last maps, [N, channels, h, w], as timm's models give them."""
@@ -222,7 +227,8 @@ class AlexNet(nn.Module):
         specs = [spec for spec in all_specs if not spec.removed]
         layers = [m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         for layer, spec in zip(layers, specs, strict=True):
-            _init_layer(layer, spec, scheme, generator)
+            if not layer.weight.is_meta:  # there torch would import its compiler to draw nothing
+                _init_layer(layer, spec, scheme, generator)
 
     def seed_dropout(self, seed: int, step: int) -> None:
         """Fix what the next pass in training drops: a function of (seed, step, layer, unit, image).
@@ -235,6 +241,16 @@ class AlexNet(nn.Module):
         if self._counters is None or not self._counters.serve(layers, device):
             self._counters = _Counters(layers, device)
         self._counters.write(seed, step)
+
+
+def _is_observed(images: torch.Tensor) -> bool:
+    """Whether torch traces what is done to ``images``, or is to differentiate it as a function."""
+    if isinstance(images, torch.fx.Proxy) or torch._C._get_tracing_state() is not None:
+        return True
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def layer_names(model: nn.Module) -> dict[str, nn.Module]:

@@ -140,6 +140,9 @@ def _pool(spec: Convolution, ceil_mode: bool) -> nn.Module:
     if spec.norm is None:
         return MaxPool2d(**pool)
     norm = (spec.norm.size, spec.norm.alpha, spec.norm.beta, spec.norm.k, spec.norm.groups)
+    if spec.norm_after_pool:
+        alone = LRNMaxPool2d(*norm, kernel_size=1, stride=1, signed=False)
+        return nn.Sequential(MaxPool2d(**pool), alone)
     if spec.spatial_norm is None:
         relu = spec.relu_after_pool
         return LRNMaxPool2d(*norm, **pool, relu=relu, signed=relu)
@@ -160,8 +163,10 @@ def fuse_classifier(layers: list[nn.Module]) -> FusedSequential:
             layer = Linear(layer.in_features, layer.out_features)
         elif isinstance(layer, nn.Linear):
             groups = 2 if isinstance(layer, TowerLinear) else 1
-            p = sum(m.p for m in _parts(layers[i + 1 : i + 3]) if isinstance(m, nn.Dropout))
-            layer = LinearReLUDropout(groups * layer.in_features, layer.out_features, p, groups)
+            layer = LinearReLUDropout(groups * layer.in_features, layer.out_features, 0.0, groups)
+            for dropout in _parts(layers[i + 1 : i + 3]):
+                if isinstance(dropout, nn.Dropout):
+                    layer.absorb(dropout)
         elif i == 0 and isinstance(layer, nn.Dropout):
             layer = Dropout(layer.p)
         else:

@@ -122,18 +122,14 @@ class LRNMaxPool2d(MaxPool2d):
         self.groups, self.relu, self.signed = groups, relu, signed
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        output = kernels.lrn_max_pool2d(
-            input,
-            self.size,
-            self.alpha,
-            self.beta,
-            self.k,
-            self.groups,
-            self.kernel_size,
-            self.stride,
-            self.ceil_mode,
-            self.signed,
-        )
+        norm = (self.size, self.alpha, self.beta, self.k)
+        pool = (self.kernel_size, self.stride)
+        if torch.compiler.is_exporting():  # a program is to hold torch's own operators alone
+            parts = [F.local_response_norm(x, *norm) for x in input.chunk(self.groups, 1)]
+            output = F.max_pool2d(torch.cat(parts, 1), *pool, ceil_mode=self.ceil_mode)
+        else:
+            groups, ceil_mode, signed = self.groups, self.ceil_mode, self.signed
+            output = kernels.lrn_max_pool2d(input, *norm, groups, *pool, ceil_mode, signed)
         return F.relu(output) if self.relu else output
 
     def extra_repr(self) -> str:
@@ -222,7 +218,22 @@ class LinearReLUDropout(CounterDropout, nn.Linear):
         self, in_features: int, out_features: int, p: float = 0.5, groups: int = 1
     ) -> None:
         super().__init__(in_features // groups, out_features)
-        self.in_features, self.p, self.groups = in_features, p, groups
+        self.in_features, self.groups, self._p = in_features, groups, p
+        self._absorbed: tuple[nn.Dropout, ...] = ()
+
+    def absorb(self, dropout: nn.Dropout) -> None:
+        """Drop while ``dropout``, which stands behind the ReLU, is in training, with its ``p``."""
+        self._absorbed = (dropout,)  # in a tuple, so that it is no child
+
+    @property
+    def p(self) -> float:
+        """Probability that a unit is dropped in training."""
+        return self._absorbed[0].p if self._absorbed else self._p
+
+    @property
+    def dropping(self) -> bool:
+        """Whether units are dropped now."""
+        return all(module.training for module in self._absorbed or (self,))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.groups == 1:  # chunk's backward would copy the gradients, of one chunk too
@@ -243,25 +254,18 @@ class LinearReLUDropout(CounterDropout, nn.Linear):
         """The outputs from number ``first`` on, whose weights these are."""
         rng, row, feature = self.mask
         return kernels.linear_relu_dropout(
-            input, weight, bias, self.p, True, self.training, rng, row, feature + first
+            input, weight, bias, self.p, True, self.dropping, rng, row, feature + first
         )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, relu=True, p={self.p}, groups={self.groups}"
 
 
-class Dropout(CounterDropout, nn.Module):
+class Dropout(CounterDropout, nn.Dropout):
     """Dropout of [N, features] with probability ``p`` in training."""
-
-    def __init__(self, p: float = 0.5) -> None:
-        super().__init__()
-        self.p = p
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return kernels.dropout(input, self.p, self.training, *self.mask)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
 
 
 class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):

@@ -76,7 +76,9 @@ def _pool(spec: Convolution, ceil_mode: bool) -> nn.Module:
     if spec.spatial_norm is not None:
         s = spec.spatial_norm
         layers.append(SpatialResponseNorm(s.size, s.alpha, s.beta, s.k))
-    after = [nn.ReLU()] if spec.relu_after_pool else []
+    after: list[nn.Module] = [nn.ReLU()] if spec.relu_after_pool else []
+    if spec.norm_after_pool:
+        layers, after = [], layers
     return nn.Sequential(*layers, pool, *after) if layers or after else pool
 
 

@@ -13,7 +13,7 @@ P§n is a section of the paper, S:file a file of the authors' 2012 program
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Convolution:
     pool: bool = False  # max, stride 2
     pool_size: int = 3
     relu_after_pool: bool = False  # convolution, norm, pool, ReLU: the order of net 145
+    norm_after_pool: bool = False  # convolution, ReLU, pool, norm: the order of CaffeNet
     removed: bool = False  # the convolution and its ReLU are left out; its pooling stays
 
 
@@ -137,4 +138,14 @@ VARIANTS: dict[str, Variant] = {
         "caffe", *_CAFFE, image_size=227, bias_lr_multiplier=2.0, bias_weight_decay=False
     ),
     "owt": Variant("owt", *_OWT, pool_ceil_mode=False, dropout_on_input=True),
+}
+
+# Nets that others published weights of, to be converted and used, which no recipe trains.
+# Source: BVLC models/bvlc_reference_caffenet.
+FOREIGN: dict[str, Variant] = {
+    "caffenet": replace(
+        VARIANTS["caffe"],
+        name="caffenet",
+        convolutions=tuple(replace(c, norm_after_pool=True) for c in _CAFFE[0]),
+    )
 }

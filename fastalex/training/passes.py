@@ -233,7 +233,7 @@ class FullyConnected(Pass):
         self.module, self.update, self._gather = module, update, gather
         self.relu = isinstance(module, LinearReLUDropout)
         self._dropout: dict[str, Any] = {}
-        if isinstance(module, LinearReLUDropout) and module.p and module.training:
+        if isinstance(module, LinearReLUDropout) and module.p and module.dropping:
             self._dropout = {"p": float(module.p), **module.mask._asdict()}
 
     def forward(self, x: Tensor) -> Tensor:

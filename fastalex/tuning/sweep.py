@@ -23,7 +23,6 @@ from fastalex_kernels.common.program import Launch
 from fastalex_kernels.common.tuned import Key, Tile
 from fastalex_kernels.reference import relative_error
 
-ISSUE_BAR = 0.4  # instructions are issued in less than this share of the products' time
 _MARGIN = 0.03  # of time, by which a candidate has to beat the package's own config
 _OTHER_PLACES = 1e-3  # of a maximum: where two values are within rounding, either is right
 
@@ -39,7 +38,7 @@ class Config:
     tile: Tile
     skipped: str | None = None
     seconds: float | None = None
-    score: float | None = None  # share of the GPU's time, at best; computed
+    estimate: float | None = None  # microseconds, computed
     launches: list[Launch] = field(default_factory=list)  # on tensors without data
 
     @property
@@ -75,13 +74,13 @@ class Entry:
         """The entry as a table holds it."""
         kernel, kind, sizes = self.key
         best, own = self.best(), self.own
+        tried = [{"tile": list(c.tile), "us": c.us, "estimate us": c.estimate} for c in self.left()]
         skipped = [{"tile": list(c.tile), "why": c.skipped} for c in self.configs if c.skipped]
         return {
             "layer": self.layer, "pass": self.phase, "kernel": kernel, "kind": kind,
             "sizes": list(sizes), "tile": list(best.tile), "us": best.us,
             "own tile": list(own.tile), "own us": own.us,
-            "tried": [{"tile": list(c.tile), "us": c.us, "score": c.score} for c in self.left()],
-            "skipped": skipped,
+            "tried": tried, "skipped": skipped,
         }  # fmt: skip
 
 
@@ -101,7 +100,7 @@ def autotune(
         workloads: on tensors without data.
         target: as ``fastalex_kernels`` names it.
         limit: candidates for a key.
-        measure: times or scores the configs of an entry, given the best tiles so far.
+        measure: times or estimates the configs of an entry, given the best tiles so far.
         seconds: no entry is reached after so many.
 
     Yields:
@@ -163,22 +162,11 @@ def _identity(launches: list[Launch]) -> str:
 
 
 def rank(entry: Entry, layer: Layer, gpu: GPU, dtype: str) -> None:
-    """Score each config that is left by its machine code, without running it.
-
-    With products the score is the share of the tensor cores' time that real operations can fill:
-    the waves, times the useful share of the tile, less what issuing the loop takes beyond the bar.
-    Without, it is the time that the bytes take over the time to issue the instructions, at most 1.
-    """
+    """Estimate each config that is left from its machine code, without running it."""
     for config in entry.left():
         events = [Event(entry.layer, entry.phase, x.name, x) for x in config.launches]
-        rows = inspect(Step(events, {entry.layer: layer}), gpu, dtype)
-        row = next((row for row in rows if row.loop), rows[0])
-        if row.loop and row.loop.issue_ratio and row.waves:
-            useful = 1.0 if row.useful is None else min(row.useful, 1.0)
-            config.score = row.waves * useful * min(1.0, ISSUE_BAR / row.loop.issue_ratio)
-        elif row.issue_seconds:
-            size = row.read + row.written
-            config.score = min(1.0, gpu.seconds(0.0, size, dtype) / row.issue_seconds)
+        made = [row.estimate for row in inspect(Step(events, {entry.layer: layer}), gpu, dtype)]
+        config.estimate = 1e6 * sum(one.middle for one in made if one is not None) or None
 
 
 def time_configs(

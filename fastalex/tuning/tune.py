@@ -125,7 +125,7 @@ def _tune(
         kept = f"{len(found)} keys are in {path}" if path and found else "nothing was written"
         raise type(stop)(f"{str(stop) or 'interrupted'}, {kept}") from None
     done = [entry for entry in found if entry.reached]
-    print("\n".join(_scores(done, options) if gpu else _times(done)))
+    print("\n".join(_estimates(done, options) if gpu else _times(done)))
     for entry, config in ((e, c) for e in done for c in e.configs if c.skipped):
         print(f"skipped {entry.layer} {entry.phase} {_shown(entry, config)}: {config.skipped}")
     if len(done) < len(found):
@@ -137,7 +137,7 @@ def _tune(
 
 
 def _entries(options: argparse.Namespace, device: torch.device, gpu: GPU | None) -> Iterator[Entry]:
-    """The keys of the step, as they come timed on ``device`` or scored for ``gpu``."""
+    """The keys of the step, as they come timed on ``device`` or estimated for ``gpu``."""
     make = functools.partial(
         WatchedStep, options.variant, options.batch_size, DTYPES[options.dtype],
         options.image_size, options.gpus,
@@ -217,18 +217,16 @@ def _times(entries: list[Entry]) -> list[str]:
     return table(lines, right=6)
 
 
-def _scores(entries: list[Entry], options: argparse.Namespace) -> list[str]:
-    lines = [["layer", "pass", "kernel", "tile", "score", ""]]
+def _estimates(entries: list[Entry], options: argparse.Namespace) -> list[str]:
+    lines = [["layer", "pass", "kernel", "tile", "estimate us", ""]]
     for entry in entries:
-        for config in sorted(entry.left(), key=lambda c: -(c.score or 0.0)):
-            score = "-" if config.score is None else f"{config.score:.2f}"
+        for config in sorted(entry.left(), key=lambda c: c.estimate or math.inf):
+            estimate = "-" if config.estimate is None else f"{config.estimate:.1f}"
             own = "own" if config is entry.own else ""
             tile = _shown(entry, config)
-            lines.append([entry.layer, entry.phase, entry.key[0], tile, score, own])
+            lines.append([entry.layer, entry.phase, entry.key[0], tile, estimate, own])
     gpu = GPUS[options.gpu].name
     return [
-        f"{gpu}, batch {options.batch_size}, {options.dtype}: computed, nothing was timed",
-        "score: share of the tensor cores' time that real operations can fill; without products,",
-        "time for the bytes over time to issue the instructions\n",
+        f"{gpu}, batch {options.batch_size}, {options.dtype}: estimates, nothing was timed\n",
         *table(lines, right=2),
     ]

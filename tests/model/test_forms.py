@@ -13,10 +13,16 @@ from torch import nn
 from torch.nn.utils import prune
 
 from fastalex import AlexNet
-from fastalex.model.variants import VARIANTS
+from fastalex.model.variants import FOREIGN, VARIANTS
 from tests._nets import narrow
 
-NAMES = (*VARIANTS, "paper-without-tower-traffic", "owt-without-fc7", "source2012-without-conv4")
+NAMES = (
+    *VARIANTS,
+    *FOREIGN,
+    "paper-without-tower-traffic",
+    "owt-without-fc7",
+    "source2012-without-conv4",
+)
 
 # The leaves of print(torchvision.models.alexnet()), version 0.28.
 TORCHVISION = {
@@ -129,6 +135,11 @@ def test_scripting_a_fused_net_compiles_the_unfused_one() -> None:
     torch.testing.assert_close(scripted(_images()), net(_images()), rtol=1e-4, atol=1e-4)
 
 
+def _forward_mode(net: AlexNet) -> None:
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        net(torch.autograd.forward_ad.make_dual(_images(), _images()))
+
+
 HOOKS = [
     "register_forward_hook", "register_forward_pre_hook",
     "register_full_backward_hook", "register_full_backward_pre_hook",
@@ -143,6 +154,12 @@ REFUSED: dict[str, Callable[[AlexNet], Any]] = {
     },
     "fx": torch.fx.symbolic_trace,
     "jit.trace": lambda net: torch.jit.trace(net, _images()),
+    "vmap": lambda net: torch.func.vmap(lambda image: net(image[None]))(_images()),
+    "per-sample gradients": lambda net: torch.func.vmap(
+        torch.func.grad(lambda p, x: torch.func.functional_call(net, p, x[None]).sum()), (None, 0)
+    )(dict(net.named_parameters()), _images()),
+    "jvp": lambda net: torch.func.jvp(net, (_images(),), (_images(),)),
+    "forward mode": _forward_mode,
     "another ReLU": lambda net: net.features.__setitem__(1, nn.LeakyReLU()),
     "no dropout": lambda net: net.classifier.__setitem__(3, nn.Identity()),
     "a ReLU less": lambda net: net.features.__delitem__(1),
@@ -156,6 +173,29 @@ def test_what_the_fused_net_cannot_do_is_refused_in_a_line(what: str) -> None:
         REFUSED[what](net)
     assert "\n" not in str(error.value)
     assert repr(net) == before
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["paper", "owt"])
+def test_dropout_follows_the_dropout_modules_mode_and_probability(name: str, fused: bool) -> None:
+    """Monte Carlo dropout, as it is written for torchvision's net."""
+    net, images = _net(name, fused), _images()
+    expected = net(images)
+    dropouts = [m for m in net.modules() if isinstance(m, nn.Dropout)]
+    assert len(dropouts) == 2
+    for module in dropouts:
+        module.train()
+    sampled = net(images)
+    assert not torch.equal(sampled, expected)
+    assert not torch.equal(net(images), sampled)
+    other = net.unfused() if fused else net.fused()
+    assert not torch.equal(other(images), other(images)), "the other form lost it"
+    if fused:
+        net.seed_dropout(1, 1)
+        assert torch.equal(copy.deepcopy(net)(images), net(images))
+    for module in dropouts:
+        module.p = 0.0
+    assert _distance(net(images), expected) < 1e-6
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -198,7 +238,7 @@ def test_what_would_be_lost_is_no_part_of_the_other_form() -> None:
     hooked, pruned, changed, cut = (_net() for _ in range(4))
     hooked.features[0].register_forward_hook(print)
     prune.l1_unstructured(pruned.features[3], "weight", amount=0.5)
-    changed.classifier[1].p = 0.2
+    changed.classifier[3].p = 0.2
     cut.features = cut.features[:5]
     for net, said in (
         (hooked, "features.0: it has a hook"),

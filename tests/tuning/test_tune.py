@@ -16,6 +16,7 @@ import torch
 import fastalex_kernels as kernels
 from fastalex import AlexNet
 from fastalex.inspection import offline
+from fastalex.inspection.forecast import Estimate
 from fastalex.inspection.gpus import GPUS
 from fastalex.inspection.record import record_step
 from fastalex.inspection.report import Row
@@ -276,19 +277,13 @@ def test_nothing_starts_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None
     assert not any(entry.reached for entry in found)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "score"), [(4e-6, pytest.approx(0.25)), (5e-7, 1.0), (None, None)]
-)
-def test_score_without_products(
-    seconds: float | None, score: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """3 MB take an H100 1 us."""
-    row = Row("pool1", "forward", "kernel", read=2_000_000, written=1_000_000)
-    row.issue_seconds = seconds
-    monkeypatch.setattr(sweep, "inspect", lambda *_: [row])
-    entry = Entry("pool1", "forward", KEY, [Config((8, 4), launches=[LAUNCH])])
+def test_a_config_s_launches_are_estimated_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Row("fc8", "forward", "kernel", estimate=Estimate(1e-6, middle, 9e-6, "L2"))
+            for middle in (2e-6, 3e-6)]  # fmt: skip
+    monkeypatch.setattr(sweep, "inspect", lambda *_: rows)
+    entry = Entry("fc8", "forward", KEY, [Config((8, 4), launches=[LAUNCH])])
     sweep.rank(entry, None, GPUS["h100"], "bf16")  # type: ignore[arg-type]
-    assert entry.own.score == score
+    assert entry.own.estimate == pytest.approx(5.0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Weights of other programs: their files read, and ours written for them."""

@@ -1,0 +1,220 @@
+"""The net as an ONNX graph, a node for each layer: LRN is ONNX's own, and nothing is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastalex.model.alexnet import AlexNet
+from fastalex.model.layers import SpatialResponseNorm
+from fastalex.model.unfused import TowerLinear, TowerLocalResponseNorm
+
+_OPSET = 18  # the first whose Resize smooths what it shrinks
+_IR_VERSION = 8  # which runtimes from 2022 on read
+
+
+class Pixels(NamedTuple):
+    """What is done to bytes before the net.
+
+    Attributes:
+        decode_size: side in pixels to which the centre square is resized.
+        mean: float32 [3, 1, 1] or [3, S, S], subtracted from pixels of 0 to 255.
+        std: float32 [3, 1, 1], which the difference is divided by.
+    """
+
+    decode_size: int
+    mean: npt.NDArray[np.float32]
+    std: npt.NDArray[np.float32]
+
+
+def build(net: AlexNet, image_size: int, pixels: Pixels | None, metadata: Mapping[str, str]) -> Any:
+    """The graph of an unfused net in evaluation mode, an onnx.ModelProto.
+
+    Its input ``images`` is float32 [N, 3, S, S], normalised, or with ``pixels`` uint8 [N, height,
+    width, 3] of any height and width; its output is ``logits`` [N, classes].
+
+    Args:
+        net: from torch's own layers.
+        image_size: S.
+        pixels: what is done to bytes; None leaves it to the caller.
+        metadata: for the file's ``metadata_props``.
+
+    Raises:
+        ValueError: for a layer that is no part of AlexNet, and where onnx is not installed.
+    """
+    try:
+        import onnx
+        from onnx import TensorProto, helper
+    except ImportError as error:
+        raise ValueError("ONNX files need onnx: pip install 'fastalex[export]'") from error
+    graph = _Graph()
+    kind: int = TensorProto.FLOAT
+    shape: list[int | str] = ["N", 3, image_size, image_size]
+    if pixels is not None:
+        kind, shape = TensorProto.UINT8, ["N", "height", "width", 3]
+        graph.preprocess(pixels, image_size)
+    side = image_size
+    for name, layer in net.named_modules():
+        if name == "classifier":
+            graph.add("Flatten", axis=1)
+        if not list(layer.children()):
+            side = graph.layer(name, layer, side)
+    graph.nodes[-1].output[0] = "logits"
+    model = helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            f"AlexNet, {net.variant.name}",
+            [helper.make_tensor_value_info("images", kind, shape)],
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", net.num_classes])],
+            graph.tensors,
+        ),
+        producer_name="fastalex",
+        opset_imports=[helper.make_opsetid("", _OPSET)],
+        ir_version=_IR_VERSION,
+    )
+    helper.set_model_props(model, dict(metadata))
+    onnx.checker.check_model(model)
+    return model
+
+
+class _Graph:
+    """Nodes in a row, each reading the last one's output."""
+
+    def __init__(self) -> None:
+        from onnx import helper, numpy_helper
+
+        self._node, self._tensor = helper.make_node, numpy_helper.from_array
+        self.nodes: list[Any] = []
+        self.tensors: list[Any] = []
+        self.last = "images"
+
+    def add(self, kind: str, *inputs: str, source: str = "", **attributes: Any) -> str:
+        """Append a node that reads ``source`` (the last output) and then ``inputs``."""
+        output = f"{kind.lower()}_{len(self.nodes)}"
+        reads = [source or self.last, *inputs]
+        self.nodes.append(self._node(kind, reads, [output], **attributes))
+        self.last = output
+        return output
+
+    def store(self, name: str, values: Any) -> str:
+        """Keep an array or a number under ``name``."""
+        array = values.detach().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+        self.tensors.append(self._tensor(np.ascontiguousarray(array), name))
+        return name
+
+    def halves(self, axis: int = 1) -> list[str]:
+        """Split the last output in two."""
+        source, number = self.last, len(self.nodes)
+        outputs = [f"half_{number}_{i}" for i in range(2)]
+        self.nodes.append(self._node("Split", [source], outputs, axis=axis, num_outputs=2))
+        return outputs
+
+    def layer(self, name: str, layer: nn.Module, side: int) -> int:
+        """Append a layer; the side of the maps behind it."""
+        if isinstance(layer, (nn.Identity, nn.Dropout)):
+            return side
+        if isinstance(layer, nn.ReLU):
+            self.add("Relu")
+        elif isinstance(layer, nn.Conv2d):
+            return self._convolution(name, layer, side)
+        elif isinstance(layer, nn.MaxPool2d):
+            sides: Any = (layer.kernel_size, layer.stride)
+            (kernel, stride), ceil = sides, layer.ceil_mode
+            self.add(
+                "MaxPool", kernel_shape=[kernel] * 2, strides=[stride] * 2, ceil_mode=int(ceil)
+            )
+            return int((side - kernel + (stride - 1) * ceil) // stride + 1)
+        elif isinstance(layer, nn.LocalResponseNorm):
+            norm: dict[str, Any] = {
+                "size": layer.size,
+                "alpha": layer.alpha,
+                "beta": layer.beta,
+                "bias": layer.k,
+            }
+            if isinstance(layer, TowerLocalResponseNorm):
+                parts = [self.add("LRN", source=half, **norm) for half in self.halves()]
+                self.add("Concat", parts[1], source=parts[0], axis=1)
+            else:
+                self.add("LRN", **norm)
+        elif isinstance(layer, SpatialResponseNorm):
+            self._spatial_norm(name, layer)
+        elif isinstance(layer, nn.AdaptiveAvgPool2d):
+            size: Any = layer.output_size
+            self._average(name, side, size[0])
+        elif isinstance(layer, nn.Linear):
+            self._linear(name, layer)
+        else:
+            raise ValueError(f"{name}: {type(layer).__name__} is no layer of AlexNet")
+        return side
+
+    def _parameters(self, name: str, layer: nn.Conv2d | nn.Linear) -> list[str]:
+        return [self.store(f"{name}.{part}", getattr(layer, part)) for part in ("weight", "bias")]
+
+    def _convolution(self, name: str, layer: nn.Conv2d, side: int) -> int:
+        kernel, stride, pad = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
+        span = side + 2 * pad - kernel
+        missing = -span % stride if getattr(layer, "ceil_mode", False) else 0
+        self.add(
+            "Conv", *self._parameters(name, layer), group=layer.groups, kernel_shape=[kernel] * 2,
+            strides=[stride] * 2, pads=[pad, pad, pad + missing, pad + missing],
+        )  # fmt: skip
+        return (span + missing) // stride + 1
+
+    def _spatial_norm(self, name: str, layer: SpatialResponseNorm) -> None:
+        source, before, after = self.last, layer.size // 2, (layer.size - 1) // 2
+        self.add("Mul", source)
+        self.add(
+            "AveragePool", kernel_shape=[layer.size] * 2, strides=[1, 1],
+            pads=[before, before, after, after], count_include_pad=1,
+        )  # fmt: skip
+        for kind, value in (("Mul", layer.alpha), ("Add", layer.k), ("Pow", -layer.beta)):
+            self.add(kind, self.store(f"{name}.{kind}", np.float32(value)))
+        self.add("Mul", source)
+
+    def _average(self, name: str, side: int, parts: int) -> None:
+        """Adaptive average pooling, as two products."""
+        if side == parts:
+            return
+        shares = F.adaptive_avg_pool1d(torch.eye(side)[None], parts)[0]  # [side, parts]
+        self.add("MatMul", self.store(f"{name}.columns", shares))
+        rows = self.store(f"{name}.rows", shares.T)
+        self.add("MatMul", self.last, source=rows)
+
+    def _linear(self, name: str, layer: nn.Linear) -> None:
+        if not isinstance(layer, TowerLinear):
+            self.add("Gemm", *self._parameters(name, layer), transB=1)
+            return
+        pairs = zip(layer.weight.chunk(2), layer.bias.chunk(2), self.halves(), strict=True)
+        parts = []
+        for i, (weight, bias, half) in enumerate(pairs):
+            stored = self.store(f"{name}.weight.{i}", weight), self.store(f"{name}.bias.{i}", bias)
+            parts.append(self.add("Gemm", *stored, source=half, transB=1))
+        self.add("Concat", parts[1], source=parts[0], axis=1)
+
+    def preprocess(self, pixels: Pixels, image_size: int) -> None:
+        """Bytes [N, height, width, 3] to normalised images, as fastalex's own commands do it."""
+        sides = self.add("Shape", start=1, end=3)
+        short = self.add("ReduceMin", source=sides, keepdims=1)
+        spare = self.add("Sub", short, source=sides)
+        first = self.add("Div", self.store("two", np.array([2])), source=spare)
+        last = self.add("Add", short, source=first)
+        axes = self.store("height and width", np.array([1, 2]))
+        self.add("Slice", first, last, axes, source="images")
+        square = self.add("Transpose", perm=[0, 3, 1, 2])
+        sizes = self.store("decoded", np.array([3, pixels.decode_size, pixels.decode_size]))
+        count = self.add("Shape", start=0, end=1)
+        sizes = self.add("Concat", sizes, source=count, axis=0)
+        self.add("Resize", "", "", sizes, source=square, mode="linear", antialias=1)
+        start = (pixels.decode_size - image_size) // 2
+        ends = [self.store(n, np.array([v] * 2))
+                for n, v in (("start", start), ("end", start + image_size))]  # fmt: skip
+        self.add("Slice", *ends, self.store("last axes", np.array([2, 3])))
+        self.add("Cast", to=1)  # float32
+        self.add("Sub", self.store("mean", pixels.mean))
+        self.add("Div", self.store("std", pixels.std))

@@ -1,0 +1,180 @@
+"""How long a launch may take on a GPU: an estimate from its machine code, never a measurement.
+
+A launch takes the longest of what it asks of the GPU, and then the next one starts:
+
+    seconds = max(memory, L2, processors) + gap
+
+* memory: bytes that are not in L2 any more, at the rate of HBM. A tensor is taken to be in L2 as
+  long as what was touched since fits beside it.
+* L2: bytes that loops load into shared memory, in all turns of all programs. The tensor memory
+  accelerator does not use L1, so a block that two programs read passes twice.
+* processors: the programs, started in order, each where a place is free first. A turn of the main
+  loop takes the longest of its products on the tensor cores, its bytes through shared memory, and
+  the issue of its instructions; the programs of a processor share these. A turn that waits for its
+  own products takes a latency besides, which only another program can fill.
+
+Each term is computed with three sets of rates, ``ASSUMED``, for a low, a middle and a high
+estimate. ``tests/inspection/published.py`` holds the middle one to kernels with published times.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from fastalex.inspection import cost
+from fastalex.inspection.gpus import GPU
+
+SHARED_BYTES = 128  # of shared memory that a processor reads or writes in a cycle
+_WAITS = 1.5  # latencies in a turn that waits for its loads, then for its products
+
+
+class Rates(NamedTuple):
+    """What is assumed of a GPU under load.
+
+    Args:
+        clock: cycles a second of a processor.
+        memory: bytes a second of the GPU's memory.
+        l2: bytes a second from L2 to all processors.
+        l2_size: bytes that L2 keeps for a later launch.
+        gap: seconds between two launches of a CUDA graph that depend on each other.
+        ramp: seconds in which a kernel without products fills and drains the memory system.
+        program: cycles of a program before its first product and after its last one.
+        latency: cycles from a load, or a product, until what waits for it goes on.
+    """
+
+    clock: float
+    memory: float
+    l2: float
+    l2_size: float
+    gap: float
+    ramp: float
+    program: float
+    latency: float
+
+
+# Low, middle, high. Sources:
+# clock: H100 1.83 GHz is the clock of the maker's 989 TFLOP/s; under the load of matrix products
+#   the power limit lowers it. A100 1.41 GHz, lowered likewise.
+# memory: 93, 86 and 78 % of the maker's bandwidth.
+# l2: H100 9.1 TB/s is what kernel 6 of github.com/pranjalssh/fast.cu (commit a1bb7b2) loads, with
+#   tiles of 128 x 256 at 777 TFLOP/s. 6.0: Chips and Cheese measured 5.5 on an H100 PCIe, of fewer
+#   processors at a lower clock (July 2023). A100: by its white paper 5,120 bytes a cycle, 7.2 TB/s.
+# l2_size: 50 and 40 MB, in two halves that may both hold a line.
+# gap, ramp, program, latency: our assumptions, not sourced.
+ASSUMED: dict[str, tuple[Rates, Rates, Rates]] = {
+    "NVIDIA H100 SXM": (
+        Rates(1.83e9, 3.1e12, 9.1e12, 40e6, 0.8e-6, 0.7e-6, 1800, 200),
+        Rates(1.70e9, 2.9e12, 8.0e12, 30e6, 1.2e-6, 1.0e-6, 2700, 330),
+        Rates(1.50e9, 2.6e12, 6.0e12, 20e6, 1.8e-6, 1.5e-6, 4000, 450),
+    ),
+    "NVIDIA A100 SXM 80 GB": (
+        Rates(1.41e9, 1.90e12, 6.0e12, 32e6, 0.8e-6, 0.7e-6, 1800, 200),
+        Rates(1.30e9, 1.75e12, 5.0e12, 24e6, 1.2e-6, 1.0e-6, 2700, 330),
+        Rates(1.20e9, 1.60e12, 4.0e12, 16e6, 1.8e-6, 1.5e-6, 4000, 450),
+    ),
+}
+
+
+class Turn(NamedTuple):
+    """What one turn of a program's main loop asks of its processor.
+
+    Args:
+        tensor: cycles of the tensor cores.
+        shared: bytes read from and written to shared memory.
+        issue: cycles of the schedulers.
+        loaded: bytes that come through L2.
+        drained: whether it waits for its own products.
+    """
+
+    tensor: float
+    shared: float
+    issue: float
+    loaded: float
+    drained: bool = False
+
+
+class Estimate(NamedTuple):
+    """Seconds of a launch, and what the middle estimate is limited by."""
+
+    low: float
+    middle: float
+    high: float
+    limit: str
+
+    @classmethod
+    def joined(cls, first: Estimate | None, second: Estimate | None) -> Estimate | None:
+        """Of two launches, one after the other."""
+        if first is None or second is None:
+            return None
+        low, middle, high = (a + b for a, b in zip(first[:3], second[:3], strict=True))
+        return cls(low, middle, high, first.limit)
+
+
+class L2:
+    """Which tensors L2 still holds: those touched last, as far as they fit."""
+
+    def __init__(self, size: float) -> None:
+        self._size = size
+        self._held: OrderedDict[Hashable, float] = OrderedDict()
+
+    def touch(self, key: Hashable, size: float) -> bool:
+        """Read or write a tensor; whether it was held."""
+        held = self._held.pop(key, None) is not None
+        self._held[key] = size
+        while sum(self._held.values()) > self._size:
+            self._held.popitem(last=False)
+        return held
+
+
+def product(
+    gpu: GPU, rates: Rates, turn: Turn, turns: Sequence[int], slots: int, memory: float
+) -> dict[str, float]:
+    """Seconds of each thing that may limit a launch with products.
+
+    Args:
+        gpu: one of ``fastalex.inspection.gpus.GPUS``.
+        rates: of ``ASSUMED``.
+        turn: of its main loop.
+        turns: of each program.
+        slots: programs that a processor holds at once.
+        memory: bytes that it moves from and to the GPU's memory.
+    """
+    asked = {
+        "tensor": turn.tensor, "shared": turn.shared / SHARED_BYTES, "issue": turn.issue,
+    }  # fmt: skip
+    limit = max(asked, key=lambda name: asked[name])
+    alone = turn.tensor + _WAITS * rates.latency if turn.drained else rates.latency
+    shared = asked[limit] * slots
+    if alone > shared:
+        limit = "latency"
+    each = max(shared, alone) / slots  # of a program that had a processor to itself
+    end = cost.schedule(gpu, [n * each for n in turns], slots, rates.program)
+    return {
+        limit: end / rates.clock,
+        "L2": sum(turns) * turn.loaded / rates.l2,
+        "memory": memory / rates.memory,
+    }
+
+
+def stream(rates: Rates, moved: float, memory: float, issue: float) -> dict[str, float]:
+    """Seconds of each thing that may limit a launch without products.
+
+    Args:
+        rates: of ``ASSUMED``.
+        moved: bytes that it reads and writes.
+        memory: those of them that move from and to the GPU's memory.
+        issue: cycles until the last program has issued its instructions.
+    """
+    return {
+        "memory": memory / rates.memory + rates.ramp,
+        "L2": moved / rates.l2 + rates.ramp,
+        "issue": issue / rates.clock + rates.ramp,
+    }
+
+
+def estimate(rates: Sequence[Rates], terms: Sequence[dict[str, float]]) -> Estimate:
+    """Of the terms under each of the ``rates``."""
+    low, middle, high = (max(t.values()) + r.gap for r, t in zip(rates, terms, strict=True))
+    return Estimate(low, middle, high, max(terms[1], key=lambda name: terms[1][name]))
