@@ -28,6 +28,7 @@ from fastalex.training.passes import Convolution, FullyConnected, Gradient, Pass
 from fastalex.training.updates import StoredGradients
 from fastalex_kernels.common.backend import chosen
 from fastalex_kernels.common.program import Launch, Program, tensor_of
+from fastalex_kernels.common.tuned import dot_precision
 from fastalex_kernels.momentum import MomentumUpdate
 from fastalex_kernels.reference import relative_error, tolerance
 
@@ -249,7 +250,9 @@ class LayerCheck(Check):
             inputs = self._w[..., 0].numel() if self._w.dim() == 4 else self._w.shape[1]
             outputs = self._w.numel() // inputs
             rows = max(rows, inputs, outputs, self._x.numel() // self._x.shape[-1])
-        return tolerance(self._x.dtype, rows)
+        kernel = "conv2d" if isinstance(self.one, Convolution) else "linear"
+        precision = "ieee" if self._w is None else dot_precision(self._x, kernel)
+        return tolerance(self._x.dtype, rows, precision)
 
     def _gradients(self, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Those of input, packed weight and bias in float64, before any update."""
