@@ -67,6 +67,7 @@ class Chain:
         has_kernels: whether Triton's kernels run where the model is; else every pass is torch's.
         fused_update: whether kernels apply the gradients that they make.
         exchange: with the other tower; None takes the one that ``parallelize`` gave the model.
+        aten: names of layers that run on ATen where they have kernels.
 
     Attributes:
         rates: of the optimizer.
@@ -84,10 +85,12 @@ class Chain:
         has_kernels: bool,
         fused_update: bool,
         exchange: Exchange | None,
+        aten: frozenset[str] = frozenset(),
     ) -> None:
         self._model, self._optimizer = model, optimizer
         self._dtype, self._triton = dtype, has_kernels
         self._layers = list(_layers(model))
+        self._on_aten = {layer for name, layer in self._layers if name in aten}
         gathers = [_gather_hook(layer) for _, layer in self._layers]
         self.exchange = exchange or next((h.exchange for h in gathers if h is not None), None)
         self.rates, rule = Rates(optimizer), update_rule(optimizer)
@@ -150,7 +153,8 @@ class Chain:
         if hook is not None and self.exchange is not None:
             gather = Gather(self.exchange, hook.summed, early)
         if not self._has_kernels(layer):
-            return Torch(layer, update, gather, self._dtype)
+            backend = "aten" if layer in self._on_aten else "auto"
+            return Torch(layer, update, gather, self._dtype, backend)
         if isinstance(layer, MaxPool2d):
             return Pool(layer)
         assert update is not None
@@ -160,7 +164,7 @@ class Chain:
         return FullyConnected(layer, update, gather)
 
     def _has_kernels(self, layer: nn.Module) -> bool:
-        if not self._triton:
+        if not self._triton or layer in self._on_aten:
             return False
         if isinstance(layer, Conv2dReLU):
             first = layer is self._layers[0][1]

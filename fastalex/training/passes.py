@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import fastalex_kernels as kernels
 from fastalex.distributed.exchange import TOWERS, Exchange
 from fastalex.model.layers import Conv2dReLU, Linear, LinearReLUDropout, LRNMaxPool2d, MaxPool2d
 from fastalex.training.updates import FusedUpdate
@@ -269,6 +270,7 @@ class Torch(Pass):
         update: of its parameters; None where it has none.
         gather: of the other tower's half of its input.
         autocast: the dtype that torch computes products in.
+        backend: of fastalex_kernels' functions, ``"aten"`` where kernels would run.
     """
 
     def __init__(
@@ -277,8 +279,10 @@ class Torch(Pass):
         update: FusedUpdate | None,
         gather: Gather | None,
         autocast: torch.dtype,
+        backend: str = "auto",
     ) -> None:
         self.module, self.update, self._gather = module, update, gather
+        self._backend = backend
         self._autocast, self._parameters = autocast, list(module.parameters())
         self._y: Tensor | None = None
         self._dx: Tensor | None = None
@@ -295,7 +299,11 @@ class Torch(Pass):
         self._leaf = x.requires_grad_(self.needs_dx)
         kind = "cpu" if x.is_meta else x.device.type  # autocast knows no tensors without data
         narrow = self._autocast != torch.float32
-        with torch.enable_grad(), torch.autocast(kind, dtype=self._autocast, enabled=narrow):
+        with (
+            torch.enable_grad(),
+            torch.autocast(kind, dtype=self._autocast, enabled=narrow),
+            kernels.backend(self._backend),
+        ):
             self._output = self.module.forward(self._leaf)  # the gather, a hook, was done
         y = self._output.detach()
         y = y.permute(2, 3, 0, 1) if maps else y
