@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastalex.data.shard import Decoded, Shard, decode_shard
+from fastalex.data.shard import Shard, decode_shard
 
 
 def square(path: Path, size: int) -> Image.Image:
@@ -28,8 +28,8 @@ def decode(paths: list[Path], size: int) -> float:
     return time.process_time() - started
 
 
-def pack(shard: Shard) -> tuple[float, Decoded]:
-    """Seconds of this process's cores, and what is to be kept."""
+def pack(shard: Shard) -> float:
+    """Seconds of this process's cores."""
     started = time.process_time()
-    decoded = decode_shard(shard)
-    return time.process_time() - started, decoded
+    decode_shard(shard)
+    return time.process_time() - started

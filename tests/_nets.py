@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,15 @@ from fastalex.data import MeanImage, Normalization
 from fastalex.model.ablations import get_variant
 from fastalex.model.variants import Variant
 from fastalex.training.weights import save_weights
+from tests._small_train import thin
 
 CLASSES = ["blue", "green", "grey", "lime", "pink", "red", "teal"]
 SIZE = 40
 
 
 def narrow(name: str) -> Variant:
-    """A published net with a quarter of the channels, and 64 units in fc6 and in fc7.
-
-    Channels stay multiples of 16, as the kernels for wide loads need.
-    """
-    variant = get_variant(name)
-    convolutions = (
-        replace(c, channels=16 * max(1, round(c.channels / 64))) for c in variant.convolutions
-    )
-    fc6, fc7, fc8 = variant.fully_connected
-    hidden = (replace(fc6, features=64), replace(fc7, features=64))
-    return replace(variant, convolutions=tuple(convolutions), fully_connected=(*hidden, fc8))
+    """A published net with a quarter of the channels, and 64 units in fc6 and in fc7."""
+    return thin(get_variant(name))
 
 
 def random_weights(

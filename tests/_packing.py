@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 UNREADABLE = ("truncated.jpg", "empty.jpg", "text.jpg")
 ODD = {  # name, and what the remark on it says
     "one.png": "1 x 1 pixels, enlarged",
-    "wide.png": "20000 x 30 pixels, enlarged; 20000 x 30 pixels, nearly all outside the centre",
+    "wide.png": "20000 x 30 pixels, nearly all outside the centre",
     "cmyk.jpg": "CMYK",
     "deep.png": "16 bits a channel, of which 8 are kept",
     "animated.webp": "the first of 3 pictures",

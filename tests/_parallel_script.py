@@ -83,7 +83,7 @@ def _equal(a: Tensors, b: Tensors) -> bool:
 
 
 def _compare(
-    variant: str, mesh: DeviceMesh, ends: list[int], exchange: TowerExchange | None = None
+    variant: Variant, mesh: DeviceMesh, ends: list[int], exchange: TowerExchange | None = None
 ) -> dict[str, Any]:
     """One pass of the whole net and one of its parts; replica r has rows ends[r] to ends[r + 1]."""
     model, result = _net(variant), {}
@@ -139,27 +139,37 @@ def _check_damaged(mesh: DeviceMesh, damaged: Callable[[int], bool]) -> str:
         TowerExchange.both = both  # type: ignore[method-assign]
 
 
+def _copies_agree(mesh: DeviceMesh) -> list[bool]:
+    """Before and after one tower's last layer has one bit of another value."""
+    model = towers.parallelize(_net(narrow("paper")), mesh)
+    before = towers.copies_agree(model, mesh, model.state_dict())
+    if dist.get_rank() == 1:
+        model.classifier[-1].bias.data[3] += 1e-6
+    return [before, towers.copies_agree(model, mesh, model.state_dict())]
+
+
 def two() -> dict[str, Any]:
     pair, replicas = towers.init_mesh("cpu", 1, 2), towers.init_mesh("cpu", 2, 1)
     exchange = TowerExchange(pair)
     sent = torch.arange(3.0) + 10 * dist.get_rank()
     return {
-        "paper": _compare("paper", pair, [0, ROWS]),
-        "source2012": _compare("source2012", pair, [0, ROWS], exchange),
-        "caffe": _compare("caffe", replicas, [0, 3, ROWS]),
-        "owt": _compare("owt", replicas, [0, 1, ROWS]),
+        "paper": _compare(narrow("paper"), pair, [0, ROWS]),
+        "source2012": _compare(narrow("source2012"), pair, [0, ROWS], exchange),
+        "caffe": _compare(narrow("caffe"), replicas, [0, 3, ROWS]),
+        "owt": _compare(narrow("owt"), replicas, [0, 1, ROWS]),
         "sent": exchange.both(sent).tolist(),
         "empty": list(exchange.both(torch.empty(0, 4)).shape),
         "sound": _check_damaged(pair, lambda _: False),
         "damaged": _check_damaged(pair, lambda _: True),
         "damaged to rank 1": _check_damaged(pair, lambda rank: rank == 1),
+        "copies agree": _copies_agree(pair),
         "no towers": _refused(lambda: towers.parallelize(_net("caffe"), pair)),
     }
 
 
 def four() -> dict[str, Any]:
     mesh = towers.init_mesh("cpu", 2, 2)
-    return {"paper": _compare("paper", mesh, [0, 3, ROWS])}
+    return {"paper": _compare(narrow("paper"), mesh, [0, 3, ROWS])}
 
 
 def _train(model: AlexNet) -> list[float]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from fastalex.data import sources
+from fastalex.data import datasets
 from fastalex.model.variants import VARIANTS
 from tests import _small_train
 
@@ -39,7 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for name, variant in VARIANTS.items():
         monkeypatch.setitem(VARIANTS, name, _small_train.thin(variant))
-    monkeypatch.setattr(sources, "TRAIN_COUNT", _small_train.TRAIN_COUNT)
-    monkeypatch.setattr(sources, "VAL_COUNT", _small_train.VAL_COUNT)
+    monkeypatch.setattr(datasets, "TRAIN_COUNT", _small_train.TRAIN_COUNT)
+    monkeypatch.setattr(datasets, "VAL_COUNT", _small_train.VAL_COUNT)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -1,52 +1,24 @@
-"""Labelled images and the batches a net is trained on."""
+"""Labelled images, packing, augmentation, and the batches a net is trained on.
 
-import importlib
-from typing import TYPE_CHECKING, Any
+What is named here needs no torch, so that the processes that pack images start without it.
+``batches``, ``augment`` and ``datasets`` do need it.
+"""
 
-from fastalex.data.base import DataError, ImageSource
+from fastalex.data.base import DataError, ImageDataset, decode_size
 from fastalex.data.folder import FolderImages
 from fastalex.data.normalization import MeanImage, Normalization
 from fastalex.data.packed import PackedImages
 from fastalex.data.synthetic import TRAIN_COUNT, VAL_COUNT, SyntheticImages
 
-if TYPE_CHECKING:
-    from fastalex.data.batches import Batch, Batches, Share, Transform, decode_size
-    from fastalex.data.sources import color_noise, mean_image, open_sources
-
 __all__ = [
     "TRAIN_COUNT",
     "VAL_COUNT",
-    "Batch",
-    "Batches",
     "DataError",
     "FolderImages",
-    "ImageSource",
+    "ImageDataset",
     "MeanImage",
     "Normalization",
     "PackedImages",
-    "Share",
     "SyntheticImages",
-    "Transform",
-    "color_noise",
     "decode_size",
-    "mean_image",
-    "open_sources",
 ]
-
-# These need torch, without which a process that packs images starts.
-_WITH_TORCH = {
-    "Batch": "batches",
-    "Batches": "batches",
-    "Share": "batches",
-    "Transform": "batches",
-    "decode_size": "batches",
-    "color_noise": "sources",
-    "mean_image": "sources",
-    "open_sources": "sources",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _WITH_TORCH:
-        return getattr(importlib.import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,13 +7,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from fastalex.common.command_line import Parser, guarded
+from fastalex.common.command_line import Parser, guarded, whole_number
 from fastalex.data.base import printable
 from fastalex.data.pack import LEFT_OUT, ODD, SIZE, VAL_SPLIT, pack
-from fastalex.data.packed import verify
-from fastalex.data.photos import TRAIN_CROPS, VAL_CROPS, write_photos
+from fastalex.data.packed import MAX_SIZE, verify
+from fastalex.data.photos import write_photos
 from fastalex.data.shard import cores
 
 _NAMED = 10  # files named before the rest are only counted
@@ -28,13 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="python -m fastalex.data", description="Make data to train on.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    _add_pack(commands)
-    _add_verify(commands)
-    _add_photos(commands)
-    return parser
-
-
-def _add_pack(commands: Any) -> None:
     command = commands.add_parser(
         "pack",
         help="decode a folder of images once, to train from",
@@ -49,7 +41,7 @@ def _add_pack(commands: Any) -> None:
     command.add_argument("folder", metavar="DST", type=Path, help="a new or empty folder")
     command.add_argument(
         "--size",
-        type=int,
+        type=whole_number(1, MAX_SIZE),
         default=SIZE,
         metavar="PIXELS",
         help="side of the packed images (default: %(default)s)",
@@ -63,14 +55,11 @@ def _add_pack(commands: Any) -> None:
     )
     command.add_argument(
         "--workers",
-        type=int,
+        type=whole_number(1),
         metavar="N",
         help="images decoded at a time (default: as many as cores)",
     )
     command.set_defaults(run=_pack)
-
-
-def _add_verify(commands: Any) -> None:
     command = commands.add_parser(
         "verify",
         help="compare a packed set with its checksums",
@@ -79,33 +68,16 @@ def _add_verify(commands: Any) -> None:
     )
     command.add_argument("folder", metavar="DST", type=Path, help="a packed set")
     command.set_defaults(run=_verify)
-
-
-def _add_photos(commands: Any) -> None:
-    photos = commands.add_parser(
+    command = commands.add_parser(
         "photos",
         help="write crops of the public-domain photographs that scikit-image ships",
         description="Write train/CLASS/*.jpg and val/CLASS/*.jpg, crops of photographs that "
         "scikit-image ships. A class is one photograph; training and validation crops come from "
         "separate parts of it. Nothing is downloaded.",
     )
-    photos.add_argument("folder", metavar="DIR", type=Path, help="a new or empty folder")
-    photos.add_argument("--seed", type=int, default=0, help="decides the crops (default: 0)")
-    photos.add_argument(
-        "--crops-per-photo",
-        type=int,
-        default=TRAIN_CROPS,
-        metavar="N",
-        help=f"training crops of each photograph (default: {TRAIN_CROPS})",
-    )
-    photos.add_argument(
-        "--val-crops-per-photo",
-        type=int,
-        default=VAL_CROPS,
-        metavar="N",
-        help=f"validation crops of each photograph (default: {VAL_CROPS})",
-    )
-    photos.set_defaults(run=_photos)
+    command.add_argument("folder", metavar="DIR", type=Path, help="a new or empty folder")
+    command.set_defaults(run=_photos)
+    return parser
 
 
 def _pack(options: argparse.Namespace) -> int:
@@ -145,14 +117,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _photos(options: argparse.Namespace) -> int:
-    folder: Path = options.folder
-    count = write_photos(
-        folder,
-        options.seed,
-        options.crops_per_photo,
-        options.val_crops_per_photo,
-    )
-    where = shlex.quote(str(folder))
+    count = write_photos(options.folder)
+    where = shlex.quote(str(options.folder))
     print(f"{count} crops are in {where}; next: python -m fastalex.train --data {where}")
     return 0
 

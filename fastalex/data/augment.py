@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import fastalex_kernels as kernels
-from fastalex.data.base import ImageSource, Pixels
+from fastalex.data.base import ImageDataset, Pixels
 from fastalex.data.normalization import Normalization
 
 AUGMENTATIONS = {
@@ -47,7 +47,7 @@ class Augment:
 
     Attributes:
         size: as given.
-        mean, scale, centred: what ``fastalex_kernels.augment`` takes under these names.
+        norm: what ``fastalex_kernels.augment`` takes under this name.
 
     Args:
         normalization: mean and deviation; its mean image, if any, has the side of the images.
@@ -62,25 +62,17 @@ class Augment:
     """
 
     def __init__(
-        self,
-        normalization: Normalization,
-        size: int,
-        device: torch.device,
-        colored: bool = False,
+        self, normalization: Normalization, size: int, device: torch.device, colored: bool = False
     ) -> None:
         self.size = size
         std = torch.tensor(normalization.std) * (COLOR_SCALE if colored else 1.0)
-        self.scale = (1 / std).to(device)
-        self.mean = torch.tensor(normalization.mean, device=device)
-        self.centred = False
         image = normalization.mean_image
-        if image is None:
-            return
-        spare = len(image.pixels) - size
-        if spare < 0:
-            raise ValueError(f"size: expected at most the mean image's {size + spare}, got {size}")
-        self.mean = torch.from_numpy(image.pixels).to(device)
-        self.centred = image.centred
+        if image is not None and len(image.pixels) < size:
+            side = len(image.pixels)
+            raise ValueError(f"size: expected at most the mean image's {side}, got {size}")
+        mean = torch.tensor(normalization.mean if image is None else image.pixels, device=device)
+        centred = image is not None and image.centred
+        self.norm = kernels.PixelNorm(mean, (1 / std).to(device), centred)
 
     def __call__(
         self,
@@ -104,10 +96,8 @@ class Augment:
         """
         kind = images.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        normalization = (colors, self.mean, self.scale, self.size)
-        return kernels.augment(
-            images, tops, lefts, mirrors, *normalization, dtype=dtype, centred=self.centred
-        )
+        crops = kernels.Crops(tops, lefts, mirrors)
+        return kernels.augment(images, crops, colors, self.norm, self.size, dtype)
 
 
 @dataclass(frozen=True)
@@ -200,18 +190,18 @@ def draw_box(words: npt.NDArray[np.uint64], width: int, height: int) -> tuple[in
 
 
 def resized_crop(
-    source: ImageSource, index: int, words: npt.NDArray[np.uint64], side: int, size: int
+    dataset: ImageDataset, index: int, words: npt.NDArray[np.uint64], side: int, size: int
 ) -> Pixels:
     """A random part of an image, uint8 [size, size, 3].
 
     Args:
-        source: whose image it is.
+        dataset: whose image it is.
         index: of the image.
         words: decide the part, see ``draw_box``.
         side: what an image is decoded at that has no size of its own.
         size: side in pixels of what is returned.
     """
-    whole = source.whole(index, side)
+    whole = dataset.whole(index, side)
     # Cut first: resizing a box of a larger image would mix in what is around it.
     part = whole.crop(draw_box(words, *whole.size))
     return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))

@@ -15,13 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fastalex.data.fingerprint import Contents
-
 Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
 R = TypeVar("R")
 
-CACHE_BYTES = 1 << 30  # decoded images that one source may keep in memory
+CACHE_BYTES = 1 << 30  # of decoded images, kept in memory by one dataset
 MAX_IMAGE_SIZE = 2048  # largest side in pixels of the images that a net gets
 _PAUSES = (0.1, 1.0, 5.0)  # seconds
 _MAY_PASS = frozenset(
@@ -29,6 +27,11 @@ _MAY_PASS = frozenset(
     | {errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ENETDOWN, errno.ENETUNREACH}
     | {errno.EHOSTDOWN, errno.EHOSTUNREACH}
 )
+
+
+def decode_size(image_size: int) -> int:
+    """Side at which images are decoded for a net of ``image_size``: 256 for 224 (P§2, P§4.1)."""
+    return round(image_size * 256 / 224)
 
 
 class DataError(ValueError):
@@ -52,7 +55,7 @@ def retrying(read: Callable[[], T]) -> T:
     return read()
 
 
-class ImageSource(Protocol):
+class ImageDataset(Protocol):
     """Labelled images, decoded when they are asked for."""
 
     classes: list[str]  # sorted; a label is an index into it
@@ -67,7 +70,7 @@ class ImageSource(Protocol):
     def image(self, index: int, size: int) -> Pixels:
         """uint8 [size, size, 3], RGB: the shorter side resized to ``size``, then the centre.
 
-        What is returned may be the source's own memory: it must not be written to.
+        What is returned may be the dataset's own memory: it must not be written to.
         """
         ...
 
@@ -78,11 +81,10 @@ class ImageSource(Protocol):
         """
         ...
 
-    def contents(self) -> Contents:
-        """Of each class, in order, how many images it has and a digest of them.
+    def keys(self) -> Iterable[tuple[Any, ...]]:
+        """What tells each image from others, in order, without decoding it; JSON can hold it.
 
-        No image is decoded: files are told apart by name and size, those of a packed set by name
-        and checksum. ``fastalex.data.fingerprint.describe_changes`` compares two.
+        Of a file its name and size, of a packed image its name and checksum.
         """
         ...
 
@@ -90,32 +92,20 @@ class ImageSource(Protocol):
 class ImageCache:
     """Decoded images kept in memory, by index and size, up to a number of bytes."""
 
-    def __init__(self, count: int, limit: int = CACHE_BYTES) -> None:
-        self._count = count
+    def __init__(self, limit: int = CACHE_BYTES) -> None:
         self._free = limit
-        self._sizes: dict[int, tuple[Pixels, npt.NDArray[np.bool_]]] = {}
+        self._images: dict[tuple[int, int], Pixels] = {}
         self._lock = threading.Lock()
 
     def get(self, index: int, size: int) -> Pixels | None:
-        pixels, filled = self._arrays(size)
-        return pixels[index].copy() if index < len(filled) and filled[index] else None
+        return self._images.get((index, size))
 
     def put(self, index: int, image: Pixels) -> None:
-        pixels, filled = self._arrays(len(image))
-        if index < len(filled):
-            pixels[index] = image
-            filled[index] = True  # after the pixels: another thread may be reading
-
-    def _arrays(self, size: int) -> tuple[Pixels, npt.NDArray[np.bool_]]:
+        key = index, len(image)
         with self._lock:
-            if size not in self._sizes:
-                kept = min(self._count, self._free // (3 * size * size))
-                self._free -= kept * 3 * size * size
-                self._sizes[size] = (
-                    np.zeros((kept, size, size, 3), np.uint8),
-                    np.zeros(kept, np.bool_),
-                )
-            return self._sizes[size]
+            if key not in self._images and image.nbytes <= self._free:
+                self._free -= image.nbytes
+                self._images[key] = image
 
 
 def map_ahead(

@@ -1,4 +1,4 @@
-"""Batches of a source: their order, crops and colours are functions of (seed, epoch, index) alone.
+"""Batches of a dataset: their order, crops and colours are functions of (seed, epoch, index) alone.
 
 An epoch draws a Philox stream each for order, crops and colours, and sample i reads the words that
 belong to i. So neither the number of processes or threads nor the batch at which a run goes
@@ -7,9 +7,10 @@ on changes what is seen. Batches are bytes; the device augments them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,18 +24,15 @@ from fastalex.data.augment import (
     ColorNoise,
     resized_crop,
 )
-from fastalex.data.base import DataError, ImageSource, Pixels, map_ahead
+from fastalex.data.base import DataError, ImageDataset, Pixels, decode_size, map_ahead
 from fastalex.data.normalization import Normalization
+from fastalex.data.packed import PackedImages
 
+_ALIGNMENT = 64  # bytes
 _ORDER, _CROPS, _COLORS, _BOXES = 0, 1, 2, 3  # the streams of an epoch
 _CROP_WORDS = 3  # random 64-bit words for a sample: top, left, mirror
 _COLOR_WORDS = 4
 _BOX_COUNTERS = -(-BOX_WORDS // 4)  # Philox makes four words of each count
-
-
-def decode_size(image_size: int) -> int:
-    """Side at which images are decoded for a net of ``image_size``: 256 for 224 (P§2, P§4.1)."""
-    return round(image_size * 256 / 224)
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,10 @@ class Batch:
     """Images as bytes and what augmentation is to do to them, drawn on the CPU.
 
     Attributes:
-        images: uint8 [n, D, D, 3], RGB; page-locked where there is a GPU.
+        images: uint8 [n, D, D, 3], RGB; like all below but the indices in page-locked memory where
+            there is a GPU.
         labels: int64 [n].
-        indices: int64 [n], which samples of the source these are; always on the CPU.
+        indices: int64 [n], which samples of the dataset these are; always on the CPU.
         tops, lefts: int32 [n], the first row and column of each crop.
         mirrors: bool [n], which crops are mirrored left to right.
         colors: float32 [n, 3], what is added to the pixels of each image, 0 to 255; or None.
@@ -110,15 +109,14 @@ WHOLE = Share()
 
 
 class Batches:
-    """The batches of each epoch over a source, or one replica's share of them.
+    """The batches of each epoch over a dataset, or one replica's share of them.
 
     Training: images decoded at ``decode_size(image_size)``, a random crop, mirrored half the time,
     with colour noise where ``augmentation`` says so, in a new random order each epoch; or random
-    parts of the images, resized to ``image_size`` already. Every batch is full: where the samples
-    of the epoch run out, the last batch is filled with the first of the same order. So each sample
-    is seen at least once an epoch, and a few twice, alike.
+    parts of the images, resized to ``image_size`` already. Every batch is full: the last one is
+    filled with the first samples of the same order.
 
-    Validation: the centre crop of the same decoded image, in the source's order; the last batch
+    Validation: the centre crop of the same decoded image, in the dataset's order; the last batch
     may be short.
 
     With ``replicas`` r, ``batch_size`` is the size of the whole batch, and replica ``rank`` gets
@@ -126,7 +124,7 @@ class Batches:
     validation batch of fewer than r samples, so that all replicas take the same number of steps.
 
     Args:
-        source: where the images come from.
+        dataset: where the images come from.
         batch_size: samples in a batch, over all replicas.
         transform: what becomes of an image.
         seed: with the epoch, decides order, crops and mirrors of training; not negative.
@@ -143,7 +141,7 @@ class Batches:
 
     def __init__(
         self,
-        source: ImageSource,
+        dataset: ImageDataset,
         batch_size: int,
         transform: Transform,
         seed: int,
@@ -151,31 +149,25 @@ class Batches:
         share: Share = WHOLE,
         workers: int = 0,
     ) -> None:
-        rank, replicas = share
         image_size, normalization, augmentation, noise, device = transform
-        _check_at_least("batch_size", batch_size, 1)
-        _check_at_least("image_size", image_size, 1)
-        _check_at_least("seed", seed, 0)
-        _check_at_least("replicas", replicas, 1)
-        _check_at_least("workers", workers, 0)
-        if batch_size % replicas:
+        at_least = {"batch_size": (batch_size, 1), "image_size": (image_size, 1), "seed": (seed, 0)}
+        at_least |= {"replicas": (share.replicas, 1), "workers": (workers, 0)}
+        for name, (value, least) in at_least.items():
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if batch_size % share.replicas:
             raise ValueError(
-                f"batch_size: expected a multiple of replicas={replicas}, got {batch_size}"
+                f"batch_size: expected a multiple of replicas={share.replicas}, got {batch_size}"
             )
-        if not 0 <= rank < replicas:
-            raise ValueError(f"rank: expected 0 to {replicas - 1}, got {rank}")
+        if not 0 <= share.rank < share.replicas:
+            raise ValueError(f"rank: expected 0 to {share.replicas - 1}, got {share.rank}")
         if augmentation not in AUGMENTATIONS:
             known = ", ".join(AUGMENTATIONS)
             raise ValueError(f"augmentation: expected one of {known}, got {augmentation!r}")
-        if len(source) == 0:
-            raise DataError("source: expected at least one image, got none")
-        self.source = source
-        self.batch_size = batch_size
-        self.image_size = image_size
-        self.seed = seed
-        self.train = train
-        self.share = share
-        self.workers = workers
+        if len(dataset) == 0:
+            raise DataError("dataset: expected at least one image, got none")
+        self.dataset, self.batch_size, self.image_size = dataset, batch_size, image_size
+        self.seed, self.train, self.share, self.workers = seed, train, share, workers
         self.augmentation = augmentation if train else "none"
         resized = self.augmentation == "resized"
         if resized and normalization.mean_image is not None:
@@ -187,36 +179,34 @@ class Batches:
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return -(-len(self.source) // self.batch_size)
+        return -(-len(self.dataset) // self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches ``start``, ``start + 1``, ... of an epoch, this replica's share of each."""
-        _check_at_least("epoch", epoch, 0)
+        if epoch < 0:
+            raise ValueError(f"epoch: expected at least 0, got {epoch}")
         if not 0 <= start <= len(self):
             raise ValueError(f"start: expected 0 to {len(self)}, got {start}")
-        order, crops, colors = self._order(epoch), self._crops(epoch), self._colors(epoch)
+        order, drawn = self._order(epoch), [*self._crops(epoch)]
+        if self.augmentation == "full":
+            drawn.append(self._noise.draw(self._words(epoch, _COLORS, _COLOR_WORDS)))
         shares = (self._indices(order, batch) for batch in range(start, len(self)))
+        load = lambda indices: self._load(epoch, indices, drawn)  # noqa: E731
         # Two batches a thread: one being loaded and one ready.
-        return map_ahead(
-            lambda indices: self._load(epoch, indices, crops, colors),
-            shares,
-            self.workers,
-            2 * self.workers,
-        )
+        return map_ahead(load, shares, self.workers, 2 * self.workers)
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """int64 [len(source)]: the samples in the order in which the epoch visits them."""
+        """int64 [len(dataset)]: the samples in the order in which the epoch visits them."""
         if not self.train:
-            return np.arange(len(self.source))
+            return np.arange(len(self.dataset))
         return np.argsort(self._words(epoch, _ORDER, 1)[:, 0], kind="stable")
 
     def _crops(self, epoch: int) -> npt.NDArray[np.int32]:
-        """int32 [3, len(source)]: top, left and whether to mirror, for each sample."""
+        """int32 [3, len(dataset)]: top, left and whether to mirror, for each sample."""
         spare = decode_size(self.image_size) - self.image_size
         if self.augmentation == "none":
-            return np.repeat(
-                np.array([[spare // 2], [spare // 2], [0]], np.int32), len(self.source), 1
-            )
+            centre = np.array([[spare // 2], [spare // 2], [0]], np.int32)
+            return np.repeat(centre, len(self.dataset), 1)
         words = self._words(epoch, _CROPS, _CROP_WORDS)
         ranges = np.array([spare + 1, spare + 1, 2], np.uint64)
         crops = np.ascontiguousarray((words % ranges).T, np.int32)
@@ -224,75 +214,60 @@ class Batches:
             crops[:2] = 0
         return crops
 
-    def _colors(self, epoch: int) -> npt.NDArray[np.float32] | None:
-        """float32 [len(source), 3]: what is added to the pixels of each sample, or None."""
-        if self.augmentation != "full":
-            return None
-        return self._noise.draw(self._words(epoch, _COLORS, _COLOR_WORDS))
-
     def _words(self, epoch: int, stream: int, words: int) -> npt.NDArray[np.uint64]:
         # Raw words, because numpy may change what its distributions make of them.
         generator = np.random.Philox(np.random.SeedSequence([self.seed, epoch, stream]))
-        return generator.random_raw(len(self.source) * words).reshape(-1, words)
+        return generator.random_raw(len(self.dataset) * words).reshape(-1, words)
 
     def _indices(self, order: npt.NDArray[np.int64], batch: int) -> npt.NDArray[np.int64]:
-        stop = (batch + 1) * self.batch_size
-        positions = np.arange(
-            batch * self.batch_size, stop if self.train else min(stop, len(order))
-        )
+        start, stop = batch * self.batch_size, (batch + 1) * self.batch_size
+        positions = np.arange(start, stop if self.train else min(stop, len(order)))
         rank, replicas = self.share
         first, last = (r * len(positions) // replicas for r in (rank, rank + 1))
         return order[positions[first:last] % len(order)]
 
     def _load(
-        self,
-        epoch: int,
-        indices: npt.NDArray[np.int64],
-        crops: npt.NDArray[np.int32],
-        colors: npt.NDArray[np.float32] | None,
+        self, epoch: int, indices: npt.NDArray[np.int64], drawn: list[npt.NDArray[Any]]
     ) -> Batch:
-        read = self.source.image
-        if self.augmentation == "resized":
-            read = lambda index, size: self._part(epoch, index, size)  # noqa: E731
-        tops, lefts, mirrors = torch.from_numpy(crops.take(indices, 1))
-        return Batch(
-            load_pixels(read, indices, self._side),
-            torch.from_numpy(self.source.labels[indices]),
-            torch.from_numpy(indices),
-            tops,
-            lefts,
-            mirrors.bool(),
-            None if colors is None else torch.from_numpy(colors[indices]),
-        )
+        """One batch; ``drawn`` has tops, lefts, mirrors and colours, if any, of all samples."""
+        count, side = len(indices), self._side
+        parts = [((count, side, side, 3), torch.uint8), ((count,), torch.int64)]
+        parts += [((count,), torch.int32)] * 2 + [((count,), torch.bool)]
+        parts += [((count, 3), torch.float32)] * (len(drawn) - 3)
+        images, *others = one_buffer(parts)
+        read = self._part if self.augmentation == "resized" else self._whole
+        for out, index in zip(images.numpy(), indices.tolist(), strict=True):
+            read(epoch, index, out)
+        for tensor, values in zip(others, [self.dataset.labels, *drawn], strict=True):
+            tensor.numpy()[:] = values[indices]
+        labels, *inputs = others
+        return Batch(images, labels, torch.from_numpy(indices), *inputs)
 
-    def _part(self, epoch: int, index: int, size: int) -> Pixels:
+    def _whole(self, epoch: int, index: int, out: Pixels) -> None:
+        if isinstance(self.dataset, PackedImages) and self.dataset.size == self._side:
+            self.dataset.read(index, out)  # from the file straight into the batch
+        else:
+            out[:] = self.dataset.image(index, self._side)
+
+    def _part(self, epoch: int, index: int, out: Pixels) -> None:
         """A random part of an image; its words are read where they lie in the epoch's stream."""
         stream = np.random.Philox(np.random.SeedSequence([self.seed, epoch, _BOXES]))
         words = stream.advance(index * _BOX_COUNTERS).random_raw(BOX_WORDS)
-        side = decode_size(self.image_size)
-        return resized_crop(self.source, index, words, side, size)
+        out[:] = resized_crop(self.dataset, index, words, decode_size(self.image_size), self._side)
 
 
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-
-
-def load_pixels(
-    read: Callable[[int, int], Pixels], indices: npt.NDArray[np.int64], size: int
-) -> torch.Tensor:
-    """Images as uint8 [n, size, size, 3], RGB.
+def one_buffer(parts: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
+    """Uninitialised tensors of these shapes and dtypes, one behind the other in memory.
 
     Where there is a GPU the memory is page-locked, so that a copy to the device is quicker and,
     with ``non_blocking=True``, goes on beside the step before.
-
-    Args:
-        read: called with an index and ``size``; a source's ``image``.
-        indices: int64 [n], which ones.
-        size: side in pixels.
     """
-    shape = (len(indices), size, size, 3)
-    batch = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    for out, index in zip(batch.numpy(), indices.tolist(), strict=True):
-        out[:] = read(index, size)
-    return batch
+    counts = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
+    places = [-(-count // _ALIGNMENT) * _ALIGNMENT for count in counts]
+    pinned = torch.cuda.is_available()
+    memory = torch.empty(sum(places), dtype=torch.uint8, pin_memory=pinned)
+    pieces = torch.split(memory, places)
+    return [
+        piece[:count].view(dtype).view(shape)
+        for piece, count, (shape, dtype) in zip(pieces, counts, parts, strict=True)
+    ]

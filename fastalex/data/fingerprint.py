@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastalex.data.base import ImageDataset
+
 Contents = dict[str, tuple[int, str]]  # of each class: its images, and a digest of them in order
 
 _NAMED = 3  # classes that a message names
@@ -18,35 +20,31 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def class_contents(classes: Sequence[str], images: Mapping[str, Sequence[Any]]) -> Contents:
-    """What ``ImageSource.contents`` returns.
-
-    Args:
-        classes: their names, in order.
-        images: of each class, whatever tells its images apart, in the order of their indices.
-    """
-    return {
-        name: (len(images.get(name, ())), digest(list(images.get(name, ())))[:_DIGITS])
-        for name in classes
-    }
+def contents(dataset: ImageDataset) -> Contents:
+    """Of each class, in order, how many images it has and a digest of them; none is decoded."""
+    keys: dict[str, list[tuple[Any, ...]]] = {name: [] for name in dataset.classes}
+    for label, key in zip(dataset.labels.tolist(), dataset.keys(), strict=True):
+        keys[dataset.classes[label]].append(key)
+    return {name: (len(mine), digest(mine)[:_DIGITS]) for name, mine in keys.items()}
 
 
 def describe_changes(before: Mapping[str, Sequence[Any]], now: Contents) -> str:
-    """What changed between two ``ImageSource.contents``, in a few words; empty where nothing did.
+    """What changed between two ``contents``, in a few words; empty where nothing did.
 
     Args:
         before: an earlier one, which may have been through JSON.
         now: today's.
     """
-    gone = [f"class {name!r} is gone" for name in before if name not in now]
-    new = [f"class {name!r} is new" for name in now if name not in before]
+    lines = [f"class {name!r} is gone" for name in before if name not in now]
+    lines += [f"class {name!r} is new" for name in now if name not in before]
     counted, others = [], []
-    for name in now:
-        if name in before and before[name][0] != now[name][0]:
-            counted.append(f"{name}: {before[name][0]} images before, {now[name][0]} now")
-        elif name in before and before[name][1] != now[name][1]:
+    for name, (count, files) in now.items():
+        old = before.get(name, (count, files))
+        if old[0] != count:
+            counted.append(f"{name}: {old[0]} images before, {count} now")
+        elif old[1] != files:
             others.append(f"{name}: other names or sizes of files")
-    lines = [*gone, *new, *counted, *others]
+    lines += [*counted, *others]
     if not lines and list(before) != list(now):
         lines = ["the classes are in another order"]
     more = f"; and {len(lines) - _NAMED} more classes" if len(lines) > _NAMED else ""

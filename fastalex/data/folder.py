@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import PIL
 from PIL import Image
 from tqdm import tqdm
 
+from fastalex.common.files import replacing
 from fastalex.data.base import CACHE_BYTES, DataError, ImageCache, Pixels, map_ahead
-from fastalex.data.check_cache import CheckCache
-from fastalex.data.decode import FORMATS, read_image, read_upright, try_read, why
-from fastalex.data.fingerprint import Contents, class_contents, digest
+from fastalex.data.decode import FORMATS, PASSING, read_image, read_upright, try_read, why
+from fastalex.data.fingerprint import digest
 
 T = TypeVar("T")
 
-SUFFIXES = frozenset(FORMATS)  # compared in lower case
+CHECKED = ".fastalex-check.json"
+_FORMAT = f"fastalex-check-2, Pillow {PIL.__version__}"  # another decoder may read other files
 _STATS = 512  # files looked at by one thread before another takes over
 _SAVE_SECONDS = 60  # between two times that what was found is kept
 _CHECK_SIZE = 64  # side at which a file is decoded only to see whether it can be
@@ -31,8 +36,8 @@ class FolderImages:
     """The images ``root/CLASS/*``: classes by name, and the images of each by file name.
 
     Every file is decoded once to find those that can't be (cut short, empty, no image), which are
-    left out; what was found is kept (see ``fastalex.data.check_cache``), so that later only files
-    that are new or changed are decoded for it. Images are kept in memory, as far as
+    left out; what was found is kept, so that later only files that are new or changed are decoded
+    for it. Images are kept in memory, as far as
     ``cache_bytes`` go, at the size asked for. Hidden files, other types and sub-folders of a
     class are ignored.
 
@@ -40,8 +45,8 @@ class FolderImages:
         root: the folder.
         classes: the names that labels index; None takes the sub-folders' names.
         size: the side that ``image`` will be asked for, if known: the first decoding then serves.
-        unreadable: what this attribute was when the same folder was opened before; no file is
-            decoded to find out again.
+        unreadable: what this attribute was when the folder was opened before, with or without
+            files of other folders; no file is decoded to find out again.
         quiet: show no progress bar. It appears, on stderr, only on a terminal.
         cache_bytes: limit of the memory.
 
@@ -65,21 +70,21 @@ class FolderImages:
         found = class_folders(root, classes)
         self.classes = found if classes is None else list(classes)
         self._root = root
-        files = [(path, name) for name in found for path in image_files(root / name)]
-        self._cache = ImageCache(len(files), cache_bytes)
-        self._known: CheckCache | None = None
+        self._cache = ImageCache(cache_bytes)
+        self._checked: _Checked | None = None
+        paths = [path for name in found for path in image_files(root / name)]
         if unreadable is None:
-            self._known = CheckCache(root)
+            self._checked = _Checked(root)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
-                self.unreadable = self._check([path for path, _ in files], size, quiet)
+                self.unreadable = self._check(self._checked, paths, size, quiet)
         else:
-            self.unreadable = [(path, reason) for path, reason in unreadable]
+            here = f"{root}{os.sep}"
+            self.unreadable = [(file, why) for file, why in unreadable if file.startswith(here)]
         bad = {path for path, _ in self.unreadable}
-        files = [(path, name) for path, name in files if str(path) not in bad]
-        self._paths = [path for path, _ in files]
-        label = {name: index for index, name in enumerate(self.classes)}
-        self.labels = np.array([label[name] for _, name in files], np.int64)
+        self._paths = [path for path in paths if str(path) not in bad]
+        number = {name: index for index, name in enumerate(self.classes)}
+        self.labels = np.array([number[path.parent.name] for path in self._paths], np.int64)
         self._require_images(found)
 
     def __len__(self) -> int:
@@ -108,12 +113,8 @@ class FolderImages:
         """
         return self._read(lambda path, _: read_upright(path), index, size)
 
-    def contents(self) -> Contents:
-        """See ``ImageSource``; told by the name and the size in bytes of each file."""
-        images: dict[str, list[tuple[str, int]]] = {name: [] for name in self.classes}
-        for (path, size, _), label in zip(self._files, self.labels.tolist(), strict=True):
-            images[self.classes[label]].append((os.path.basename(path), size))
-        return class_contents(self.classes, images)
+    def keys(self) -> list[tuple[str, int]]:
+        return [(os.path.basename(path), size) for path, size, _ in self._files]
 
     def recall(self, name: str, measure: Callable[[], Any]) -> Any:
         """What ``measure`` returned when it was last called for these very files, or returns now.
@@ -122,15 +123,15 @@ class FolderImages:
             name: of what is measured.
             measure: returns something that JSON can hold.
         """
-        if self._known is None:
+        if self._checked is None:
             return measure()
-        values, files = self._known.values, digest(self._files)
+        values, files = self._checked.values, digest(self._files)
         if values.get("files") != files:
             values.clear()
             values["files"] = files
         if name not in values:
             values[name] = measure()
-            self._known.save()
+            self._checked.save()
         return values[name]
 
     @functools.cached_property
@@ -144,36 +145,35 @@ class FolderImages:
             raise DataError(f"{self.name(index)}: can't be read any more: {result}")
         return result
 
-    def _check(self, paths: list[Path], size: int | None, quiet: bool) -> list[tuple[str, str]]:
+    def _check(
+        self, checked: _Checked, paths: list[Path], size: int | None, quiet: bool
+    ) -> list[tuple[str, str]]:
         """Decode every file not known yet, keep what fits in memory, return what can't be read."""
-        known = self._known
-        assert known is not None
-        verdicts = known.look_up(stat_files(paths))
-        new = [
-            path for path, verdict in zip(paths, verdicts.values(), strict=True) if verdict is None
-        ]
+        keys = [_key(file) for file in stat_files(paths)]
+        known = {key: checked.reasons[key] for key in keys if key in checked.reasons}
+        new = [path for path, key in zip(paths, keys, strict=True) if key not in known]
         workers, side = min(16, os.cpu_count() or 1), _CHECK_SIZE if size is None else size
-        read = lambda path: try_read(read_image, path, side)  # noqa: E731
+        read = functools.partial(try_read, read_image, size=side)
         results = map_ahead(read, new, workers, 4 * workers)
         bar = tqdm(results, f"Reading {self._root}", len(new), disable=quiet or None, delay=0.5)
         decoded = iter(bar)
         bad: list[tuple[str, str]] = []
         saved = time.monotonic()
         try:
-            for index, (key, verdict) in enumerate(verdicts.items()):
-                if verdict is None:
+            for index, (path, key) in enumerate(zip(paths, keys, strict=True)):
+                if key not in known:
                     result = next(decoded)
-                    verdict = verdicts[key] = result if isinstance(result, str) else ""
+                    known[key] = result if isinstance(result, str) else ""
                     if size is not None and not isinstance(result, str):
                         self._cache.put(index - len(bad), result)
                     if time.monotonic() - saved > _SAVE_SECONDS:
-                        known.keep(verdicts)
+                        checked.keep(known)
                         saved = time.monotonic()
-                if verdict:
-                    bad.append((str(paths[index]), verdict))
+                if known[key]:
+                    bad.append((str(path), known[key]))
         finally:  # Ctrl-C too
             if new:
-                known.keep(verdicts)
+                checked.keep(known)
         return bad
 
     def _require_images(self, found: list[str]) -> None:
@@ -190,6 +190,56 @@ class FolderImages:
                 )
 
 
+class _Checked:
+    """Which files of a folder were found readable, so that no start decodes them all again.
+
+    A file is known by its path below the folder, its size and its time of change. What is known is
+    kept in ``.fastalex-check.json`` in the folder or, where that can't be written, in the user's
+    cache directory. A damaged file, or another version's, only costs the time of a check.
+
+    Attributes:
+        reasons: by a key of the file, why it can't be read; empty where it can.
+        values: whatever was measured on the files, by a name; JSON.
+    """
+
+    def __init__(self, root: Path) -> None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+        name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:16]
+        self._places = [root / CHECKED, cache / "fastalex" / f"check-{name}.json"]
+        self.reasons: dict[str, str] = {}
+        self.values: dict[str, Any] = {}
+        for place in self._places:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                known = json.loads(place.read_text(encoding="utf-8"))
+                if known["format"] == _FORMAT:
+                    self.reasons |= {str(key): str(why) for key, why in known["files"].items()}
+                    self.values |= known["values"]
+
+    def keep(self, reasons: Mapping[str, str]) -> None:
+        """Keep what is known of these files, and of no others, for the next time.
+
+        What may be another day's is not: that a file was not there, or memory short.
+        """
+        self.reasons = {key: why for key, why in reasons.items() if why not in PASSING}
+        self.save()
+
+    def save(self) -> None:
+        """Write what is known to the first place that takes it; to none, if there is none."""
+        known = {"format": _FORMAT, "files": self.reasons, "values": self.values}
+        for place in self._places:
+            with contextlib.suppress(OSError):
+                if place.name != CHECKED:
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(place) as temporary:
+                    temporary.write_text(json.dumps(known), encoding="utf-8")
+                return
+
+
+def _key(file: tuple[str, int, int]) -> str:
+    text = "\0".join(map(str, file)).encode(errors="surrogateescape")
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+
 def class_folders(root: Path, known: list[str] | None = None) -> list[str]:
     """Names of the sub-folders of ``root``, sorted.
 
@@ -199,7 +249,9 @@ def class_folders(root: Path, known: list[str] | None = None) -> list[str]:
     try:
         with os.scandir(root) as entries:
             names = sorted(
-                entry.name for entry in entries if _is_dir(entry) and not entry.name.startswith(".")
+                entry.name
+                for entry in entries
+                if os.path.isdir(entry) and not entry.name.startswith(".")
             )
     except OSError as error:
         raise DataError(f"{root}: {why(error)}; a folder of class folders is needed") from error
@@ -208,8 +260,8 @@ def class_folders(root: Path, known: list[str] | None = None) -> list[str]:
     for name in names:
         if known is not None and name not in known:
             raise DataError(
-                f"{root}: class {name!r} is missing from the training images; "
-                "add some there or remove it here"
+                f"{root}: class {name!r} is none of the classes trained on; "
+                "add training images of it or remove it here"
             )
     return names
 
@@ -224,41 +276,32 @@ def image_files(folder: Path) -> list[Path]:
     """
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if _is_file(entry)]
+            names = [
+                entry.name
+                for entry in entries
+                if entry.is_file(follow_symlinks=False) or entry.is_symlink()
+            ]
     except OSError as error:
         raise DataError(f"{folder}: {why(error)}") from error
     return [
         folder / name
         for name in sorted(names)
-        if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+        if os.path.splitext(name)[1].lower() in FORMATS and not name.startswith(".")
     ]
-
-
-def _is_dir(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
-    except OSError:
-        return True
 
 
 def stat_files(paths: list[Path]) -> list[tuple[str, int, int]]:
     """Of each file class and name, bytes and time of its change; -1 where it is not there."""
 
     def stat(path: Path) -> tuple[str, int, int]:
-        try:
+        name, size, time = f"{path.parent.name}/{path.name}", -1, -1
+        with contextlib.suppress(OSError):
             found = os.stat(path)
-        except OSError:
-            return f"{path.parent.name}/{path.name}", -1, -1
-        return f"{path.parent.name}/{path.name}", found.st_size, found.st_mtime_ns
+            size, time = found.st_size, found.st_mtime_ns
+        return name, size, time
 
     # A network's disks answer many questions at a time.
     some = [paths[start : start + _STATS] for start in range(0, len(paths), _STATS)]
-    found = map_ahead(lambda paths: [stat(path) for path in paths], some, 16, 64)
-    return [one for many in found for one in many]
+    return [
+        one for many in map_ahead(lambda part: list(map(stat, part)), some, 16, 64) for one in many
+    ]

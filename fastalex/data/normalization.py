@@ -1,4 +1,4 @@
-"""How pixels are normalised: by numbers of each channel, or less a mean image."""
+"""How pixels are normalised: moments of images, channel means and deviations, the mean image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fastalex.data.base import ImageSource
+from fastalex.data.base import ImageDataset, Pixels
 from fastalex.data.folder import FolderImages
 
 NORMALIZATIONS = {
@@ -26,6 +26,45 @@ INIT_FROM = "init-from"
 MEAN_IMAGES = ("mean-image", "mean-centre")  # those that subtract one where there is one
 
 FloatPixels = npt.NDArray[np.float32]
+
+
+class Moments:
+    """First and second moments of the pixels of images, as exact sums: the same in whatever order.
+
+    Attributes:
+        images: how many.
+        pixels: uint64 [size, size, 3], the sum of each pixel.
+        products: float64 [3, 3], the sum over all pixels of the products of two channels.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.images = 0
+        self.pixels = np.zeros((size, size, 3), np.uint64)
+        self.products = np.zeros((3, 3))
+
+    def add(self, image: Pixels) -> None:
+        """Add an image, uint8 [size, size, 3]."""
+        self.images += 1
+        self.pixels += image
+        channels = np.ascontiguousarray(image.transpose(2, 0, 1), np.uint32)
+        # A line's sums fit in 32 bits; summed pixel by pixel in 64 they take twice the time.
+        lines = np.einsum("ayx,byx->aby", channels, channels)
+        self.products += lines.sum(-1, dtype=np.float64)
+
+    def merge(self, other: Moments) -> None:
+        self.images += other.images
+        self.pixels += other.pixels
+        self.products += other.products
+
+    def mean_image(self) -> npt.NDArray[np.float64]:
+        """[size, size, 3], 0 to 255."""
+        return self.pixels / self.images
+
+    def mean_and_covariance(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """float64 [3] and [3, 3]: of the channels, over all pixels."""
+        count = self.images * self.pixels[..., 0].size
+        mean = self.pixels.sum((0, 1)) / count
+        return mean, self.products / count - np.outer(mean, mean)
 
 
 @dataclass(frozen=True)
@@ -75,15 +114,15 @@ class Normalization:
     mean_image: MeanImage | None = None
 
     @classmethod
-    def measure(cls, source: ImageSource, size: int, sample: int = 1000) -> Normalization:
-        """Mean and standard deviation of the pixels of a sample of ``source``.
+    def measure(cls, dataset: ImageDataset, size: int, sample: int = 1000) -> Normalization:
+        """Mean and standard deviation of the pixels of a sample of ``dataset``.
 
         Args:
-            source: the training images.
+            dataset: the training images.
             size: side in pixels at which they are decoded.
             sample: at most this many images are looked at: one of each of as many equal parts,
                 drawn at random, but always the same. So every class has its fair share, whether
-                a source keeps classes together or in turn; evenly spaced ones could miss some.
+                a dataset keeps classes together or in turn; evenly spaced ones could miss some.
 
         Returns:
             The normalisation that gives these images zero mean and unit variance in each channel;
@@ -91,10 +130,10 @@ class Normalization:
         """
         if sample < 1:
             raise ValueError(f"sample: expected at least 1, got {sample}")
-        if isinstance(source, FolderImages):  # a file is slow to decode
+        if isinstance(dataset, FolderImages):  # a file is slow to decode
             name = f"mean and deviation of {sample} images at {size} pixels"
-            return cls.from_dict(source.recall(name, lambda: _moments(source, size, sample)))
-        return cls.from_dict(_moments(source, size, sample))
+            return cls.from_dict(dataset.recall(name, lambda: _measure(dataset, size, sample)))
+        return cls.from_dict(_measure(dataset, size, sample))
 
     def scaled(self, kind: str, mean_image: MeanImage | None = None) -> Normalization:
         """Another normalisation of the images that this one was measured on.
@@ -134,18 +173,20 @@ class Normalization:
                 the mean image is missing or another one.
         """
         try:
-            mean, std = _triple(values["mean"]), _triple(values["std"])
-            about = values.get("mean_image")
-            centred, sha256 = (False, "") if about is None else (about["centred"], about["sha256"])
+            mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
+            about = values.get("mean_image") or {}
+            centred, sha256 = bool(about.get("centred")), about.get("sha256")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"normalization: expected mean and std, got {values!r}") from error
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError(f"normalization: expected mean and std, got {values!r}")
         if not (all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)):
             raise ValueError(f"normalization: expected finite mean, positive std, got {values!r}")
-        if about is None:
+        if not about:
             return cls(mean, std)
         if mean_image is None:
             raise ValueError("normalization: its mean image is missing")
-        image = MeanImage.of(mean_image, len(mean_image), bool(centred))
+        image = MeanImage.of(mean_image, len(mean_image), centred)
         if image.sha256 != sha256:
             raise ValueError("normalization: its mean image is another one, or damaged")
         return cls(mean, std, image)
@@ -157,22 +198,15 @@ IMAGENET = Normalization(
 )
 
 
-def _moments(source: ImageSource, size: int, sample: int) -> dict[str, list[float]]:
+def _measure(dataset: ImageDataset, size: int, sample: int) -> dict[str, list[float]]:
     """Mean and standard deviation of each channel, see ``Normalization.measure``."""
-    count = min(sample, len(source))
-    edges = np.arange(count + 1) * len(source) // count
+    count = min(sample, len(dataset))
+    edges = np.arange(count + 1) * len(dataset) // count
     chosen = np.random.default_rng(0).integers(edges[:-1], edges[1:])
-    total, squares = np.zeros(3), np.zeros(3)
+    moments = Moments(size)
     for index in chosen.tolist():
-        pixels = source.image(index, size).reshape(-1, 3).astype(np.float64)
-        total += pixels.mean(0)
-        squares += np.square(pixels).mean(0)
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))
+        moments.add(dataset.image(index, size))
+    mean, covariance = moments.mean_and_covariance()
+    std = np.sqrt(np.maximum(covariance.diagonal(), 0.0))
     std[std < 0.5] = 1.0  # half a grey level: nothing but rounding
     return {"mean": mean.tolist(), "std": std.tolist()}
-
-
-def _triple(values: Any) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue

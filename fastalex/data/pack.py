@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import math
 import os
@@ -16,24 +17,21 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from fastalex.common.command_line import check_output
 from fastalex.common.files import is_temporary, replacing
 from fastalex.data.base import DataError
 from fastalex.data.fingerprint import digest
 from fastalex.data.folder import class_folders, image_files, stat_files
-from fastalex.data.moments import Moments
+from fastalex.data.normalization import Moments
 from fastalex.data.packed import (
     FORMAT,
     INDEX,
     MANIFEST,
-    MAX_SIZE,
     WORK,
     file_digest,
     read_manifest,
@@ -95,10 +93,6 @@ def pack(
         DataError: one line on what is wrong, and what of an interrupted work is kept.
         PackingStopped: likewise, after Ctrl-C.
     """
-    if not 1 <= size <= MAX_SIZE:
-        raise DataError(f"--size: expected 1 to {MAX_SIZE}, got {size}")
-    if workers is not None and workers < 1:
-        raise DataError(f"--workers: expected at least 1, got {workers}")
     source, root = Path(os.path.realpath(source)), Path(os.path.realpath(root))  # of loops too
     if source == root or source in root.parents:
         raise DataError(f"{root}: lies in the folder that is packed; name one outside {source}")
@@ -107,7 +101,7 @@ def pack(
     if _is_whole(root, plan):
         return _summary(root, 0, 0.0)
     shards = _shards(source, images, root, size)
-    _require_space(root, _needed(shards))
+    _require_space(root, shards)
     check_output("DST", root, folder=True)
     existed = root.exists()
     (root / WORK).mkdir(parents=True, exist_ok=True)
@@ -237,13 +231,10 @@ def _remove_leftovers(root: Path, shards: list[Shard]) -> None:
             path.unlink()
 
 
-def _needed(shards: list[Shard]) -> int:
-    """Bytes of the whole set and of what is on disk only while it is made."""
+def _require_space(root: Path, shards: list[Shard]) -> None:
+    """Raise DataError where the set and what is on disk while it is made do not fit."""
     pixels = 3 * shards[0].size ** 2
-    return sum(len(shard.files) * (pixels + 512) + 4 * pixels + 8192 for shard in shards)
-
-
-def _require_space(root: Path, needed: int) -> None:
+    needed = sum(len(shard.files) * (pixels + 512) + 4 * pixels + 8192 for shard in shards)
     there = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     place = next(path for path in (root, *root.parents) if path.exists())
     free, more = shutil.disk_usage(place).free, needed - there
@@ -270,26 +261,29 @@ def _alone(root: Path) -> Iterator[None]:
 
 def _finish(images: ImageFiles, shards: list[Shard], root: Path, plan: dict[str, Any]) -> None:
     """Write index, statistics and, last, the manifest."""
-    moments = Moments.zero(plan["size"])
-    records: dict[str, list[list[Record]]] = {part: [] for part in images.parts}
-    for shard in shards:
-        some, of_shard = shard.recorded()
-        records[shard.part].append(some)
-        if shard.part == "train":
-            moments.merge(of_shard)
-    parts = {}
-    for part, of_part in records.items():
-        counts = [sum(record.checksum is not None for record in some) for some in of_part]
-        if not any(counts):
-            reasons = f"{len(images.parts[part])} can't be: {of_part[0][0].remark}"
+    moments = Moments(plan["size"])
+    parts, remarks, number = {}, [], {name: i for i, name in enumerate(images.classes)}
+    for part, files in images.parts.items():
+        recorded = [shard.recorded() for shard in shards if shard.part == part]
+        records = [record for some, _ in recorded for record in some]
+        packed = [record for record in records if record.checksum is not None]
+        if not packed:
+            reason = f"{len(files)} can't be: {records[0].remark}"
             source = shards[0].source
-            raise NothingReadable(f"{source}: no {part} image of it can be read ({reasons})")
-        _save_index(root / part, images.classes, list(chain(*of_part)))
-        parts[part] = {"images": sum(counts), "shards": counts}
-    remarks = [record for record in chain(*chain(*records.values())) if record.remark]
-    _save_array(root / "mean.npy", moments.mean_image().astype(np.float32))
-    _save_table(root / ODD, [record for record in remarks if record.checksum is not None])
-    _save_table(root / LEFT_OUT, [record for record in remarks if record.checksum is None])
+            raise NothingReadable(f"{source}: no {part} image of it can be read ({reason})")
+        remarks += [record for record in records if record.remark]
+        parts[part] = {"images": len(packed), "shards": [some.images for _, some in recorded]}
+        for _, some in recorded if part == "train" else ():
+            moments.merge(some)
+        labels = [number[PurePosixPath(record.file).parent.name] for record in packed]
+        checksums = [record.checksum for record in packed]
+        paths = json.dumps([record.file for record in packed])
+        index = (_npy(labels, np.int64), _npy(checksums, np.uint32), paths.encode())
+        for name, data in zip(INDEX, index, strict=True):
+            _save(root / part / name, data)
+    _save(root / "mean.npy", _npy(moments.mean_image(), np.float32))
+    _save(root / ODD, _table([record for record in remarks if record.checksum is not None]))
+    _save(root / LEFT_OUT, _table([record for record in remarks if record.checksum is None]))
     mean, covariance = moments.mean_and_covariance()
     names = ["mean.npy", ODD, LEFT_OUT, *(f"{part}/{name}" for part in parts for name in INDEX)]
     manifest = {
@@ -304,54 +298,45 @@ def _finish(images: ImageFiles, shards: list[Shard], root: Path, plan: dict[str,
         "files": {name: file_digest(root / name) for name in names},
     }
     whole = {**manifest, "sha256": digest(manifest)}
-    _save_text(root / MANIFEST, json.dumps(whole, indent=1) + "\n")
+    _save(root / MANIFEST, (json.dumps(whole, indent=1) + "\n").encode())
 
 
-def _save_index(folder: Path, classes: list[str], records: list[Record]) -> None:
-    packed = [record for record in records if record.checksum is not None]
-    number = {name: index for index, name in enumerate(classes)}
-    labels = [number[PurePosixPath(record.file).parent.name] for record in packed]
-    _save_array(folder / "labels.npy", np.array(labels, np.int64))
-    checksums = [record.checksum for record in packed]
-    _save_array(folder / "checksums.npy", np.array(checksums, np.uint32))
-    _save_text(folder / "names.json", json.dumps([record.file for record in packed]))
+def _npy(values: Any, kind: type[np.generic]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(values, kind))
+    return buffer.getvalue()
 
 
-def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
-
-
-def _save_table(path: Path, records: list[Record]) -> None:
-    lines = (f"{_escaped(record.file)}\t{_escaped(record.remark or '')}\n" for record in records)
-    _save_text(path, "".join(lines))
-
-
-def _save_text(path: Path, text: str) -> None:
+def _save(path: Path, data: bytes) -> None:
     with replacing(path) as temporary:
-        temporary.write_bytes(text.encode(errors="surrogateescape"))
-
-
-def _table(path: Path) -> list[tuple[str, str]]:
-    text = path.read_bytes().decode(errors="surrogateescape")
-    rows = (line.partition("\t") for line in text.split("\n")[:-1])
-    return [(_unescaped(file), _unescaped(remark)) for file, _, remark in rows]
+        temporary.write_bytes(data)
 
 
 # What would end a field or a line of a table, and the backslash.
 _ESCAPES: dict[str, str | int | None] = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
-def _escaped(text: str) -> str:
-    return text.translate(str.maketrans(_ESCAPES))
+def _table(records: list[Record]) -> bytes:
+    """A line of file and remark for each record."""
+    escapes = str.maketrans(_ESCAPES)
+    lines = (
+        f"{r.file.translate(escapes)}\t{(r.remark or '').translate(escapes)}\n" for r in records
+    )
+    return "".join(lines).encode(errors="surrogateescape")
 
 
-def _unescaped(text: str) -> str:
+def _read_table(path: Path) -> list[tuple[str, str]]:
+    """The inverse of ``_table``."""
     back = {str(escape): character for character, escape in _ESCAPES.items()}
-    return re.sub(r"\\[\\tnr]", lambda found: back[found[0]], text)
+    text = path.read_bytes().decode(errors="surrogateescape")
+    rows = (
+        [re.sub(r"\\[\\tnr]", lambda found: back[found[0]], field) for field in line.split("\t")]
+        for line in text.split("\n")[:-1]
+    )
+    return [(file, remark) for file, remark in rows]
 
 
 def _summary(root: Path, decoded: int, seconds: float) -> Packed:
     manifest = read_manifest(root)
     counts = {part: about["images"] for part, about in manifest["parts"].items()}
-    return Packed(counts, _table(root / LEFT_OUT), _table(root / ODD), decoded, seconds)
+    return Packed(counts, _read_table(root / LEFT_OUT), _read_table(root / ODD), decoded, seconds)

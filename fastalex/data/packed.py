@@ -21,10 +21,11 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastalex.data.base import DataError, Pixels, map_ahead, printable, retrying
-from fastalex.data.fingerprint import Contents, class_contents, digest
+from fastalex.data.fingerprint import digest
 
 try:
     from isal.isal_zlib import crc32 as crc32  # many times as fast as zlib's
@@ -53,9 +54,11 @@ class PackedImages:
     Args:
         root: the packed set.
         part: "train" or "val".
+        check_shards: whether to look at the length and the header of each file of images.
 
     Attributes:
         size: side in pixels at which the images are packed.
+        shards: how many images each file of them has.
         channel_mean: [3], of the pixels of the training images, 0 to 255.
         covariance: [3, 3], of their channels.
         mean_image: float32 [size, size, 3], the mean of the training images (P§2).
@@ -64,7 +67,7 @@ class PackedImages:
         DataError: where the set is unfinished, damaged, or lacks the part.
     """
 
-    def __init__(self, root: Path, part: str) -> None:
+    def __init__(self, root: Path, part: str, check_shards: bool = True) -> None:
         manifest = self._manifest = read_manifest(root)
         if part not in manifest["parts"]:
             raise DataError(f"{root}: no {part} images in this packed set; pack it again with some")
@@ -74,10 +77,11 @@ class PackedImages:
         self.channel_mean = np.array(manifest["channel_mean"])
         self.covariance = np.array(manifest["covariance"])
         self._root, self._part = root, part
-        counts = manifest["parts"][part]["shards"]
-        for number, count in enumerate(counts):
-            _check_shard(shard_path(root, part, number), count, self.size)
-        self._starts = [0, *itertools.accumulate(counts)]
+        self.shards: list[int] = manifest["parts"][part]["shards"]
+        self._starts = [0, *itertools.accumulate(self.shards)]
+        self._paths = [str(shard_path(root, part, i)) for i in range(len(self.shards))]
+        for number in range(len(self.shards) if check_shards else 0):
+            self._check_shard(number)
         shape = (self._starts[-1],)
         self.labels: npt.NDArray[np.int64] = load_array(
             root, f"{part}/labels.npy", manifest, np.int64, shape
@@ -111,14 +115,8 @@ class PackedImages:
         """RGB, at the packed size, whatever ``size``."""
         return Image.fromarray(self._packed(index))
 
-    def contents(self) -> Contents:
-        """See ``ImageSource``; told by the checksums of the pixels and the names of their files."""
-        images: dict[str, list[tuple[str, int]]] = {name: [] for name in self.classes}
-        for name, label, checksum in zip(
-            self._names, self.labels.tolist(), self._checksums.tolist(), strict=True
-        ):
-            images[self.classes[label]].append((name, checksum))
-        return class_contents(self.classes, images)
+    def keys(self) -> Iterable[tuple[str, int]]:
+        return zip(self._names, self._checksums.tolist(), strict=True)
 
     @functools.cached_property
     def mean_image(self) -> npt.NDArray[np.float32]:
@@ -128,35 +126,81 @@ class PackedImages:
         )
         return mean
 
-    def _packed(self, index: int) -> Pixels:
+    def read(self, index: int, out: Pixels) -> Pixels:
+        """Read an image at the packed size into ``out``, uint8 [size, size, 3], contiguous.
+
+        Raises:
+            DataError: as ``image``.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
         number = bisect.bisect_right(self._starts, index) - 1
-        path, row = shard_path(self._root, self._part, number), index - self._starts[number]
-        pixels = np.empty((self.size, self.size, 3), np.uint8)
-
-        def read() -> int:
-            with open(path, "rb") as file:
-                file.seek(HEADER + row * pixels.nbytes)
-                return file.readinto(pixels.data)
-
+        path, row = self._paths[number], index - self._starts[number]
         try:
-            whole = retrying(read) == pixels.nbytes
+            found = retrying(lambda: _read_at(path, HEADER + row * out.nbytes, out))
         except OSError as error:
             raise DataError(f"{path}: can't be read: {(error.strerror or '?').lower()}") from error
-        if not whole:
+        if found < out.nbytes:
             raise DataError(f"{path}: cut short; copy the set or pack it again")
-        if crc32(pixels.data) != self._checksums[index]:
+        if crc32(out.data) != self._checksums[index]:
             name = printable(self._names[index])
             raise DataError(
                 f"{path}: image {row}, {name}, does not match its checksum; "
                 "copy the set or pack it again"
             )
-        return pixels
+        return out
+
+    def _packed(self, index: int) -> Pixels:
+        return self.read(index, np.empty((self.size, self.size, 3), np.uint8))
 
     @functools.cached_property
     def _names(self) -> list[str]:
-        return _load_names(self._root, self._part, len(self))
+        path = self._root / self._part / "names.json"
+        try:
+            names = json.loads(path.read_text(encoding="ascii"))
+        except (ValueError, RecursionError):
+            names = None
+        found: list[str] = names if isinstance(names, list) else []
+        if len(found) != len(self) or not all(isinstance(name, str) for name in found):
+            raise DataError(f"{path}: not the names of {len(self)} images; pack the set again")
+        return found
+
+    def _check_shard(self, number: int) -> None:
+        path, count = Path(self._paths[number]), self.shards[number]
+        expected = HEADER + count * self.size * self.size * 3
+        found = path.stat().st_size if path.is_file() else None
+        if found != expected:
+            what = "missing" if found is None else f"{found:,} bytes long instead of {expected:,}"
+            raise DataError(f"{path}: {what}; copy the set or pack it again")
+        with open(path, "rb") as file:
+            if file.read(HEADER) != shard_header(count, self.size):
+                raise DataError(f"{path}: its header is damaged; copy the set or pack it again")
+
+    def damage(self, number: int) -> list[str]:
+        """A line for a shard that is cut short, or for each of its images that has changed."""
+        lines = []
+        try:
+            self._check_shard(number)
+        except DataError as error:
+            return [str(error)]
+        for index in range(self._starts[number], self._starts[number + 1]):
+            try:
+                self._packed(index)
+            except DataError as error:
+                lines.append(str(error))
+        return lines
+
+
+def _read_at(path: str, place: int, out: Pixels) -> int:
+    """Fill ``out`` from a place in a file; returns how many bytes there were."""
+    data, found = out.reshape(-1).data, 0
+    file = os.open(path, os.O_RDONLY)
+    try:
+        while more := os.preadv(file, [data[found:]], place + found):
+            found += more
+    finally:
+        os.close(file)
+    return found
 
 
 def is_packed(folder: Path) -> bool:
@@ -224,14 +268,14 @@ def verify(root: Path, workers: int, quiet: bool = False) -> tuple[int, list[str
     manifest = read_manifest(root)
     for name in manifest["files"]:
         _check_file(root, name, manifest)
-    shards = list(_shards(root, manifest))
-    damaged: list[str] = []
-    checked = map_ahead(_damages, shards, workers, 2 * workers)
-    total = sum(len(shard.checksums) for shard in shards)
+    parts = [PackedImages(root, part, check_shards=False) for part in manifest["parts"]]
+    shards = [(images, number) for images in parts for number in range(len(images.shards))]
+    found = map_ahead(lambda shard: shard[0].damage(shard[1]), shards, workers, 2 * workers)
+    total, damaged = sum(map(len, parts)), []
     with tqdm(desc=f"Verifying {root}", total=total, disable=quiet or None, unit="image") as bar:
-        for shard, lines in zip(shards, checked, strict=True):
+        for (images, number), lines in zip(shards, found, strict=True):
             damaged += lines
-            bar.update(len(shard.checksums))
+            bar.update(images.shards[number])
     return total, damaged
 
 
@@ -272,69 +316,9 @@ def load_array(
     return np.array(array)
 
 
-def _load_names(root: Path, part: str, count: int) -> list[str]:
-    path = root / part / "names.json"
-    try:
-        names = json.loads(path.read_text(encoding="ascii"))
-    except (ValueError, RecursionError):
-        names = None
-    found: list[str] = names if isinstance(names, list) else []
-    if len(found) != count or not all(isinstance(name, str) for name in found):
-        raise DataError(f"{path}: not the names of {count} images; pack the set again")
-    return found
-
-
 def _check_file(root: Path, name: str, manifest: dict[str, Any]) -> None:
     path = root / name
     if not path.is_file():
         raise DataError(f"{path}: missing from the packed set; pack it again")
     if file_digest(path) != manifest["files"].get(name):
         raise DataError(f"{path}: damaged, it does not match its checksum; pack the set again")
-
-
-def _check_shard(path: Path, count: int, size: int) -> None:
-    expected = HEADER + count * size * size * 3
-    found = path.stat().st_size if path.is_file() else None
-    if found != expected:
-        what = "missing" if found is None else f"{found:,} bytes long instead of {expected:,}"
-        raise DataError(f"{path}: {what}; copy the set or pack it again")
-    with open(path, "rb") as file:
-        if file.read(HEADER) != shard_header(count, size):
-            raise DataError(f"{path}: its header is damaged; copy the set or pack it again")
-
-
-class _Shard(NamedTuple):
-    path: Path
-    size: int
-    names: list[str]
-    checksums: npt.NDArray[np.uint32]
-
-
-def _shards(root: Path, manifest: dict[str, Any]) -> Iterator[_Shard]:
-    for part, about in manifest["parts"].items():
-        names = _load_names(root, part, about["images"])
-        shape = (about["images"],)
-        checksums = load_array(root, f"{part}/checksums.npy", manifest, np.uint32, shape)
-        start = 0
-        for number, count in enumerate(about["shards"]):
-            rows = slice(start, start + count)
-            path = shard_path(root, part, number)
-            yield _Shard(path, manifest["size"], names[rows], checksums[rows])
-            start += count
-
-
-def _damages(shard: _Shard) -> list[str]:
-    """A line for each image of a shard that does not match its checksum."""
-    try:
-        _check_shard(shard.path, len(shard.names), shard.size)
-        with open(shard.path, "rb") as file:
-            file.seek(HEADER)
-            found = [crc32(file.read(3 * shard.size**2)) for _ in shard.names]
-    except DataError as error:
-        return [str(error)]
-    except OSError as error:
-        return [f"{shard.path}: can't be read: {(error.strerror or '?').lower()}"]
-    return [
-        f"{shard.path}: image {row}, {printable(shard.names[row])}, does not match its checksum"
-        for row in np.flatnonzero(np.array(found, np.uint32) != shard.checksums).tolist()
-    ]

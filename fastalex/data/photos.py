@@ -21,12 +21,21 @@ from tqdm import tqdm
 from fastalex.common.command_line import check_output
 from fastalex.data.base import DataError
 
-TRAIN_CROPS = 240
-VAL_CROPS = 40
+CROPS = (240, 40)  # of each photograph, to train and to validate on
 _SMALLEST, _LARGEST = 128, 256  # side of a crop
 _QUALITY = 92
 MANIFEST = "manifest.json"
 README = "README.txt"
+
+_ABOUT = f"""\
+Crops of photographs, for training and validating an image classifier.
+A class is one photograph; its training and validation crops share no pixel.
+{MANIFEST} has the box (left, top, right, bottom) of each crop.
+
+The photographs are those that scikit-image ships in its package. Each was given to the
+public domain by its author or publisher, as scikit-image documents:
+
+"""
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -85,12 +94,7 @@ PHOTOS = (
 # fmt: on
 
 
-def write_photos(
-    folder: Path,
-    seed: int = 0,
-    train_crops: int = TRAIN_CROPS,
-    val_crops: int = VAL_CROPS,
-) -> int:
+def write_photos(folder: Path, counts: tuple[int, int] = CROPS) -> int:
     """Write ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg`` to ``folder``, all of it or nothing.
 
     Beside them stand ``manifest.json``, each crop's box in its photograph, and ``README.txt``,
@@ -98,24 +102,14 @@ def write_photos(
 
     Args:
         folder: made here; may exist if it is empty.
-        seed: decides the crops; not negative.
-        train_crops: of each photograph, at least 1.
-        val_crops: likewise.
+        counts: training and validation crops of each photograph.
 
     Returns:
         How many crops were written.
 
     Raises:
-        ValueError: for an argument out of its range.
         DataError: where ``folder`` is in use, or scikit-image or one of its pictures is missing.
     """
-    for name, value, least in (
-        ("seed", seed, 0),
-        ("train_crops", train_crops, 1),
-        ("val_crops", val_crops, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise DataError(f"{folder}: exists and is not an empty folder; name another one")
@@ -125,10 +119,8 @@ def write_photos(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
-        crops = _write_crops(partial, pictures, seed, (train_crops, val_crops))
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        crops = _write_crops(partial, pictures, counts)
+        partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return crops
@@ -149,7 +141,7 @@ def _pictures_folder() -> Path:
     return folder
 
 
-def _write_crops(folder: Path, pictures: Path, seed: int, counts: tuple[int, int]) -> int:
+def _write_crops(folder: Path, pictures: Path, counts: tuple[int, int]) -> int:
     crops: list[dict[str, object]] = []
     total = len(PHOTOS) * sum(counts)
     with tqdm(total=total, desc="Cutting photographs", unit="crop", disable=None) as bar:
@@ -159,15 +151,16 @@ def _write_crops(folder: Path, pictures: Path, seed: int, counts: tuple[int, int
             parts = {"train": photo.train, "val": (photo.val,)}
             for index, (part, regions) in enumerate(parts.items()):
                 (folder / part / photo.name).mkdir(parents=True)
-                random = np.random.default_rng([seed, number, index])
+                random = np.random.default_rng([0, number, index])
                 for i, box in enumerate(_boxes(regions, counts[index], random)):
                     file = f"{part}/{photo.name}/{i:04d}.jpg"
                     image.crop(box).save(folder / file, quality=_QUALITY)
                     crops.append({"file": file, "photo": photo.name, "box": box})
                     bar.update()
-    manifest = {"seed": seed, "photos": [photo._asdict() for photo in PHOTOS], "crops": crops}
+    manifest = {"photos": [photo._asdict() for photo in PHOTOS], "crops": crops}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    (folder / README).write_text(_readme(), encoding="utf-8")
+    credits = [f"{photo.name}: {photo.credit}\n{photo.source}\n" for photo in PHOTOS]
+    (folder / README).write_text(_ABOUT + "".join(credits), encoding="utf-8")
     return len(crops)
 
 
@@ -181,18 +174,3 @@ def _boxes(regions: Sequence[Box], count: int, random: np.random.Generator) -> I
         x = int(random.integers(left, right - side, endpoint=True))
         y = int(random.integers(top, bottom - side, endpoint=True))
         yield x, y, x + side, y + side
-
-
-def _readme() -> str:
-    lines = [
-        "Crops of photographs, for training and validating an image classifier.",
-        "A class is one photograph; its training and validation crops share no pixel.",
-        f"{MANIFEST} has the box (left, top, right, bottom) of each crop.",
-        "",
-        "The photographs are those that scikit-image ships in its package. Each was given to the",
-        "public domain by its author or publisher, as scikit-image documents:",
-        "",
-    ]
-    for photo in PHOTOS:
-        lines += [f"{photo.name}: {photo.credit}", photo.source]
-    return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""The shards of a packed set: a process decodes each into a file, and its parent keeps it.
+"""The shards of a packed set, each made by one process.
 
 A shard is done once its record is there, which is written last. One that was under way when
 packing ended, however it ended, is made anew.
@@ -13,9 +13,8 @@ import os
 import signal
 import sys
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -31,10 +30,10 @@ from tqdm import tqdm
 from fastalex.common.files import replacing
 from fastalex.data.base import DataError
 from fastalex.data.decode import read_whole, try_read
-from fastalex.data.moments import Moments
+from fastalex.data.normalization import Moments
 from fastalex.data.packed import HEADER, WORK, crc32, shard_header, shard_path
 
-_LINE_SECONDS = 60.0  # between two lines of progress where there is no terminal
+_SECONDS = 60.0  # between two reports of progress where there is no terminal
 _BLOCK = 1 << 18  # bytes that Pillow reads or copies out at a time: all of an image of 256 pixels
 # Once a piece of so many was freed, glibc keeps what is freed, up to twice that, instead of giving
 # it back and faulting it in again with each image. Source: mallopt(3).
@@ -57,14 +56,6 @@ class Record(NamedTuple):
     file: str
     checksum: int | None
     remark: str | None
-
-
-class Decoded(NamedTuple):
-    """A decoded shard: its file of pixels, not yet kept, and what is recorded of it."""
-
-    path: Path
-    records: list[Record]
-    moments: Moments
 
 
 @dataclass(frozen=True)
@@ -98,20 +89,14 @@ class Shard:
     def is_done(self) -> bool:
         return self.record.exists() and self.path.exists()
 
-    def keep(self, decoded: Decoded) -> None:
-        """Put the pixels in their place, and after them the record."""
-        with replacing(self.path) as temporary:
-            os.replace(decoded.path, temporary)
-        records = np.frombuffer(json.dumps(decoded.records).encode(), np.uint8)
-        with replacing(self.record) as temporary, open(temporary, "wb") as file:
-            arrays = {"records": records, **decoded.moments.arrays()}
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-
     def recorded(self) -> tuple[list[Record], Moments]:
-        """What ``keep`` wrote."""
+        """What became of its files, and the sums of its pixels."""
+        moments = Moments(self.size)
         with np.load(self.record) as saved:
             records = [Record(*values) for values in json.loads(saved["records"].tobytes())]
-            return records, Moments.of_arrays(saved)
+            moments.images = sum(record.checksum is not None for record in records)
+            moments.pixels[:], moments.products = saved["pixels"], saved["products"]
+        return records, moments
 
 
 def pack_shards(shards: list[Shard], workers: int | None, quiet: bool) -> int:
@@ -132,17 +117,21 @@ def pack_shards(shards: list[Shard], workers: int | None, quiet: bool) -> int:
     missing = [shard for shard in shards if not shard.is_done()]
     total, wanted = (sum(len(shard.files) for shard in some) for some in (shards, missing))
     decoded = 0
+    tqdm.set_lock(threading.RLock())  # its own is the system's, and a killed process leaves it
+    shown = {} if sys.stderr.isatty() else {"delay": _SECONDS, "mininterval": _SECONDS}
+    bar = tqdm(
+        desc="Packing",
+        total=total,
+        initial=total - wanted,
+        unit=" images",
+        disable=quiet,
+        **shown,
+    )
     try:
-        with (
-            _progress(total, total - wanted, quiet) as show,
-            packing_pool(min(workers or cores(), len(missing))) as pool,
-        ):
-            futures = {pool.submit(decode_shard, shard): shard for shard in missing}
-            for future in as_completed(futures):
-                shard = futures.pop(future)  # nor is its result kept in memory
-                shard.keep(future.result())
-                decoded += len(shard.files)
-                show(decoded)
+        with bar, packing_pool(min(workers or cores(), len(missing))) as pool:
+            for future in as_completed([pool.submit(decode_shard, shard) for shard in missing]):
+                decoded += future.result()
+                bar.update(future.result())
     except (Exception, KeyboardInterrupt) as error:
         kept = f"{total - wanted + decoded:,} of {total:,} files are done"
         kept += ", the same command goes on from there"
@@ -195,28 +184,6 @@ def _ignoring_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-@contextlib.contextmanager
-def _progress(total: int, kept: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Shows how many files were decoded: a bar on a terminal, now and then a line elsewhere."""
-    tqdm.set_lock(threading.RLock())  # its own is the system's, and a killed process leaves it
-    started = spoke = time.monotonic()
-    with tqdm(
-        desc="Packing", initial=kept, total=total, unit=" images", disable=quiet or None
-    ) as bar:
-
-        def show(decoded: int) -> None:
-            nonlocal spoke
-            bar.update(kept + decoded - bar.n)
-            now = time.monotonic()
-            if bar.disable and not quiet and now - spoke > _LINE_SECONDS:
-                spoke = now
-                rate = decoded / (now - started)
-                line = f"{kept + decoded:,} of {total:,} images, {rate:,.0f} images/s"
-                print(line, file=sys.stderr, flush=True)
-
-        yield show
-
-
 # In a process that packs
 
 _stop: Event  # set by ``_begin``
@@ -240,31 +207,31 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def decode_shard(shard: Shard) -> Decoded:
-    """Decode the files of a shard into a file of this process; see ``Shard.keep``.
+def decode_shard(shard: Shard) -> int:
+    """Decode the files of a shard, write it and, last, its record; returns how many files.
 
     Raises:
         OSError: where it can't be written.
     """
-    path = shard.record.with_suffix(f".{os.getpid()}")
     records: list[Record] = []
-    with open(path, "wb") as pixels:
+    moments = Moments(shard.size)
+    with replacing(shard.path) as temporary, open(temporary, "wb") as pixels:
         pixels.seek(HEADER)
         for file in shard.files:
             if _stop.is_set():
-                break  # nobody waits for the result
+                raise InterruptedError  # nobody waits for the result
             result = try_read(read_whole, shard.source / file, shard.size)
             if isinstance(result, str):
                 records.append(Record(file, None, result))
             else:
                 image, remark = result
                 pixels.write(image.data)
+                moments.add(image)
                 records.append(Record(file, crc32(image.data), remark))
-        count = sum(record.checksum is not None for record in records)
         pixels.seek(0)
-        pixels.write(shard_header(count, shard.size))
-    moments = Moments.zero(shard.size)
-    if count:  # read from the file, all at once: decoding has the cache for itself until then
-        shape = (count, shard.size, shard.size, 3)
-        moments.add(np.memmap(path, np.uint8, "r", HEADER, shape))
-    return Decoded(path, records, moments)
+        pixels.write(shard_header(moments.images, shard.size))
+    text = np.frombuffer(json.dumps(records).encode(), np.uint8)
+    pixel_sums = moments.pixels.astype(np.uint32)
+    with replacing(shard.record) as temporary, open(temporary, "wb") as file_of_record:
+        np.savez(file_of_record, records=text, pixels=pixel_sums, products=moments.products)
+    return len(records)

@@ -18,7 +18,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from fastalex.data.base import CACHE_BYTES, ImageCache, Pixels
-from fastalex.data.fingerprint import Contents, class_contents
 
 TRAIN_COUNT = 3000
 VAL_COUNT = 500
@@ -55,7 +54,7 @@ class SyntheticImages:
         self.seed = seed
         self.classes = list(_FIGURES)
         self.labels = np.arange(count) % len(self.classes)
-        self._cache = ImageCache(count, cache_bytes)
+        self._cache = ImageCache(cache_bytes)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,16 +75,8 @@ class SyntheticImages:
         """As ``image``: the scene has no size of its own."""
         return Image.fromarray(self.image(index, size))
 
-    def contents(self) -> Contents:
-        """See ``ImageSource``; each picture is told by what it is drawn from."""
-        count, step = len(self), len(self.classes)
-        return class_contents(
-            self.classes,
-            {
-                name: [(self.seed, self.split, index) for index in range(first, count, step)]
-                for first, name in enumerate(self.classes)
-            },
-        )
+    def keys(self) -> list[tuple[int, str, int]]:
+        return [(self.seed, self.split, index) for index in range(len(self))]
 
 
 class _Random:
@@ -101,6 +92,9 @@ class _Random:
 
     def sign(self) -> float:
         return 1.0 if next(self._uniforms) < 0.5 else -1.0
+
+    def place(self, spread: float) -> tuple[float, float]:
+        return self.between(-spread, spread), self.between(-spread, spread)
 
     def colour(self) -> tuple[float, float, float]:
         return self.between(15, 240), self.between(15, 240), self.between(15, 240)
@@ -139,39 +133,24 @@ def _wave(u: Plane, cycles: float, phase: float) -> Plane:
     return wave
 
 
-def _inside(distance: Plane, size: int) -> Plane:
-    """Share of each pixel within a figure, from the signed distance to its outline."""
-    return _share(np.float32(0.5) - distance * np.float32(size))
-
-
 def _share(x: Plane) -> Plane:
     clipped: Plane = np.clip(x, 0, 1)
     return clipped
 
 
-def _degrees(angle: float) -> float:
-    return angle * math.pi / 180
+def _inside(distance: Plane, size: int) -> Plane:
+    """Share of each pixel within a figure, from the signed distance to its outline."""
+    return _share(np.float32(0.5) - distance * np.float32(size))
 
 
 # Each figure returns how much of the first of two colours each pixel has, 0 to 1.
 
 
 def _stripes(random: _Random, size: int, angle: float, low: float, high: float) -> Plane:
-    u, _ = _rotated(size, _degrees(angle + random.between(-10, 10)), (0, 0))
+    """Of ``low`` to ``high`` cycles over the picture, in a direction in degrees."""
+    u, _ = _rotated(size, (angle + random.between(-10, 10)) * math.pi / 180, (0, 0))
     wave = _wave(u, low * (high / low) ** random.between(0, 1), random.between(0, 1))
     return _share(wave * np.float32(random.between(0.6, 3)) + np.float32(0.5))
-
-
-def _broad_horizontal_stripes(random: _Random, size: int) -> Plane:
-    return _stripes(random, size, 90, 2.2, 3.6)
-
-
-def _fine_horizontal_stripes(random: _Random, size: int) -> Plane:
-    return _stripes(random, size, 90, 6, 9)
-
-
-def _vertical_stripes(random: _Random, size: int) -> Plane:
-    return _stripes(random, size, 0, 3, 8)
 
 
 def _diagonal_stripes(random: _Random, size: int) -> Plane:
@@ -179,33 +158,27 @@ def _diagonal_stripes(random: _Random, size: int) -> Plane:
 
 
 def _checkerboard(random: _Random, size: int) -> Plane:
-    u, v = _rotated(size, _degrees(random.between(-15, 15)), (0, 0))
+    u, v = _rotated(size, random.between(-15, 15) * math.pi / 180, (0, 0))
     cycles = 1.3 * (2.3 / 1.3) ** random.between(0, 1)
     product = _wave(u, cycles, random.between(0, 1)) * _wave(v, cycles, random.between(0, 1))
     return _share(product * np.float32(random.between(2, 6)) + np.float32(0.5))
 
 
-def _place(random: _Random, spread: float) -> tuple[float, float]:
-    return random.between(-spread, spread), random.between(-spread, spread)
-
-
 def _ring(random: _Random, size: int) -> Plane:
-    u, v = _rotated(size, 0, _place(random, 0.15))
+    u, v = _rotated(size, 0, random.place(0.15))
     radius = random.between(0.26, 0.38)
     distance = np.abs(np.sqrt(u * u + v * v) - np.float32(radius))
     return _inside(distance - np.float32(radius * random.between(0.15, 0.3)), size)
 
 
 def _triangle(random: _Random, size: int) -> Plane:
-    u, v = _rotated(size, random.between(0, 2 * math.pi), _place(random, 0.12))
-    half_root = np.float32(math.sqrt(3) / 2)
-    sides = np.maximum(np.abs(u) * half_root + v / 2, -v)
+    u, v = _rotated(size, random.between(0, 2 * math.pi), random.place(0.12))
+    sides = np.maximum(np.abs(u) * np.float32(math.sqrt(3) / 2) + v / 2, -v)
     return _inside(sides - np.float32(random.between(0.18, 0.25)), size)
 
 
 def _cross(random: _Random, size: int) -> Plane:
-    u, v = _rotated(size, random.between(0, math.pi / 2), _place(random, 0.12))
-    u, v = np.abs(u), np.abs(v)
+    u, v = map(np.abs, _rotated(size, random.between(0, math.pi / 2), random.place(0.12)))
     length = random.between(0.32, 0.44)
     width = np.float32(length * random.between(0.22, 0.32))
     bars = np.maximum(np.minimum(u, v) - width, np.maximum(u, v) - np.float32(length))
@@ -213,22 +186,22 @@ def _cross(random: _Random, size: int) -> Plane:
 
 
 def _disc(random: _Random, size: int) -> Plane:
-    u, v = _rotated(size, 0, _place(random, 0.25))
+    u, v = _rotated(size, 0, random.place(0.25))
     # Half of the picture on average: neither colour is seen more of in either class.
     return _inside(np.sqrt(u * u + v * v) - np.float32(random.between(0.36, 0.48)), size)
 
 
 _FIGURES: dict[str, Callable[[_Random, int], Plane]] = {
-    "broad_horizontal_stripes": _broad_horizontal_stripes,
+    "broad_horizontal_stripes": functools.partial(_stripes, angle=90, low=2.2, high=3.6),
     "checkerboard": _checkerboard,
     "cross": _cross,
     "diagonal_stripes": _diagonal_stripes,
-    "fine_horizontal_stripes": _fine_horizontal_stripes,
+    "fine_horizontal_stripes": functools.partial(_stripes, angle=90, low=6, high=9),
     "green_disc_on_red": _disc,
     "red_disc_on_green": _disc,
     "ring": _ring,
     "triangle": _triangle,
-    "vertical_stripes": _vertical_stripes,
+    "vertical_stripes": functools.partial(_stripes, angle=0, low=3, high=8),
 }
 
 Colour = tuple[float, float, float]
@@ -253,7 +226,7 @@ def _draw(label: str, random: _Random, size: int) -> Pixels:
     front = _FIGURES[label](random, size)[..., None]
     image = colours[1] + front * (colours[0] - colours[1])
     for _ in range(2):
-        u, v = _rotated(size, random.between(0, math.pi), _place(random, 0.45))
+        u, v = _rotated(size, random.between(0, math.pi), random.place(0.45))
         half = np.float32(random.between(0.03, 0.09)), np.float32(random.between(0.03, 0.09))
         patch = _inside(np.maximum(np.abs(u) - half[0], np.abs(v) - half[1]), size)[..., None]
         image += patch * np.float32(0.7) * (np.array(random.colour(), np.float32) - image)

@@ -15,6 +15,8 @@ included, because masks and weights are functions of their place in the whole ne
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -203,6 +205,25 @@ def local_tensors(
     return {
         name: t if name in whole else t.chunk(TOWERS)[tower].clone() for name, t in tensors.items()
     }
+
+
+def copies_agree(model: AlexNet, mesh: DeviceMesh, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether both towers hold the same bits of the last layer, which each updates by itself.
+
+    A collective, as ``full_tensors``; ``tensors`` are named like the parameters.
+    """
+    if mesh["tower"].size() == 1:
+        return True
+    digest = hashlib.sha256()
+    for name in sorted(_whole_names(model)):
+        values = tensors[name].detach().cpu().contiguous()
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    mine = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).to(
+        next(model.parameters()).device
+    )
+    both = [torch.empty_like(mine) for _ in range(TOWERS)]
+    dist.all_gather(both, mine, group=mesh.get_group("tower"))
+    return torch.equal(*both)
 
 
 def _whole_names(model: AlexNet) -> set[str]:

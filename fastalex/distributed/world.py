@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from fastalex.model.ablations import get_variant
 
 _SHOWN = "CUDA_VISIBLE_DEVICES"
+_BF16 = (8, 0)  # compute capability
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,18 @@ def find_world(gpus: int | None, variant: str, threads: int | None = None) -> Wo
         towers=towers if processes % towers == 0 else 1,
         threads=threads or _threads(local),
     )
+
+
+def has_bf16(world: World) -> bool:
+    """Whether this machine's GPUs multiply bfloat16 on tensor cores."""
+    if world.device_type != "cuda":
+        return False
+    if world.processes == 1 or under_torchrun():
+        return torch.cuda.get_device_capability(device_index()) >= _BF16
+    # Here it would take memory of a GPU that a child of this process is to have.
+    code = "import torch; print(*torch.cuda.get_device_capability())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return tuple(map(int, done.stdout.split())) >= _BF16
 
 
 def _threads(processes: int) -> int:

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastalex.common.command_line import Parser, check_output, guarded
-from fastalex.common.files import replacing
 from fastalex.common.tables import table
 from fastalex.evaluation.published import is_imagenet
 from fastalex.model.ablations import ABLATIONS, LOSSES, edit
 from fastalex.model.variants import VARIANTS
-from fastalex.training import checkpoints
 from fastalex.training.options import parse_arguments
 from fastalex.training.recipes import NO_RECIPE, RECIPES
 from fastalex.training.weights import load_model
 
 WHOLE, HALF = "whole", "half"
 _DEFAULT = ("lrn", "overlap", HALF, "tower-traffic", "conv3", "conv4", "conv5")  # published ones
-_PLAN = "ablate.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,8 +39,7 @@ def _parser() -> Parser:
         prog="python -m fastalex.ablate",
         usage="%(prog)s [--set NAME ...] [--output DIR] [options of fastalex.train]",
         description="Train the whole net and edited ones, one after the other, and print what each "
-        "edit cost beside what was published. The same command again skips those finished "
-        "and goes on with one that was stopped.",
+        "edit cost beside what was published. The same command again goes on where it stopped.",
         epilog="Every other option is passed to fastalex.train.",
         allow_abbrev=False,
     )
@@ -76,94 +70,19 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     for name in options.set:  # refuse what the variant lacks before anything is trained
         edit(VARIANTS[variant], () if name == HALF else (name,), name == HALF)
     training = ["--variant", variant, *rest]
-    _claim(options.output, training)
+    check_output("--output", options.output, folder=True)
     for number, name in enumerate(names, 1):
-        folder = options.output / name
-        if _status(folder) == "finished":
-            print(f"{number}/{len(names)} {name}: finished before", flush=True)
-            continue
         print(f"{number}/{len(names)} {name}", flush=True)
-        code = _train(name, folder, training)
+        edits = {WHOLE: [], HALF: ["--half"]}.get(name, ["--without", name])
+        command = [*training, *edits, "--output", str(options.output / name)]
+        code = subprocess.run([sys.executable, "-m", "fastalex.train", *command]).returncode
         if code:
-            _forget(options.output)
             print(f"ablate: error: training {name} ended with code {code}", file=sys.stderr)
             return code
     print()
     for line in report(options.output, names):
         print(line)
     return 0
-
-
-def _claim(output: Path, arguments: list[str]) -> None:
-    """Make ``output`` the folder of runs with these arguments, or find that it is."""
-    check_output("--output", output, folder=True)
-    plan = output / _PLAN
-    if plan.is_file():
-        try:
-            known = [str(argument) for argument in json.loads(plan.read_text(encoding="utf-8"))]
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{plan}: damaged, name another --output") from error
-        if known != arguments:
-            raise ValueError(
-                f"--output {output}: holds ablations of `{' '.join(known)}`, "
-                "name another folder or give the same options"
-            )
-        return
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"--output {output}: not empty, and no ablations; name a new folder")
-    output.mkdir(parents=True, exist_ok=True)
-    with replacing(plan) as temporary:
-        temporary.write_text(json.dumps(arguments) + "\n", encoding="utf-8")
-
-
-def _status(folder: Path) -> str | None:
-    try:
-        return str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"])
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _forget(output: Path) -> None:
-    """Take back ``_claim`` where no training began, so that other options can be given."""
-    if [path.name for path in output.iterdir()] == [_PLAN]:
-        (output / _PLAN).unlink()
-        output.rmdir()
-
-
-def _train(name: str, folder: Path, arguments: list[str]) -> int:
-    """Train one net in ``folder``, or go on where a run there was stopped; the exit code."""
-    command = [sys.executable, "-m", "fastalex.train"]
-    if _goes_on(folder):
-        command += ["--resume", str(folder)]
-    else:
-        command += [*arguments, "--output", str(folder)]
-        if name == HALF:
-            command.append("--half")
-        elif name != WHOLE:
-            command += ["--without", name]
-    return subprocess.run(command, check=False).returncode
-
-
-def _goes_on(folder: Path) -> bool:
-    """Whether there is a run in ``folder`` to go on with; what holds no weights is moved aside.
-
-    Raises:
-        ValueError: where there are weights of a run that can't be gone on with.
-    """
-    if not folder.exists():
-        return False
-    try:
-        checkpoints.find(folder)
-    except ValueError as error:
-        if any(folder.rglob("*.safetensors")):
-            raise ValueError(
-                f"{error}; its weights are kept, move {folder} away to train it anew"
-            ) from error
-        aside = folder.with_name(f"{folder.name}.aside-{time.time_ns()}")
-        folder.rename(aside)
-        print(f"ablate: warning: {error}; moved to {aside}, it begins anew", file=sys.stderr)
-        return False
-    return True
 
 
 def report(output: Path, names: Sequence[str]) -> list[str]:

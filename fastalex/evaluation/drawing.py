@@ -6,6 +6,7 @@ screen: figures are made without pyplot and rendered by Agg.
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ _COLUMNS = 16  # kernels in a row, as in Figure 3
 _LINES = 3  # of a name
 _TITLE, _NAME, _SMALL = 7.5, 6.5, 5.5  # points
 _DOTTED = 40  # epochs up to which each is marked
-_GREY, _RED, _BLUE, _ORANGE = "#b8c4d6", "#e07a6a", "#2f5d9b", "#c8641e"
+_GREY, _RED, _DARK_RED = "#b8c4d6", "#e07a6a", "#c0392b"
+_BLUE, _ORANGE = "#2f5d9b", "#c8641e"
 
 Weights = npt.NDArray[np.float32]
 
@@ -32,6 +34,8 @@ Weights = npt.NDArray[np.float32]
 def save_figure(figure: Any, stem: Path) -> list[Path]:
     """Write ``stem`` with .png and .pdf added, each atomically; returns the two paths."""
     paths = []
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, for both
     for kind in ("png", "pdf"):
         path = stem.with_name(f"{stem.name}.{kind}")
         # Without a date the same figure is the same file.
@@ -79,28 +83,23 @@ def draw_kernels(kernels: Weights, towers: int, scale: int = KERNEL_SCALE) -> An
     Returns:
         The figure.
     """
-    columns = _COLUMNS
-    blocks = [kernel_grid(block, columns) for block in np.split(kernels, towers)]
-    gap, margin = 4 * scale, (10 * scale if towers > 1 else 2 * scale)
-    heights = [len(block) * scale for block in blocks]
-    height = sum(heights) + gap * (towers - 1) + 4 * scale
-    width = blocks[0].shape[1] * scale + margin + 2 * scale
+    # Weights repeated here, so that no renderer has a pixel to choose.
+    blocks = [
+        kernel_grid(block).repeat(scale, 0).repeat(scale, 1) for block in np.split(kernels, towers)
+    ]
+    tall, wide = blocks[0].shape[:2]
+    edge, gap, margin = 2 * scale, 4 * scale, (10 * scale if towers > 1 else 2 * scale)
+    width, height = margin + wide + edge, towers * (tall + gap) - gap + 2 * edge
     figure = new_figure(width / DPI, height / DPI)
-    top = 2 * scale
-    for number, (block, tall) in enumerate(zip(blocks, heights, strict=True), 1):
-        place = (margin, height - top - tall, block.shape[1] * scale, tall)
-        # Repeated here, so that no renderer has a pixel to choose.
-        enlarged = block.repeat(scale, 0).repeat(scale, 1)
-        whole = (width, height, width, height)
-        axes = figure.add_axes([v / w for v, w in zip(place, whole, strict=True)])
-        axes.imshow(enlarged, interpolation="none", aspect="auto")
-        axes.set_axis_off()
+    for number, block in enumerate(blocks):
+        bottom = height - edge - tall - number * (tall + gap)
+        place = (margin / width, bottom / height, wide / width, tall / height)
+        axes = figure.add_axes(place, xticks=[], yticks=[], frame_on=False)
+        axes.imshow(block, interpolation="none", aspect="auto")
         if towers > 1:
-            middle = 1 - (top + tall / 2) / height
-            figure.text(
-                margin / 2 / width, middle, f"tower {number}", rotation=90, ha="center", va="center"
-            )
-        top += tall + gap
+            across, up = margin / 2 / width, (bottom + tall / 2) / height
+            style = {"rotation": 90, "ha": "center", "va": "center"}
+            figure.text(across, up, f"tower {number + 1}", **style)
     return figure
 
 
@@ -133,32 +132,22 @@ def draw_predictions(predictions: Sequence[Prediction], columns: int = 4) -> Any
     """
     columns = min(columns, len(predictions))
     rows = -(-len(predictions) // columns)
-    bars = max(len(p.guesses) for p in predictions)
-    wide, gap = 1.55, 0.18  # inches
-    labels = [_wrapped(p.label or "", wide, _TITLE) for p in predictions]
+    wide, bars = 1.7, max(len(p.guesses) for p in predictions)
     names = [_wrapped(name, wide, _NAME) for p in predictions for name, _ in p.guesses]
-    label, bar = 0.08 + 0.12 * _lines(labels), 0.03 + 0.105 * _lines(names)
-    tall = wide + label + bars * bar
-    width, height = columns * (wide + gap) + gap, rows * (tall + gap) + gap
-    figure = new_figure(width, height)
-    for i, prediction in enumerate(predictions):
+    titles = [_wrapped(p.label or "", wide, _TITLE) for p in predictions]
+    below = bars * (0.03 + 0.105 * _lines(names))
+    tall = wide + below + 0.12 + 0.12 * _lines(titles)
+    figure = new_figure(columns * (wide + 0.08), rows * tall)
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03)
+    grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[wide, below] * rows)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for i, (prediction, title) in enumerate(zip(predictions, titles, strict=True)):
         row, column = divmod(i, columns)
-        left, top = gap + column * (wide + gap), height - gap - row * (tall + gap)
-        picture = _axes(figure, left, top - wide, wide, wide)
-        picture.imshow(prediction.pixels, interpolation="antialiased")
-        _frame(picture)
-        figure.text(
-            (left + wide / 2) / width,
-            (top - wide - label / 2) / height,
-            labels[i],
-            ha="center",
-            va="center",
-            fontsize=_TITLE,
-            linespacing=1.0,
-            fontweight="bold",
-        )
-        below = len(prediction.guesses) * bar
-        _bars(_axes(figure, left, top - wide - label - below, wide, below), prediction, wide)
+        picture, chart = grid[2 * row : 2 * row + 2, column]
+        _show(picture, prediction.pixels)
+        picture.set_xlabel(title, fontsize=_TITLE, linespacing=1.0, fontweight="bold")
+        _bars(chart, prediction, wide)
     return figure
 
 
@@ -166,14 +155,13 @@ def _bars(axes: Any, prediction: Prediction, width: float) -> None:
     names, shares = zip(*prediction.guesses, strict=True)
     places = range(len(names))
     colours = [_RED if name == prediction.label else _GREY for name in names]
+    axes.set(frame_on=True, xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xticks=[], yticks=[])
+    axes.set_axis_on()
     axes.barh(places, shares, height=0.86, color=colours)
     for place, name in zip(places, names, strict=True):
         text = _wrapped(name, width, _NAME)
         va = "center" if "\n" in text else "center_baseline"
         axes.text(0.02, place, text, va=va, fontsize=_NAME, linespacing=1.0)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    _frame(axes)
 
 
 @dataclass(frozen=True)
@@ -196,54 +184,35 @@ def draw_neighbours(rows: Sequence[Neighbours]) -> Any:
     Returns:
         The figure.
     """
-    count = len(rows[0].nearest)
-    side, gap, apart = 0.86, 0.07, 0.22  # inches
+    side, columns = 0.9, 1 + len(rows[0].nearest)
     names = [name for row in rows for name in (row.label, *(name for _, name in row.nearest))]
-    label = 0.06 + 0.09 * _lines(_wrapped(name, side, _SMALL) for name in names)
-    width = 2 * gap + side + apart + count * (side + gap)
-    heading = 0.22
-    height = len(rows) * (side + label) + heading + gap
-    figure = new_figure(width, height)
-    for number, row in enumerate(rows):
-        bottom = height - heading - number * (side + label) - side
-        pictures = [(row.pixels, row.label), *row.nearest]
-        for column, (pixels, name) in enumerate(pictures):
-            left = gap + column * (side + gap) + (apart if column else 0)
-            axes = _axes(figure, left, bottom, side, side)
-            axes.imshow(pixels, interpolation="antialiased")
-            _frame(axes)
-            figure.text(
-                (left + side / 2) / width,
-                (bottom - label / 2) / height,
-                _wrapped(name, side, _SMALL),
-                ha="center",
-                va="center",
-                fontsize=_SMALL,
-                linespacing=1.0,
-                color="black" if name == row.label else "#c0392b",
-            )
-    for left, what in ((gap, "test image"), (2 * gap + side + apart, "nearest training images")):
-        figure.text(left / width, 1 - heading / 2 / height, what, va="center", fontweight="bold")
+    tall = side + 0.08 + 0.09 * _lines(_wrapped(name, side, _SMALL) for name in names)
+    figure = new_figure(columns * (side + 0.05), len(rows) * tall + 0.2)
+    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02)
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for row, line in zip(rows, grid, strict=True):
+        for axes, (pixels, name) in zip(line, [(row.pixels, row.label), *row.nearest], strict=True):
+            _show(axes, pixels)
+            color = "black" if name == row.label else _DARK_RED
+            text = _wrapped(name, side, _SMALL)
+            axes.set_xlabel(text, fontsize=_SMALL, linespacing=1.0, color=color)
+    for axes, what in zip(grid[0], ("test image", "nearest training images"), strict=False):
+        axes.set_title(what, loc="left", fontsize=_TITLE, fontweight="bold")
     return figure
 
 
 @dataclass(frozen=True)
 class Curves:
-    """A run's records: x is steps, losses are means, errors are shares from 0 to 1."""
+    """A run's records of steps and of epochs, as in ``metrics.jsonl``, each in order."""
 
-    steps: list[int]
-    loss: list[float]
-    rates: list[float]
-    epoch_steps: list[int]
-    val_loss: list[float]
-    top1: list[float]
-    top5: list[float]
+    steps: list[dict[str, Any]]
+    epochs: list[dict[str, Any]]
 
 
 def draw_curves(curves: Curves) -> Any:
     """Training and validation loss, and validation errors, over the steps of a run.
 
-    Dotted lines are where the learning rate fell.
+    Dotted lines are where the learning rate fell to a half of what it had been, or less.
 
     Args:
         curves: with at least one step or epoch.
@@ -252,47 +221,39 @@ def draw_curves(curves: Curves) -> Any:
         The figure.
     """
     figure = new_figure(6.9, 2.6)
-    left, right = _axes(figure, 0.5, 0.45, 2.8, 1.95), _axes(figure, 3.9, 0.45, 2.8, 1.95)
-    line: dict[str, Any] = {"linewidth": 0.9}
-    dots = {**line, "clip_on": False, "zorder": 3}
-    if len(curves.epoch_steps) < _DOTTED:
+    figure.set_layout_engine("constrained", w_pad=0.1)
+    left, right = figure.subplots(1, 2)
+    steps, ends = ([record["step"] for record in some] for some in (curves.steps, curves.epochs))
+    dots: dict[str, Any] = {"clip_on": False, "zorder": 3, "linewidth": 0.9}
+    if len(ends) < _DOTTED:
         dots |= {"marker": "o", "markersize": 2.5}
-    left.plot(curves.steps, curves.loss, color=_BLUE, label="training", **line)
-    left.plot(curves.epoch_steps, curves.val_loss, color=_ORANGE, label="validation", **dots)
+    losses, validated = [r["loss"] for r in curves.steps], [r["val_loss"] for r in curves.epochs]
+    left.plot(steps, losses, color=_BLUE, label="training", linewidth=0.9)
+    left.plot(ends, validated, color=_ORANGE, label="validation", **dots)
     left.set_ylabel("loss (nats)")
-    for values, name, colour in ((curves.top1, "top-1", _BLUE), (curves.top5, "top-5", _ORANGE)):
-        percent = [100 * value for value in values]
-        right.plot(curves.epoch_steps, percent, color=colour, label=f"{name}, validation", **dots)
+    for top, colour in ((1, _BLUE), (5, _ORANGE)):
+        errors = [100 * (1 - record[f"top{top}"]) for record in curves.epochs]
+        right.plot(ends, errors, color=colour, label=f"top-{top}, validation", **dots)
     right.set_ylabel("error (%)")
-    last = max([*curves.steps, *curves.epoch_steps])
+    pairs = itertools.pairwise(curves.steps)
+    drops = [before["step"] for before, after in pairs if after["lr"] <= before["lr"] / 2]
     for axes in (left, right):
         axes.set_xlabel("step")
-        axes.set_xlim(0, last * 1.02)
+        axes.set_xlim(0, max([*steps, *ends]) * 1.02)
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e4e4e4", linewidth=0.5)
         axes.set_axisbelow(True)
-        for step in _drops(curves):
+        for step in drops:
             axes.axvline(step, color="#888888", linewidth=0.6, linestyle=":")
         axes.legend(frameon=False)
     return figure
 
 
-def _drops(curves: Curves) -> list[int]:
-    """Steps after which the learning rate was a half of what it had been, or less."""
-    pairs = zip(curves.rates, curves.rates[1:], curves.steps, strict=False)
-    return [step for before, after, step in pairs if after <= before / 2]
-
-
-def _axes(figure: Any, left: float, bottom: float, width: float, height: float) -> Any:
-    """Axes at a place in inches."""
-    across, up = figure.get_size_inches()
-    return figure.add_axes([left / across, bottom / up, width / across, height / up])
-
-
-def _frame(axes: Any) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
+def _show(axes: Any, pixels: Pixels) -> None:
+    axes.set_axis_on()
+    axes.imshow(pixels, interpolation="antialiased")
+    axes.set(xticks=[], yticks=[])
 
 
 def _wrapped(text: str, inches: float, points: float) -> str:

@@ -6,6 +6,7 @@ are normalised, and the names of the classes.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,18 +19,22 @@ import torch
 from tqdm import tqdm
 
 from fastalex.data import (
+    TRAIN_COUNT,
     VAL_COUNT,
     FolderImages,
-    ImageSource,
+    ImageDataset,
     Normalization,
+    PackedImages,
     SyntheticImages,
     decode_size,
-    open_sources,
 )
 from fastalex.data.augment import Augment
 from fastalex.data.base import MAX_IMAGE_SIZE, Pixels, map_ahead
+from fastalex.data.datasets import describe
 from fastalex.data.decode import read_image, try_read
 from fastalex.data.folder import class_folders
+from fastalex.data.packed import is_packed
+from fastalex.data.synthetic import Split
 from fastalex.model.alexnet import AlexNet
 from fastalex.training.validation import TOP as TOP
 from fastalex.training.weights import load_mean_image, load_model
@@ -131,17 +136,18 @@ class Ensemble:
         maps = model.forward_features(cut(self._augments[0], images, *place))
         return model.forward_head(maps, pre_logits=True).float().cpu()
 
-    @staticmethod
-    def _check_alike(first: Member, other: Member) -> None:
-        for key, what in (("classes", "classes"), ("image_size", "image size")):
-            a, b = first.metadata[key], other.metadata[key]
-            if a != b:
-                names = (str(first.path), str(other.path))
-                detail = f"{a} and {b}" if key == "image_size" else _difference(a, b, *names)
-                raise ValueError(
-                    f"--weights: {' and '.join(names)} can't be averaged, they differ in {what}: "
-                    + detail
-                )
+    def _check_alike(self, first: Member, other: Member) -> None:
+        names = str(first.path), str(other.path)
+        classes, size = other.metadata["classes"], other.metadata["image_size"]
+        what = ""
+        if classes != self.classes:
+            what = f"classes: {_difference(self.classes, classes, *names)}"
+        elif size != self.image_size:
+            what = f"image size: {self.image_size} and {size}"
+        if what:
+            raise ValueError(
+                f"--weights: {' and '.join(names)} can't be averaged, they differ in {what}"
+            )
 
 
 def _load(path: Path, device: torch.device) -> Member:
@@ -269,16 +275,16 @@ class Scores:
 
 def evaluate(
     ensemble: Ensemble,
-    source: ImageSource,
+    dataset: ImageDataset,
     crops: int = 10,
     batch_size: int = 64,
     workers: int = 1,
 ) -> Scores:
-    """What ``ensemble`` says of every image of ``source``.
+    """What ``ensemble`` says of every image of ``dataset``.
 
     Args:
         ensemble: the nets.
-        source: labelled images with the ensemble's classes.
+        dataset: labelled images with the ensemble's classes.
         crops: 1 or 10; see ``Ensemble.probabilities``.
         batch_size: images read at a time; each crop of them is one pass through a net.
         workers: threads that read ahead.
@@ -286,26 +292,26 @@ def evaluate(
     ranked = [
         rank_classes(ensemble.probabilities(pixels, crops))
         for pixels in read_batches(
-            source, range(len(source)), ensemble.image_size, batch_size, workers, "Evaluating"
+            dataset, range(len(dataset)), ensemble.image_size, batch_size, workers, "Evaluating"
         )
     ]
-    return Scores(ensemble.classes, np.asarray(source.labels), np.concatenate(ranked))
+    return Scores(ensemble.classes, np.asarray(dataset.labels), np.concatenate(ranked))
 
 
 def read_batches(
-    source: ImageSource,
+    dataset: ImageDataset,
     indices: Iterable[int],
     image_size: int,
     batch_size: int,
     workers: int,
     what: str,
 ) -> Iterator[Pixels]:
-    """uint8 [n, D, D, 3] of the images of ``source``, in order; a bar counts them on a terminal."""
+    """uint8 [n, D, D, 3] of the images of ``dataset``, in order, counted by a bar."""
     indices, side = list(indices), decode_size(image_size)
     starts = range(0, len(indices), batch_size)
 
     def load(start: int) -> Pixels:
-        return np.stack([source.image(i, side) for i in indices[start : start + batch_size]])
+        return np.stack([dataset.image(i, side) for i in indices[start : start + batch_size]])
 
     with tqdm(total=len(indices), desc=what, unit="image", disable=None, leave=False) as bar:
         for pixels in map_ahead(load, starts, workers, 2 * workers):
@@ -321,69 +327,47 @@ def read_files(paths: Sequence[Path], size: int, workers: int = 1) -> Iterator[P
         yield from map_ahead(read, paths, workers, 2 * workers)
 
 
-def open_validation(data: Path | None, ensemble: Ensemble) -> ImageSource:
-    """The validation images that ``ensemble`` can be tested on.
+def open_dataset(data: Path | None, part: Split, ensemble: Ensemble) -> ImageDataset:
+    """One part of a data set whose classes are those of ``ensemble``.
 
-    Of a folder only ``val`` is decoded, for the training images may be many.
+    Only that part of a folder is opened, and of training images no file is decoded yet. What a
+    user should know of validation images is said on stderr.
 
     Args:
-        data: a folder with ``val/CLASS/*``, or whatever ``open_sources`` takes; None is the
-            built-in set, drawn with the seed of the first net.
+        data: a folder of images or a packed set; None is the built-in set, drawn with the seed of
+            the first net.
+        part: "train" or "val".
         ensemble: whose classes and image size count.
 
     Raises:
         ValueError: where the classes are not the ensemble's, or nothing can be read.
     """
-    classes, size = ensemble.classes, ensemble.image_size
+    classes, side = ensemble.classes, decode_size(ensemble.image_size)
+    where = "the built-in set (name images with --data)" if data is None else str(data)
+    dataset: ImageDataset
     if data is None:
-        built_in = SyntheticImages("val", VAL_COUNT, ensemble.seed)
-        if built_in.classes != classes:
-            raise ValueError(
-                "the weights have not the classes of the built-in set, name images with --data: "
-                + _difference(built_in.classes, classes, "the built-in set", "the weights")
-            )
-        return built_in
-    if _is_folder(data, "val"):
-        if (data / "train").is_dir():
-            _check_classes(data / "train", class_folders(data / "train"), classes)
-        known = set(classes)
-        found = class_folders(data / "val")
-        _check_classes(data / "val", found, [name for name in found if name in known])
-        return FolderImages(data / "val", classes, decode_size(size))
-    _, other = open_sources(data, 0, size)
-    _check_classes(data, other.classes, classes)
-    return other
+        count = TRAIN_COUNT if part == "train" else VAL_COUNT
+        dataset = SyntheticImages(part, count, ensemble.seed)
+        found = dataset.classes
+    elif is_packed(data):
+        dataset = PackedImages(data, part)
+        found = dataset.classes
+    else:
+        found = class_folders(data / "train") if (data / "train").is_dir() else classes
+        _check_classes(where, found, classes)
+        unchecked = () if part == "train" else None
+        dataset = FolderImages(data / part, classes, side, unchecked)
+    _check_classes(where, found, classes)
+    if part == "val":
+        for line in describe([dataset], side):
+            print(line, file=sys.stderr)
+    return dataset
 
 
-def open_training(data: Path | None, ensemble: Ensemble) -> ImageSource:
-    """The training images beside those of ``open_validation``; no file is decoded yet.
-
-    Raises:
-        ValueError: as ``open_validation``.
-    """
-    classes, size = ensemble.classes, ensemble.image_size
-    if data is None:
-        return open_sources(None, ensemble.seed, size)[0]
-    if _is_folder(data, "train"):
-        _check_classes(data / "train", class_folders(data / "train"), classes)
-        return FolderImages(data / "train", classes, unreadable=[])
-    source, _ = open_sources(data, 0, size, quiet=True)  # `open_validation` said what there is
-    _check_classes(data, source.classes, classes)
-    return source
-
-
-def _is_folder(data: Path, part: str) -> bool:
-    """Whether ``data`` is a folder of class folders; a packed set holds arrays in its parts."""
-    place = data / part
-    return place.is_dir() and any(entry.is_dir() for entry in place.iterdir())
-
-
-def _check_classes(data: Path, found: list[str], classes: list[str]) -> None:
+def _check_classes(where: str, found: list[str], classes: list[str]) -> None:
     if found != classes:
-        raise ValueError(
-            f"--data: the classes of {data} are not those of the weights: "
-            + _difference(found, classes, str(data), "the weights")
-        )
+        difference = _difference(found, classes, where, "the weights")
+        raise ValueError(f"the classes of {where} are not those of the weights: {difference}")
 
 
 def _difference(a: Sequence[str], b: Sequence[str], a_name: str, b_name: str) -> str:

@@ -13,14 +13,11 @@ from typing import Any
 from fastalex.common.command_line import Parser, check_output, guarded, whole_number
 from fastalex.common.files import replacing
 from fastalex.common.tables import table
-from fastalex.data import ImageSource
-from fastalex.data.base import printable
-from fastalex.evaluation.ensemble import CROPS, TOP, Ensemble, Scores, evaluate, open_validation
+from fastalex.evaluation.ensemble import CROPS, TOP, Ensemble, Scores, evaluate, open_dataset
 from fastalex.evaluation.published import RESULTS, Published, is_imagenet
 from fastalex.model.ablations import split_name
 
 _CROPS = {1: "centre crop", 10: "ten crops"}
-_NAMED = 10  # unreadable files named before the rest are only counted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,9 +91,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.confusion is not None:
         check_output("--confusion", options.confusion)
     ensemble = Ensemble.load(options.weights)
-    source = open_validation(options.data, ensemble)
-    report_unreadable(source)
-    scores = evaluate(ensemble, source, options.crops, options.batch_size, options.workers)
+    dataset = open_dataset(options.data, "val", ensemble)
+    scores = evaluate(ensemble, dataset, options.crops, options.batch_size, options.workers)
     where = str(options.data or "built-in set")
     if options.json:
         print(json.dumps(_report(ensemble, scores, where, options), indent=2))
@@ -109,15 +105,6 @@ def _run(options: argparse.Namespace) -> int:
         if not options.json:
             print(f"\nconfusion: {options.confusion}")
     return 0
-
-
-def report_unreadable(source: ImageSource) -> None:
-    """Name on stderr the files of a folder that were left out."""
-    unreadable: list[tuple[str, str]] = getattr(source, "unreadable", [])
-    for path, reason in unreadable[:_NAMED]:
-        print(f"{printable(path)}: left out: {reason}", file=sys.stderr)
-    if len(unreadable) > _NAMED:
-        print(f"and {len(unreadable) - _NAMED} more images left out", file=sys.stderr)
 
 
 def write_confusion(path: Path, scores: Scores) -> None:
@@ -150,7 +137,7 @@ def _report(
         "top1_error": scores.top1,
         "top5_error": scores.top5,
         "imagenet": is_imagenet(scores.classes),
-        "published": [vars(result) for result in _published(ensemble)],
+        "published": [result._asdict() for result in _published(ensemble)],
     }
     if options.per_class:
         report["per_class"] = {

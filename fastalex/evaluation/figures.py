@@ -13,19 +13,17 @@ import torch
 
 from fastalex.common.command_line import Parser, check_output, guarded, whole_number
 from fastalex.common.figures import new_figure
-from fastalex.data import ImageSource, decode_size
+from fastalex.data import ImageDataset, decode_size
 from fastalex.data.base import Pixels
 from fastalex.evaluation import drawing
 from fastalex.evaluation.ensemble import (
     TOP,
     Ensemble,
-    open_training,
-    open_validation,
+    open_dataset,
     rank_classes,
     read_batches,
     read_files,
 )
-from fastalex.evaluation.evaluate import report_unreadable
 
 _PICTURES, _QUERIES, _NEAREST = 8, 5, 6  # as in Figure 4
 _SHOWN = 224  # side in pixels at which images are drawn
@@ -92,8 +90,7 @@ def _run(options: argparse.Namespace) -> int:
     metrics = options.metrics or options.weights.parent / "metrics.jsonl"
     curves = read_metrics(metrics) if options.metrics or metrics.is_file() else None
     given = options.images and predict_files(ensemble, options.images)
-    source = open_validation(options.data, ensemble)
-    report_unreadable(source)
+    dataset = open_dataset(options.data, "val", ensemble)
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
 
@@ -101,10 +98,10 @@ def _run(options: argparse.Namespace) -> int:
         print(", ".join(map(str, drawing.save_figure(figure, output / name))), flush=True)
 
     save(draw_first_layer(ensemble), "conv1")
-    save(drawing.draw_predictions(given or predict_some(ensemble, source)), "predictions")
-    gallery = open_training(options.data, ensemble)
+    save(drawing.draw_predictions(given or predict_some(ensemble, dataset)), "predictions")
+    gallery = open_dataset(options.data, "train", ensemble)
     save(
-        drawing.draw_neighbours(find_neighbours(ensemble, source, gallery, options.gallery)),
+        drawing.draw_neighbours(find_neighbours(ensemble, dataset, gallery, options.gallery)),
         "neighbours",
     )
     if curves is not None:
@@ -140,15 +137,15 @@ def predict_files(ensemble: Ensemble, paths: Sequence[Path]) -> list[drawing.Pre
     )
 
 
-def predict_some(ensemble: Ensemble, source: ImageSource) -> list[drawing.Prediction]:
+def predict_some(ensemble: Ensemble, dataset: ImageDataset) -> list[drawing.Prediction]:
     """What the net says of a few images, of as many classes as possible."""
-    chosen = spread(source, _PICTURES)
+    chosen = spread(dataset, _PICTURES)
     side = decode_size(ensemble.image_size)
     return _predictions(
         ensemble,
-        np.stack([source.image(i, side) for i in chosen]),
-        [source.image(i, _SHOWN) for i in chosen],
-        [ensemble.classes[source.labels[i]] for i in chosen],
+        np.stack([dataset.image(i, side) for i in chosen]),
+        [dataset.image(i, _SHOWN) for i in chosen],
+        [ensemble.classes[dataset.labels[i]] for i in chosen],
     )
 
 
@@ -167,24 +164,24 @@ def _predictions(
 
 
 def find_neighbours(
-    ensemble: Ensemble, source: ImageSource, gallery: ImageSource, limit: int
+    ensemble: Ensemble, dataset: ImageDataset, gallery: ImageDataset, limit: int
 ) -> list[drawing.Neighbours]:
-    """For a few images of ``source``, those of ``gallery`` with the nearest fc7 features.
+    """For a few images of ``dataset``, those of ``gallery`` with the nearest fc7 features.
 
     Args:
         ensemble: its first net gives the features.
-        source: where the images come from, one of each class.
+        dataset: where the images come from, one of each class.
         gallery: where the neighbours are sought.
         limit: at most this many of the gallery are looked at, drawn at random.
 
     Source: P§6.1: the smallest Euclidean distance between 4096-dimensional activations.
     """
-    queries = spread(source, _QUERIES)
+    queries = spread(dataset, _QUERIES)
     count = min(limit, len(gallery))
     # At random: evenly spaced ones of a set whose classes take turns leave classes out.
     order = np.random.default_rng(0).permutation(len(gallery))
     candidates: list[int] = np.sort(order[:count]).tolist()
-    near = ensemble_features(ensemble, source, queries, "Queries")
+    near = ensemble_features(ensemble, dataset, queries, "Queries")
     far = ensemble_features(ensemble, gallery, candidates, "Features")
     ranked = torch.cdist(near, far, compute_mode="donot_use_mm_for_euclid_dist").argsort(
         dim=1, stable=True
@@ -192,8 +189,8 @@ def find_neighbours(
     names = ensemble.classes
     return [
         drawing.Neighbours(
-            source.image(query, _SHOWN),
-            names[source.labels[query]],
+            dataset.image(query, _SHOWN),
+            names[dataset.labels[query]],
             [
                 (gallery.image(i, _SHOWN), names[gallery.labels[i]])
                 for i in (candidates[n] for n in row[:_NEAREST].tolist())
@@ -204,22 +201,22 @@ def find_neighbours(
 
 
 def ensemble_features(
-    ensemble: Ensemble, source: ImageSource, indices: Sequence[int], what: str
+    ensemble: Ensemble, dataset: ImageDataset, indices: Sequence[int], what: str
 ) -> torch.Tensor:
     """float32 [len(indices), 4096]: the last hidden layer's activations."""
     return torch.cat(
         [
             ensemble.features(pixels)
-            for pixels in read_batches(source, indices, ensemble.image_size, _BATCH, 1, what)
+            for pixels in read_batches(dataset, indices, ensemble.image_size, _BATCH, 1, what)
         ]
     )
 
 
-def spread(source: ImageSource, count: int) -> list[int]:
+def spread(dataset: ImageDataset, count: int) -> list[int]:
     """Up to ``count`` images: the first of each of evenly spaced classes, then the second, ..."""
-    labels = np.unique(source.labels)
+    labels = np.unique(dataset.labels)
     chosen = labels[np.arange(min(count, len(labels))) * len(labels) // min(count, len(labels))]
-    by_class = [np.flatnonzero(source.labels == label) for label in chosen]
+    by_class = [np.flatnonzero(dataset.labels == label) for label in chosen]
     ranks = range(max(map(len, by_class)))
     return [int(mine[rank]) for rank in ranks for mine in by_class if rank < len(mine)][:count]
 
@@ -240,17 +237,8 @@ def read_metrics(path: Path) -> drawing.Curves:
         raise ValueError(f"--metrics {path}: no such file") from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"--metrics {path}: not the metrics of a run ({error})") from error
-    steps = [found["step"][step] for step in sorted(found["step"])]
+    steps, epochs = ([records[n] for n in sorted(records)] for records in found.values())
     steps = [record for record in steps if record["loss"] is not None]
-    epochs = [found["epoch"][step] for step in sorted(found["epoch"])]
     if not steps and not epochs:
         raise ValueError(f"--metrics {path}: no step and no epoch recorded in it")
-    return drawing.Curves(
-        [record["step"] for record in steps],
-        [record["loss"] for record in steps],
-        [record["lr"] for record in steps],
-        [record["step"] for record in epochs],
-        [record["val_loss"] for record in epochs],
-        [1 - record["top1"] for record in epochs],
-        [1 - record["top5"] for record in epochs],
-    )
+    return drawing.Curves(steps, epochs)

@@ -7,21 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Published:
-    """One published result.
-
-    Attributes:
-        nets: what was tested.
-        crops: of each image, 1 (the centre) or 10.
-        images: what it was tested on.
-        top1: error in %.
-        top5: error in %.
-        source: where it is printed.
-    """
+class Published(NamedTuple):
+    """What was tested, crops of each image (1, the centre, or 10), on what, errors in %, where."""
 
     nets: str
     crops: int
@@ -33,6 +23,8 @@ class Published:
 
 _TEST_2010 = "ILSVRC-2010 test"
 _VAL_2012 = "ILSVRC-2012 validation"
+_BVLC = "BVLC models/bvlc_alexnet/readme.md"
+_TORCHVISION = "torchvision AlexNet_Weights.IMAGENET1K_V1"
 
 _PAPER = (
     Published("one net", 1, _TEST_2010, 39.0, 18.3, "P§6, footnote"),
@@ -44,12 +36,8 @@ _PAPER = (
 RESULTS: dict[str, tuple[Published, ...]] = {
     "paper": _PAPER,
     "source2012": _PAPER,  # net 145 logged the paper's errors: S:layers/layer-params-145.cfg
-    "caffe": (
-        Published("one net", 1, _VAL_2012, 42.9, 19.8, "BVLC models/bvlc_alexnet/readme.md"),
-    ),
-    "owt": (
-        Published("one net", 1, _VAL_2012, 43.5, 20.9, "torchvision AlexNet_Weights.IMAGENET1K_V1"),
-    ),
+    "caffe": (Published("one net", 1, _VAL_2012, 42.9, 19.8, _BVLC),),
+    "owt": (Published("one net", 1, _VAL_2012, 43.5, 20.9, _TORCHVISION),),
 }
 
 

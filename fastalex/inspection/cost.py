@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fastalex.data.augment import Augment
@@ -143,13 +143,13 @@ def resident(gpu: GPU, registers: int, shared: int, warps: int) -> int:
 
 
 def schedule(
-    gpu: GPU, cycles: Iterable[float], slots: int, overhead: float = OVERHEAD_CYCLES
+    gpu: GPU, cycles: Sequence[float], slots: int, overhead: float = OVERHEAD_CYCLES
 ) -> float:
     """The cycle in which the last program ends.
 
     Programs start in order, each where a place is free first. The places of a processor share it
     evenly, and a program keeps its place for some cycles in which it does not use it: its first
-    loads and its last stores.
+    loads and its last stores. Where places outnumber programs, every processor gets as many.
 
     Args:
         gpu: one of ``fastalex.inspection.gpus.GPUS``.
@@ -157,6 +157,7 @@ def schedule(
         slots: programs that a processor holds at once.
         overhead: cycles in which a program does not use its processor.
     """
+    slots = min(slots, -(-len(cycles) // gpu.processors))
     free = [0.0] * (gpu.processors * slots)
     last = 0.0
     for work in cycles:

@@ -63,7 +63,7 @@ class GPU:
 
 
 def _peaks(half: float, single: float) -> dict[str, float]:
-    return {"bf16": half, "fp16": half, "fp32": single}
+    return {"bf16": half, "fp16": half, "tf32": half / 2, "fp32": single}
 
 
 GPUS = {

@@ -174,7 +174,7 @@ def inspect(step: Step, gpu: GPU, dtype: str) -> list[Row]:
         for row in [row for row in made_by if row.flops] if total else made_by[:1]:
             share = row.flops / total if total else 1.0
             row.floor_size, row.floor_flops = share * floor.size, share * floor.flops
-            row.floor = gpu.seconds(row.floor_flops, row.floor_size, dtype)
+            row.floor = gpu.seconds(row.floor_flops, row.floor_size, _rounded(row, dtype))
             row.useful = share * floor.useful / row.flops if row.flops else None
             if row.waves is not None:
                 row.waves /= cost.tap_share(step.layers[name])
@@ -240,7 +240,8 @@ def read_launch(event: Event, launch: Launch, layer: Layer | None, gpu: GPU) -> 
     loops = sass.loops(code.instructions)
     work = ir.work(launch.grid, launch.named)
     slots = cost.resident(gpu, code.registers, code.shared, warps)
-    row.loop = _main_loop(loops, ir, work, warps, gpu)
+    bodies = [code.instructions[loop.start : loop.stop] for loop in loops]
+    row.loop = _main_loop(bodies, ir, work, warps, gpu)
     if work is None:
         return Found(row, traffic, work, slots)
     row.flops = float(sum(w.flops for w in work))
@@ -257,19 +258,23 @@ def read_launch(event: Event, launch: Launch, layer: Layer | None, gpu: GPU) -> 
     return Found(row, traffic, work, slots)
 
 
-def _executed(
-    total: int, loops: Sequence[list[sass.Instruction]], work: Sequence[ttir.Work]
-) -> list[float] | None:
-    """Instructions that one warp of each program runs; None with several loops.
+def _rounded(row: Row, dtype: str) -> str:
+    """What the products of a launch are computed in, in a step of ``dtype``."""
+    return "tf32" if row.loop is not None and "TF32" in row.loop.product else dtype
+
+
+def _executed(total: int, loops: Sequence[range], work: Sequence[ttir.Work]) -> list[float] | None:
+    """Instructions that one warp of each program runs; None where loops are not the IR's.
 
     Both sides of a branch count.
     """
-    real = [len(loop) for loop in loops if len(loop) > _WAITING]
+    real = [loop for loop in loops if len(loop) > _WAITING]
     if not real and all(max(w.turns, default=0) <= 1 for w in work):
         return [total] * len(work)
-    if len(real) != 1 or len(work[0].turns) != 1:
+    if len(real) != len(work[0].turns):
         return None
-    return [total + real[0] * (w.turns[0] - 1) for w in work]
+    straight, *own = sass.lengths(total, real)
+    return [straight + sum(map(int.__mul__, own, w.turns)) for w in work]
 
 
 def _traffic(arguments: dict[str, Any], ir: ttir.Code) -> list[Traffic]:

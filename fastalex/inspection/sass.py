@@ -99,8 +99,8 @@ def parse(assembly: str) -> list[Instruction]:
     return instructions
 
 
-def loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
-    """The instructions of each loop: from a label to the last jump back to it.
+def loops(instructions: Sequence[Instruction]) -> list[range]:
+    """The places of each loop, an outer one first: from a label to the last jump back to it.
 
     What NVIDIA's compiler moved behind the end, such as the slow way through a wait, jumps back
     too, but with an end between.
@@ -114,7 +114,18 @@ def loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
         body = instructions[start : number + 1]
         if start <= number and not any(i.name == "EXIT" and not i.guarded for i in body):
             ends[start] = number
-    return [list(instructions[start : end + 1]) for start, end in ends.items()]
+    return [range(start, end + 1) for start, end in sorted(ends.items())]
+
+
+def lengths(total: int, loops: Sequence[range]) -> list[int]:
+    """Of ``total`` instructions, those outside every loop, and of each loop its own.
+
+    What a loop shares with one inside it belongs to the inner one.
+    """
+    inner = [0] * total
+    for number, loop in enumerate(loops, 1):
+        inner[loop.start : loop.stop] = [number] * len(loop)
+    return [inner.count(number) for number in range(len(loops) + 1)]
 
 
 def count(instructions: Sequence[Instruction], pattern: str) -> int:

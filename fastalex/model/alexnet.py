@@ -232,7 +232,8 @@ class AlexNet(nn.Module):
         specs = [spec for spec in all_specs if not spec.removed]
         layers = [m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         for layer, spec in zip(layers, specs, strict=True):
-            _init_layer(layer, spec, scheme, generator)
+            if not layer.weight.is_meta:  # there torch would import its compiler to draw nothing
+                _init_layer(layer, spec, scheme, generator)
 
     def seed_dropout(self, seed: int, step: int) -> None:
         """Fix what the next pass in training drops: a function of (seed, step, layer, unit, image).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +22,20 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     """A context in which a net computes in ``precision``, one of ``config.PRECISIONS``."""
     narrow = _NARROW.get(precision)
     return torch.autocast(device.type, narrow or torch.bfloat16, enabled=narrow is not None)
+
+
+@contextlib.contextmanager
+def tf32(precision: str) -> Iterator[None]:
+    """A context in which ``tf32`` is what float32 means to torch; others leave it as it is."""
+    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [each.fp32_precision for each in settings]
+    try:
+        for each in settings if precision == "tf32" else ():
+            each.fp32_precision = "tf32"
+        yield
+    finally:
+        for each, value in zip(settings, before, strict=True):
+            each.fp32_precision = value
 
 
 class LossScaler(torch.amp.GradScaler):

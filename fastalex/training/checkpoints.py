@@ -78,7 +78,10 @@ class ResumeState:
         Raises:
             ValueError: where the command has other settings than the run; one line with both.
         """
-        kept, given = vars(self.settings), {n for n in setting_names() if arguments[n] is not None}
+        kept = vars(self.settings)
+        if arguments["precision"] in (None, "auto") and "precision" not in self.given:
+            arguments = {**arguments, "precision": kept["precision"]}  # whatever it was on
+        given = {n for n in setting_names() if arguments[n] is not None}
         values, compared = arguments, given
         if not named:
             values = vars(Settings.choose(arguments, self.world.device_type))
@@ -213,7 +216,7 @@ def _read(run: Path, report: Mapping[str, Any], path: Path | None) -> ResumeStat
         dict(written_by["versions"]),
         path,
         state,
-        frozenset(n for a in given for n in setting_names() if a.get(n) is not None),
+        frozenset(n for a in given for n in setting_names() if a.get(n) not in (None, "auto")),
         tuple(n for n in setting_names() if n not in settings),
         report.get("status") == "finished",
     )

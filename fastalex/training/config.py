@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fastalex.model.ablations import get_variant
-from fastalex.training.recipes import NO_RECIPE, RECIPES
+from fastalex.training.recipes import NO_RECIPE, RECIPES, Recipe
 
 PRECISIONS = {
-    "float32": "IEEE single precision, or TF32 where torch's setting allows it",
+    "auto": "bf16 on a GPU that has tensor cores for it, float32 elsewhere",
+    "float32": "as torch has it: on a GPU, convolutions in TF32 and products in IEEE float32",
+    "tf32": "convolutions and products in TF32, where the GPU has it",
     "bf16": "bfloat16 products, weights in float32",
     "fp16": "float16 products with dynamic loss scaling, weights in float32",
 }
@@ -29,16 +31,6 @@ RESUMABLE = (
     "timeout",
 )
 
-# What an option takes that is not given, where neither recipe nor data have a say.
-PLAIN = {
-    "precision": "float32",
-    "color_noise": "published",
-    "seed": 0,
-    "log_every": 10,
-    "checkpoint_minutes": 10.0,
-    "timeout": 120.0,
-    "tensorboard": False,
-}
 _PUBLISHED_SIZE = 224  # stands for the size that the variant was published with
 
 # The schedules that a setting belongs to.
@@ -63,68 +55,51 @@ DEFAULTS: dict[tuple[bool, str], dict[str, int]] = {
 }
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a run does, every default filled in; ``recipes.Recipe`` explains most."""
+@dataclass(frozen=True, kw_only=True)
+class Settings(Recipe):
+    """What a run does; an instance has everything filled in, but for what None has a meaning."""
 
-    recipe: str | None
-    data: Path | None
-    variant: str
-    init: str
-    dropout: float
-    init_from: Path | None
-    freeze: str | None
+    recipe: str | None = None
+    data: Path | None = None
+    init_from: Path | None = None
+    freeze: str | None = None
     image_size: int
     batch_size: int
     epochs: int
-    max_steps: int | None
-    lr: float
-    momentum: float
-    momentum_rule: str
-    weight_decay: float
-    bias_lr: float | None  # None: the variant's
-    bias_decay: float | None  # None: the variant's
-    bias_schedule: bool
-    schedule: str
-    warmup: float
-    lr_gamma: float
-    lr_drop: tuple[float, ...]
-    lr_step: float
-    lr_power: float
-    lr_patience: int
-    lr_max_drops: int | None
-    augmentation: str
-    color_noise: str
-    normalization: str
-    precision: str
+    max_steps: int | None = None
+    color_noise: str = "published"
+    precision: str = "auto"
     fused_update: bool
     cuda_graph: bool
-    seed: int
-    log_every: int
+    seed: int = 0
+    log_every: int = 10
     workers: int
-    checkpoint_every: int | None  # steps; None: at the end of each epoch and after a time
-    checkpoint_minutes: float  # most that are lost to a kill
+    checkpoint_every: int | None = None  # steps; None: at the end of each epoch and after a time
+    checkpoint_minutes: float = 10.0  # most that are lost to a kill
     keep_checkpoints: int
-    tensorboard: bool
-    timeout: float  # seconds
+    tensorboard: bool = False
+    timeout: float = 120.0  # seconds
 
     @classmethod
-    def choose(cls, arguments: Mapping[str, Any], device_type: str) -> Settings:
+    def choose(cls, arguments: Mapping[str, Any], device_type: str, bf16: bool = False) -> Settings:
         """The settings that ``arguments``, from ``parse_arguments``, come to on a device.
 
-        What was given wins over the recipe, and the recipe over data and device.
+        What was given wins over the recipe, and the recipe over data and device. ``bf16`` tells
+        whether the device has tensor cores for bfloat16.
 
         Raises:
             ValueError: for an option that the schedule has no use for.
         """
-        recipe = NO_RECIPE if arguments["recipe"] is None else RECIPES[arguments["recipe"]]
         given = {n: arguments[n] for n in setting_names() if arguments[n] is not None}
-        defaults = DEFAULTS[arguments["data"] is not None, device_type]
-        chosen = {n: v for n, v in vars(recipe).items() if v is not None}
-        values = {**dict.fromkeys(setting_names()), **defaults, **PLAIN, **chosen, **given}
+        chosen = vars(RECIPES.get(arguments["recipe"], NO_RECIPE))
+        values = {**plain_defaults(), **chosen, **given}
+        for name, value in DEFAULTS[arguments["data"] is not None, device_type].items():
+            values[name] = value if values.get(name) is None else values[name]
         published = values["image_size"] == _PUBLISHED_SIZE and "image_size" not in given
         if arguments["recipe"] is not None and published:
             values["image_size"] = get_variant(values["variant"]).image_size
+        if values["precision"] == "auto":
+            values["precision"] = "bf16" if bf16 else "float32"
         for name, schedules in PART_OF.items():
             if name in given and values["schedule"] not in schedules:
                 option = "--" + name.replace("_", "-")
@@ -199,3 +174,9 @@ def _execution(given: Mapping[str, Any], precision: str, device_type: str) -> di
 
 def setting_names() -> list[str]:
     return [field.name for field in dataclasses.fields(Settings)]
+
+
+def plain_defaults() -> dict[str, Any]:
+    """The settings that follow neither data nor device, as they are without a recipe."""
+    fields = dataclasses.fields(Settings)
+    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}

@@ -10,12 +10,11 @@ import torch
 from fastalex.data.augment import Augment
 from fastalex.model.alexnet import AlexNet
 from fastalex.model.layers import Conv2dReLU
-from fastalex_kernels.augment import augment_forward, padded_lines
+from fastalex_kernels.augment import BLOCK, Crops, augment_forward
 from fastalex_kernels.common.arguments import aligned
 from fastalex_kernels.common.launch import call
 from fastalex_kernels.conv2d.arguments import space_to_depth
 
-BLOCK = 4  # the stride of a first layer for which augmentation writes blocks of pixels
 Inputs = Sequence[torch.Tensor | None]
 
 
@@ -103,19 +102,16 @@ def _augment(
     images: Inputs, augment: Augment, strided: Conv2dReLU | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """The images of bytes: NHWC, or the blocks that ``strided`` reads."""
-    size, block, kernel_size, sides = augment.size, 1, 1, ((0, 0), (0, 0))
-    if strided is not None:
-        block, kernel_size, sides = BLOCK, strided.kernel_size[0], strided.sides(size, size)
-    lines = padded_lines(size, sides, block, kernel_size)
     pixels, tops, lefts, mirrors, colors = images
     assert pixels is not None
     assert tops is not None
     assert lefts is not None
     assert mirrors is not None
-    return augment_forward(
-        pixels, tops, lefts, mirrors, colors, augment.mean, augment.scale, augment.centred,
-        size, sides, block, lines, dtype,
-    )  # fmt: skip
+    size, conv1 = augment.size, None
+    if strided is not None:
+        conv1 = strided.sides(size, size), strided.kernel_size[0]
+    crops = Crops(tops, lefts, mirrors)
+    return augment_forward(pixels, crops, colors, augment.norm, size, dtype, conv1)
 
 
 def _maps(augment: Augment | None, strided: Conv2dReLU | None, *images: Any) -> torch.Tensor:

@@ -31,6 +31,10 @@ class PaperSGD(torch.optim.Optimizer):
     Source: P§5; S:src/weights.cu.
     """
 
+    # Gradients that float16 could not hold change nothing, and no host looks at them: GradScaler
+    # hands ``step`` the attributes found_inf and grad_scale.
+    _step_supports_amp_scaling = True
+
     def __init__(
         self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0.0
     ) -> None:
@@ -60,12 +64,20 @@ class PaperSGD(torch.optim.Optimizer):
             if BUFFER not in self.state[w]:
                 self.state[w][BUFFER] = torch.zeros_like(w)
         velocities = [self.state[w][BUFFER] for w in weights]
+        gradients = [w.grad for w in weights if w.grad is not None]
+        skipped, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if scale is not None:
+            gradients = list(torch._foreach_div(gradients, scale))
+        before = [] if skipped is None else [x.clone() for x in (*velocities, *weights)]
         lr, decay = group["lr"], group["weight_decay"]
         torch._foreach_mul_(velocities, group["momentum"])
         if decay:
             torch._foreach_add_(velocities, weights, alpha=-decay * lr)
-        torch._foreach_add_(velocities, [w.grad for w in weights if w.grad is not None], alpha=-lr)
+        torch._foreach_add_(velocities, gradients, alpha=-lr)
         torch._foreach_add_(weights, velocities)
+        if skipped is not None:
+            for x, old in zip((*velocities, *weights), before, strict=True):
+                x.copy_(torch.where(skipped > 0, old, x))
 
 
 def build_optimizer(

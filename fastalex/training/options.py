@@ -17,7 +17,13 @@ from fastalex.data.augment import AUGMENTATIONS, COLOR_NOISES
 from fastalex.data.normalization import NORMALIZATIONS
 from fastalex.model import ablations
 from fastalex.model.variants import VARIANTS
-from fastalex.training.config import DEFAULTS, PART_OF, PLAIN, PRECISIONS, Settings
+from fastalex.training.config import (
+    DEFAULTS,
+    PART_OF,
+    PRECISIONS,
+    Settings,
+    plain_defaults,
+)
 from fastalex.training.fine_tuning import FREEZES
 from fastalex.training.recipes import (
     INITIALISATIONS,
@@ -277,7 +283,7 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str | None, str]]] = {
             "stopped or after --checkpoint-minutes, and removes it when the run is finished",
         ),
         "log_every": (_COUNT, "STEPS", "steps between two records in metrics.jsonl"),
-        "tensorboard": (_FLAG, None, "write curves and conv1's kernels for TensorBoard too"),
+        "tensorboard": (_FLAG, None, "write curves for TensorBoard too"),
     },
 }  # fmt: skip
 
@@ -328,7 +334,7 @@ def _default(name: str) -> str:
             by_device = f"{where} {gpu} on a GPU, {cpu} on a CPU"
             texts.append(f"{gpu} {where}" if gpu == cpu else by_device)
         return "; ".join(texts)
-    value = {**PLAIN, **vars(NO_RECIPE)}.get(name)
+    value = plain_defaults().get(name)
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if isinstance(value, bool):

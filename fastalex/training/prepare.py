@@ -12,23 +12,15 @@ import torch
 
 from fastalex.common import interrupts
 from fastalex.common.interrupts import Interrupted
-from fastalex.data import (
-    DataError,
-    ImageSource,
-    MeanImage,
-    Normalization,
-    color_noise,
-    decode_size,
-    mean_image,
-    open_sources,
-)
-from fastalex.data.fingerprint import Contents, describe_changes
+from fastalex.data import DataError, ImageDataset, MeanImage, Normalization, decode_size
+from fastalex.data.datasets import color_noise, mean_image, open_datasets
+from fastalex.data.fingerprint import Contents, contents, describe_changes
 from fastalex.data.normalization import INIT_FROM, MEAN_IMAGES
-from fastalex.distributed.world import World, find_world, rank, under_torchrun
+from fastalex.distributed.world import World, find_world, has_bf16, rank, under_torchrun
 from fastalex.model.alexnet import AlexNet
 from fastalex.training import checkpoints, fine_tuning
 from fastalex.training.checkpoints import ResumeState
-from fastalex.training.config import Settings, describe_setting
+from fastalex.training.config import PRECISIONS, Settings, describe_setting
 from fastalex.training.metrics import check_tensorboard
 from fastalex.training.recipes import INITIALISATIONS, MOMENTUM_RULES, NO_RECIPE, RECIPES
 from fastalex.training.run_config import RunConfig
@@ -113,7 +105,8 @@ def _prepare(
 ) -> RunConfig | None:
     world = choose_world(options, resume)
     if resume is None:
-        settings = Settings.choose(options, world.device_type)
+        bf16 = options["precision"] in (None, "auto") and has_bf16(world)
+        settings = Settings.choose(options, world.device_type, bf16)
     else:
         settings = resume.choose(options, named=options["resume"] is not None)
         resume = replace(resume, settings=settings)
@@ -121,11 +114,11 @@ def _prepare(
             checkpoints.drop(folder, resume.path, settings.keep_checkpoints)
             return None
     _check(settings, world)
-    sources = train, val = open_sources(settings.data, settings.seed, settings.image_size)
+    datasets = train, val = open_datasets(settings.data, settings.seed, settings.image_size)
     color_noise(train, settings.color_noise)  # raises what can't be
     side = decode_size(settings.image_size)
     image = mean_image(train, settings.normalization, side)
-    images = train.contents(), val.contents()
+    images = contents(train), contents(val)
     if resume is None or resume.path is None:
         if settings.normalization == INIT_FROM and settings.init_from is not None:
             scale = fine_tuning.normalization(settings.init_from)
@@ -148,9 +141,9 @@ def _prepare(
         folder.path,
         list(train.classes),
         scale,
-        unreadable=[bad for source in sources for bad in getattr(source, "unreadable", [])],
+        unreadable=[bad for dataset in datasets for bad in getattr(dataset, "unreadable", [])],
         # Another process opens its own: what is kept in memory would be sent along.
-        sources=sources if world.processes == 1 else None,
+        datasets=datasets if world.processes == 1 else None,
         resume=resume,
         images=images,
     )
@@ -193,7 +186,7 @@ def _check(settings: Settings, world: World) -> None:
 
 
 def _check_same_images(
-    resume: ResumeState, train: ImageSource, images: tuple[Contents, ...], allowed: bool
+    resume: ResumeState, train: ImageDataset, images: tuple[Contents, ...], allowed: bool
 ) -> None:
     """Raise unless the images are those that the run started with, or may be others."""
     where, before = f"--data of {resume.folder}", resume.state.get("contents")
@@ -240,7 +233,7 @@ def _warn(line: str) -> None:
         print(f"train: warning: {line}", file=sys.stderr, flush=True)
 
 
-def _describe(config: RunConfig, train: ImageSource, val: ImageSource) -> list[str]:
+def _describe(config: RunConfig, train: ImageDataset, val: ImageDataset) -> list[str]:
     settings, world = config.settings, config.world
     split = "whole in one process"
     if world.towers == 2:
@@ -267,7 +260,8 @@ def _describe(config: RunConfig, train: ImageSource, val: ImageSource) -> list[s
         f"training and {len(val)} validation images, {settings.image_size} px, "
         f"augmentation {settings.augmentation}, {normalization}",
         f"training: {settings.epochs} epochs of {steps} steps{most}, "
-        f"{settings.batch_size} images a step, {settings.precision}{recipe}",
+        f"{settings.batch_size} images a step{recipe}",
+        f"precision: {settings.precision} ({PRECISIONS[settings.precision]})",
         f"optimizer: SGD, {describe_schedule(settings, epochs)}, momentum {settings.momentum} "
         f"({MOMENTUM_RULES[settings.momentum_rule]}), weight decay {settings.weight_decay}",
         f"output: {config.folder}",

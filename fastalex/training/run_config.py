@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastalex.data import ImageSource, Normalization, decode_size, mean_image, open_sources
+from fastalex.data import ImageDataset, Normalization, decode_size
+from fastalex.data.datasets import mean_image, open_datasets
 from fastalex.data.fingerprint import Contents
 from fastalex.distributed.world import World
 from fastalex.training.checkpoints import ResumeState
@@ -26,7 +27,7 @@ class RunConfig:
         classes: names of the classes, by label.
         normalization: measured on the training images.
         unreadable: files of ``settings.data`` that every process leaves out, with reasons.
-        sources: the images to train on and to validate, where they are already open.
+        datasets: the images to train on and to validate, where they are already open.
         resume: where a stopped run goes on; None for a new one.
         images: what the training and the validation set hold.
     """
@@ -37,7 +38,7 @@ class RunConfig:
     classes: list[str]
     normalization: Normalization
     unreadable: list[tuple[str, str]]
-    sources: tuple[ImageSource, ImageSource] | None = None
+    datasets: tuple[ImageDataset, ImageDataset] | None = None
     resume: ResumeState | None = None
     images: tuple[Contents, ...] = ()
 
@@ -66,8 +67,8 @@ class RunConfig:
         settings, folder = Settings.from_dict(values["settings"]), Path(values["folder"])
         world, unreadable = World(**values["world"]), [(p, why) for p, why in values["unreadable"]]
         size, where = settings.image_size, settings.data
-        sources = open_sources(where, settings.seed, size, unreadable, quiet=True)
-        image = mean_image(sources[0], settings.normalization, decode_size(size))
+        datasets = open_datasets(where, settings.seed, size, unreadable, quiet=True)
+        image = mean_image(datasets[0], settings.normalization, decode_size(size))
         pixels = None if image is None else image.pixels
         scale = Normalization.from_dict(values["normalization"], pixels)
         resume = None
@@ -80,6 +81,6 @@ class RunConfig:
                 )
             resume = ResumeState(folder, settings, world, {}, path, values["state"])
         return cls(
-            settings, world, folder, values["classes"], scale, unreadable, sources, resume,
+            settings, world, folder, values["classes"], scale, unreadable, datasets, resume,
             tuple(values["images"]),
         )  # fmt: skip

@@ -14,22 +14,15 @@ from fastalex.common import interrupts
 from fastalex.common.command_line import output_may_fail
 from fastalex.common.interrupts import Interrupted
 from fastalex.common.provenance import versions
-from fastalex.data import (
-    Batch,
-    Batches,
-    DataError,
-    ImageSource,
-    Share,
-    Transform,
-    color_noise,
-    open_sources,
-)
+from fastalex.data import DataError, ImageDataset
+from fastalex.data.batches import Batch, Batches, Share, Transform
+from fastalex.data.datasets import color_noise, open_datasets
 from fastalex.distributed import towers
 from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.launch import TrainingError
 from fastalex.model.alexnet import AlexNet
 from fastalex.training import checkpoints, fine_tuning
-from fastalex.training.autograd_step import AutogradStep, LossScaler, autocast
+from fastalex.training.autograd_step import AutogradStep, LossScaler, autocast, tf32
 from fastalex.training.checkpoints import ResumeState
 from fastalex.training.config import Settings
 from fastalex.training.metrics import MetricsLog, RunningMetrics, TensorBoard
@@ -64,7 +57,7 @@ def train(config: RunConfig) -> None:
         Interrupted: a signal asked for the end; where it could, the run has saved its state.
     """
     try:
-        with output_may_fail():
+        with output_may_fail(), tf32(config.settings.precision):
             trainer = Trainer(config)
             try:
                 trainer.run()
@@ -96,12 +89,12 @@ class Trainer:
         self.config = config
         self.settings = settings = config.settings
         self.parallel = parallel = ParallelContext(config.world, settings.timeout)
-        train_source, val_source = config.sources or open_sources(
+        train_dataset, val_dataset = config.datasets or open_datasets(
             settings.data, settings.seed, settings.image_size, config.unreadable, quiet=True
         )
-        self.source = train_source
-        self.train_batches = self._batches(train_source, train=True)
-        self.val_batches = self._batches(val_source, train=False)
+        self.dataset = train_dataset
+        self.train_batches = self._batches(train_dataset, train=True)
+        self.val_batches = self._batches(val_dataset, train=False)
         state = {} if config.resume is None else config.resume.state
         self.steps = checkpoints.last_step(settings, len(self.train_batches), state)
         self.schedule = Schedule(settings, self.steps)
@@ -152,7 +145,17 @@ class Trainer:
             set_momentum_buffers(self.model, self.optimizer, parts)
 
     def _whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Those of the whole net; every process takes part."""
+        """Those of the whole net; every process takes part.
+
+        Raises:
+            TrainingError: where the towers' copies of the last layer have drifted apart.
+        """
+        if not towers.copies_agree(self.model, self.parallel.mesh, tensors):
+            raise TrainingError(
+                f"the two towers' copies of the last layer differ after step {self.step}: their "
+                "GPUs or software round differently; run both on one model of GPU with the same "
+                "versions, or use one process"
+            )
         return towers.full_tensors(self.model, self.parallel.mesh, tensors)
 
     def _make_step(self) -> TrainStep | AutogradStep:
@@ -164,8 +167,8 @@ class Trainer:
             reduce = None if alone else lambda: parallel.reduce_gradients(self.model)
             try:
                 return TrainStep(
-                    self.model, self.optimizer, settings.precision, augment=augment,
-                    tricks=tricks, reduce=reduce, tell=self.progress.warn,
+                    self.model, self.optimizer, settings.precision.replace("tf32", "float32"),
+                    augment=augment, tricks=tricks, reduce=reduce, tell=self.progress.warn,
                 )  # fmt: skip
             except ValueError as error:
                 self.progress.warn(f"autograd and the optimizer make each step: {error}")
@@ -211,7 +214,7 @@ class Trainer:
             "world": vars(config.world),
             "versions": versions(),
             "classes": config.classes,
-            "images": [len(self.source), len(self.val_batches.source)],
+            "images": [len(self.dataset), len(self.val_batches.dataset)],
             "contents": config.images,
             "normalization": config.normalization.to_dict(),
             "unreadable": [path for path, _ in config.unreadable],
@@ -228,16 +231,16 @@ class Trainer:
         if self.settings.tensorboard:
             self.tensorboard = TensorBoard(self.folder.tensorboard, self.step)
 
-    def _batches(self, source: ImageSource, train: bool) -> Batches:
+    def _batches(self, dataset: ImageDataset, train: bool) -> Batches:
         settings = self.settings
         return Batches(
-            source,
+            dataset,
             settings.batch_size,
             Transform(
                 settings.image_size,
                 self.config.normalization,
                 settings.augmentation,
-                color_noise(source, settings.color_noise),
+                color_noise(dataset, settings.color_noise),
                 self.parallel.device,
             ),
             settings.seed,
@@ -363,7 +366,7 @@ class Trainer:
         self.losses += losses
 
     def _not_finite(self, loss: float, step: int, indices: list[int]) -> str:
-        names = ", ".join(self.source.name(i) for i in indices[:_NAMED])
+        names = ", ".join(self.dataset.name(i) for i in indices[:_NAMED])
         more = len(indices) - _NAMED
         return (
             f"the loss is {loss} at step {step} (epoch {self.epoch}), on {names}"
@@ -447,8 +450,6 @@ class Trainer:
         save_weights(self.folder.weights, weights, self._metadata(accuracy), image)
         if best:
             self.folder.keep_best()
-        if self.tensorboard is not None:
-            self.tensorboard.add_kernels(next(iter(weights.values())), self.step)
 
     def _metadata(self, accuracy: Accuracy) -> dict[str, Any]:
         settings = self.settings
@@ -460,6 +461,7 @@ class Trainer:
             "image_size": settings.image_size,
             "normalization": self.config.normalization.to_dict(),
             "dropout": settings.dropout,
+            "precision": settings.precision,
             "init": settings.init,
             "seed": settings.seed,
             "epoch": self.epoch,

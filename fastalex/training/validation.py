@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastalex.common.nvtx_ranges import nvtx_range
-from fastalex.data import Batch, Batches
+from fastalex.data.batches import Batch, Batches
 from fastalex.distributed.context import ParallelContext
 from fastalex.model.alexnet import AlexNet
 
@@ -41,6 +41,7 @@ def evaluate(
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=parallel.device)
+    seen = 0  # counted here: a number that is copied to a GPU has the host wait for it
     for number, batch in enumerate(fetch(batches.epoch(0), parallel.device)):
         on_batch(number)
         labels = batch.labels
@@ -49,8 +50,10 @@ def evaluate(
         logits = model(batches.augment(*batch.inputs)).float()
         ranked = logits.topk(min(TOP, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        counts = (loss, ranked[:, 0].sum(), ranked.sum(), logits.new_tensor(len(labels)))
-        sums += torch.stack([value.double() for value in counts])
+        counts = (loss, ranked[:, 0].sum(), ranked.sum())
+        sums[:3] += torch.stack([value.double() for value in counts])
+        seen += len(labels)
+    sums[3].fill_(seen)
     loss_sum, top1, top5, images = parallel.sum_replicas(sums).tolist()
     model.train()
     return Accuracy(loss_sum / images, top1 / images, top5 / images)

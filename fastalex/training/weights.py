@@ -12,15 +12,15 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from fastalex.common.files import replacing
 from fastalex.data.normalization import MeanImage
@@ -28,20 +28,6 @@ from fastalex.model.alexnet import AlexNet
 
 FORMAT = "fastalex-weights-1"
 MEAN_IMAGE = "normalization.mean_image"  # a tensor beside the weights, in the same file
-
-# What safetensors calls the types, the widest first: its order of tensors in a file.
-_TYPES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def save_weights(
@@ -89,49 +75,20 @@ def write_tensors(
         metadata: whatever JSON can hold.
 
     Raises:
-        TypeError: for a tensor of a type that the format has no name for.
         OSError: where the file can't be written.
     """
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _TYPES:
-            raise TypeError(f"{name!r}: safetensors files hold no {tensor.dtype}")
     whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     sums = {"sha256": weights_hash(whole), "metadata_sha256": _metadata_hash(metadata)}
     header = {
         "format": "pt",  # what other readers of safetensors look for
         "fastalex": json.dumps({**metadata, "format": form, **sums}, sort_keys=True),
     }
-    size = sum(tensor.nbytes for tensor in whole.values())
+    data = save(whole, header)
     try:
-        with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
-            _write_safetensors(file, whole, header)
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
-        raise _named(error, Path(path), size) from error
-
-
-def _write_safetensors(
-    file: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> None:
-    """The format of https://github.com/huggingface/safetensors, with no copy of the tensors."""
-    order, header, end = list(_TYPES), {"__metadata__": dict[str, Any](metadata)}, 0
-    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
-    for name in names:
-        tensor, start = tensors[name], end
-        end += tensor.nbytes
-        header[name] = {
-            "dtype": _TYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
-    file.write(struct.pack("<Q", len(text)) + text)
-    for name in names:
-        file.write(_bytes(tensors[name]))
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+        raise _named(error, Path(path), len(data)) from error
 
 
 def _named(error: OSError, path: Path, size: int) -> OSError:
@@ -150,7 +107,7 @@ def weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -19,6 +19,7 @@ from fastalex.inspection.record import Layer, layers_of
 from fastalex.model.alexnet import AlexNet, layer_names
 from fastalex.model.layers import Conv2dReLU, LinearReLUDropout, MaxPool2d
 from fastalex.model.reference import ReferenceAlexNet
+from fastalex_kernels.common.tuned import dot_precision
 from fastalex_kernels.reference import relative_error, tolerance
 
 # Stock torch rounds between its operations: enough to see that it computes the same function.
@@ -270,4 +271,4 @@ def _tolerance(pair: LayerPair, output: torch.Tensor) -> float:
         return tolerance(output.dtype, 0)
     (w,) = weights
     length = max(w[0].numel(), w.numel() // w.shape[1], output.numel() // w.shape[0])
-    return tolerance(output.dtype, length)
+    return tolerance(output.dtype, length, dot_precision(w, "linear" if w.dim() == 2 else "conv2d"))

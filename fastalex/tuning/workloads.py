@@ -17,7 +17,7 @@ from fastalex.training import TrainStep
 from fastalex.training.passes import Flatten, Pass, Torch
 from fastalex.training.step import Tricks
 from fastalex_kernels.common.program import Launch, Program
-from fastalex_kernels.common.tuned import Key, Tile, choosing
+from fastalex_kernels.common.tuned import Key, Tile, choosing, dot_precision
 from fastalex_kernels.reference import tolerance
 
 _LOSS_SCALE = 1024.0  # in float16
@@ -102,7 +102,8 @@ class Workload(NamedTuple):
         assert x is not None
         rows = x.numel() // x.shape[-1]
         longest = 0 if w is None else max(w[0].numel(), w.numel() // w.shape[1], rows)
-        return tolerance(x.dtype, longest)
+        kernel = "linear" if w is None or w.dim() == 2 else "conv2d"
+        return tolerance(x.dtype, longest, dot_precision(x, kernel))
 
 
 class _Watch(Pass):

@@ -176,11 +176,15 @@ def _backward(
 def _outputs(
     input: torch.Tensor, window: Sequence[int], pooled: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for the output and the places of its maxima, if anything is pooled; channels last."""
+    """Memory for the output and the places of its maxima, if anything is pooled; channels last.
+
+    Allocated so and not a view: autograd refuses to change a view that an operator returned.
+    """
     N, C = input.shape[:2]
-    shape = (N, 0, 0, 0) if list(window) == [1, 1] else (N, *pooled, C)
-    argmax = input.new_empty(shape, dtype=torch.int64)
-    return input.new_empty((N, *pooled, C)).permute(0, 3, 1, 2), argmax.permute(0, 3, 1, 2)
+    size = (N, C, *pooled)
+    places = size if list(window) != [1, 1] else (N, 0, 0, 0)
+    make = functools.partial(torch.empty, device=input.device, memory_format=torch.channels_last)
+    return make(size, dtype=input.dtype), make(places, dtype=torch.int64)
 
 
 @operator("aten_lrn_max_pool2d")
@@ -294,20 +298,14 @@ def cross_entropy(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def augment(
     images: torch.Tensor,
-    tops: torch.Tensor,
-    lefts: torch.Tensor,
-    mirrors: torch.Tensor,
+    crops: Sequence[torch.Tensor],
     colors: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    centred: bool,
+    norm: tuple[torch.Tensor | None, torch.Tensor | None, bool],
     size: int,
-    padding: tuple[tuple[int, int], tuple[int, int]],
-    block: int,
-    lines: tuple[int, int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    (N, H, W, _), (height, width) = images.shape, lines
+    """[N, size, size, 3]."""
+    (N, H, W, _), (tops, lefts, mirrors), (mean, scale, centred) = images.shape, crops, norm
     step = torch.arange(size, device=images.device)
     rows = (tops.clamp(0, H - size)[:, None] + step)[:, :, None]
     steps = torch.where(mirrors[:, None], size - 1 - step, step)
@@ -325,10 +323,4 @@ def augment(
     shift = torch.zeros(1, 3, dtype=wide, device=x.device) if colors is None else colors.to(wide)
     shift = (shift if mean is None else shift - mean) * factor
     torch.addcmul(shift.repeat(1, size)[:, None], x, factor.repeat(size), out=x)
-    x = x.view(N, size, size, 3)
-    (top, _), (left, _) = padding
-    x = F.pad(x.to(dtype), (0, 0, left, width - left - size, top, height - top - size))
-    if block == 1:
-        return x
-    x = x.reshape(N, height // block, block, width // block, block, 3).permute(1, 3, 0, 2, 4, 5)
-    return x.reshape(height // block, width // block, N, block * block * 3)
+    return x.view(N, size, size, 3).to(dtype)

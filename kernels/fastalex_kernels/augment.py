@@ -13,14 +13,15 @@ of a crop and writes each value once, and is bound by memory as long as it issue
 * An item's 12 words are its values in the order in which they are stored, so three tiles of
   [items, 16] are widened, scaled and stored, 16 bytes at a time and whole sectors of 32.
 
-Layout: images [N, H, W, 3]. With space_to_depth = 4 an item is a block of 4 x 4 pixels, the output
-HWNC [P, Q, N, 48] of _conv2d_arguments.space_to_depth, channel (row * 4 + column) * 3 + color. With
-1 it is 16 pixels of a line, and the output lies channels last, [N, H, W, 3].
+Layout: images [N, H, W, 3]. An item is 16 pixels of a line, and the output lies channels last,
+[N, H, W, 3]; or it is a block of 4 x 4 pixels, the output HWNC [P, Q, N, 48] of
+conv2d.arguments.space_to_depth, channel (row * 4 + column) * 3 + color.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,12 +32,43 @@ from fastalex_kernels.common.arguments import DTYPES, aligned
 from fastalex_kernels.common.backend import interpreted, operator, target, use_triton
 from fastalex_kernels.common.columns import join8
 from fastalex_kernels.common.launch import launch
-from fastalex_kernels.common.layout import as_nchw
-from fastalex_kernels.conv2d.arguments import Padding, spell_out
+from fastalex_kernels.conv2d.arguments import Padding
 
-BLOCK_SIZES = (1, 4)  # of space-to-depth
+BLOCK = 4  # the stride of a first convolution that reads blocks of pixels
 _ITEMS = 128  # of a program, one a thread: 4 warps
 _INTERPRETER_ITEMS = 4096  # where an operation costs the same at any size
+
+
+class Crops(NamedTuple):
+    """Where a part is cut out of each image.
+
+    Args:
+        tops, lefts: int32 or int64 [N], the first line and column in pixels.
+        mirrors: bool or uint8 [N], whether it is mirrored left to right.
+    """
+
+    tops: torch.Tensor
+    lefts: torch.Tensor
+    mirrors: torch.Tensor
+
+
+class PixelNorm(NamedTuple):
+    """(pixel - mean) * scale, on the scale of 0 to 255.
+
+    Args:
+        mean: float32 [3], or an image, uint8 or float32 [H, W, 3], cropped and mirrored with each
+            image. None subtracts nothing.
+        scale: float32 [3], one over the standard deviation; None is 1.
+        centred: whether it is the centre of a mean image that is subtracted from every crop,
+            wherever that was cut and mirrored or not.
+    """
+
+    mean: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    centred: bool = False
+
+
+_PLAIN = PixelNorm()
 
 
 @triton.jit
@@ -244,42 +276,42 @@ def _augment_kernel(
         tl.store(out_ptr + offset[:, None] + value[None, :], y, mask=mask)
 
 
-def augment_output(
-    images: torch.Tensor, block: int, lines: Sequence[int], dtype: torch.dtype
-) -> torch.Tensor:
-    """Memory for the output of the kernel."""
-    N, (height, width) = images.shape[0], lines
-    if block == 1:
-        return images.new_empty((N, height, width, 3), dtype=dtype)
-    return images.new_empty((height // block, width // block, N, 48), dtype=dtype)
-
-
 def augment_forward(
     images: torch.Tensor,
-    tops: torch.Tensor,
-    lefts: torch.Tensor,
-    mirrors: torch.Tensor,
+    crops: Crops,
     colors: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    centred: bool,
+    norm: PixelNorm,
     size: int,
-    padding: Padding,
-    block: int,
-    lines: tuple[int, int],
     dtype: torch.dtype,
+    conv1: tuple[Padding, int] | None = None,
 ) -> torch.Tensor:
-    """The output in its own layout; ``lines`` are its pixels as (height, width)."""
-    N, H, W, _ = images.shape
-    out = augment_output(images, block, lines, dtype)
-    width = lines[1]
-    P, Q = (lines[0], triton.cdiv(width, 16)) if block == 1 else out.shape[:2]
+    """The kernel's output: NHWC, or the blocks of 4 x 4 pixels that a convolution reads.
+
+    Args:
+        images, colors, norm, size, dtype: as of ``augment``; tensors are contiguous.
+        crops: with ``mirrors`` of uint8.
+        conv1: padding and kernel size of a convolution with stride 4. Blocks behind the last that
+            its windows reach are left out, as a stride leaves lines out.
+
+    Returns:
+        [N, size, size, 3], or [P, Q, N, 48].
+    """
+    (N, H, W, _), (mean, scale, centred) = images.shape, norm
+    top = left = 0
+    height = width = size
+    if conv1 is not None:
+        (top, bottom), (left, right) = conv1[0]
+        rest = -conv1[1] % BLOCK
+        height, width = size + top + bottom + rest, size + left + right + rest
+    P, Q = (height, triton.cdiv(width, 16)) if conv1 is None else (height // BLOCK, width // BLOCK)
+    shape = (N, height, width, 3) if conv1 is None else (P, Q, N, 48)
+    out = images.new_empty(shape, dtype=dtype)
     items = _INTERPRETER_ITEMS if target(images.device) == "interpreter" else _ITEMS
     launch(
-        _augment_kernel, (triton.cdiv(P * Q, items) * N,), images, tops, lefts, mirrors,
-        images if colors is None else colors, images if mean is None else mean,
-        images if scale is None else scale, out, N, H=H, W=W, SIZE=size, P=P, Q=Q, WIDTH=width,
-        PAD_TOP=padding[0][0], PAD_LEFT=padding[1][0], COLUMNS=4 if block == 4 else 16,
+        _augment_kernel, (triton.cdiv(P * Q, items) * N,), images, *crops,
+        *(images if x is None else x for x in (colors, mean, scale)), out, N, H=H, W=W, SIZE=size,
+        P=P, Q=Q, WIDTH=width if conv1 is None else Q * BLOCK, PAD_TOP=top, PAD_LEFT=left,
+        COLUMNS=16 if conv1 is None else BLOCK,
         PAIRS=images.numel() % 8 == 0 and aligned(images), HAS_COLORS=colors is not None,
         HAS_MEAN=mean is not None and mean.dim() == 1,
         HAS_MEAN_IMAGE=mean is not None and mean.dim() == 3,
@@ -292,92 +324,62 @@ def augment_forward(
 @operator("augment")
 def _augment(
     images: torch.Tensor,
-    tops: torch.Tensor,
-    lefts: torch.Tensor,
-    mirrors: torch.Tensor,
+    crops: Sequence[torch.Tensor],
     colors: torch.Tensor | None,
     mean: torch.Tensor | None,
     scale: torch.Tensor | None,
     centred: bool,
     size: int,
-    padding: Sequence[int],
-    block: int,
-    lines: Sequence[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    given = (images, tops, lefts, mirrors, colors, mean, scale, centred, size)
-    height, width = lines
     return augment_forward(
-        *given, ((padding[0], padding[1]), (padding[2], padding[3])), block, (height, width), dtype
+        images, Crops(*crops), colors, PixelNorm(mean, scale, centred), size, dtype
     )
 
 
 @_augment.register_fake
-def _(
-    images, tops, lefts, mirrors, colors, mean, scale, centred, size, padding, block, lines, dtype
-):
-    return augment_output(images, block, lines, dtype)
+def _(images, crops, colors, mean, scale, centred, size, dtype):
+    return images.new_empty((images.shape[0], size, size, 3), dtype=dtype)
 
 
 @torch.no_grad()
 def augment(
     images: torch.Tensor,
-    tops: torch.Tensor,
-    lefts: torch.Tensor,
-    mirrors: torch.Tensor,
+    crops: Crops,
     colors: torch.Tensor | None = None,
-    mean: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
+    norm: PixelNorm = _PLAIN,
     size: int = 224,
-    padding: int | tuple[int, int] | Padding = 0,
-    space_to_depth: int = 1,
-    kernel_size: int = 11,
     dtype: torch.dtype = torch.bfloat16,
-    centred: bool = False,
 ) -> torch.Tensor:
-    """Crop, mirror, colour and normalise a batch of images, ready for the first convolution.
+    """Crop, mirror, colour and normalise a batch of images.
 
         (image[top + h, left + w, c] + color[c] - mean[c]) * scale[c], mirrored where asked
 
     Every tensor is on the images' device and no value is read by the host, so that a CUDA graph can
     hold the call. A crop that would leave its image is moved inside, on every backend.
 
-    With ``space_to_depth=4`` blocks of 4 x 4 pixels become channels, (row * 4 + column) * 3 + c of
-    48, in HWNC memory. A convolution of them at stride 1, its weight
-    rearranged alike, is that of the images at stride 4.
-
     Args:
         images: uint8 [N, H, W, 3]; copied first where not contiguous.
-        tops, lefts: int32 or int64 [N], the crop's first line and column in pixels.
-        mirrors: bool or uint8 [N], whether the crop is mirrored left to right.
+        crops: where each is cut, and which are mirrored.
         colors: float32 [N, 3], added to every pixel, on the scale of 0 to 255; None adds nothing.
-        mean: float32 [3], or an image, uint8 or float32 [H, W, 3], cropped and mirrored with each
-            image; on the scale of 0 to 255. None subtracts nothing.
-        scale: float32 [3], one over the standard deviation; None is 1.
+        norm: mean and scale.
         size: side of the crop in pixels, at most H and W.
-        padding: zeros around the crop: an int, (height, width), or ((top, bottom), (left, right)).
-        space_to_depth: 1 or 4, the side of a block.
-        kernel_size: side of the kernel that will read the blocks. Blocks behind the last that its
-            windows reach are left out, as the convolution with a stride leaves lines out. Unused
-            where ``space_to_depth`` is 1.
         dtype: float32, bfloat16, float16, or float64, which runs on ATen.
-        centred: whether it is the centre of a mean image that is subtracted from every crop,
-            wherever that was cut and mirrored or not.
 
     Returns:
-        [N, 3, size + top + bottom, size + left + right], channels last in memory; or, as blocks,
-        [N, 48, P, Q], 57 x 57 for the published sizes. Computed in float32, rounded once. It has
-        no gradient.
+        [N, 3, size, size], channels last in memory. Computed in float32, rounded once. It has no
+        gradient.
 
     Raises:
         TypeError: for a wrong type or dtype.
         ValueError: for a wrong shape, device, or a value out of range.
 
-    Source: P§2 and P§4.1; the padding of each variant is in fastalex.model.variants.
+    Source: P§2 and P§4.1.
     """
-    sides, _ = spell_out(padding, 1)
     _check_images(images, size)
-    _check_options(space_to_depth, kernel_size, dtype)
+    if dtype not in (*DTYPES, torch.float64):
+        raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype!r}")
+    (tops, lefts, mirrors), (mean, scale, centred) = crops, norm
     count = (images.shape[0],)
     _check("tops", tops, images, (torch.int32, torch.int64), count)
     _check("lefts", lefts, images, (torch.int32, torch.int64), count)
@@ -390,30 +392,15 @@ def augment(
             raise TypeError("mean: expected float32 for a mean of shape (3,), got torch.uint8")
     if scale is not None:
         _check("scale", scale, images, (torch.float32,), (3,))
-    lines = padded_lines(size, sides, space_to_depth, kernel_size)
     if dtype == torch.float64 or not use_triton(images):
-        crops = (tops, lefts, mirrors.bool())
-        given = (images, *crops, colors, mean, scale, centred, size)
-        out = aten.augment(*given, sides, space_to_depth, lines, dtype)
-    else:
-        colors, mean, scale = (None if v is None else v.contiguous() for v in (colors, mean, scale))
-        crops = (tops.contiguous(), lefts.contiguous(), mirrors.contiguous().view(torch.uint8))
-        # The interpreter cannot round to bfloat16.
-        stored = torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype
-        given = (images.contiguous(), *crops, colors, mean, scale, centred, size)
-        pads = [*sides[0], *sides[1]]
-        out = _augment(*given, pads, space_to_depth, lines, stored).to(dtype)
-    return out.permute(0, 3, 1, 2) if space_to_depth == 1 else as_nchw(out)
-
-
-def padded_lines(size: int, padding: Padding, block: int, kernel_size: int) -> tuple[int, int]:
-    """Height and width of the padded crop in pixels, in whole blocks that a window reaches."""
-    if block == 1:
-        return size + sum(padding[0]), size + sum(padding[1])
-    if size + min(map(sum, padding)) < kernel_size:
-        raise ValueError(f"size: {size} with padding {padding} is below the kernel's {kernel_size}")
-    height, width = (size + sum(p) + -kernel_size % block for p in padding)
-    return height // block * block, width // block * block
+        crops = Crops(tops, lefts, mirrors.bool())
+        return aten.augment(images, crops, colors, norm, size, dtype).permute(0, 3, 1, 2)
+    colors, mean, scale = (None if v is None else v.contiguous() for v in (colors, mean, scale))
+    places = [tops.contiguous(), lefts.contiguous(), mirrors.contiguous().view(torch.uint8)]
+    # The interpreter cannot round to bfloat16.
+    stored = torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype
+    out = _augment(images.contiguous(), places, colors, mean, scale, centred, size, stored)
+    return out.to(dtype).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 
 
 def _check_images(images: object, size: object) -> None:
@@ -430,18 +417,6 @@ def _check_images(images: object, size: object) -> None:
     height, width = images.shape[1:3]
     if not 1 <= size <= min(height, width):
         raise ValueError(f"size: expected 1 to the images' {height} x {width}, got {size}")
-
-
-def _check_options(space_to_depth: object, kernel_size: object, dtype: object) -> None:
-    for name, value in (("space_to_depth", space_to_depth), ("kernel_size", kernel_size)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    if space_to_depth not in BLOCK_SIZES:
-        raise ValueError(f"space_to_depth: expected 1 or 4, got {space_to_depth}")
-    if dtype not in (*DTYPES, torch.float64):
-        raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype!r}")
 
 
 def _check(

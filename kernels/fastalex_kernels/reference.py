@@ -6,6 +6,7 @@ matrix. In float64 it is what every kernel is measured against.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,14 +21,15 @@ TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 TF32_TOLERANCE = 1e-3
 
 
-def tolerance(dtype: torch.dtype, length: int) -> float:
+def tolerance(dtype: torch.dtype, length: int, precision: str = "ieee") -> float:
     """The relative error allowed to a result of ``dtype`` whose elements sum ``length`` products.
 
-    Where torch's matmul setting lets float32 products round to TF32, that is what they may cost.
+    Args:
+        precision: of the products, as ``fastalex_kernels.common.tuned.dot_precision`` says.
     """
     if dtype != torch.float32:
         return TOLERANCES[dtype]
-    if length and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if length and precision == "tf32":
         return TF32_TOLERANCE
     return float(TOLERANCES[dtype] * max(1.0, (length / 1000) ** 0.5))
 
@@ -130,25 +132,17 @@ def _part(image: torch.Tensor, top: int, left: int, size: int) -> torch.Tensor:
 
 def augment(
     images: torch.Tensor,
-    tops: torch.Tensor,
-    lefts: torch.Tensor,
-    mirrors: torch.Tensor,
-    colors: torch.Tensor | None = None,
-    mean: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    size: int = 224,
-    padding: int | tuple[int, int] | tuple[tuple[int, int], tuple[int, int]] = 0,
-    space_to_depth: int = 1,
-    kernel_size: int = 11,
-    dtype: torch.dtype = torch.float64,
-    centred: bool = False,
+    crops: Sequence[torch.Tensor],
+    colors: torch.Tensor | None,
+    norm: tuple[torch.Tensor | None, torch.Tensor | None, bool],
+    size: int,
 ) -> torch.Tensor:
-    """Each image by itself: add, subtract, scale, then crop and flip; in float64, then rounded.
+    """Each image by itself: add, subtract, scale, then crop and flip; in float64.
 
     The centre of a mean image is subtracted from the flipped crop.
     """
-    (top, bottom), (left, right) = _sides(padding)
-    crops = torch.zeros(len(images), 3, size, size, dtype=torch.float64, device=images.device)
+    (tops, lefts, mirrors), (mean, scale, centred) = crops, norm
+    output = torch.zeros(len(images), 3, size, size, dtype=torch.float64, device=images.device)
     for n, image in enumerate(images.double()):
         if colors is not None:
             image = image + colors[n]
@@ -161,15 +155,5 @@ def augment(
         if mean is not None and centred:
             middle, centre = ((side - size) // 2 for side in image.shape[:2])
             crop = crop - (mean if mean.dim() == 1 else _part(mean, middle, centre, size))
-        crops[n] = (crop if scale is None else crop * scale).permute(2, 0, 1)
-    output = F.pad(crops, (left, right, top, bottom))
-    if space_to_depth > 1:
-        s = space_to_depth
-        # The blocks that the windows reach, of which there is one every s pixels.
-        height, width = (
-            ((n - kernel_size) // s + -(-kernel_size // s)) * s for n in output.shape[2:]
-        )
-        output = F.pad(output, (0, width - output.shape[3], 0, height - output.shape[2]))
-        blocks = output.unflatten(3, (width // s, s)).unflatten(2, (height // s, s))
-        output = blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
-    return output.to(dtype)
+        output[n] = (crop if scale is None else crop * scale).permute(2, 0, 1)
+    return output

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 import fastalex_kernels as kernels
-from fastalex.data import Batches, MeanImage, Normalization, Share, SyntheticImages, Transform
+from fastalex.data import MeanImage, Normalization, SyntheticImages
 from fastalex.data.augment import COLOR_SCALE, PUBLISHED_NOISE, Augment, ColorNoise
+from fastalex.data.batches import Batches, Share, Transform
 from fastalex.training.validation import fetch
 
 RANDOM = np.random.default_rng(3)

@@ -11,11 +11,13 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from fastalex.data import DataError, FolderImages, Normalization, open_sources
+from fastalex.data import DataError, FolderImages, Normalization
 from fastalex.data import decode as decode_module
 from fastalex.data import folder as folder_module
-from fastalex.data.check_cache import NAME
+from fastalex.data.datasets import open_datasets
 from fastalex.data.decode import read_image
+from fastalex.data.fingerprint import contents
+from fastalex.data.folder import CHECKED
 from tests._pictures import save, smooth
 
 
@@ -56,7 +58,7 @@ def test_a_second_start_decodes_nothing(
     assert again.unreadable == first.unreadable
     assert [path for path, _ in again.unreadable] == [str(tmp_path / "b" / "broken.png")]
     assert names(again) == names(first)
-    assert again.contents() == first.contents()
+    assert contents(again) == contents(first)
     for index in range(len(again)):
         np.testing.assert_array_equal(again.image(index, 16), first.image(index, 16))
 
@@ -64,9 +66,9 @@ def test_a_second_start_decodes_nothing(
 def test_both_parts_of_a_set_are_kept(tmp_path: Path, decoded: list[str]) -> None:
     for part in ("train", "val"):
         folder(tmp_path / part)
-    open_sources(tmp_path, 0, image_size=40, quiet=True)
+    open_datasets(tmp_path, 0, image_size=40, quiet=True)
     del decoded[:]
-    open_sources(tmp_path, 0, image_size=40, quiet=True)
+    open_datasets(tmp_path, 0, image_size=40, quiet=True)
     assert decoded == []
 
 
@@ -110,7 +112,7 @@ def test_a_folder_that_takes_no_file_is_kept_in_the_cache_directory(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = folder(tmp_path / "data")
-    (root / NAME).mkdir()  # even the superuser can't write a file there
+    (root / CHECKED).mkdir()  # even the superuser can't write a file there
     FolderImages(root)
     assert len(list((tmp_path / "cache" / "fastalex").iterdir())) == 1
     del decoded[:]
@@ -118,7 +120,7 @@ def test_a_folder_that_takes_no_file_is_kept_in_the_cache_directory(
     assert decoded == []
     # Another folder of the same names is another one.
     other = folder(tmp_path / "other")
-    (other / NAME).mkdir()
+    (other / CHECKED).mkdir()
     FolderImages(other)
     assert len(decoded) == 9
 
@@ -129,7 +131,7 @@ def test_without_any_place_it_is_checked_each_time(
     (tmp_path / "cache").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = folder(tmp_path / "data")
-    (root / NAME).mkdir()
+    (root / CHECKED).mkdir()
     assert names(FolderImages(root)) == names(FolderImages(root))
     assert len(decoded) == 18
 
@@ -139,9 +141,9 @@ def test_a_damaged_file_costs_a_check_and_no_more(
     tmp_path: Path, decoded: list[str], text: str
 ) -> None:
     FolderImages(folder(tmp_path))
-    whole = (tmp_path / NAME).read_text()
+    whole = (tmp_path / CHECKED).read_text()
     for damaged in (text, whole[: len(whole) // 2], whole.replace('"files": {', '"files": [{')):
-        (tmp_path / NAME).write_text(damaged)
+        (tmp_path / CHECKED).write_text(damaged)
         del decoded[:]
         source = FolderImages(tmp_path)
         assert len(source) == 8
@@ -156,7 +158,7 @@ def test_what_may_pass_is_not_kept(
 ) -> None:
     root = folder(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(folder_module, "try_read", lambda *_: "input/output error")
+        patched.setattr(folder_module, "try_read", lambda *_, **__: "input/output error")
         with pytest.raises(DataError, match="input/output error"):
             FolderImages(root)
     source = FolderImages(root)

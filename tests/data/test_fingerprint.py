@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastalex.data import FolderImages, PackedImages, SyntheticImages
-from fastalex.data.fingerprint import describe_changes
+from fastalex.data.fingerprint import contents, describe_changes
 from fastalex.data.pack import pack
 from tests._pictures import save, smooth
 
@@ -23,9 +23,9 @@ def folder(root: Path, images: dict[str, int]) -> Path:
 
 
 def test_a_folder_is_told_by_names_and_sizes_alone(tmp_path: Path) -> None:
-    before = FolderImages(folder(tmp_path / "first", {"a": 3, "b": 2})).contents()
+    before = contents(FolderImages(folder(tmp_path / "first", {"a": 3, "b": 2})))
     shutil.copytree(tmp_path / "first", tmp_path / "second")
-    copy = FolderImages(tmp_path / "second").contents()
+    copy = contents(FolderImages(tmp_path / "second"))
     assert copy == before
     assert {name: count for name, (count, _) in before.items()} == {"a": 3, "b": 2}
     assert describe_changes(json.loads(json.dumps(before)), copy) == ""
@@ -51,15 +51,15 @@ def test_every_change_of_a_folder_is_described(
     tmp_path: Path, change: Callable[[Path], object], said: str
 ) -> None:
     root = folder(tmp_path, {"a": 3, "b": 2})
-    before = FolderImages(root).contents()
+    before = contents(FolderImages(root))
     change(root)
-    assert describe_changes(before, FolderImages(root).contents()).startswith(said)
+    assert describe_changes(before, contents(FolderImages(root))).startswith(said)
 
 
 def test_of_many_changes_a_few_are_named(tmp_path: Path) -> None:
     before = FolderImages(folder(tmp_path / "a", dict.fromkeys("abcdefgh", 1)))
     now = FolderImages(folder(tmp_path / "b", dict.fromkeys("abcdefgh", 2)))
-    said = describe_changes(before.contents(), now.contents())
+    said = describe_changes(contents(before), contents(now))
     assert said.startswith("a: 1 images before, 2 now; ")
     assert said.endswith("; and 5 more classes")
 
@@ -69,14 +69,14 @@ def test_a_packed_set_is_told_by_names_and_pixels(tmp_path: Path) -> None:
     pack(source, tmp_path / "first", 32, 1, quiet=True)
     save(source / "b" / "b0.png", smooth(30, 31))
     pack(source, tmp_path / "other", 32, 1, quiet=True)
-    first, other = (PackedImages(tmp_path / n, "train").contents() for n in ("first", "other"))
-    assert PackedImages(tmp_path / "first", "train").contents() == first
+    first, other = (contents(PackedImages(tmp_path / n, "train")) for n in ("first", "other"))
+    assert contents(PackedImages(tmp_path / "first", "train")) == first
     assert describe_changes(first, other).startswith("b: other names")
 
 
 def test_the_built_in_set_is_told_by_seed_part_and_count() -> None:
     kinds = (("train", 20), ("val", 20), ("train", 21), ("train", 20, 1))
-    sets = [SyntheticImages(*kind).contents() for kind in kinds]  # type: ignore[arg-type]
+    sets = [contents(SyntheticImages(*kind)) for kind in kinds]  # type: ignore[arg-type]
     assert all(one != other for i, one in enumerate(sets) for other in sets[:i])
-    assert SyntheticImages("train", 20).contents() == sets[0]
+    assert contents(SyntheticImages("train", 20)) == sets[0]
     assert [count for count, _ in sets[2].values()] == [3] + 9 * [2]

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fastalex.data import DataError, FolderImages, decode_size, open_sources
+from fastalex.data import DataError, FolderImages, decode_size
 from fastalex.data import folder as folder_module
+from fastalex.data.datasets import open_datasets
 from fastalex.data.decode import read_image
 from tests._pictures import save, smooth
 
@@ -104,7 +105,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def test_each_file_is_decoded_once_when_the_size_is_known(
     tmp_path: Path, decoded: list[Path]
 ) -> None:
-    train, val = open_sources(dataset(tmp_path), 0, image_size=28, quiet=True)
+    train, val = open_datasets(dataset(tmp_path), 0, image_size=28, quiet=True)
     assert len(decoded) == 8
     for source in (train, val):
         for index in (0, 3, 0):
@@ -133,7 +134,7 @@ def test_an_unknown_class_is_refused_before_anything_is_decoded(
 ) -> None:
     unknown_class(dataset(tmp_path))
     with pytest.raises(DataError, match="newt"):
-        open_sources(tmp_path, 0, quiet=True)
+        open_datasets(tmp_path, 0, quiet=True)
     assert decoded == []
 
 
@@ -154,11 +155,11 @@ def test_another_process_takes_over_what_was_found_unreadable(
     dataset(tmp_path)
     for part in ("train", "val"):
         (tmp_path / part / "a" / "1.jpg").write_text("broken")
-    first = open_sources(tmp_path, 0, quiet=True)
+    first = open_datasets(tmp_path, 0, quiet=True)
     bad = [*first[0].unreadable, *first[1].unreadable]  # type: ignore[attr-defined]
     assert len(bad) == 2
     del decoded[:]
-    again = open_sources(tmp_path, 0, unreadable=bad, quiet=True)
+    again = open_datasets(tmp_path, 0, unreadable=bad, quiet=True)
     assert decoded == []
     for one, other in zip(first, again, strict=True):
         assert one.labels.tolist() == other.labels.tolist() == [0, 1, 1]
@@ -220,8 +221,8 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
     ),
     (
         unknown_class,
-        "{root}/val: class 'newt' is missing from the training images; "
-        "add some there or remove it here",
+        "{root}/val: class 'newt' is none of the classes trained on; "
+        "add training images of it or remove it here",
     ),
 ]
 
@@ -233,7 +234,7 @@ def test_a_folder_that_cannot_be_trained_on_is_refused_in_one_line(
     root = dataset(tmp_path / "data")
     change(root)
     with pytest.raises(DataError) as error:
-        open_sources(root, 0, quiet=True)
+        open_datasets(root, 0, quiet=True)
     assert str(error.value) == message.format(root=root)
 
 
@@ -243,7 +244,7 @@ def test_a_folder_that_cannot_be_trained_on_is_refused_in_one_line(
 def test_a_good_folder_is_opened_in_silence(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    open_sources(dataset(tmp_path), 0)
+    open_datasets(dataset(tmp_path), 0)
     assert capfd.readouterr() == ("", "")
 
 
@@ -253,7 +254,7 @@ def test_files_left_out_are_named_and_counted(
     dataset(tmp_path, count=3)
     (tmp_path / "train" / "b" / "1.jpg").write_text("broken")
     (tmp_path / "val" / "a" / "2.jpg").write_bytes(b"")
-    open_sources(tmp_path, 0)
+    open_datasets(tmp_path, 0)
     out, err = capfd.readouterr()
     assert out == ""
     assert err.splitlines() == [
@@ -269,7 +270,7 @@ def test_of_many_files_left_out_ten_are_named(
     dataset(tmp_path)
     for i in range(13):
         (tmp_path / "train" / "a" / f"broken{i:02d}.jpg").write_text("x")
-    open_sources(tmp_path, 0)
+    open_datasets(tmp_path, 0)
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 11
     expected = "13 of 21 images can't be read and are left out, 3 more than named above"
@@ -279,7 +280,7 @@ def test_of_many_files_left_out_ten_are_named(
 def test_a_class_without_validation_images_is_mentioned(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    train, val = open_sources(dataset(tmp_path, train="abc", val="ac"), 0)
+    train, val = open_datasets(dataset(tmp_path, train="abc", val="ac"), 0)
     assert train.classes == val.classes == ["a", "b", "c"]
     assert val.labels.tolist() == [0, 0, 2, 2]
     expected = "No validation images of b: 1 of 3 classes are trained but not validated\n"

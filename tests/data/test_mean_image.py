@@ -15,21 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastalex.data import (
-    Batches,
-    DataError,
-    MeanImage,
-    Normalization,
-    PackedImages,
-    SyntheticImages,
-    Transform,
-    color_noise,
-    mean_image,
-)
+from fastalex import AlexNet
+from fastalex.data import DataError, MeanImage, Normalization, PackedImages, SyntheticImages
 from fastalex.data.augment import PUBLISHED_NOISE, ColorNoise
+from fastalex.data.batches import Batches, Transform
+from fastalex.data.datasets import color_noise, mean_image
 from fastalex.data.pack import pack
 from fastalex.evaluation import evaluate
-from fastalex.model.reference import ReferenceAlexNet
 from fastalex.model.variants import VARIANTS
 from fastalex.training import prepare, train, trainer
 from fastalex.training.config import Settings
@@ -44,7 +36,6 @@ from fastalex.training.weights import (
     write_tensors,
 )
 from tests import _small_train
-from tests._commands import ROOT, run
 from tests._packing import picture
 from tests._pictures import save
 
@@ -66,22 +57,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def options(*more: str) -> list[str]:
-    small = ["--image-size", str(SIZE), "--batch-size", "8", "--epochs", "1", "--lr", "0.001"]
-    return [str(ROOT / "tests" / "_small_train.py"), *small, "--data", "set", *more]
-
-
 @pytest.fixture(
     scope="module", params=["mean-image", pytest.param("mean-centre", marks=pytest.mark.slow)]
 )
 def trained(request: pytest.FixtureRequest, folder: Path) -> Path:
-    output = folder / request.param
-    process = run(
-        options("--normalization", request.param, "--variant", "owt", "--output", output.name),
-        folder,
-    )
-    assert process.returncode == 0, process.stderr
-    assert f"normalization {request.param}\n" in process.stdout
+    return train_small(folder, "set", request.param)
+
+
+def train_small(folder: Path, data: str, normalization: str) -> Path:
+    """A run in this process, of an epoch of a thin net."""
+    output = folder / f"{data}-{normalization}"
+    small = ["--image-size", str(SIZE), "--batch-size", "8", "--epochs", "1", "--lr", "0.001"]
+    small += ["--variant", "owt", "--normalization", normalization]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(VARIANTS, "owt", _small_train.thin(VARIANTS["owt"]))
+        assert train.main([*small, "--data", str(folder / data), "--output", str(output)]) == 0
     return output
 
 
@@ -105,14 +95,11 @@ def test_the_weights_file_has_it_and_the_loss_is_that_of_images_less_it(
     assert found is not None
     np.testing.assert_array_equal(found, mean)
     about = metadata["normalization"]["mean_image"]
-    assert about["centred"] == (trained.name == "mean-centre")
+    assert about["centred"] == trained.name.endswith("mean-centre")
     assert metadata["normalization"]["std"] == [1, 1, 1]
     assert set(load_file(path)) == {*weights, MEAN_IMAGE}
     losses = []
-    net = ReferenceAlexNet(2, variant="owt")
-    for index in (1, 4, 6):
-        net.classifier[index] = torch.nn.Linear(*weights[f"classifier.{index}.weight"].T.shape)
-    net.double().eval()
+    net = AlexNet(2, variant=_small_train.thin(VARIANTS["owt"]), fused=False).double().eval()
     net.load_state_dict(weights)
     val = PackedImages(folder / "set", "val")
     for i in range(len(val)):
@@ -180,19 +167,17 @@ def test_the_recipes_of_the_papers_subtract_it() -> None:
     }
 
 
-@pytest.mark.slow
-def test_images_without_one_have_their_channels_mean_subtracted(folder: Path) -> None:
+def test_images_without_one_have_their_channels_mean_subtracted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And the run says so."""
     assert mean_image(SyntheticImages("train", 3), "mean-image", 8) is None
     norm = Normalization((1.0, 2.0, 3.0), (4.0, 5.0, 6.0)).scaled("mean-image", None)
     assert norm == Normalization((1.0, 2.0, 3.0), (1.0, 1.0, 1.0))
-    command = options("--normalization", "mean-centre", "--variant", "owt", "--max-steps", "1")
-    command[command.index("set")] = "source"
-    process = run([*command, "--output", "plain"], folder)
-    assert process.returncode == 0, process.stderr
+    output = train_small(folder, "source", "mean-centre")
     expected = "normalization mean (only a packed set has a mean image, for mean-centre)\n"
-    assert expected in process.stdout
-    assert load_mean_image(folder / "plain" / "model.safetensors") is None
+    assert expected in capsys.readouterr().out
+    assert load_mean_image(output / "model.safetensors") is None
 
 
 @pytest.mark.parametrize("kind", ["unit", "mean", "imagenet"])

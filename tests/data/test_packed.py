@@ -16,18 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastalex.data import (
-    Batches,
-    DataError,
-    Normalization,
-    PackedImages,
-    Transform,
-    decode_size,
-    open_sources,
-    packed,
-)
+from fastalex.data import DataError, Normalization, PackedImages, decode_size, packed
 from fastalex.data.__main__ import main
-from fastalex.data.batches import load_pixels
+from fastalex.data.batches import Batches, Transform
+from fastalex.data.datasets import open_datasets
 from fastalex.data.decode import read_whole
 from fastalex.data.fingerprint import digest
 from fastalex.data.pack import pack
@@ -75,9 +67,9 @@ def root(once: Path, tmp_path: Path) -> Path:
 def test_training_from_a_set_sees_what_training_from_the_folder_sees(
     root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from_set = open_sources(root, 0, IMAGE_SIZE)
+    from_set = open_datasets(root, 0, IMAGE_SIZE)
     assert capfd.readouterr() == ("", "")
-    from_folder = open_sources(tmp_path / "source", 0, IMAGE_SIZE, quiet=True)
+    from_folder = open_datasets(tmp_path / "source", 0, IMAGE_SIZE, quiet=True)
     for ours, theirs, count in zip(from_set, from_folder, (35, 6), strict=True):
         assert len(ours) == count
         assert ours.classes == theirs.classes
@@ -120,7 +112,7 @@ def test_another_size_is_resized_and_said_so(
     for part in ("train", "val"):
         save(tmp_path / "source" / part / "a" / "1.png", smooth(80, 64))
     pack(tmp_path / "source", tmp_path / "set", 64, 1, quiet=True)
-    train, _ = open_sources(tmp_path / "set", 0, 28)
+    train, _ = open_datasets(tmp_path / "set", 0, 28)
     expected = "Images packed at 64 pixels are resized to 32 as they are read\n"
     assert capfd.readouterr().err == expected
     direct = oracle(tmp_path / "source" / "train" / "a" / "1.png", 32).astype(int)
@@ -135,7 +127,7 @@ def test_a_class_without_validation_images_is_mentioned(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pack(write(tmp_path / "source", val="a"), tmp_path / "set", 8, 1, quiet=True)
-    open_sources(tmp_path / "set", 0)
+    open_datasets(tmp_path / "set", 0)
     assert "No validation images of b: 1 of 2 classes" in capfd.readouterr().err
 
 
@@ -152,7 +144,7 @@ def test_a_large_jpeg_is_packed_from_all_its_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_a_batch_of_bytes_is_page_locked_where_there_is_a_gpu(
+def test_a_batch_is_one_piece_of_memory_page_locked_where_there_is_a_gpu(
     root: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool
 ) -> None:
     asked = []
@@ -162,14 +154,19 @@ def test_a_batch_of_bytes_is_page_locked_where_there_is_a_gpu(
         asked.append(pin_memory)
         return empty(*arguments, **options)  # type: ignore[call-overload, no-any-return]
 
+    images = PackedImages(root, "train")
+    unit = Normalization((0.0,) * 3, (1.0,) * 3)
+    batches = Batches(images, 5, Transform(IMAGE_SIZE, unit, "full"), 0, True)
     monkeypatch.setattr(torch, "empty", recording)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    images = PackedImages(root, "train")
-    batch = load_pixels(images.image, np.array([30, 2, 2]), SIZE)
+    batch = next(batches.epoch(0))
     assert asked == [gpu]
-    assert batch.dtype == torch.uint8
-    for found, index in zip(batch, (30, 2, 2), strict=True):
-        np.testing.assert_array_equal(found.numpy(), images.image(index, SIZE))
+    for found, label, index in zip(batch.images, batch.labels, batch.indices, strict=True):
+        np.testing.assert_array_equal(found.numpy(), images.image(int(index), SIZE))
+        assert label == images.labels[index]
+    copied = (*batch.inputs, batch.labels)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in copied}) == 1
+    assert all(tensor.is_contiguous() for tensor in copied)
 
 
 # Damage
@@ -263,7 +260,7 @@ def test_a_set_that_cannot_be_verified_is_refused(
 def test_a_damaged_set_is_not_trained_on(root: Path, damage: Callable[[Path], str]) -> None:
     expected = damage(root)
     with pytest.raises(DataError) as error:
-        open_sources(root, 0)
+        open_datasets(root, 0)
     assert str(error.value).startswith(expected)
 
 
@@ -320,9 +317,10 @@ def test_a_disk_that_fails_is_tried_again_and_then_named(
     def failing(*arguments: object) -> object:
         if failures:
             raise failures.pop()
-        return open(*arguments)  # type: ignore[call-overload]
+        return preadv(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(packed, "open", failing, raising=False)
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", failing)
     np.testing.assert_array_equal(images.image(3, SIZE), expected)
     assert len(pauses) == 1
     failures += [OSError(errno.EIO, "Input/output error")] * 9
@@ -381,7 +379,7 @@ def test_arrays_of_other_kinds_are_refused_though_their_checksums_are_right(
     change(root)
     rewrite(root, lambda _: None)
     with pytest.raises(DataError, match=message) as error:
-        open_sources(root, 0)
+        open_datasets(root, 0)
     assert str(error.value).startswith(str(root))
     assert "\n" not in str(error.value)
 
@@ -412,7 +410,7 @@ def test_manifests_of_no_set_are_refused_though_their_checksum_is_right(
 ) -> None:
     rewrite(root, change)
     with pytest.raises(DataError) as error:
-        open_sources(root, 0)
+        open_datasets(root, 0)
     assert str(error.value).startswith(f"{root}/packed.json: sizes, counts or classes")
 
 
@@ -420,7 +418,7 @@ def test_manifests_of_no_set_are_refused_though_their_checksum_is_right(
 def test_a_manifest_that_is_no_manifest_is_refused(root: Path, text: str) -> None:
     (root / "packed.json").write_text(text)
     with pytest.raises(DataError, match=r"packed.json: damaged, or not a packed set's"):
-        open_sources(root, 0)
+        open_datasets(root, 0)
 
 
 def test_names_of_another_number_are_refused(root: Path) -> None:

@@ -10,17 +10,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from fastalex.data import (
-    Batches,
-    FolderImages,
-    Normalization,
-    PackedImages,
-    Share,
-    Transform,
-    decode_size,
-)
+from fastalex.data import FolderImages, Normalization, PackedImages, decode_size
 from fastalex.data.augment import BOX_WORDS, draw_box
-from fastalex.data.batches import WHOLE
+from fastalex.data.batches import WHOLE, Batches, Share, Transform
 from fastalex.data.pack import pack
 from tests._packing import picture
 from tests._pictures import save

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fastalex.data import TRAIN_COUNT, VAL_COUNT, SyntheticImages, open_sources
+from fastalex.data import TRAIN_COUNT, VAL_COUNT, SyntheticImages
 from fastalex.data.base import Pixels
+from fastalex.data.datasets import open_datasets
 from tests import _commands
 
 CLASSES = [
@@ -33,7 +34,7 @@ def pictures(name: str, size: int = 64, count: int = 40) -> list[Pixels]:
 
 
 def test_open_sources_without_a_folder_gives_the_ten_classes_in_equal_numbers() -> None:
-    train, val = open_sources(None, seed=0)
+    train, val = open_datasets(None, seed=0)
     assert (len(train), len(val)) == (TRAIN_COUNT, VAL_COUNT)
     for source in (train, val):
         assert source.classes == CLASSES == sorted(CLASSES)

@@ -231,5 +231,5 @@ def test_a_run_config_travels_as_json(tmp_path: Path, monkeypatch: pytest.Monkey
     again = RunConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     for name in ("settings", "world", "folder", "classes", "normalization", "unreadable", "resume"):
         assert getattr(again, name) == getattr(config, name)
-    lengths = [[len(s) for s in sources or ()] for sources in (config.sources, again.sources)]
+    lengths = [[len(s) for s in both or ()] for both in (config.datasets, again.datasets)]
     assert lengths[0] == lengths[1] != []

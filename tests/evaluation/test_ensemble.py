@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,13 +22,11 @@ from fastalex.evaluation.ensemble import (
     Ensemble,
     Scores,
     crop_places,
-    open_training,
-    open_validation,
+    open_dataset,
     rank_classes,
 )
 from fastalex.evaluation.published import RESULTS, is_imagenet
 from fastalex.training.weights import load_mean_image, load_model
-from tests._commands import run
 from tests._nets import CLASSES, SIZE, random_weights
 
 
@@ -171,7 +170,7 @@ def test_what_is_to_be_said_of_a_packed_set_is_said_once(
 ) -> None:
     pack(folder / "data", tmp_path / "set", 50, 1, quiet=True)
     ensemble = Ensemble.load([folder / "a"])
-    counts = [len(f(tmp_path / "set", ensemble)) for f in (open_validation, open_training)]
+    counts = [len(open_dataset(tmp_path / "set", part, ensemble)) for part in ("val", "train")]
     assert counts == [2 * len(CLASSES), 3 * len(CLASSES)]
     expected = f"Images packed at 50 pixels are resized to {decode_size(SIZE)} as they are read\n"
     assert capsys.readouterr().err == expected
@@ -220,14 +219,15 @@ def test_data_of_other_classes_are_refused(
         assert "classes" in error
 
 
-def test_a_bad_image_is_named_and_the_others_are_not_lost(folder: Path, tmp_path: Path) -> None:
+def test_a_bad_image_is_named_and_the_others_are_not_lost(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad, good = tmp_path / "bad.png", folder / "data" / "val" / "red" / "0.png"
     bad.write_bytes(b"text")
-    command = ["-m", "fastalex.predict", str(bad), str(good), "--weights", str(folder / "a")]
-    process = run([*command, "--top", "2"], tmp_path)
-    assert process.returncode == 2
-    assert process.stderr == f"predict: error: {bad}: not an image\n"
-    assert len(process.stdout.splitlines()) == 3
+    assert predict.main([*map(str, (bad, good)), "--weights", str(folder / "a"), "--top", "2"]) == 2
+    said = capsys.readouterr()
+    assert said.err == f"predict: error: {bad}: not an image\n"
+    assert len(said.out.splitlines()) == 3
 
 
 # Figures.
@@ -241,8 +241,13 @@ METRICS = [
 
 
 def test_figures_are_pictures_of_the_right_size(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name, rows in (("_PICTURES", 4), ("_QUERIES", 1)):  # one row each
+        monkeypatch.setattr(figures, name, rows)
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(record) + "\n" for record in METRICS))
     out = tmp_path / "out"
@@ -288,7 +293,7 @@ def test_neighbours_are_the_nearest_by_features(folder: Path) -> None:
     images = np.stack([train.image(i, side) for i in range(len(train))])
     features = ensemble.features(images).double().numpy()
     for row, query in zip(rows, figures.spread(val, len(rows)), strict=True):
-        mine = ensemble.features(val.image(query, side)[None]).double().numpy()
+        mine = ensemble.features(np.stack([val.image(query, side)])).double().numpy()
         order = np.argsort(((features - mine) ** 2).sum(1))[: len(row.nearest)]
         expected = [train.image(int(i), 224) for i in order]
         assert all(np.array_equal(a, p) for (p, _), a in zip(row.nearest, expected, strict=True))
@@ -340,13 +345,16 @@ def test_metrics_that_are_none_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_without_matplotlib_one_line_says_what_to_install(folder: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['matplotlib'] = None; from fastalex import figures; "
-        f"sys.exit(figures.main(['--weights', {str(folder / 'a')!r}]))"
-    )
-    process = run(["-c", code], tmp_path)
-    assert process.returncode == 2
-    assert process.stderr.count("\n") == 1
-    assert "fastalex[figures]" in process.stderr
+def test_without_matplotlib_one_line_says_what_to_install(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = ["--weights", str(folder / "a"), "--output", str(tmp_path / "out")]
+    assert figures.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "fastalex[figures]" in error
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from tests._commands import alive, end, start, wait_until, workers
 from tests._runs import SCRIPT, steps
+from tests.faults._forks import WORKER, Fork, Forks
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -20,6 +22,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node"]
 OPTIONS = ["--image-size", "64", "--batch-size", "8", "--threads", "1", "--log-every", "1"]
 OPTIONS += ["--checkpoint-every", "3", "--output", "run"]
 EPOCHS = ["--epochs", "14"]
+PORT = 29611 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # tests run at once
 TIMEOUT = 12  # seconds of --timeout: steps take some 50 ms, but on a busy machine
 
 
@@ -33,7 +36,7 @@ def command(launcher: str, *options: str, script: str = SCRIPT, processes: int =
 def node(number: int, address: str, *options: str, script: str = SCRIPT) -> list[str]:
     """torchrun on one of two machines, with one process; ``address`` is machine 0's."""
     torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    torchrun += ["--node-rank", str(number), "--master-addr", address, "--master-port", "29611"]
+    torchrun += ["--node-rank", str(number), "--master-addr", address, "--master-port", str(PORT)]
     return [*torchrun, script, *OPTIONS, "--timeout", str(TIMEOUT), *options]
 
 
@@ -65,12 +68,24 @@ def leftovers(run: Path) -> int:
 
 @contextmanager
 def training(
-    launcher: str, folder: Path, *options: str, script: str = SCRIPT, processes: int = 2
-) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A run in its first epochs, and its workers; none of them is left afterwards."""
+    launcher: str,
+    folder: Path,
+    *options: str,
+    script: str = SCRIPT,
+    processes: int = 2,
+    forks: Forks | None = None,
+) -> Iterator[tuple[subprocess.Popen[str] | Fork, list[int]]]:
+    """A run in its first epochs, and its workers; none of them is left afterwards.
+
+    ``forks`` takes a moment where our launcher runs SCRIPT.
+    """
     arguments = command(launcher, *EPOCHS, *options, script=script, processes=processes)
-    process = start(arguments, folder)
-    word = "spawn_main" if launcher == "ours" else Path(script).name
+    process: subprocess.Popen[str] | Fork
+    if forks is not None and launcher == "ours":
+        process, word = forks.start(arguments[1:], folder), WORKER
+    else:
+        process = start(arguments, folder)
+        word = "spawn_main" if launcher == "ours" else Path(script).name
     pids: list[int] = []
     try:
         # Long enough for the processes to have told each other of a step, twice a second or so.
@@ -84,7 +99,7 @@ def training(
 
 
 def line_after(
-    process: subprocess.Popen[str], text: str, started: float, seconds: float = TIMEOUT
+    process: subprocess.Popen[str] | Fork, text: str, started: float, seconds: float = TIMEOUT
 ) -> tuple[str, float]:
     """The next line on stderr with ``text``, and how many seconds after ``started`` it came."""
     assert process.stderr is not None

@@ -1,4 +1,4 @@
-"""The table that all faults go into; it is printed at the end."""
+"""What the fault tests share: forks, and a table of all faults, which is printed at the end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,21 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests._small_train import STEP_SECONDS
+from tests.faults._forks import Forks
 from tests.faults._table import Table
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    with Forks() as made:
+        yield made
+
+
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes tell each other of a step twice a second or so: what is to be named has to be."""
+    monkeypatch.setenv(STEP_SECONDS, "0.05")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 /* LD_PRELOAD: the n-th operation that changes a file below FAULT_ROOT fails or is the last one.
  *
  * FAULT_STATE names a file that all processes map: how many such operations there were, at which
- * of them something happens (0: never), what, and with which errno. */
+ * of them something happens (0: never), what, and with which errno; then a letter for each. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -19,7 +19,7 @@
 
 enum { KILL = 1, KILL_HALFWAY, KILL_GROUP, TERMINATE, FAIL_ONCE, FAIL_FOR_GOOD };
 
-static struct { long count, at, kind, error; } *state;
+static struct { long count, at, kind, error; char letters[4096]; } *state;
 static const char *root;
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
@@ -57,8 +57,9 @@ static int ours_open(int file) {
 }
 
 /* Count an operation; 1 where it is to fail. `frees`: a full disk lets it pass. */
-static int fails(int frees) {
+static int fails(int frees, char letter) {
     long number = __atomic_add_fetch(&state->count, 1, __ATOMIC_SEQ_CST);
+    if (number < (long)sizeof state->letters) state->letters[number] = letter;
     if (!state->at || number < state->at) return 0;
     int now = number == state->at;
     if (now && state->kind == KILL_GROUP) kill(0, SIGKILL);
@@ -78,43 +79,43 @@ ssize_t write(int file, const void *data, size_t size) {
             __atomic_add_fetch(&state->count, 1, __ATOMIC_SEQ_CST);
             return REAL(write)(file, data, size / 2); /* what still had room */
         }
-        if (fails(0)) return -1;
+        if (fails(0, 'w')) return -1;
     }
     return REAL(write)(file, data, size);
 }
 
 ssize_t pwrite(int file, const void *data, size_t size, off_t at) {
-    return ours_open(file) && fails(0) ? -1 : REAL(pwrite)(file, data, size, at);
+    return ours_open(file) && fails(0, 'w') ? -1 : REAL(pwrite)(file, data, size, at);
 }
 
 ssize_t writev(int file, const struct iovec *parts, int count) {
-    return ours_open(file) && fails(0) ? -1 : REAL(writev)(file, parts, count);
+    return ours_open(file) && fails(0, 'w') ? -1 : REAL(writev)(file, parts, count);
 }
 
-int fsync(int file) { return ours_open(file) && fails(0) ? -1 : REAL(fsync)(file); }
+int fsync(int file) { return ours_open(file) && fails(0, 's') ? -1 : REAL(fsync)(file); }
 
 int ftruncate(int file, off_t size) {
-    return ours_open(file) && fails(1) ? -1 : REAL(ftruncate)(file, size);
+    return ours_open(file) && fails(1, 't') ? -1 : REAL(ftruncate)(file, size);
 }
 
 int ftruncate64(int file, off64_t size) {
-    return ours_open(file) && fails(1) ? -1 : REAL(ftruncate64)(file, size);
+    return ours_open(file) && fails(1, 't') ? -1 : REAL(ftruncate64)(file, size);
 }
 
 int rename(const char *from, const char *to) {
-    return ours(to) && fails(1) ? -1 : REAL(rename)(from, to);
+    return ours(to) && fails(1, 'r') ? -1 : REAL(rename)(from, to);
 }
 
 int link(const char *from, const char *to) {
-    return ours(to) && fails(0) ? -1 : REAL(link)(from, to);
+    return ours(to) && fails(0, 'l') ? -1 : REAL(link)(from, to);
 }
 
-int unlink(const char *path) { return ours(path) && fails(1) ? -1 : REAL(unlink)(path); }
+int unlink(const char *path) { return ours(path) && fails(1, 'u') ? -1 : REAL(unlink)(path); }
 
-int rmdir(const char *path) { return ours(path) && fails(1) ? -1 : REAL(rmdir)(path); }
+int rmdir(const char *path) { return ours(path) && fails(1, 'd') ? -1 : REAL(rmdir)(path); }
 
 int mkdir(const char *path, mode_t mode) {
-    return ours(path) && fails(0) ? -1 : REAL(mkdir)(path, mode);
+    return ours(path) && fails(0, 'm') ? -1 : REAL(mkdir)(path, mode);
 }
 
 #define OPEN(name)                                                           \
@@ -123,7 +124,7 @@ int mkdir(const char *path, mode_t mode) {
         va_start(rest, flags);                                               \
         mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0; \
         va_end(rest);                                                        \
-        if (flags & O_CREAT && ours(path) && fails(0)) return -1;            \
+        if (flags & O_CREAT && ours(path) && fails(0, 'o')) return -1;            \
         return REAL(name)(path, flags, mode);                                \
     }
 

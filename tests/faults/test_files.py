@@ -10,17 +10,18 @@ import errno
 import json
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 
-from tests._commands import ROOT, environment
 from tests._runs import contents, digest, records
+from tests.faults._forks import Forks
 from tests.faults._table import Table
 
 pytestmark = [
@@ -34,40 +35,45 @@ OPTIONS = ["--image-size", "64", "--batch-size", "20", "--epochs", "2", "--max-s
 OPTIONS += ["--checkpoint-every", "1", "--log-every", "1", "--keep-checkpoints", "1"]
 OPTIONS += ["--threads", "1"]
 # As in inject.c.
+NUMBERS, LETTERS = struct.Struct("4q"), 4096
 KILL, KILL_HALFWAY, KILL_GROUP, TERMINATE, FAIL_ONCE, FAIL_FOR_GOOD = range(1, 7)
 NAMES = {KILL: "kill -9", KILL_HALFWAY: "kill -9", KILL_GROUP: "kill -9", TERMINATE: "SIGTERM"}
 
 
+class Ended(NamedTuple):
+    """How a run ended, and the processes of it that are left."""
+
+    code: int
+    err: str
+    left: list[int]
+
+
 class World:
-    """Runs below one folder, in which files are counted and fail."""
+    """Runs below one folder, in which changes of files are counted and fail."""
 
     def __init__(self, folder: Path) -> None:
         self.runs, self.state = folder / "runs", folder / "state"
         self.runs.mkdir()
-        self.state.write_bytes(bytes(32))
+        self.state.write_bytes(bytes(NUMBERS.size + LETTERS))
         library = folder / "inject.so"
         source = Path(__file__).with_name("inject.c")
         subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-        self.forks = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "faults" / "forks.py")],
-            env={
-                **environment(),
-                "LD_PRELOAD": str(library),
-                "FAULT_ROOT": str(self.runs),
-                "FAULT_STATE": str(self.state),
-            },
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+        self.forks = Forks(
+            LD_PRELOAD=str(library), FAULT_ROOT=str(self.runs), FAULT_STATE=str(self.state)
         )
 
-    def run(self, arguments: list[str], state: list[int]) -> dict[str, Any]:
-        """A run to its end, and the processes of it that are left."""
-        assert self.forks.stdin is not None
-        assert self.forks.stdout is not None
-        print(json.dumps([arguments, state]), file=self.forks.stdin, flush=True)
-        answer: dict[str, Any] = json.loads(self.forks.stdout.readline())
-        return {**answer, "left": _group(answer["group"])}
+    def run(self, arguments: list[str], *fault: int) -> Ended:
+        """A run to its end; ``fault`` is the number of the change, the kind, and the errno."""
+        with open(self.state, "rb+") as file:
+            file.write(NUMBERS.pack(0, *(fault or (0, 0, 0))))
+        process = self.forks.start(arguments, self.runs)
+        _, err = process.communicate()
+        return Ended(process.returncode or 0, err, _group(process.pid))
+
+    def letters(self) -> str:
+        """A letter for each change of a file that the last run made."""
+        state = self.state.read_bytes()
+        return state[NUMBERS.size + 1 :][: NUMBERS.unpack_from(state)[0]].decode()
 
 
 def _group(leader: int) -> list[int]:
@@ -75,7 +81,7 @@ def _group(leader: int) -> list[int]:
     last, found = time.monotonic() + 2, [leader]
     while found and time.monotonic() < last:
         found = []
-        for entry in Path("/proc").iterdir():
+        for entry in filter(lambda entry: entry.name.isdigit(), Path("/proc").iterdir()):
             try:
                 stat = (entry / "stat").read_text().rpartition(")")[2].split()
             except OSError:
@@ -88,13 +94,12 @@ def _group(leader: int) -> list[int]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     made = World(tmp_path_factory.mktemp("faults"))
-    yield made
-    made.forks.kill()
-    made.forks.wait()
+    with made.forks:
+        yield made
 
 
 class Expected:
-    """What a run of ``processes`` that nothing happens to leaves, and how many changes it makes."""
+    """What a run of ``processes`` that nothing happens to leaves, and the changes that it makes."""
 
     def __init__(self, world: World, processes: int) -> None:
         self.run = world.run
@@ -102,30 +107,41 @@ class Expected:
         self.processes = {1: "1 process", 2: "2 towers", 4: "2 x 2"}[processes]
         self.folder = world.runs / f"whole-{processes}"
         self.next = world.runs / f"run-{processes}"
-        done = self.run([*self.options, "--output", str(self.folder)], [0, 0, 0, 0])
-        assert done["code"] == 0, done["err"]
-        self.count: int = done["count"]
-        assert self.count > 50
+        done = self.run([*self.options, "--output", str(self.folder)])
+        assert done.code == 0, done.err
+        self.letters = world.letters()
+        assert len(self.letters) > 50
 
-    def suffer(self, table: Table, at: int, kind: int, error: int = 0) -> dict[str, Any]:
+    def places(self, each: int, kinds: str = "") -> list[int]:
+        """Changes of files: of every kind (or of ``kinds``) up to ``each``, evenly spaced."""
+        found = []
+        for kind in sorted(set(kinds or self.letters)):
+            all_places = [i for i, letter in enumerate(self.letters, 1) if letter == kind]
+            number = min(each, len(all_places))
+            found += [
+                all_places[(2 * i + 1) * len(all_places) // (2 * number)] for i in range(number)
+            ]
+        return sorted(found)
+
+    def suffer(self, table: Table, at: int, kind: int, error: int = 0) -> Ended:
         """One fault and the same command again; what is wrong then is asserted."""
         once = "once" if kind == FAIL_ONCE else "for good"
         what = NAMES.get(kind) or f"{errno.errorcode[error]} {once}"
         shutil.rmtree(self.next, ignore_errors=True)
         command = [*self.options, "--output", str(self.next)]
-        faulty = self.run(command, [0, at, kind, error])
+        faulty = self.run(command, at, kind, error)
         since = time.monotonic()
-        again = self.run(command, [0, 0, 0, 0])
+        again = self.run(command)
         seconds = time.monotonic() - since
-        where = f"{what} at {at} of {self.count}: {faulty['err']}{again['err']}"
-        assert again["code"] == 0, where
+        where = f"{what} at {at} of {len(self.letters)}: {faulty.err}{again.err}"
+        assert again.code == 0, where
         equal = all(
             digest(self.next, name) == digest(self.folder, name)
             for name in ("model.safetensors", "best.safetensors")
         ) and records(self.next) == records(self.folder)
         names = {path.relative_to(self.next) for path in contents(self.next)}
         left = names - {path.relative_to(self.folder) for path in contents(self.folder)}
-        orphans = [*faulty["left"], *again["left"]]
+        orphans = [*faulty.left, *again.left]
         table.add(f"{what}, {self.processes}", equal, len(left), len(orphans), seconds)
         assert equal, where
         assert not left, where
@@ -140,37 +156,32 @@ def whole(request: pytest.FixtureRequest, world: World) -> Expected:
     return Expected(world, request.param)
 
 
-def _places(whole: Expected, of_many: int, of_few: int) -> range:
-    """Changes of files, evenly spaced: many of one process, few of several."""
-    number = of_many if whole.processes == "1 process" else of_few
-    step = max(1, whole.count // number)
-    return range(1 + step // 2, whole.count + 1, step)
-
-
 def test_killed_at_a_change_of_a_file(whole: Expected, fault_table: Table) -> None:
-    for number, at in enumerate(_places(whole, 20, 4)):
+    alone = whole.processes == "1 process"
+    for number, at in enumerate(whole.places(7 if alone else 1)):
         kind = (KILL, KILL_HALFWAY, KILL_GROUP)[number % 3]
         faulty = whole.suffer(fault_table, at, kind)
-        if whole.processes == "1 process":
-            assert faulty["code"] == -signal.SIGKILL
+        if alone:
+            assert faulty.code == -signal.SIGKILL
 
 
 def test_asked_to_end_at_a_change_of_a_file(whole: Expected, fault_table: Table) -> None:
-    for at in _places(whole, 6, 2):
+    for at in whole.places(*(1,) if whole.processes == "1 process" else (1, "rw")):
         faulty = whole.suffer(fault_table, at, TERMINATE)
-        assert faulty["code"] in (0, 75), faulty["err"]  # 0 where all was done
-        if faulty["code"]:
-            assert len(faulty["err"].splitlines()) == 1, faulty["err"]
-            assert faulty["err"].startswith("train: stopped by SIGTERM ")
+        assert faulty.code in (0, 75), faulty.err  # 0 where all was done
+        if faulty.code:
+            assert len(faulty.err.splitlines()) == 1, faulty.err
+            assert faulty.err.startswith("train: stopped by SIGTERM ")
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("kind", [FAIL_ONCE, FAIL_FOR_GOOD])
 def test_a_disk_that_fails(whole: Expected, fault_table: Table, kind: int, error: int) -> None:
-    for at in _places(whole, 4, 1):
+    alone = whole.processes == "1 process"
+    for at in whole.places(1, "mosw" if alone else "w"):
         faulty = whole.suffer(fault_table, at, kind, error)
-        if faulty["code"] == 0:  # nothing that the run needs
+        if faulty.code == 0:  # nothing that the run needs
             continue
-        assert faulty["code"] in (1, 2), faulty["err"]
-        assert len(faulty["err"].splitlines()) == 1, faulty["err"]
-        assert faulty["err"].startswith("train: error: ")
+        assert faulty.code in (1, 2), faulty.err
+        assert len(faulty.err.splitlines()) == 1, faulty.err
+        assert faulty.err.startswith("train: error: ")

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from tests._commands import alive, descendants, end, environment, run, wait_until
+from tests._commands import alive, descendants, end, environment, wait_until
 from tests._runs import digest
+from tests.faults._forks import Forks
 from tests.faults._runs import EPOCHS, command, leftovers, line_after, linux, node, trained
 from tests.faults._table import Table
 
-pytestmark = [pytest.mark.slow, linux]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("slow_steps"), linux]
 
 NAMES = ("fastalex-a", "fastalex-b")
 ADDRESSES = ("10.213.7.1", "10.213.7.2")  # of a /30 that exists in the two namespaces alone
@@ -82,10 +83,10 @@ def _end(processes: list[subprocess.Popen[str]]) -> None:
 
 @pytest.mark.usefixtures("machines")
 def test_both_sides_of_a_cut_link_say_so_and_the_run_goes_on(
-    tmp_path: Path, fault_table: Table
+    tmp_path: Path, forks: Forks, fault_table: Table
 ) -> None:
     (tmp_path / "whole").mkdir()
-    whole = run(command("ours", *EPOCHS), tmp_path / "whole")
+    whole = forks.run(command("ours", *EPOCHS)[1:], tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
 
     processes = [_start(machine, tmp_path) for machine in (0, 1)]

@@ -12,9 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests._commands import ROOT, alive, end, environment, run, start, wait_until, workers
+from fastalex.training.weights import load_weights
+from tests._commands import alive, end, environment, start, wait_until, workers
 from tests._runs import SCRIPT, contents, digest, records, steps
+from tests.faults._forks import WORKER, Forks
 from tests.faults._table import Table
 
 pytestmark = [
@@ -28,12 +31,15 @@ OPTIONS += ["--log-every", "1", "--lr", "0.0005"]
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, forks: Forks
+) -> Path:
     """The folder of a run that nothing happened to; its name ends with the number of processes."""
-    folder = tmp_path_factory.mktemp("whole") / f"run-{request.param}"
-    done = run([SCRIPT, *OPTIONS, "--gpus", str(request.param), "--output", str(folder)], ROOT)
+    folder = tmp_path_factory.mktemp("whole")
+    run = f"run-{request.param}"
+    done = forks.run([*OPTIONS, "--gpus", str(request.param), "--output", run], folder)
     assert done.returncode == 0, done.stderr
-    return folder
+    return folder / run
 
 
 def _wait_for_step(folder: Path, step: int) -> None:
@@ -59,14 +65,19 @@ def _assert_as(folder: Path, whole: Path) -> None:
     ],
 )
 def test_a_signal_saves_within_an_epoch(
-    whole: Path, tmp_path: Path, fault_table: Table, signum: signal.Signals, group: bool
+    whole: Path,
+    tmp_path: Path,
+    forks: Forks,
+    fault_table: Table,
+    signum: signal.Signals,
+    group: bool,
 ) -> None:
     processes = whole.name[-1]
-    command = [SCRIPT, *OPTIONS, "--gpus", processes, "--output", "run"]
-    process = start(command, tmp_path)
+    command = [*OPTIONS, "--gpus", processes, "--output", "run"]
+    process = forks.start(command, tmp_path)
     try:
         _wait_for_step(tmp_path / "run", 5)
-        pids = [process.pid, *workers(process.pid)]
+        pids = [process.pid, *workers(process.pid, WORKER)]
         since = time.monotonic()
         (os.killpg if group else os.kill)(process.pid, signum)
         _, stderr = process.communicate(timeout=30)
@@ -85,7 +96,7 @@ def test_a_signal_saves_within_an_epoch(
     assert int(found[1]) == steps(tmp_path / "run")[-1]  # nothing that was done is lost
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
     orphans = sum(map(alive, pids))
-    again = run(command, tmp_path)
+    again = forks.run(command, tmp_path)
     assert again.returncode == 0, again.stderr
     assert f"resumed: after step {found[1]}" in again.stdout
     _assert_as(tmp_path / "run", whole)
@@ -93,20 +104,20 @@ def test_a_signal_saves_within_an_epoch(
     assert not orphans
 
 
-def test_of_two_starts_at_once_one_goes_on(whole: Path, tmp_path: Path) -> None:
-    command = [SCRIPT, *OPTIONS, "--gpus", whole.name[-1], "--output", "run"]
+def test_of_two_starts_at_once_one_goes_on(whole: Path, tmp_path: Path, forks: Forks) -> None:
+    command = [*OPTIONS, "--gpus", whole.name[-1], "--output", "run"]
     # What a kill leaves is there for both to find, as after a requeue.
-    first = start(command, tmp_path)
+    first = forks.start(command, tmp_path)
     _wait_for_step(tmp_path / "run", 3)
     os.killpg(first.pid, signal.SIGKILL)
     end(first)
-    both = [start([*command, "--epochs", "2"], tmp_path) for _ in range(2)]
+    both = [forks.start(command, tmp_path) for _ in range(2)]
     try:
-        ended = [(process, *process.communicate(timeout=120)) for process in both]
+        ended = [(process, *process.communicate()) for process in both]
     finally:
         for process in both:
             end(process)
-    codes = sorted(int(process.returncode) for process, _, _ in ended)
+    codes = sorted(process.returncode or 0 for process, _, _ in ended)
     refused = [stderr for process, _, stderr in ended if process.returncode == 2]
     if codes == [0, 0]:  # one waited until the other had finished
         assert ["is finished" in stdout for _, stdout, _ in ended].count(True) == 1
@@ -117,8 +128,30 @@ def test_of_two_starts_at_once_one_goes_on(whole: Path, tmp_path: Path) -> None:
     _assert_as(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("whole", [2], indirect=True)
+def test_two_processes_leave_off_where_one_goes_on(
+    whole: Path, tmp_path: Path, forks: Forks
+) -> None:
+    first = forks.start([*OPTIONS, "--gpus", "2", "--output", "run"], tmp_path)
+    _wait_for_step(tmp_path / "run", 3)
+    os.kill(first.pid, signal.SIGTERM)
+    assert first.wait() == 75
+    again = forks.run(["--resume", "run", "--gpus", "1"], tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "1 processes instead of 2" in again.stdout
+    assert "to rounding, not bit for bit" in again.stdout
+    for ours, theirs in zip(records(tmp_path / "run"), records(whole), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)  # a handful of steps
+    weights = load_weights(whole / "model.safetensors")[0]
+    for name, weight in load_weights(tmp_path / "run" / "model.safetensors")[0].items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("whole", [2], indirect=True)
 @pytest.mark.parametrize("output", [True, False])
-def test_torchrun_restarts_go_on(tmp_path: Path, fault_table: Table, output: bool) -> None:
+def test_torchrun_restarts_go_on(
+    whole: Path, tmp_path: Path, fault_table: Table, output: bool
+) -> None:
     """A killed worker of torchrun's: its next attempt is the same command."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     place = ["--output", "runs/run"] if output else []
@@ -138,9 +171,7 @@ def test_torchrun_restarts_go_on(tmp_path: Path, fault_table: Table, output: boo
     assert re.search(r"resumed: after step (6|9|12|15|18)", stdout)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
     assert steps(folder) == list(range(1, 41))
-    done = run([SCRIPT, *OPTIONS, "--gpus", "2", "--output", "whole"], tmp_path)
-    assert done.returncode == 0, done.stderr
-    equal = digest(folder) == digest(tmp_path / "whole")
+    equal = digest(folder) == digest(whole)
     fault_table.add("kill -9, torchrun --max-restarts", equal, 0, 0, seconds)
     assert equal
 

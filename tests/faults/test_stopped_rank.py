@@ -15,6 +15,7 @@ import pytest
 
 from tests._commands import alive, run
 from tests._runs import digest, steps
+from tests.faults._forks import Forks
 from tests.faults._runs import (
     EPOCHS,
     TIMEOUT,
@@ -27,19 +28,19 @@ from tests.faults._runs import (
 )
 from tests.faults._table import Table
 
-pytestmark = [pytest.mark.slow, linux]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("slow_steps"), linux]
 
 HOST = socket.gethostname()
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
+def whole(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Callable[[int], str]:
     """The weights' digest of a run of so many processes to which nothing happened."""
 
     @functools.cache
     def digest_of(processes: int) -> str:
         folder = tmp_path_factory.mktemp("whole")
-        done = run(command("ours", *EPOCHS, processes=processes), folder)
+        done = forks.run(command("ours", *EPOCHS, processes=processes)[1:], folder)
         assert done.returncode == 0, done.stderr
         return digest(folder / "run")
 
@@ -53,12 +54,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
 def test_a_stopped_process_is_named_within_the_timeout(
     tmp_path: Path,
     whole: Callable[[int], str],
+    forks: Forks,
     fault_table: Table,
     launcher: str,
     processes: int,
     rank: int,
 ) -> None:
-    with training(launcher, tmp_path, processes=processes) as (process, pids):
+    with training(launcher, tmp_path, processes=processes, forks=forks) as (process, pids):
         os.kill(pids[rank], signal.SIGSTOP)
         line, taken = line_after(process, "train: error:", time.monotonic())
         print(f"{launcher}, rank {rank} of {processes}: {taken:.1f} s, {line}", end="")
@@ -68,7 +70,8 @@ def test_a_stopped_process_is_named_within_the_timeout(
         assert 0 < int(found[1]) <= steps(tmp_path / "run")[-1] + 1
         process.communicate(timeout=60)  # torchrun itself waits half a minute before it kills
         assert process.returncode == 1
-    again = run(command(launcher, *EPOCHS, processes=processes), tmp_path)
+    # By whatever launcher: the same number of processes gives the same bits.
+    again = forks.run(command("ours", *EPOCHS, processes=processes)[1:], tmp_path)
     assert again.returncode == 0, again.stderr
     equal = digest(tmp_path / "run") == whole(processes)
     orphans = sum(map(alive, pids))
@@ -97,8 +100,8 @@ def test_a_process_that_does_not_go_on_is_named(tmp_path: Path) -> None:
     assert "at step 6" in line
 
 
-def test_a_run_that_was_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
-    with training("ours", tmp_path, "--epochs", "1000") as (process, pids):
+def test_a_run_that_was_stopped_as_a_whole_goes_on(tmp_path: Path, forks: Forks) -> None:
+    with training("ours", tmp_path, "--epochs", "1000", forks=forks) as (process, pids):
         os.killpg(process.pid, signal.SIGSTOP)
         time.sleep(2 * TIMEOUT)
         os.killpg(process.pid, signal.SIGCONT)

@@ -17,7 +17,7 @@ from PIL import Image
 from tests._commands import descendants, end, start, wait_until
 from tests.faults._runs import changed, linux, node, trained
 
-pytestmark = [pytest.mark.slow, linux]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("slow_steps"), linux]
 
 
 @contextmanager

@@ -232,12 +232,39 @@ def test_programs_take_turns_on_the_processors(programs: int, slots: int, turns:
     assert end == pytest.approx(turns * (1e6 * slots + 1500))
 
 
+def test_places_that_stay_free_take_no_time() -> None:
+    few, many = (cost.schedule(GPUS["h100"], [1e6] * 264, slots) for slots in (2, 8))
+    assert few == many
+
+
 def test_resident_programs() -> None:
     gpu = GPUS["h100"]
     assert cost.resident(gpu, registers=154, shared=0, warps=8) == 1  # 160 * 256 of 65536
     assert cost.resident(gpu, registers=128, shared=0, warps=8) == 2
     assert cost.resident(gpu, registers=16, shared=98368, warps=8) == 2
     assert cost.resident(gpu, registers=16, shared=0, warps=8) == 8  # threads
+
+
+def test_a_loop_in_a_loop_counts_apart() -> None:
+    """Two instructions, an outer loop of four and the inner one of two."""
+    text = "".join(
+        f"{label}\n /*{16 * number:04x}*/ {name} ;\n"
+        for number, (label, name) in enumerate(
+            [
+                ("", "MOV R1, R2"),
+                (".L_x_1:", "MOV R3, R2"),
+                (".L_x_2:", "FADD R4, R4, R3"),
+                ("", "@P0 BRA `(.L_x_2)"),
+                ("", "STG.E [R2.64], R4"),
+                ("", "IADD3 R2, R2, 0x1, RZ"),
+                ("", "@P1 BRA `(.L_x_1)"),
+                ("", "EXIT"),
+            ]
+        )
+    )
+    found = sass.loops(sass.parse(text))
+    assert found == [range(1, 7), range(2, 4)]
+    assert sass.lengths(8, found) == [2, 4, 2]
 
 
 LISTING = """
@@ -259,7 +286,8 @@ LISTING = """
 def test_a_loop_is_what_returns_to_its_label() -> None:
     """The slow way of a wait, moved behind the end, jumps into the loop and is no loop itself."""
     instructions = sass.parse(LISTING)
-    (loop,) = sass.loops(instructions)
+    ((start, stop),) = [(at.start, at.stop) for at in sass.loops(instructions)]
+    loop = instructions[start:stop]
     assert [i.name.split(".")[0] for i in loop] == ["LDGSTS", "BRA", "HGMMA", "BRA"]
     assert sum(i.product for i in loop) == 1
     assert sass.tensor_cycles(loop, warps=8, flops_per_cycle=4096) == 2 * 128 / 2

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import fastalex_kernels
 from fastalex_kernels import reference
+from fastalex_kernels.common.tuned import dot_precision
 from fastalex_kernels.reference import relative_error, tolerance
 
 NAMES = ("input", "weight", "bias")
@@ -191,12 +192,13 @@ def measure(
     expected = run_reference(case, tensors, make_gradient(case, tensors, results["output"]))
     assert results.keys() == expected.keys()
     lengths = reductions(case, results["output"])
+    precision = dot_precision(tensors[0], case.op)
     errors, bounds = {}, {}
     for name, ref in expected.items():
         assert results[name].shape == ref.shape, name
         assert results[name].dtype == dtype, name
         errors[name] = relative_error(results[name], ref)
-        bounds[name] = tolerance(dtype, lengths.get(name, 0))
+        bounds[name] = tolerance(dtype, lengths.get(name, 0), precision)
     return errors, bounds
 
 

@@ -43,7 +43,7 @@ def _linear(rows: int) -> object:
 def _augment(images: int) -> object:
     x = torch.empty(images, 256, 256, 3, dtype=torch.uint8)
     first, mirrors = torch.empty(images, dtype=torch.int64), torch.empty(images, dtype=torch.bool)
-    return fk.augment(x, first, first, mirrors, space_to_depth=4)
+    return fk.augment(x, fk.Crops(first, first, mirrors))
 
 
 REFUSED: dict[str, Callable[[], object]] = {

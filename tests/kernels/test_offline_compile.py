@@ -31,6 +31,7 @@ TENSOR_CORES = {
     "sm_120": r"HMMA\.16816\.F32",
     "gfx942": r"v_mfma_f32_\w+16",
 }
+TF32_CORES = {"sm_80": r"HMMA\.1688\.F32\.TF32", "sm_90": r"HGMMA\.64x\d+x8\.F32\.TF32"}
 # Kernels that hold products: convolutions and fully connected layers.
 DOTS = re.compile(r"_conv2d_(relu_fwd|bwd_weight)|_linear_(relu_dropout_fwd|bwd_weight)")
 
@@ -50,6 +51,8 @@ def _check(target: str, launches: list[Launch], wide: bool = True) -> None:
             assert (code.stack, code.spills) == (0, 0), f"{where}: {code.registers} registers"
         if target == "gfx942":
             assert code.spills == 0, f"{where}: {code.registers} registers"
+        if launch.named.get("PRECISION") == "tf32":
+            assert code.count(TF32_CORES[target]), where
         if wide and DOTS.match(launch.name):
             assert code.count(TENSOR_CORES[target]), where
             if target == "gfx942":
@@ -73,6 +76,7 @@ STEPS = [
 
 # One layer of each family of kernels in the quick suite.
 QUICK = [("sm_90", "bf16", 1, layer) for layer in ("augment", "conv4", "pool5", "fc8", "loss")]
+QUICK += [("sm_90", "fp32", 1, "conv4")]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +90,11 @@ QUICK = [("sm_90", "bf16", 1, layer) for layer in ("augment", "conv4", "pool5", 
 def test_a_step(target: str, dtype: str, towers: int, layer: str) -> None:
     launches = [launch for launch in _step(target, dtype, towers) if launch.layer == layer]
     _check(target, launches, wide=dtype == "bf16")
+    tf32 = {x.named["PRECISION"] == "tf32" for x in launches if "PRECISION" in x.named}
+    # As torch's settings are: convolutions round to TF32 where there is cuDNN, products do not.
+    if tf32:
+        rounds = dtype == "fp32" and layer.startswith("conv") and target.startswith("sm_")
+        assert tf32 == {rounds}
 
 
 # Target, dtype and batch of a layer by autograd. At batch 32 tiles hold several pixels, and their

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+
+from fastalex.distributed import world
+from fastalex.distributed.world import World
+from fastalex.training import train, trainer
 from fastalex.training.config import Settings
 from fastalex.training.options import parse_arguments
+from fastalex.training.weights import read_metadata
+from tests._runs import OPTIONS
 
 
 @pytest.mark.parametrize(
@@ -24,6 +36,76 @@ def test_defaults_follow_the_device(
 ) -> None:
     settings = Settings.choose(parse_arguments(options), device)
     assert (settings.fused_update, settings.cuda_graph) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "bf16", "expected"),
+    [
+        ([], False, "float32"),
+        ([], True, "bf16"),
+        (["--precision", "auto"], True, "bf16"),
+        (["--precision", "float32"], True, "float32"),
+        (["--precision", "tf32"], True, "tf32"),
+    ],
+)
+def test_precision_follows_the_gpu_unless_it_is_given(
+    options: list[str], bf16: bool, expected: str
+) -> None:
+    assert Settings.choose(parse_arguments(options), "cuda", bf16).precision == expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True)])
+def test_a_gpu_has_bf16_from_compute_capability_8(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert world.has_bf16(World("cuda", 1, 1, 1)) is expected
+    done = subprocess.CompletedProcess([], 0, "{} {}\n".format(*capability))
+    monkeypatch.setattr(world.subprocess, "run", lambda *_, **__: done)
+    assert world.has_bf16(World("cuda", 2, 2, 1)) is expected
+    assert not world.has_bf16(World("cpu", 1, 1, 1))
+
+
+def test_tf32_holds_for_the_run_alone(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before, seen = [each.fp32_precision for each in settings], []
+    real = trainer.Trainer._train_step
+
+    def train_step(self: trainer.Trainer, batch: Any) -> None:
+        seen.append([each.fp32_precision for each in settings])
+        real(self, batch)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", train_step)
+    for precision, expected in (("tf32", ["tf32"] * 2), ("float32", before)):
+        command = [*OPTIONS, "--max-steps", "1", "--precision", precision, "--output", precision]
+        assert train.main(command) == 0
+        assert seen.pop() == expected
+        assert [each.fp32_precision for each in settings] == before
+        report = json.loads((here / precision / "run.json").read_text())
+        assert report["settings"]["precision"] == precision
+
+
+def test_a_run_goes_on_in_the_precision_it_used(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One for which a GPU chose bf16 goes on with it where there is none, by the same command."""
+    command = [*OPTIONS, "--max-steps", "2", "--output", "run"]
+    real = trainer.Trainer._train_step
+
+    def train_step(self: trainer.Trainer, batch: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        real(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastalex.training.prepare.has_bf16", lambda world: True)
+        patch.setattr(trainer.Trainer, "_train_step", train_step)
+        assert train.main(command) == 75
+    assert "precision: bf16 (" in capsys.readouterr().out
+    assert train.main([*command, "--precision", "float32"]) == 2
+    assert "--precision bf16 and not --precision float32" in capsys.readouterr().err
+    assert train.main(command) == 0
+    assert "precision: bf16 (" in capsys.readouterr().out
+    assert read_metadata(here / "run" / "model.safetensors")["precision"] == "bf16"
 
 
 @pytest.mark.parametrize(

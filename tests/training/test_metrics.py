@@ -11,10 +11,10 @@ import torch
 from fastalex.common.timing import Stopwatch
 from fastalex.distributed.exchange import counted_times
 from fastalex.training import metrics, train
-from fastalex.training.metrics import RunningMetrics, TensorBoard, kernel_grid
+from fastalex.training.metrics import RunningMetrics, TensorBoard
 
 
-def test_records_and_kernels_come_back(tmp_path: Path) -> None:
+def test_records_come_back(tmp_path: Path) -> None:
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator",
         reason="needs the package of the extra 'tensorboard'",
@@ -23,7 +23,6 @@ def test_records_and_kernels_come_back(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         writer.add({"kind": "step", "step": step, "loss": 1 / step, "grad_norm": None})
     writer.add({"kind": "epoch", "step": 3, "val_loss": 0.5, "top1": 0.25, "top5": 0.75})
-    writer.add_kernels(torch.randn(96, 3, 11, 11), 3)
     writer.close()
     again = TensorBoard(tmp_path, step=1)  # resumed after step 1
     again.add({"kind": "step", "step": 2, "loss": 7.0})
@@ -43,17 +42,6 @@ def test_a_missing_package_is_one_line_and_exit_code_2(
     assert len(said.splitlines()) == 1
     assert "fastalex[tensorboard]" in said
     assert list(tmp_path.iterdir()) == []
-
-
-def test_kernels_are_scaled_each_on_its_own() -> None:
-    weight = torch.zeros(17, 3, 2, 2)
-    weight[0, 0, 0, 0], weight[16, 2, 1, 1] = 5.0, -0.001
-    picture = kernel_grid(weight)
-    assert picture.shape == (3, 2 * 3 * 4, 16 * 3 * 4)
-    assert picture[0, 0, 0] == 1.0
-    assert picture[2, 3 * 4 + 4, 4] == 0.0  # second row, lower right weight
-    assert picture[1, 0, 0] == 0.5
-    assert picture.min() == 0
 
 
 def test_waiting_exchange_and_the_rest_add_up() -> None:

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastalex import AlexNet
 from fastalex.training.autograd_step import LossScaler
 from fastalex.training.config import Settings
 from fastalex.training.optim import (
+    PaperSGD,
     Rates,
     build_optimizer,
     gradient_norms,
@@ -22,6 +24,7 @@ from fastalex.training.optim import (
 )
 from fastalex.training.options import parse_arguments
 from fastalex.training.schedule import Schedule
+from tests._nets import narrow
 
 NAMES = ["classifier.6.weight", "classifier.6.bias"]
 RATES = [0.5, 0.5, 0.05, 0.05]  # a drop in the middle
@@ -29,7 +32,7 @@ RATES = [0.5, 0.5, 0.05, 0.05]  # a drop in the middle
 
 @pytest.fixture(scope="module")
 def nets() -> dict[str, AlexNet]:
-    return {name: AlexNet(2, variant=name) for name in ("paper", "source2012", "caffe")}
+    return {name: AlexNet(2, variant=narrow(name)) for name in ("paper", "source2012", "caffe")}
 
 
 def _by_hand(
@@ -154,6 +157,43 @@ def test_a_step_that_overflows_anywhere_is_left_out_everywhere(
     # The first step came second, and is the first all the same: v = g + wd w.
     expected = before - 0.5 * (1 + 5e-4 * before)
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts values that the host reads from tensors, as ``item`` and ``bool`` do."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("unscaled", [True, False])
+def test_the_host_does_not_look_for_overflows(unscaled: bool) -> None:
+    """GradScaler's step by the paper's rule: as without one, or without any change at all."""
+    weight = torch.tensor([1.0, -2.0], requires_grad=True)
+    other = weight.detach().clone().requires_grad_()
+    optimizer, plain = (PaperSGD([w], 0.5, 0.75, 0.25) for w in (weight, other))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for gradient in ([0.5, 0.25], [math.inf, 1.0], [2.0, -1.0]):
+        scaler.scale(weight @ torch.tensor(gradient)).backward()
+        with HostReads() as reads:
+            if unscaled:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+        assert reads.count == 0
+        scaler.update()
+        optimizer.zero_grad()
+        if math.isfinite(gradient[0]):
+            other.grad = torch.tensor(gradient)
+            plain.step()
+        assert torch.equal(weight, other)
+        assert torch.equal(
+            *(o.state[w]["momentum_buffer"] for o, w in ((optimizer, weight), (plain, other)))
+        )
 
 
 def test_momentum_buffers_come_back(nets: dict[str, AlexNet]) -> None:

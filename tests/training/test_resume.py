@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import random
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,100 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastalex.data import sources
+from fastalex.data import datasets
 from fastalex.distributed import launch
 from fastalex.training import train, trainer
 from fastalex.training.checkpoints import find
 from fastalex.training.metrics import MetricsLog
 from fastalex.training.run_folder import RunFolder
 from fastalex.training.weights import load_weights
-from tests._commands import end, run, start, wait_until
-from tests._runs import (
-    EPOCH,
-    OPTIONS,
-    SCRIPT,
-    STEPS,
-    checkpoints,
-    contents,
-    digest,
-    records,
-    steps,
-)
-
-# In real processes, killed by SIGKILL
-
-
-class Killed:
-    """A whole run, and the same one killed in the middle of its second epoch."""
-
-    def __init__(self, folder: Path, gpus: int) -> None:
-        self.whole, self.killed = folder / "whole", folder / "killed"
-        # The two processes update their weights in backward.
-        options = [SCRIPT, *OPTIONS, "--gpus", str(gpus), *["--fused-update"][: gpus - 1]]
-        done = run([*options, "--output", str(self.whole)], folder)
-        assert done.returncode == 0, done.stderr
-        # Anywhere between two checkpoints, another place each time.
-        step = random.SystemRandom().randrange(EPOCH + 1, 2 * EPOCH)
-        process = start([*options, "--output", str(self.killed)], folder)
-        try:
-            metrics = self.killed / "metrics.jsonl"
-            wait_until(lambda: metrics.exists() and len(steps(self.killed)) >= step, "trained")
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            end(process)
-        assert len(steps(self.killed)) < STEPS
-
-
-@pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Killed:
-    return Killed(tmp_path_factory.mktemp("one"), gpus=1)
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Killed:
-    return Killed(tmp_path_factory.mktemp("two"), gpus=2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", ["one", "two"])
-def test_a_killed_run_goes_on_bit_for_bit(
-    request: pytest.FixtureRequest, tmp_path: Path, processes: str
-) -> None:
-    runs: Killed = request.getfixturevalue(processes)
-    folder = tmp_path / "run"
-    shutil.copytree(runs.killed, folder)
-    newest = checkpoints(folder)[-1]
-    again = run([SCRIPT, "--resume", str(folder)], tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert again.stderr == ""
-    assert f"resumed: after step {newest}, from " in again.stdout
-    assert "note:" not in again.stdout
-    assert digest(folder) == digest(runs.whole)
-    assert digest(folder, "best.safetensors") == digest(runs.whole, "best.safetensors")
-    assert records(folder) == records(runs.whole)
-    assert steps(folder) == list(range(1, STEPS + 1))
-    report = json.loads((folder / "run.json").read_text())
-    assert report["status"] == "finished"
-    assert [entry["step"] for entry in report["resumed"]] == [newest]
-    assert not list(folder.rglob("*.tmp"))
-
-
-@pytest.mark.slow
-def test_two_processes_leave_off_where_one_goes_on(two: Killed, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(two.killed, folder)
-    again = run([SCRIPT, "--resume", str(folder), "--gpus", "1"], tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert "1 processes instead of 2" in again.stdout
-    assert "to rounding, not bit for bit" in again.stdout
-    for ours, theirs in zip(records(folder), records(two.whole), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)  # a handful of steps
-    weights = load_weights(two.whole / "model.safetensors")[0]
-    for name, weight in load_weights(folder / "model.safetensors")[0].items():
-        torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-4)
-
-
-# In this process, stopped by an exception
+from tests._runs import OPTIONS, STEPS, checkpoints, contents, digest, records, steps
 
 
 def _stop_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +165,7 @@ def test_what_a_resumed_run_cannot_take_is_refused(
 def test_other_images_are_refused(
     stopped: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "TRAIN_COUNT", 30)
+    monkeypatch.setattr(datasets, "TRAIN_COUNT", 30)
     before = contents(here)
     assert train.main(["--resume", stopped]) == 2
     said = capsys.readouterr().err

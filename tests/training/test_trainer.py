@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fastalex import AlexNet
-from fastalex.data import Batches, Normalization, Transform
+from fastalex.data import Normalization
+from fastalex.data.batches import Batches, Transform
 from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.launch import TrainingError
 from fastalex.distributed.world import World
@@ -25,6 +27,7 @@ from fastalex.training.progress import StuckLoss
 from fastalex.training.run_config import RunConfig
 from fastalex.training.run_folder import RunFolder
 from fastalex.training.validation import Accuracy, evaluate
+from tests._nets import narrow
 
 ALONE = World("cpu", processes=1, towers=1, threads=1)
 
@@ -70,13 +73,13 @@ def _plan(folder: Path, source: FewImages, *arguments: str) -> RunConfig:
         source.classes,
         Normalization((127.0,) * 3, (64.0,) * 3),
         unreadable=[],
-        sources=(source, source),
+        datasets=(source, source),
     )
 
 
 @pytest.fixture(scope="module")
 def net() -> AlexNet:
-    return AlexNet(2, variant="owt")
+    return AlexNet(2, variant=narrow("owt"))
 
 
 @pytest.fixture
@@ -109,6 +112,46 @@ def test_accuracies_are_those_of_a_count_by_hand(classes: int) -> None:
     assert accuracy.top5 == pytest.approx(top5)
     assert accuracy.loss == pytest.approx(sum(losses) / 23, rel=1e-5)  # float32 logits
     assert model.training
+
+
+class NoCopies(TorchFunctionMode):
+    """Refuses to copy numbers of the host to a device, which would have the host wait."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        of_host = func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor) or any(
+            isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in args
+        )
+        if of_host and isinstance(made, torch.Tensor):
+            assert made.device.type == "cpu", f"{func}: a copy from the host"
+        return made
+
+
+def test_a_validation_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device without data what reads a number fails, and so would a copy from the host."""
+    meta = torch.device("meta")
+    source = FewImages([0, 1, 2] * 4, classes=3)
+    batches = Batches(
+        source, 5, Transform(8, Normalization((0.0,) * 3, (1.0,) * 3)), 0, train=False
+    )
+    parallel = ParallelContext(ALONE)
+    parallel.device = meta
+    sums = []
+
+    def sum_replicas(values: torch.Tensor) -> torch.Tensor:
+        sums.append(values)
+        return torch.tensor([24.0, 3.0, 6.0, 12.0])
+
+    monkeypatch.setattr(parallel, "sum_replicas", sum_replicas)
+    fetched = [batch.empty(meta) for batch in batches.epoch(0)]
+    monkeypatch.setattr("fastalex.training.validation.fetch", lambda *_: fetched)
+    monkeypatch.setattr(batches, "augment", lambda images, *_: images.permute(0, 3, 1, 2).float())
+    with NoCopies():
+        accuracy = evaluate(Lookup(torch.empty(256, 3, device=meta)), batches, parallel)  # type: ignore[arg-type]
+    assert accuracy == Accuracy(2.0, 0.25, 0.5)
+    assert [x.device for x in sums] == [meta]
 
 
 @pytest.mark.usefixtures("here")

@@ -9,7 +9,6 @@ import signal
 import stat
 import time
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 import torch
@@ -61,8 +60,6 @@ def test_safetensors_itself_reads_every_type(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
-    with pytest.raises(TypeError, match=r"'c': .* torch.complex64"):
-        save_weights(tmp_path / "other", {"c": torch.zeros(1, dtype=torch.complex64)}, METADATA)
     assert [p.name for p in tmp_path.iterdir()] == ["w"]
 
 
@@ -72,7 +69,7 @@ def test_a_full_disk_is_told_how_much_is_needed(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(weights, "_write_safetensors", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     text = r"No space left on device, the file needs 3 MB and \d+ MB are free: '.*/w'$"
     with pytest.raises(OSError, match=text):
         save_weights(tmp_path / "w", {"w": torch.zeros(600_000)}, METADATA)
@@ -131,15 +128,16 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
     save_weights(path, _tensors(), {"epoch": 1})
     before = path.read_bytes()
 
-    def half(file: BinaryIO, *_: object) -> None:
-        file.write(before[:40])
+    def half(path: Path, data: bytes) -> None:
+        with open(path, "wb") as file:
+            file.write(data[:40])
         raise OSError("No space left on device")
 
     def fail(*_: object) -> None:
         raise OSError("No space left on device")
 
     if fails_in == "write":
-        monkeypatch.setattr(weights, "_write_safetensors", half)
+        monkeypatch.setattr(Path, "write_bytes", half)
     else:
         monkeypatch.setattr(f"fastalex.training.weights.os.{fails_in}", fail)
     with pytest.raises(OSError, match="No space left"):

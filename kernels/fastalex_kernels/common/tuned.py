@@ -63,17 +63,16 @@ def choosing(chooser: Callable[[Key, Tile], Tile]) -> Iterator[None]:
         _chooser = previous
 
 
-def tile_entry(
-    tiles: Mapping[tuple[str, int], Tile], x: torch.Tensor, kernel: str, *sizes: int
-) -> Tile:
+def tile_entry(tiles: Mapping[Any, Tile], x: torch.Tensor, kernel: str, *sizes: int) -> Tile:
     """The tile of a problem of ``sizes``: one tuned on this GPU, or what a table holds for ``x``.
 
     Args:
-        tiles: by (target, bits of an operand).
+        tiles: by (target, bits of an operand, or ``"tf32"``).
         kernel: the name that tuned tiles bear.
     """
     name, bits = target(x.device), 8 * x.element_size()
-    return tuned(tiles.get((name, bits)) or tiles["other", bits], x, kernel, *sizes)
+    own = tiles.get((name, bits)) or tiles["other", bits]
+    return tuned(tiles.get((name, dot_precision(x, kernel)), own), x, kernel, *sizes)
 
 
 def tuned(own: Tile, x: torch.Tensor, kernel: str, *sizes: int) -> Tile:
@@ -84,7 +83,7 @@ def tuned(own: Tile, x: torch.Tensor, kernel: str, *sizes: int) -> Tile:
         x: an operand.
         kernel: the name that what was tuned bears.
     """
-    kind = "tf32" if dot_precision(x.dtype) == "tf32" else str(x.dtype).removeprefix("torch.")
+    kind = "tf32" if dot_precision(x, kernel) == "tf32" else str(x.dtype).removeprefix("torch.")
     key = (kernel, kind, sizes)
     if _chooser is not None:
         return _chooser(key, own)
@@ -97,10 +96,20 @@ def cut(block: int, size: int) -> int:
     return max(16, min(block, int(triton.next_power_of_2(size))))
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """``tl.dot``'s input precision: TF32 for float32 where torch's matmul setting allows it."""
-    # Torch's setting is slow to read, and this runs before every launch.
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+def dot_precision(x: torch.Tensor, kernel: str) -> str:
+    """``tl.dot``'s input precision: TF32 for float32 where torch's own settings say so.
+
+    Convolutions follow cuDNN's, which is TF32 unless changed, as far as there is cuDNN; other
+    products follow that of matmul.
+    """
+    if x.dtype != torch.float32:
+        return "ieee"
+    # Torch's settings are slow to read, and this runs before every launch.
+    if not kernel.startswith("conv2d"):
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    else:
+        tf32 = target(x.device).startswith("sm_")
+        tf32 = tf32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if tf32 else "ieee"
 
 

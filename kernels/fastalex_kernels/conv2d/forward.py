@@ -44,6 +44,7 @@ from fastalex_kernels.conv2d.arguments import (
     space_to_depth_weight,
     spell_out,
 )
+from fastalex_kernels.conv2d.columns import conv2d_backward_input_columns, pixels_as_columns
 from fastalex_kernels.conv2d.tiles import halved_warps, row_blocks, split_channels, tma_fits
 from fastalex_kernels.conv2d.weight import conv2d_relu_backward_weight
 
@@ -56,6 +57,8 @@ _FORWARD_TILES = {
     ("sm_100", 16): (128, 128, 64, 8, 4),
     ("gfx942", 16): (128, 128, 32, 8, 2),
     ("other", 16): (128, 128, 32, 8, 3),
+    ("sm_80", "tf32"): (128, 64, 32, 8, 3),
+    ("sm_90", "tf32"): (128, 128, 32, 8, 3),
     ("sm_90", 32): (64, 64, 32, 8, 4 if TRITON < (3, 9) else 3),  # each spills with the other
     ("other", 32): (64, 64, 32, 8, 3),
     ("interpreter", 16): (2048, 512, 512, 4, 1),  # where an operation costs the same at any size
@@ -400,6 +403,9 @@ def conv2d_relu_backward_input(
     here: dx then is the gradient before the ReLU, and what comes with it are partials of its sum
     over all but the channels, float32 [parts, G*C], the gradient of the bias there.
     """
+    pixels = pixels_as_columns(dz, w, groups) if mask is None else 0
+    if pixels:
+        return conv2d_backward_input_columns(dz, w, size, padding, groups, pixels), None
     (R, S, C, _), (top, _), (left, _) = w.shape, *padding
     pad = (R - 1 - top, S - 1 - left)
     return _convolve(dz, w, None, size, C, pad, groups, relu=False, reverse=True, mask=mask)
@@ -451,7 +457,7 @@ def _convolve(
         launch(
             _conv2d_relu_fwd_kernel, grid, x, w, b, *made, *sizes, **constants,
             W_TAP=rows * columns, W_GROUP=columns // groups, W_C=strides[0], W_K=strides[1],
-            ONE_PIXEL=one_pixel, PRECISION=dot_precision(x.dtype), counted=counted,
+            ONE_PIXEL=one_pixel, PRECISION=dot_precision(x, name), counted=counted,
         )  # fmt: skip
     return output, None if sums is None else fold(sums)
 

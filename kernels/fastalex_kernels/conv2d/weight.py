@@ -36,6 +36,8 @@ _WEIGHT_TILES = {
     ("sm_100", 16): (128, 128, 64, 8, 4),
     ("gfx942", 16): (64, 64, 32, 4, 2),
     ("other", 16): (128, 64, 32, 8, 2),
+    ("sm_80", "tf32"): (128, 64, 32, 8, 3),
+    ("sm_90", "tf32"): (128, 128, 32, 8, 3),
     ("other", 32): (64, 64, 32, 8, 3),
     ("interpreter", 16): (2048, 512, 512, 4, 1),
     ("interpreter", 32): (2048, 512, 512, 4, 1),
@@ -341,7 +343,8 @@ def conv2d_relu_backward_weight(
     launch(
         _conv2d_bwd_weight_kernel, (programs, split, groups), *operands, part, N, H, W, P, Q,
         G=groups, C=C, K=K, R=R, S=S, PAD_H=padding[0][0], PAD_W=padding[1][0], SPLIT=split,
-        EVEN_ROWS=even_rows, TMA=tma, PRECISION=dot_precision(x.dtype), **tile, num_stages=stages,
+        EVEN_ROWS=even_rows, TMA=tma, PRECISION=dot_precision(x, "conv2d weight"), **tile,
+        num_stages=stages,
         num_warps=halved_warps(warps, tile["TAPS"] * rows, columns, 8 * x.element_size()),
         counted=max(H * W * N, P * Q * N, part[..., 0].numel()),
     )  # fmt: skip

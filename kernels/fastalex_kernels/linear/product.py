@@ -122,7 +122,7 @@ def operands(a: torch.Tensor, w: torch.Tensor, tile: dict[str, int], split: int 
         "EVEN_M": M % m == 0,
         "EVEN_N": N % n == 0,
         "EVEN_K": K % (k * split) == 0,
-        "PRECISION": dot_precision(a.dtype),
+        "PRECISION": dot_precision(a, "linear"),
         **tile,
     }
     blocks: tuple[Any, Any] = (a, w)

@@ -9,7 +9,7 @@ to compute no normalised value twice and to shuffle nothing:
 * A program takes a strip of 7 columns, which hold 3 pooled columns, and goes down its rows: the
   bottom row of one window is kept as the top row of the next.
 * The maximum and its position are found at once. A float32's bits are turned into an integer of
-  the same order, and its 4 lowest bits, 2^-20 of the value, are replaced by 8 - position: one
+  the same order, and its 4 lowest bits, 2^-20 of the value, are replaced by 15 - position: one
   integer maximum does both, and of equals the first wins. Positions beyond the border repeat the
   last row or column, which never changes a maximum nor wins a tie.
 * With s = alpha / size, d = s (k / s + sum of squares). The sums start at k / s, and the factor
@@ -173,18 +173,23 @@ def _column_keys(
 
 
 @triton.jit
-def _max3(k0, k1, k2):
-    """The largest of three columns' keys, their low bits 2, 1 and 0 for the columns."""
-    return tl.maximum(tl.maximum((k0 & -16) | 2, (k1 & -16) | 1), k2 & -16)
+def _max3(k0, k1, k2, first):
+    """The largest of three columns' keys, their low bits first, first - 1 and first - 2."""
+    return tl.maximum(
+        tl.maximum((k0 & -16) | first, (k1 & -16) | (first - 1)), (k2 & -16) | (first - 2)
+    )
 
 
 @triton.jit
 def _row_keys(
-    x_ptr, h, w, W, pixel, chunk, mask, left, right,
+    x_ptr, h, w, W, pixel, chunk, mask, left, right, first,
     START: tl.constexpr, SIGNED: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr,
     STRIP: tl.constexpr,
 ):  # fmt: skip
-    """The maxima over 3 columns, at the STRIP pooled columns that start at column w of row h."""
+    """The maxima over 3 columns, at the STRIP pooled columns that start at column w of row h.
+
+    The low bits of a first column are ``first``.
+    """
     row = x_ptr + (h * W).to(tl.int64) * pixel
     x_ptr = row + w * pixel
     keys = (_column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T),)
@@ -193,42 +198,40 @@ def _row_keys(
         keys += (_column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T),)  # type: ignore[assignment]
     maxima = ()
     for i in tl.static_range(STRIP):
-        maxima += (_max3(keys[2 * i], keys[2 * i + 1], keys[2 * i + 2]),)  # type: ignore[assignment]
+        maxima += (_max3(keys[2 * i], keys[2 * i + 1], keys[2 * i + 2], first),)  # type: ignore[assignment]
     return maxima
 
 
 @triton.jit
 def _store_maximum(
-    y_ptr, argmax_ptr, offs, mask, top, middle, bottom,
-    UNIT: tl.constexpr, SIGNED: tl.constexpr, SAVE: tl.constexpr,
+    y_ptr, argmax_ptr, offs, mask, key, save, UNIT: tl.constexpr, SIGNED: tl.constexpr
 ):  # fmt: skip
-    key = tl.maximum(tl.maximum(top + 6, middle + 3), bottom)
     bits = key & -16
     if SIGNED:
         bits = bits ^ ((bits >> 31) & 0x7FFFFFF0)
     y = bits.to(tl.float32, bitcast=True) * UNIT
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask[:, None])
-    if SAVE:
-        tl.store(argmax_ptr + offs, (8 - (key & 15)).to(tl.uint8), mask=mask[:, None])
+    if save != 0:
+        tl.store(argmax_ptr + offs, (~key & 15).to(tl.uint8), mask=mask[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["save"])
 def _lrn_max_pool2d_chunks_fwd_kernel(
     x_ptr,  # [H, W, N, C]
     y_ptr,  # [P, Q, N, C]
-    argmax_ptr,  # uint8 [P, Q, N, C], written where SAVE
+    argmax_ptr,  # uint8 [P, Q, N, C], written where save is not 0
     N,
     H,
     W,
     P,
     Q,
     rows_per_program,
+    save,
     C: tl.constexpr,
     GROUP: tl.constexpr,  # chunks of a group of channels
     START: tl.constexpr,
     UNIT: tl.constexpr,
     SIGNED: tl.constexpr,
-    SAVE: tl.constexpr,
     EVEN: tl.constexpr,  # every program is full: only the borders of groups are masked
     T: tl.constexpr,
     STRIP: tl.constexpr,  # pooled columns of a program
@@ -243,29 +246,31 @@ def _lrn_max_pool2d_chunks_fwd_kernel(
     p_first = tl.program_id(2) * rows_per_program
     pixel = tl.cast(N, tl.int64) * C
     offs = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
-    top = _row_keys(
-        x_ptr, 2 * p_first, 2 * q, W, pixel, chunk, mask, left, right, START, SIGNED, EVEN, T, STRIP
-    )
-    for p in range(p_first, tl.minimum(p_first + rows_per_program, P)):
-        h1 = tl.minimum(2 * p + 1, H - 1)
-        h2 = tl.minimum(2 * p + 2, H - 1)
-        middle = _row_keys(
-            x_ptr, h1, 2 * q, W, pixel, chunk, mask, left, right, START, SIGNED, EVEN, T, STRIP
-        )
-        bottom = _row_keys(
-            x_ptr, h2, 2 * q, W, pixel, chunk, mask, left, right, START, SIGNED, EVEN, T, STRIP
-        )
-        out = (p * Q + q).to(tl.int64) * pixel + offs
-        _store_maximum(
-            y_ptr, argmax_ptr, out, mask, top[0], middle[0], bottom[0], UNIT, SIGNED, SAVE
-        )
-        for i in tl.static_range(1, STRIP):
-            if q + i < Q:
-                _store_maximum(
-                    y_ptr, argmax_ptr, out + i * pixel, mask, top[i], middle[i], bottom[i],
-                    UNIT, SIGNED, SAVE,
-                )  # fmt: skip
-        top = bottom
+    # A row stands here once, for the compiler's sake: Triton's time grows with the cube of the
+    # straight line. So the first turn makes nothing but the top row of the first window.
+    row = ()
+    for _ in tl.static_range(STRIP):
+        row += (tl.zeros((T, 8), tl.int32),)  # type: ignore[assignment]
+    for p in range(p_first - 1, tl.minimum(p_first + rows_per_program, P)):
+        best = ()
+        for i in tl.static_range(STRIP):
+            best += (row[i] + 6,)  # type: ignore[assignment]
+        for h in range(tl.where(p < p_first, 2 * p + 2, 2 * p + 1), 2 * p + 3):
+            row = _row_keys(
+                x_ptr, tl.minimum(h, H - 1), 2 * q, W, pixel, chunk, mask, left, right,
+                9 + 3 * (2 * p + 2 - h), START, SIGNED, EVEN, T, STRIP,
+            )  # fmt: skip
+            maxima = ()
+            for i in tl.static_range(STRIP):
+                maxima += (tl.maximum(best[i], row[i]),)  # type: ignore[assignment]
+            best = maxima
+        if p >= p_first:
+            out = (p * Q + q).to(tl.int64) * pixel + offs
+            for i in tl.static_range(STRIP):
+                if q + i < Q:
+                    _store_maximum(
+                        y_ptr, argmax_ptr, out + i * pixel, mask, best[i], save, UNIT, SIGNED
+                    )
 
 
 @triton.jit
@@ -463,7 +468,7 @@ def forward(
     grid = (triton.cdiv(N * C // CHUNK, T), triton.cdiv(Q, strip), triton.cdiv(P, rows))
     launch(
         _lrn_max_pool2d_chunks_fwd_kernel, grid, x, y, argmax, N, H, W, P, Q,
-        rows, C=C, GROUP=C // groups // CHUNK, SIGNED=norm.signed, SAVE=save,
+        rows, int(save), C=C, GROUP=C // groups // CHUNK, SIGNED=norm.signed,
         EVEN=N * C // CHUNK % T == 0,
         **_scaled_constants(norm), T=T, STRIP=strip, num_warps=T // 32,
         counted=max(N * C, H * W),

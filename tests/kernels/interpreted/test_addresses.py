@@ -89,7 +89,7 @@ def _augment() -> None:
     """Images of almost 1 GiB."""
     images = torch.empty(3, 18_000, 19_000, 3, dtype=torch.uint8)
     first, mirrors = torch.empty(3, dtype=torch.int64), torch.empty(3, dtype=torch.bool)
-    fk.augment(images, first, first, mirrors, size=18_000, space_to_depth=4)
+    fk.augment(images, fk.Crops(first, first, mirrors), size=18_000)
 
 
 def _loss(rows: int, classes: int) -> None:

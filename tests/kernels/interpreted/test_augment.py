@@ -21,19 +21,19 @@ from ._strict import Strict
 from .conftest import RealTiles
 
 
-@pytest.mark.parametrize("case", sampled(augments.CASES, 3))
+@pytest.mark.parametrize("case", sampled([*augments.BLOCKS, *augments.PLAIN], 3))
 def test_float32(case: Case, strict: Strict) -> None:
     check(case, torch.float32)
     assert len(strict.launches) == ("empty" not in case.name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", sampled(augments.CASES[:5], 5))
+@pytest.mark.parametrize("case", sampled(augments.BLOCKS[:5], 5))
 def test_16_bits(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype)
 
 
-@pytest.mark.parametrize("case", sampled(augments.CASES, 9))
+@pytest.mark.parametrize("case", sampled([*augments.BLOCKS, *augments.PLAIN], 9))
 def test_on_real_tiles(case: Case, real_tiles: RealTiles, strict: Strict) -> None:
     with real_tiles("sm_90"):
         check(case, torch.float16)
@@ -46,7 +46,7 @@ def test_many_programs_an_image(real_tiles: RealTiles, strict: Strict) -> None:
     assert strict.programs > 2
     strict.programs = 0
     with real_tiles("sm_90"):
-        check(replace(case, space_to_depth=1), torch.float32)
+        check(replace(case, padding=None), torch.float32)
     assert strict.programs > 2
 
 
@@ -55,16 +55,28 @@ def test_many_programs_an_image(real_tiles: RealTiles, strict: Strict) -> None:
 @given(st.data())
 def test_any_call(data: Any) -> None:
     size = data.draw(st.integers(1, 14))
-    block = data.draw(st.sampled_from([1, 4]))
-    sides = tuple(data.draw(st.tuples(*[st.integers(0, 5)] * 2)) for _ in range(2))
-    if block == 4 and size + min(map(sum, sides)) < 11:
+    sides: Any = tuple(data.draw(st.tuples(*[st.integers(0, 5)] * 2)) for _ in range(2))
+    if size + min(map(sum, sides)) < 11:
         sides = ((5, 5), (6, 4))
+    sides = data.draw(st.sampled_from([None, sides]))
     more = data.draw(st.tuples(*[st.integers(0, 5)] * 2))
     shape = (data.draw(st.integers(1, 4)), size + more[0], size + more[1])
     mean = data.draw(st.sampled_from(augments.MEANS))
     layout = data.draw(st.sampled_from(["contiguous", "unaligned", "strided"]))
     seed = data.draw(st.integers(0, 2**16))
-    check(Case("any", shape, size, sides, block, mean, False, layout, seed), torch.float32)
+    check(
+        Case(
+            "any",
+            shape,
+            size,
+            sides,
+            mean,
+            False,
+            layout if sides is None or layout != "strided" else "contiguous",
+            seed,
+        ),
+        torch.float32,
+    )
 
 
 # The four variants' padding at crops of every size modulo 4: 224 with ceil, 227, and 224 with 2.
@@ -74,7 +86,7 @@ def test_any_call(data: Any) -> None:
 def test_the_first_convolution_takes_it_as_it_lies(place: tuple[int, Any]) -> None:
     size, padding = place
     arguments = make(Case("conv1", (2, 30, 32), size, padding, mean="floats"))
-    x = fk.augment(**arguments, dtype=torch.float32)
+    x = augments.blocks(arguments, padding, torch.float32)
     assert as_hwnc(x).data_ptr() == x.data_ptr()
     weight = (torch.randn(16, 3, 11, 11) / 19).requires_grad_()
     bias = torch.randn(16, requires_grad=True)
@@ -82,7 +94,7 @@ def test_the_first_convolution_takes_it_as_it_lies(place: tuple[int, Any]) -> No
     gradient = torch.randn(y.shape)
     found = torch.autograd.grad(y, (weight, bias), gradient)
 
-    plain = fk.augment(**arguments | {"padding": 0, "space_to_depth": 1}, dtype=torch.float32)
+    plain = fk.augment(**arguments, dtype=torch.float32)
     expected = fk.conv2d_relu(plain, weight, bias, stride=4, padding=padding)
     assert torch.equal(y, expected)
     wanted = torch.autograd.grad(expected, (weight, bias), gradient)

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastalex_kernels.conv2d import forward
+
 from .._cases import sampled
 from .._oracle import Case, check, conv, linear, lrn, make_inputs, pool, run
 from ._observe import observe
@@ -16,6 +18,13 @@ from .conftest import RealTiles
 
 # sm_120 stands for every target without tiles of its own.
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942", "sm_120"]
+
+# The input gradient holds four neighbouring pixels in a program, or two; the last one fewer.
+NEIGHBOURS = [
+    conv("four-pixels", (128, 96, 3, 7), 128, 5, padding=2, groups=2),
+    conv("two-pixels", (128, 64, 3, 3), 64, (2, 3), padding=((1, 0), (2, 0))),
+    conv("two-of-four-pixels", (128, 48, 1, 2), 64, (1, 4), padding=((0, 0), (3, 1))),
+]
 
 # Rows, channels and sums are just above, just below or exactly a few tiles.
 PRODUCTS = [
@@ -100,6 +109,18 @@ def test_same_bits_whatever_runs_first(case: Case, real_tiles: RealTiles) -> Non
     for name, expected in results[0].items():
         assert torch.equal(results[1][name], expected), f"{name} differs between two runs"
         assert torch.equal(results[2][name], expected), f"{name} differs with the programs' order"
+
+
+@pytest.mark.parametrize("case", sampled(NEIGHBOURS, 3, first=2))
+def test_neighbouring_pixels_share_a_program(
+    case: Case, real_tiles: RealTiles, strict: Strict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with real_tiles("sm_90"):
+        check(case, torch.float16)
+        programs = strict.programs
+        monkeypatch.setattr(forward, "pixels_as_columns", lambda *_: 0)
+        check(case, torch.float16)
+    assert 2 * programs < strict.programs
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.kernels.test_gpu import (
-    test_augment_to_blocks,
+    test_augment,
     test_bfloat16,
     test_cross_entropy,
     test_dropout_as_on_a_cpu,
@@ -14,7 +14,7 @@ from tests.kernels.test_gpu import (
 )
 
 __all__ = [
-    "test_augment_to_blocks",
+    "test_augment",
     "test_bfloat16",
     "test_cross_entropy",
     "test_dropout_as_on_a_cpu",
