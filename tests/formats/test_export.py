@@ -221,3 +221,17 @@ def test_a_program_of_the_fused_net_holds_torch_s_own_operators(variant: str) ->
     with torch.no_grad():
         found, expected = program.module()(images), net(images)
     assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_torch_s_own_exporter_takes_both_forms(variant: str, fused: bool, tmp_path: Path) -> None:
+    for module in ("onnx", "onnxscript"):
+        pytest.importorskip(module)
+    net = AlexNet(7, variant=variant + SMALL, fused=fused).eval().requires_grad_(False)
+    images, file = torch.randn(1, 3, 227, 227), tmp_path / "f.onnx"
+    torch.onnx.export(net, (images,), file, input_names=["images"], output_names=["logits"],
+                      dynamo=True, verbose=False)  # fmt: skip
+    found, expected = _run(file, images.numpy(), tmp_path), net(images)
+    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
