@@ -18,13 +18,7 @@ from fastalex.data import FolderImages, MeanImage, SyntheticImages, decode_size
 from fastalex.data.decode import read_image
 from fastalex.data.pack import pack
 from fastalex.evaluation import drawing, evaluate, figures, predict
-from fastalex.evaluation.ensemble import (
-    Ensemble,
-    Scores,
-    crop_places,
-    open_dataset,
-    rank_classes,
-)
+from fastalex.evaluation.ensemble import Ensemble, Scores, crop_places, open_dataset, rank_classes
 from fastalex.evaluation.published import RESULTS, is_imagenet
 from fastalex.training.weights import load_mean_image, load_model
 from tests._nets import CLASSES, SIZE, random_weights
