@@ -212,17 +212,6 @@ def test_data_of_other_classes_are_refused(folder: Path, tmp_path: Path, capsys:
         assert "classes" in error
 
 
-def test_a_bad_image_is_named_and_the_others_are_not_lost(
-    folder: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    bad, good = tmp_path / "bad.png", folder / "data" / "val" / "red" / "0.png"
-    bad.write_bytes(b"text")
-    assert predict.main([*map(str, (bad, good)), "--weights", str(folder / "a"), "--top", "2"]) == 2
-    said = capsys.readouterr()
-    assert said.err == f"predict: error: {bad}: not an image\n"
-    assert len(said.out.splitlines()) == 3
-
-
 # Figures.
 
 matplotlib = pytest.importorskip("matplotlib")
