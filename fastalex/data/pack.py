@@ -46,10 +46,6 @@ VAL_SPLIT = 0.1  # of the images of each class, where there is no folder of vali
 ODD, LEFT_OUT = "odd.tsv", "left_out.tsv"
 
 
-class NothingReadable(DataError):
-    """Of one part no image can be read, so that there is no set to make."""
-
-
 @dataclass(frozen=True)
 class Packed:
     """What a packing made.
@@ -116,7 +112,7 @@ def pack(
         seconds = time.monotonic() - started
         try:
             _finish(images, shards, root, plan)
-        except NothingReadable:  # nor will it be the next time
+        except DataError:  # nothing of a part can be read, nor will it be the next time
             for name in (*images.parts, WORK):
                 shutil.rmtree(root / name)
             if not existed:
@@ -270,7 +266,7 @@ def _finish(images: ImageFiles, shards: list[Shard], root: Path, plan: dict[str,
         if not packed:
             reason = f"{len(files)} can't be: {records[0].remark}"
             source = shards[0].source
-            raise NothingReadable(f"{source}: no {part} image of it can be read ({reason})")
+            raise DataError(f"{source}: no {part} image of it can be read ({reason})")
         remarks += [record for record in records if record.remark]
         parts[part] = {"images": len(packed), "shards": [some.images for _, some in recorded]}
         for _, some in recorded if part == "train" else ():
