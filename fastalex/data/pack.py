@@ -260,17 +260,21 @@ def _finish(images: ImageFiles, shards: list[Shard], root: Path, plan: dict[str,
     moments = Moments(plan["size"])
     parts, remarks, number = {}, [], {name: i for i, name in enumerate(images.classes)}
     for part, files in images.parts.items():
-        recorded = [shard.recorded() for shard in shards if shard.part == part]
-        records = [record for some, _ in recorded for record in some]
+        records: list[Record] = []
+        counts = []
+        for shard in (shard for shard in shards if shard.part == part):
+            some, of_shard = shard.recorded()
+            records += some
+            counts.append(of_shard.images)
+            if part == "train":
+                moments.merge(of_shard)
         packed = [record for record in records if record.checksum is not None]
         if not packed:
             reason = f"{len(files)} can't be: {records[0].remark}"
             source = shards[0].source
             raise DataError(f"{source}: no {part} image of it can be read ({reason})")
         remarks += [record for record in records if record.remark]
-        parts[part] = {"images": len(packed), "shards": [some.images for _, some in recorded]}
-        for _, some in recorded if part == "train" else ():
-            moments.merge(some)
+        parts[part] = {"images": len(packed), "shards": counts}
         labels = [number[PurePosixPath(record.file).parent.name] for record in packed]
         checksums = [record.checksum for record in packed]
         paths = json.dumps([record.file for record in packed])
