@@ -32,7 +32,7 @@ def pictures(name: str, size: int = 64, count: int = 40) -> list[Pixels]:
     return [source.image(CLASSES.index(name) + 10 * i, size) for i in range(count)]
 
 
-def test_open_sources_without_a_folder_gives_the_ten_classes_in_equal_numbers() -> None:
+def test_open_datasets_without_a_folder_gives_the_ten_classes_in_equal_numbers() -> None:
     train, val = open_datasets(None, seed=0)
     assert (len(train), len(val)) == (TRAIN_COUNT, VAL_COUNT)
     for source in (train, val):
