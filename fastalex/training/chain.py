@@ -23,7 +23,16 @@ from fastalex.model.layers import (
     SpatialResponseNorm,
 )
 from fastalex.training.optim import BUFFER, Rates, update_rule
-from fastalex.training.passes import Convolution, Flatten, FullyConnected, Gather, Pass, Pool, Torch
+from fastalex.training.passes import (
+    Convolution,
+    DropRows,
+    Flatten,
+    FullyConnected,
+    Gather,
+    Pass,
+    Pool,
+    Torch,
+)
 from fastalex.training.updates import FusedUpdate, StoredGradients, momentum_update
 from fastalex_kernels.conv2d.forward import pack_weight
 from fastalex_kernels.lrn_pool.function import MAX_CHANNELS
@@ -157,6 +166,8 @@ class Chain:
             return Torch(layer, update, gather, self._dtype, backend)
         if isinstance(layer, MaxPool2d):
             return Pool(layer)
+        if isinstance(layer, Dropout):
+            return DropRows(layer)
         assert update is not None
         if isinstance(layer, Conv2dReLU):
             return Convolution(layer, update, gather)
@@ -173,7 +184,7 @@ class Chain:
             widest = max(m.weight.shape[0] for _, m in self._layers if isinstance(m, nn.Conv2d))
             return widest // layer.groups <= MAX_CHANNELS
         linear = isinstance(layer, (Linear, LinearReLUDropout)) and getattr(layer, "groups", 1) == 1
-        return linear or isinstance(layer, MaxPool2d)
+        return linear or isinstance(layer, (MaxPool2d, Dropout))
 
 
 def _layers(model: AlexNet) -> Iterator[tuple[str, nn.Module | None]]:

@@ -22,9 +22,10 @@ from torch import nn
 
 import fastalex_kernels as kernels
 from fastalex.distributed.exchange import TOWERS, Exchange
+from fastalex.model import layers
 from fastalex.model.layers import Conv2dReLU, Linear, LinearReLUDropout, LRNMaxPool2d, MaxPool2d
 from fastalex.training.updates import FusedUpdate
-from fastalex_kernels.common.epilogue import epilogue_backward
+from fastalex_kernels.common.epilogue import drop, epilogue_backward
 from fastalex_kernels.common.launch import call
 from fastalex_kernels.common.layout import as_hwnc, as_nchw
 from fastalex_kernels.common.parameters import NO_DROPOUT, Dropout, Norm, Pooling, Window
@@ -216,6 +217,21 @@ class Flatten(Pass):
         out = dy.new_empty(self._shape)
         call(as_nchw(out).copy_, dy.view(N, C, H, W))
         return out, None
+
+
+class DropRows(Pass):
+    """Dropout of rows."""
+
+    def __init__(self, module: layers.Dropout) -> None:
+        self._dropout = NO_DROPOUT
+        if module.training:
+            self._dropout = Dropout(float(module.p), *module.mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop(x, self._dropout)
+
+    def backward(self, dy: Tensor, bias_partials: Tensor | None) -> Gradient:
+        return drop(dy, self._dropout), None
 
 
 class FullyConnected(Pass):

@@ -113,3 +113,10 @@ def epilogue_backward(
         WRITE_DB=need_sums, BLOCK_M=block_m, BLOCK_N=block_n, counted=max(rows, features),
     )  # fmt: skip
     return (dz if need_dz else None), (sums if need_sums else None)
+
+
+def drop(x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+    """Dropout of x [rows, features], contiguous; of the gradient of its output, its backward."""
+    dropped, _ = epilogue_backward(x, None, dropout=dropout)
+    assert dropped is not None
+    return dropped

@@ -2,7 +2,7 @@
 
     y[n, k, p, q] = relu(b[k] + sum_{c, r, s} x[n, c, p + r - top, q + s - left] w[k, c, r, s])
 
-Everything inside is HWNC (see _layout): x [H, W, N, G*C], y [P, Q, N, G*K], and the weight packed
+Everything inside is HWNC (layout.py): x [H, W, N, G*C], y [P, Q, N, G*K], and the weight packed
 as [R, S, C, G*K], for G groups of C input and K output channels. A row is one pixel of one image,
 row = (p * Q + q) * N + n, and a tap (r, s) of a tile of rows is that tile of x shifted by
 (r * W + s) * N rows. So:

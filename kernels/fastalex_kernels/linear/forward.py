@@ -3,7 +3,7 @@
     y[m, n] = keep[m, n] / (1 - p) * relu(b[n] + sum_k x[m, k] w[n, k])
 
 Bias, ReLU and dropout run on the accumulator before the one store. The mask comes from a counter
-(see _philox), never from memory. One kernel does the three products, told apart by their strides:
+(philox.py), never from memory. One kernel does the three products, told apart by their strides:
 
     forward           y  [M, N] = x   [M, K] w [N, K]^T
     input gradient    dx [M, K] = dz  [M, N] w [N, K]

@@ -16,7 +16,7 @@ from fastalex_kernels.common.arguments import (
     placed,
 )
 from fastalex_kernels.common.backend import operator, use_triton
-from fastalex_kernels.common.epilogue import epilogue_backward
+from fastalex_kernels.common.epilogue import drop, epilogue_backward
 from fastalex_kernels.common.parameters import NO_DROPOUT, Dropout
 from fastalex_kernels.common.reduce import sum_partials
 from fastalex_kernels.linear.forward import Epilogue, matmul
@@ -92,6 +92,30 @@ def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, .
 
 
 _linear_relu_dropout.register_autograd(_differentiate, setup_context=_save)
+
+
+@operator("dropout")
+def _dropout(
+    input: torch.Tensor, p: float, rng: torch.Tensor, row_offset: int, feature_offset: int
+) -> torch.Tensor:
+    return drop(input.contiguous(), Dropout(p, rng.contiguous(), row_offset, feature_offset))
+
+
+@_dropout.register_fake
+def _(input, p, rng, row_offset, feature_offset):
+    return input.new_empty(input.shape)
+
+
+def _save_dropout(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, ctx.p, rng, *ctx.offsets = inputs
+    ctx.save_for_backward(rng.clone())  # the caller may advance it before backward
+
+
+def _differentiate_dropout(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return _dropout(grad, ctx.p, *ctx.saved_tensors, *ctx.offsets), None, None, None, None
+
+
+_dropout.register_autograd(_differentiate_dropout, setup_context=_save_dropout)
 
 
 def _check(
@@ -211,4 +235,9 @@ def dropout(
     given = Dropout(p, rng, row_offset, feature_offset)
     _check_dropout(input, input.shape[1], given)
     given = _drawn(given, training, input.device)
-    return input if given.rng is None else aten.dropout(input, given)
+    if given.rng is None:
+        return input
+    if not use_triton(input):
+        return aten.dropout(input, given)
+    (wide,) = interpretable(input)
+    return _dropout(wide, *given).to(input.dtype)  # type: ignore[no-any-return]

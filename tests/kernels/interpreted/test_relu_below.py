@@ -50,12 +50,7 @@ def test_products(case: Case, real_tiles: RealTiles) -> None:
         [
             (Norm(5, 0.2, 0.75, 2.0), 3, 32, (9, 7)),  # chunks of 8 channels
             (Norm(5, 0.2, 0.75, 2.0), 37, 32, (3, 5)),  # programs of 32 images, and one of 5
-            (
-                Norm(5, 0.2, 0.75, 2.0),
-                11,
-                96,
-                (3, 3),
-            ),  # of 10 images and a half, and one of the rest
+            (Norm(5, 0.2, 0.75, 2.0), 11, 96, (3, 3)),  # of 10 images and a half, and the rest
             (Norm(5, 0.2, 0.75, 2.0), 2, 2048, (3, 3)),  # of less than an image
             (Norm(3, 0.2, 0.75, 2.0), 3, 32, (5, 4)),  # the general kernel
             (None, 5, 32, (5, 4)),
