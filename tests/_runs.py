@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from fastalex.training import trainer
 from fastalex.training.weights import load_weights
 from tests._commands import ROOT
 
@@ -14,6 +19,22 @@ STEPS, EPOCH = 15, 5  # 40 images in batches of 8, three times
 OPTIONS = ["--image-size", "64", "--batch-size", "8", "--epochs", "3", "--lr", "0.002"]
 OPTIONS += ["--log-every", "1", "--threads", "1", "--checkpoint-every", "2"]
 OPTIONS += ["--keep-checkpoints", "2"]
+
+
+def before_step(step: int, monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Have runs of this process do ``action`` right before they take ``step``."""
+    real = trainer.Trainer._train_step
+
+    def train_step(self: trainer.Trainer, batch: Any) -> None:
+        if self.step + 1 == step:
+            action()
+        real(self, batch)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", train_step)
+
+
+def terminate() -> None:
+    signal.raise_signal(signal.SIGTERM)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from fastalex.common.tables import table
 
 
 class Table:
     """Counts faults by their kind."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, list[tuple[bool, int, int, float]]] = defaultdict(list)
+        self.faults: list[tuple[str, bool, int, int, float]] = []
 
     def add(self, what: str, equal: bool, left: int, orphans: int, seconds: float) -> None:
         """One fault: whether the weights were equal after the same command, files and processes
         left over, and seconds: until the process ended, or until the same command had."""
-        self._rows[what].append((equal, left, orphans, seconds))
+        self.faults.append((what, equal, left, orphans, seconds))
 
     def lines(self) -> list[str]:
-        rows = [("fault", "tried", "equal", "leftovers", "orphans", "seconds, most")]
-        for what, tried in self._rows.items():
-            equal, left, orphans, seconds = zip(*tried, strict=True)
-            numbers = (len(tried), sum(equal), sum(left), sum(orphans), f"{max(seconds):.1f}")
-            rows.append((what, *map(str, numbers)))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return [
-            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        """Nothing where there was no fault."""
+        rows = [["fault", "tried", "equal", "leftovers", "orphans", "seconds, most"]]
+        for what in sorted({fault[0] for fault in self.faults}):
+            equal, left, orphans, seconds = zip(
+                *(fault[1:] for fault in self.faults if fault[0] == what), strict=True
+            )
+            numbers = (len(equal), sum(equal), sum(left), sum(orphans), f"{max(seconds):.1f}")
+            rows.append([what, *map(str, numbers)])
+        return table(rows, right=5) if self.faults else []

@@ -22,6 +22,7 @@ from tests.faults._table import Table
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("slow_steps"),  # so that a signal comes in the middle of an epoch
     pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
 ]
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from fastalex.distributed import world
 from fastalex.distributed.world import World
-from fastalex.training import train, trainer
+from fastalex.training import train
 from fastalex.training.config import Settings
 from fastalex.training.options import parse_arguments
 from fastalex.training.weights import read_metadata
-from tests._runs import OPTIONS
+from tests._runs import OPTIONS, before_step, terminate
 
 
 @pytest.mark.parametrize(
@@ -69,13 +67,7 @@ def test_a_gpu_has_bf16_from_compute_capability_8(
 def test_tf32_holds_for_the_run_alone(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
     before, seen = [each.fp32_precision for each in settings], []
-    real = trainer.Trainer._train_step
-
-    def train_step(self: trainer.Trainer, batch: Any) -> None:
-        seen.append([each.fp32_precision for each in settings])
-        real(self, batch)
-
-    monkeypatch.setattr(trainer.Trainer, "_train_step", train_step)
+    before_step(1, monkeypatch, lambda: seen.append([each.fp32_precision for each in settings]))
     for precision, expected in (("tf32", ["tf32"] * 2), ("float32", before)):
         command = [*OPTIONS, "--max-steps", "1", "--precision", precision, "--output", precision]
         assert train.main(command) == 0
@@ -90,15 +82,9 @@ def test_a_run_goes_on_in_the_precision_it_used(
 ) -> None:
     """One for which a GPU chose bf16 goes on with it where there is none, by the same command."""
     command = [*OPTIONS, "--max-steps", "2", "--output", "run"]
-    real = trainer.Trainer._train_step
-
-    def train_step(self: trainer.Trainer, batch: Any) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        real(self, batch)
-
     with monkeypatch.context() as patch:
         patch.setattr("fastalex.training.prepare.has_bf16", lambda world: True)
-        patch.setattr(trainer.Trainer, "_train_step", train_step)
+        before_step(1, patch, terminate)
         assert train.main(command) == 75
     assert "precision: bf16 (" in capsys.readouterr().out
     assert train.main([*command, "--precision", "float32"]) == 2

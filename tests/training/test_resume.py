@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,19 +17,11 @@ from fastalex.training.checkpoints import find
 from fastalex.training.metrics import MetricsLog
 from fastalex.training.run_folder import RunFolder
 from fastalex.training.weights import load_weights
-from tests._runs import OPTIONS, STEPS, checkpoints, contents, digest, records, steps
+from tests._runs import OPTIONS, STEPS, before_step, checkpoints, contents, digest, records, steps
 
 
-def _stop_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupt the next run before it takes ``step``; None is at the end of it all."""
-    real = trainer.Trainer._train_step
-
-    def train_step(self: trainer.Trainer, batch: Any) -> None:
-        if self.step + 1 == step:
-            raise launch.Interrupted(signal.SIGINT)
-        real(self, batch)
-
-    monkeypatch.setattr(trainer.Trainer, "_train_step", train_step)
+def _interrupt() -> None:
+    raise launch.Interrupted(signal.SIGINT)
 
 
 def _train(*arguments: str) -> int:
@@ -41,7 +32,7 @@ def _train(*arguments: str) -> int:
 def stopped(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """The folder of a run that was stopped in step 8, after the checkpoints of steps 5 and 6."""
     with monkeypatch.context() as patch:
-        _stop_before(8, patch)
+        before_step(8, patch, _interrupt)
         assert _train("--output", "run") == 130
     assert "after step 6; run the same command again to go on" in capsys.readouterr().err
     assert checkpoints(here / "run") == [5, 6]
@@ -69,7 +60,7 @@ def test_every_part_of_the_state_is_kept(
 ) -> None:
     assert _train(*options, "--output", "whole") == 0
     with monkeypatch.context() as patch:
-        _stop_before(step, patch)
+        before_step(step, patch, _interrupt)
         assert _train(*options, "--output", "run") == 130
     assert train.main(["--resume", "run"]) == 0
     assert digest(here / "run") == digest(here / "whole")
@@ -129,7 +120,7 @@ def test_before_the_first_checkpoint_it_begins_again(
 ) -> None:
     assert _train("--output", "whole") == 0
     with monkeypatch.context() as patch:
-        _stop_before(2, patch)
+        before_step(2, patch, _interrupt)
         assert _train("--output", "run") == 130
     assert train.main(["--resume", "run"]) == 0
     assert "from the first step again" in capsys.readouterr().out
@@ -189,7 +180,7 @@ def test_checkpoints_that_nobody_keeps_go_with_the_end_of_the_run(
     command = ["--image-size", "64", "--batch-size", "8", "--threads", "1", "--epochs", "2"]
     command += ["--checkpoint-minutes", minutes, "--output", "run"]
     with monkeypatch.context() as patch:
-        _stop_before(8, patch)
+        before_step(8, patch, _interrupt)
         assert train.main(command) == 130
     assert checkpoints(here / "run") == ([7] if minutes == "1e-9" else [])
     assert train.main(command) == 0

@@ -13,23 +13,21 @@ import pytest
 from fastalex.common import interrupts
 from fastalex.training import train, trainer
 from fastalex.training.run_folder import RunFolder
-from tests._runs import OPTIONS, STEPS, checkpoints, contents, digest, records, steps
+from tests._runs import (
+    OPTIONS,
+    STEPS,
+    before_step,
+    checkpoints,
+    contents,
+    digest,
+    records,
+    steps,
+    terminate,
+)
 
 
 def _train(*arguments: str) -> int:
     return train.main([*OPTIONS, *arguments])
-
-
-def _ask_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the next run get SIGTERM right before it takes ``step``."""
-    real = trainer.Trainer._train_step
-
-    def train_step(self: trainer.Trainer, batch: Any) -> None:
-        if self.step + 1 == step:
-            signal.raise_signal(signal.SIGTERM)
-        real(self, batch)
-
-    monkeypatch.setattr(trainer.Trainer, "_train_step", train_step)
 
 
 @pytest.fixture
@@ -41,7 +39,7 @@ def whole(here: Path) -> str:
 
 def _stop(step: int, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     with monkeypatch.context() as patch:
-        _ask_before(step, patch)
+        before_step(step, patch, terminate)
         assert _train("--output", "run", *arguments) == 75
 
 
@@ -193,7 +191,7 @@ def test_a_finished_run_is_finished_and_more_epochs_train_on(
     assert train.main(["--resume", "other", "--epochs", "4"]) == 0
     longer = [*OPTIONS, "--epochs", "4", "--output", "run"]
     with monkeypatch.context() as patch:
-        _ask_before(17, patch)
+        before_step(17, patch, terminate)
         assert train.main(longer) == 75
     capsys.readouterr()
     assert train.main(longer) == 0
@@ -259,7 +257,7 @@ def test_torchruns_second_attempt_goes_on_in_the_first_ones_folder(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("fastalex.distributed.launch.die_with_parent", lambda parent: None)
     with monkeypatch.context() as patch:
-        _ask_before(8, patch)
+        before_step(8, patch, terminate)
         assert _train() == 75
     (first,) = (here / "runs").iterdir()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another job")
@@ -300,14 +298,7 @@ def test_moved_images_are_refused_in_one_line(
 def test_a_folder_taken_away_in_training_is_one_line(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = trainer.Trainer._train_step
-
-    def train_step(self: trainer.Trainer, batch: Any) -> None:
-        if self.step == 6:
-            shutil.rmtree("run")
-        real(self, batch)
-
-    monkeypatch.setattr(trainer.Trainer, "_train_step", train_step)
+    before_step(7, monkeypatch, lambda: shutil.rmtree("run"))
     assert _train("--output", "run") == 1
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
@@ -319,17 +310,11 @@ def test_nothing_of_a_full_disk_hides_the_reason(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From step 3 on nothing can be written, run.json neither."""
-    real = trainer.Trainer._train_step
-
-    def train_step(self: trainer.Trainer, batch: Any) -> None:
-        if self.step == 3:
-            monkeypatch.setattr("fastalex.common.files.os.fsync", full)
-        real(self, batch)
 
     def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer.Trainer, "_train_step", train_step)
+    before_step(4, monkeypatch, lambda: monkeypatch.setattr("fastalex.common.files.os.fsync", full))
     assert _train("--output", "run") == 1
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
