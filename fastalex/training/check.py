@@ -65,7 +65,7 @@ class Verdicts:
         name = device_name(device) or "recorded"
         tiles = tuned.table_path(name)
         self.path = tiles.with_name(f"checked_{tiles.name.removeprefix('tiles_')}")
-        self._head = {"device": name, **versions(), "kernels": _kernels_version(tiles)}
+        self._head = {"device": name, **versions(), "kernels": kernels_version(tiles)}
         self.known: dict[str, Verdict] = self._read()
 
     def _read(self) -> dict[str, Verdict]:
@@ -91,7 +91,7 @@ class Verdicts:
 
 
 @functools.cache
-def _kernels_version(tiles: Path) -> str:
+def kernels_version(tiles: Path) -> str:
     """A fingerprint of the kernels' sources, and of the tiles they are launched with."""
     package = Path(fastalex_kernels.__file__).parent
     files = [*sorted(package.rglob("*.py")), *([tiles] if tiles.is_file() else [])]
