@@ -13,7 +13,8 @@ import fastalex.training
 from fastalex import AlexNet
 from fastalex.training import train
 from fastalex.training.weights import load_model, load_weights, save_weights
-from tests._runs import OPTIONS, digest
+from tests import _commands
+from tests._runs import OPTIONS, SCRIPT, digest
 
 SCALE = {"mean": [101.0, 102.0, 103.0], "std": [51.0, 52.0, 53.0]}
 SHORT = ["--max-steps", "3"]
@@ -75,6 +76,20 @@ def test_a_finished_run_is_trained_on_without_the_file(here: Path) -> None:
     (here / "w").unlink()
     assert train.main(["--resume", "run", "--epochs", "2"]) == 0
     assert digest(here / "run") == digest(here / "whole")
+
+
+@pytest.mark.slow
+def test_two_towers_leave_the_same_parts_alone(tmp_path: Path) -> None:
+    command = [SCRIPT, *OPTIONS, *SHORT, "--freeze", "features"]
+    found = []
+    for gpus in ("1", "2"):
+        process = _commands.run([*command, "--gpus", gpus, "--output", gpus], tmp_path)
+        assert process.returncode == 0, process.stderr
+        found.append(load_weights(tmp_path / gpus / "model.safetensors")[0])
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-6)
+        if name.startswith("features"):
+            assert torch.equal(found[1][name], tensor), name
 
 
 def test_wrong_weights_are_a_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
