@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -80,9 +81,11 @@ class AlexNet(nn.Module):
         # What ``fastalex.load`` finds: names of the outputs, and what makes an input of an image.
         self.classes: list[str] | None = None
         self.transforms: Callable[[Any], torch.Tensor] | None = None
-        features = feature_layers(self.variant)
-        width = [m.out_channels for m in features if isinstance(m, nn.Conv2d)][-1] * _GRID**2
-        classifier = classifier_layers(self.variant, width, num_classes, dropout)
+        # Torch's layers, of which the fused ones are made: without numbers of their own, then.
+        with torch.device("meta") if fused else contextlib.nullcontext():
+            features = feature_layers(self.variant)
+            width = [m.out_channels for m in features if isinstance(m, nn.Conv2d)][-1] * _GRID**2
+            classifier = classifier_layers(self.variant, width, num_classes, dropout)
         pool = AdaptiveAvgPool2d if fused else nn.AdaptiveAvgPool2d
         sequence = nn.Sequential
         self.features = fuse_features(self.variant, features) if fused else sequence(*features)

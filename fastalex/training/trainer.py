@@ -128,10 +128,10 @@ class Trainer:
             model.load_state_dict(weights)
         elif settings.init_from is not None:
             fine_tuning.begin_with(model, settings.init_from, self.config.classes)
-        fine_tuning.freeze(model, settings.freeze)
         self.model = parallel.parallelize(
             model.to(parallel.device), rows=self.train_batches.batch_size // parallel.replicas
         )
+        fine_tuning.freeze(self.model, settings.freeze)  # a tower has parameters of its own
         self.optimizer = build_optimizer(
             self.model,
             settings.lr,
