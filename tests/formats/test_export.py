@@ -107,7 +107,9 @@ def test_other_programs_compute_what_evaluate_does(
     torch.testing.assert_close(exact.softmax(1), probabilities, rtol=0, atol=1e-5)
     found = _run(file, photographs if pixels else images, tmp_path)
     assert float((found - exact).norm()) <= BOUND[pixels] * float(exact.norm())
-    assert torch.equal(found.topk(5).indices, exact.topk(5).indices)
+    best = exact.topk(5).values  # of two nearly equal ones either may come first
+    atol = 2 * float((found - exact).abs().max())
+    torch.testing.assert_close(exact.gather(1, found.topk(5).indices), best, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("centred", [True, False])
