@@ -117,6 +117,7 @@ def edit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Any, str,
     return planted
 
 
+@pytest.mark.slow
 def test_right_kernels_stay(clean: list[float]) -> None:
     ours = run()
     assert ours.said == []
