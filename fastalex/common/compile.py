@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -209,6 +210,7 @@ def _start(*given: Any) -> None:
     global _given
     _given = given
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
 
 
 def _compile(number: int) -> Compiled:

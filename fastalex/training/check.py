@@ -98,15 +98,19 @@ def kernels_version(tiles: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
+def float32_precisions() -> tuple[str, str]:
+    """How torch computes float32 convolutions and products on a GPU."""
+    backends: Any = torch.backends
+    return backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
+
+
 def signature(name: str, one: Pass, x: object, dtype: torch.dtype) -> str:
     """All that decides which kernels a layer launches, and on what sizes."""
     flags = [n for n in ("needs_dx", "masks_dx", "dy_is_preact") if getattr(one, n)]
     flags += ["gathers"] if getattr(one, "_gather", None) is not None else []
     flags += [type(getattr(one, "update", None)).__name__]
-    backends: Any = torch.backends
-    kinds = (backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision)
     kind = str(dtype).removeprefix("torch.")
-    kind += f" {' '.join(kinds)}" if dtype == torch.float32 else ""
+    kind += f" {' '.join(float32_precisions())}" if dtype == torch.float32 else ""
     return f"{name} {getattr(one, 'module', type(one).__name__)} {x} {kind} {flags}"
 
 

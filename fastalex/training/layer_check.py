@@ -181,7 +181,7 @@ class Check:
             for launch in upstream
             if not sound & {_memory(x) for x in map(tensor_of, launch.arguments) if x is not None}
         ]
-        return ", ".join(dict.fromkeys(x.name for x in suspects or upstream or kernels))
+        return ", ".join(dict.fromkeys(x.name for x in suspects or upstream[-1:] or kernels))
 
 
 class LayerCheck(Check):

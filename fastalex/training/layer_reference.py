@@ -121,17 +121,24 @@ def one_maximum(one: Pool, x: Tensor) -> Tensor:
     That is where no second value is near the largest, or a ReLU below takes the gradient anyway.
     """
     module = one.module
-    size, stride = module.kernel_size, module.stride
     masks = []
     for (part,) in _chunks(x):
         if isinstance(module, LRNMaxPool2d):
             norm = (module.size, module.alpha, module.beta, module.k)
             part = reference.local_response_norm(part, *norm, module.groups or 1)
-        sides = [(module.output_size(n) - 1) * stride + size - n for n in part.shape[2:]]
-        below, right = (max(0, side) for side in sides)
-        part = F.pad(part, (0, right, 0, below), value=float("-inf"))
-        windows = part.unfold(2, size, stride).unfold(3, size, stride).flatten(-2)
-        largest = windows.amax(-1, keepdim=True)
-        near = windows >= largest - _NEAR_TIE * largest.abs()
-        masks.append((near.sum(-1) == 1) | (one.masks_dx & (largest[..., 0] <= 0)))
+        height, width = map(module.output_size, part.shape[2:])
+        window = (module.kernel_size, module.stride, (height, width))
+        masked = one.masks_dx and F.max_pool2d(part, *window[:2], ceil_mode=module.ceil_mode) <= 0
+        masks.append(single_maxima(part, *window) | masked)
     return torch.cat(masks).permute(2, 3, 0, 1).to(x.dtype)
+
+
+def single_maxima(x: Tensor, size: int, stride: int, pooled: tuple[int, int]) -> Tensor:
+    """Which of the ``pooled`` windows of x [N, C, H, W] have no second value near the largest."""
+    sides = zip(pooled, x.shape[2:], strict=True)
+    below, right = (max(0, (n - 1) * stride + size - side) for n, side in sides)
+    x = F.pad(x, (0, right, 0, below), value=float("-inf"))
+    windows = x.unfold(2, size, stride).unfold(3, size, stride).flatten(-2)
+    largest = windows.amax(-1, keepdim=True)
+    near = windows >= largest - _NEAR_TIE * largest.abs()
+    return near.sum(-1) == 1

@@ -25,7 +25,7 @@ from fastalex.data.augment import Augment
 from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.distributed.towers import cut_to_tower
 from fastalex.model.alexnet import AlexNet
-from fastalex.training.check import kernels_version
+from fastalex.training.check import float32_precisions, kernels_version
 from fastalex.training.optim import build_optimizer
 from fastalex.training.step import TrainStep, Tricks
 from fastalex_kernels.common.backend import record_launches
@@ -144,6 +144,7 @@ def compile_first(work: Work, target: str, device: str, say: Callable[[str], obj
     folder.mkdir(parents=True, exist_ok=True)
     said = repr((work._replace(normalization=None), target, triton.__version__))  # type: ignore[arg-type]
     said += f"{work.normalization.mean_image is None} {kernels_version(table_path(device))}"
+    said += " ".join(float32_precisions())
     done = folder / f"fastalex_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
     with open(folder / "fastalex.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -51,7 +51,7 @@ def test_the_dry_run_does_every_step(tmp_path: Path) -> None:
     assert not json.loads(next(tmp_path.glob("tiles_*.json")).read_text())["timed"]
     (log,) = tmp_path.glob("gpu_day_*.log")
     assert log.read_text().strip() == process.stdout.strip()
-    assert (tmp_path / "profile" / "profile.png").is_file()
+    assert (tmp_path / "profile" / "trace.json").is_file()
 
 
 def test_a_cut_off_day_leaves_a_whole_card_and_goes_on(tmp_path: Path) -> None:
