@@ -15,7 +15,7 @@ from typing import Any
 
 PAGE = Path(__file__).parent / "generated" / "kernels.md"
 KERNELS = {
-    "Convolution, forward and input gradient": "conv2d_relu_fwd",
+    "Convolution, forward and input gradient": "conv2d_relu_fwd conv2d_bwd_input",
     "Convolution, weight gradient": "conv2d_bwd_weight",
     "LRN and max-pooling": "lrn_max_pool2d",
     "Fully connected, forward and input gradient": "linear_relu_dropout finish_partials",

@@ -22,6 +22,7 @@ COMMANDS = {
     "roofline": ("fastalex.inspection.roofline", "what each kernel could take at the least"),
     "profiler": ("fastalex.tuning.profiler", "the time of each layer beside torch's"),
     "tune": ("fastalex.tuning.tune", "find the fastest tiles for this GPU"),
+    "doctor": ("fastalex.tuning.doctor", "what works here, and what does not"),
 }
 
 

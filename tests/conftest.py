@@ -7,6 +7,7 @@ import os
 # Tensors are small here: the threads of an operation mostly wait for each other, ten times as long
 # where other processes want the cores too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("FASTALEX_CHECK", "never")  # test_check.py does; each size would be timed
 
 from pathlib import Path
 

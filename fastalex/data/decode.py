@@ -101,17 +101,13 @@ def read_upright(path: Path) -> Image.Image:
     Raises:
         Exception: as ``read_image``.
     """
-    rgb, orientation = _read_rgb(path)  # what it was converted from is gone
+    with _opened(path) as image:
+        shrink = _shrink(image)
+        _draft(image, (image.width // shrink, image.height // shrink))
+        rgb, orientation = _to_rgb(image), _orientation(image)
+    del image  # what it was converted from
     shrink = _shrink(rgb)
     return _turned(rgb if shrink == 1 else rgb.reduce(shrink), orientation)
-
-
-def _read_rgb(path: Path) -> tuple[Image.Image, int]:
-    with _opened(path) as image:
-        width, height = image.size
-        shrink = _shrink(image)
-        _draft(image, (width // shrink, height // shrink))
-        return _to_rgb(image), _orientation(image)
 
 
 def try_read(read: Callable[[Path, int], T], path: Path, size: int) -> T | str:
@@ -256,15 +252,16 @@ def _remark(image: ImageFile.ImageFile, suffix: str, size: int, deep: bool) -> s
 
 
 def _pictures(image: Image.Image) -> int:
-    try:
-        return int(getattr(image, "n_frames", 1))
-    except Exception:  # a later picture is broken, and the first one still good
-        return 1
+    return _or_one(lambda: getattr(image, "n_frames", 1))
 
 
 def _orientation(image: Image.Image) -> int:
+    return _or_one(lambda: image.getexif().get(_ORIENTATION, 1))
+
+
+def _or_one(read: Callable[[], Any]) -> int:
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        return int(read())
     except Exception:  # broken metadata raises all sorts of errors, and the pixels are still good
         return 1
 

@@ -37,9 +37,8 @@ class FolderImages:
 
     Every file is decoded once to find those that can't be (cut short, empty, no image), which are
     left out; what was found is kept, so that later only files that are new or changed are decoded
-    for it. Images are kept in memory, as far as
-    ``cache_bytes`` go, at the size asked for. Hidden files, other types and sub-folders of a
-    class are ignored.
+    for it. Images are kept in memory at the size asked for, as far as ``cache_bytes`` go. Hidden
+    files, other types and sub-folders of a class are ignored.
 
     Args:
         root: the folder.
@@ -179,15 +178,15 @@ class FolderImages:
     def _require_images(self, found: list[str]) -> None:
         counts = np.bincount(self.labels, minlength=len(self.classes))
         for name in found:
-            if counts[self.classes.index(name)] == 0:
-                folder = self._root / name
-                prefix = f"{folder}{os.sep}"
-                reasons = [reason for path, reason in self.unreadable if path.startswith(prefix)]
-                detail = f" ({len(reasons)} can't be: {reasons[0]})" if reasons else ""
-                raise DataError(
-                    f"{folder}: no image that can be read{detail}; "
-                    "put images there or remove the folder"
-                )
+            if counts[self.classes.index(name)]:
+                continue
+            folder = self._root / name
+            reasons = [why for file, why in self.unreadable if Path(file).parent == folder]
+            detail = f" ({len(reasons)} can't be: {reasons[0]})" if reasons else ""
+            raise DataError(
+                f"{folder}: no image that can be read{detail}; "
+                "put images there or remove the folder"
+            )
 
 
 class _Checked:

@@ -33,13 +33,13 @@ class Moments:
 
     Attributes:
         images: how many.
-        pixels: uint64 [size, size, 3], the sum of each pixel.
+        pixels: uint32 [size, size, 3], the sum of each pixel; uint64 once merged.
         products: float64 [3, 3], the sum over all pixels of the products of two channels.
     """
 
     def __init__(self, size: int) -> None:
         self.images = 0
-        self.pixels = np.zeros((size, size, 3), np.uint64)
+        self.pixels = np.zeros((size, size, 3), np.uint32)  # enough for 16 million images
         self.products = np.zeros((3, 3))
 
     def add(self, image: Pixels) -> None:
@@ -53,7 +53,7 @@ class Moments:
 
     def merge(self, other: Moments) -> None:
         self.images += other.images
-        self.pixels += other.pixels
+        self.pixels = np.add(self.pixels, other.pixels, dtype=np.uint64)
         self.products += other.products
 
     def mean_image(self) -> npt.NDArray[np.float64]:
@@ -128,8 +128,6 @@ class Normalization:
             The normalisation that gives these images zero mean and unit variance in each channel;
             a channel that never varies is left at its scale.
         """
-        if sample < 1:
-            raise ValueError(f"sample: expected at least 1, got {sample}")
         if isinstance(dataset, FolderImages):  # a file is slow to decode
             name = f"mean and deviation of {sample} images at {size} pixels"
             return cls.from_dict(dataset.recall(name, lambda: _measure(dataset, size, sample)))

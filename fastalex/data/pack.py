@@ -46,10 +46,6 @@ VAL_SPLIT = 0.1  # of the images of each class, where there is no folder of vali
 ODD, LEFT_OUT = "odd.tsv", "left_out.tsv"
 
 
-class NothingReadable(DataError):
-    """Of one part no image can be read, so that there is no set to make."""
-
-
 @dataclass(frozen=True)
 class Packed:
     """What a packing made.
@@ -116,7 +112,7 @@ def pack(
         seconds = time.monotonic() - started
         try:
             _finish(images, shards, root, plan)
-        except NothingReadable:  # nor will it be the next time
+        except DataError:  # nothing of a part can be read, nor will it be the next time
             for name in (*images.parts, WORK):
                 shutil.rmtree(root / name)
             if not existed:
@@ -264,17 +260,21 @@ def _finish(images: ImageFiles, shards: list[Shard], root: Path, plan: dict[str,
     moments = Moments(plan["size"])
     parts, remarks, number = {}, [], {name: i for i, name in enumerate(images.classes)}
     for part, files in images.parts.items():
-        recorded = [shard.recorded() for shard in shards if shard.part == part]
-        records = [record for some, _ in recorded for record in some]
+        records: list[Record] = []
+        counts = []
+        for shard in (shard for shard in shards if shard.part == part):
+            some, of_shard = shard.recorded()
+            records += some
+            counts.append(of_shard.images)
+            if part == "train":
+                moments.merge(of_shard)
         packed = [record for record in records if record.checksum is not None]
         if not packed:
             reason = f"{len(files)} can't be: {records[0].remark}"
             source = shards[0].source
-            raise NothingReadable(f"{source}: no {part} image of it can be read ({reason})")
+            raise DataError(f"{source}: no {part} image of it can be read ({reason})")
         remarks += [record for record in records if record.remark]
-        parts[part] = {"images": len(packed), "shards": [some.images for _, some in recorded]}
-        for _, some in recorded if part == "train" else ():
-            moments.merge(some)
+        parts[part] = {"images": len(packed), "shards": counts}
         labels = [number[PurePosixPath(record.file).parent.name] for record in packed]
         checksums = [record.checksum for record in packed]
         paths = json.dumps([record.file for record in packed])

@@ -59,8 +59,7 @@ class PackedImages:
     Attributes:
         size: side in pixels at which the images are packed.
         shards: how many images each file of them has.
-        channel_mean: [3], of the pixels of the training images, 0 to 255.
-        covariance: [3, 3], of their channels.
+        covariance: [3, 3], of the channels of the training images, 0 to 255.
         mean_image: float32 [size, size, 3], the mean of the training images (P§2).
 
     Raises:
@@ -74,7 +73,6 @@ class PackedImages:
         self.classes: list[str] = manifest["classes"]
         self.size: int = manifest["size"]
         self.unreadable: list[tuple[str, str]] = []  # left out when the set was packed
-        self.channel_mean = np.array(manifest["channel_mean"])
         self.covariance = np.array(manifest["covariance"])
         self._root, self._part = root, part
         self.shards: list[int] = manifest["parts"][part]["shards"]

@@ -95,7 +95,7 @@ class Shard:
         with np.load(self.record) as saved:
             records = [Record(*values) for values in json.loads(saved["records"].tobytes())]
             moments.images = sum(record.checksum is not None for record in records)
-            moments.pixels[:], moments.products = saved["pixels"], saved["products"]
+            moments.pixels, moments.products = saved["pixels"], saved["products"]
         return records, moments
 
 
@@ -231,7 +231,6 @@ def decode_shard(shard: Shard) -> int:
         pixels.seek(0)
         pixels.write(shard_header(moments.images, shard.size))
     text = np.frombuffer(json.dumps(records).encode(), np.uint8)
-    pixel_sums = moments.pixels.astype(np.uint32)
     with replacing(shard.record) as temporary, open(temporary, "wb") as file_of_record:
-        np.savez(file_of_record, records=text, pixels=pixel_sums, products=moments.products)
+        np.savez(file_of_record, records=text, pixels=moments.pixels, products=moments.products)
     return len(records)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalex.common.command_line import Parser, check_output, guarded
+from fastalex.common.interrupts import INTERRUPTED
 from fastalex.common.tables import table
 from fastalex.evaluation.published import is_imagenet
 from fastalex.model.ablations import ABLATIONS, LOSSES, edit
@@ -70,7 +72,9 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         print(f"{number}/{len(names)} {name}", flush=True)
         edits = {WHOLE: [], HALF: ["--half"]}.get(name, ["--without", name])
         command = [*training, *edits, "--output", str(options.output / name)]
-        code = subprocess.run([sys.executable, "-m", "fastalex.train", *command]).returncode
+        code = _wait(subprocess.Popen([sys.executable, "-m", "fastalex.train", *command]))
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
         if code:
             print(f"ablate: error: training {name} ended with code {code}", file=sys.stderr)
             return code
@@ -78,6 +82,13 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     for line in report(options.output, names):
         print(line)
     return 0
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of training, which a terminal's Ctrl-C reaches too: it saves before it ends."""
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            return process.wait()
 
 
 def report(output: Path, names: Sequence[str]) -> list[str]:

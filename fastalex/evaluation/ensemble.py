@@ -178,14 +178,15 @@ def _check_metadata(path: Path, metadata: dict[str, Any], model: AlexNet) -> Non
     classes, size, seed = metadata["classes"], metadata["image_size"], metadata.get("seed", 0)
     count, least = metadata["num_classes"], model.smallest_image_size()
     names = classes if isinstance(classes, list) else []
+    wrong = ""
     if len(names) != count or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path}: classes: expected {count} names, got {_shown(classes)}")
-    if type(size) is not int or not least <= size <= MAX_IMAGE_SIZE:
-        raise ValueError(
-            f"{path}: image_size: expected {least} to {MAX_IMAGE_SIZE}, got {_shown(size)}"
-        )
-    if type(seed) is not int or seed < 0:
-        raise ValueError(f"{path}: seed: expected a number of at least 0, got {_shown(seed)}")
+        wrong = f"classes: expected {count} names, got {_shown(classes)}"
+    elif type(size) is not int or not least <= size <= MAX_IMAGE_SIZE:
+        wrong = f"image_size: expected {least} to {MAX_IMAGE_SIZE}, got {_shown(size)}"
+    elif type(seed) is not int or seed < 0:
+        wrong = f"seed: expected a number of at least 0, got {_shown(seed)}"
+    if wrong:
+        raise ValueError(f"{path}: {wrong}")
 
 
 def _shown(value: object) -> str:

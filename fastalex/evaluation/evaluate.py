@@ -118,17 +118,14 @@ def _lines(
     lines = [f"net: {_describe(member)}" for member in ensemble.members]
     images = f"{len(scores.labels)} images of {len(scores.classes)} classes"
     lines.append(f"data: {where}, {images}, {ensemble.image_size} px, {_CROPS[options.crops]}")
-    nets = "one net" if len(ensemble.members) == 1 else f"{len(ensemble.members)} nets, averaged"
-    ours = [
-        "this",
-        nets,
-        _CROPS[options.crops],
-        where,
-        _percent(scores.top1),
-        _percent(scores.top5),
+    count = len(ensemble.members)
+    ours = ["this", "one net" if count == 1 else f"{count} nets, averaged", _CROPS[options.crops]]
+    rows = [["", "nets", "crops", "images", "top-1 error", f"top-{TOP} error"]]
+    rows += [[*ours, where, _percent(scores.top1), _percent(scores.top5)]]
+    rows += [
+        ["published", r.nets, _CROPS[r.crops], r.images, f"{r.top1}%", f"{r.top5}%"]
+        for r in _published(ensemble)
     ]
-    rows = [["", "nets", "crops", "images", "top-1 error", f"top-{TOP} error"], ours]
-    rows += [_row(result) for result in _published(ensemble)]
     sources = dict.fromkeys(result.source for result in _published(ensemble))
     lines += ["", *table(rows, right=2), "", f"published in: {'; '.join(sources)}"]
     if not is_imagenet(scores.classes):
@@ -157,11 +154,6 @@ def _describe(member: Any) -> str:
 def _published(ensemble: Ensemble) -> list[Published]:
     variants = [split_name(member.metadata["variant"])[0] for member in ensemble.members]
     return list(dict.fromkeys(result for name in variants for result in RESULTS[name]))
-
-
-def _row(result: Published) -> list[str]:
-    errors = [f"{result.top1}%", f"{result.top5}%"]
-    return ["published", result.nets, _CROPS[result.crops], result.images, *errors]
 
 
 def _percent(share: float) -> str:

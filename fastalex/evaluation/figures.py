@@ -17,7 +17,6 @@ from fastalex.data import ImageDataset, decode_size
 from fastalex.data.base import Pixels
 from fastalex.evaluation import drawing
 from fastalex.evaluation.ensemble import (
-    TOP,
     Ensemble,
     open_dataset,
     rank_classes,
@@ -103,44 +102,37 @@ def predict_files(ensemble: Ensemble, paths: Sequence[Path]) -> list[drawing.Pre
     Raises:
         ValueError: for one that can't be read.
     """
-    small = list(read_files(paths, decode_size(ensemble.image_size)))
+    sides = decode_size(ensemble.image_size), _SHOWN
+    small, large = (list(read_files(paths, side)) for side in sides)
     for path, pixels in zip(paths, small, strict=True):
         if isinstance(pixels, str):
             raise ValueError(f"{path}: {pixels}")
-    large = read_files(paths, _SHOWN)
     names = [path.absolute().parent.name for path in paths]
-    return _predictions(
-        ensemble,
-        np.stack([pixels for pixels in small if not isinstance(pixels, str)]),
-        [pixels for pixels in large if not isinstance(pixels, str)],
-        [name if name in ensemble.classes else None for name in names],
-    )
+    labels = [name if name in ensemble.classes else None for name in names]
+    return _predictions(ensemble, small, large, labels)
 
 
 def predict_some(ensemble: Ensemble, dataset: ImageDataset) -> list[drawing.Prediction]:
     """What the net says of a few images, of as many classes as possible."""
     chosen = spread(dataset, _PICTURES)
-    side = decode_size(ensemble.image_size)
+    sides = decode_size(ensemble.image_size), _SHOWN
+    small, large = ([dataset.image(i, side) for i in chosen] for side in sides)
     return _predictions(
-        ensemble,
-        np.stack([dataset.image(i, side) for i in chosen]),
-        [dataset.image(i, _SHOWN) for i in chosen],
-        [ensemble.classes[dataset.labels[i]] for i in chosen],
+        ensemble, small, large, [ensemble.classes[dataset.labels[i]] for i in chosen]
     )
 
 
 def _predictions(
-    ensemble: Ensemble, small: Pixels, large: list[Pixels], labels: Sequence[str | None]
+    ensemble: Ensemble, small: Sequence[Any], large: Sequence[Any], labels: Sequence[str | None]
 ) -> list[drawing.Prediction]:
-    probabilities = ensemble.probabilities(small, crops=10)
-    return [
-        drawing.Prediction(
-            pixels, label, [(ensemble.classes[i], float(row[i])) for i in ranked.tolist()]
-        )
-        for pixels, label, row, ranked in zip(
-            large, labels, probabilities, rank_classes(probabilities, TOP), strict=True
-        )
-    ]
+    probabilities = ensemble.probabilities(np.stack(small), crops=10)
+    found = []
+    for row, ranked, pixels, label in zip(
+        probabilities, rank_classes(probabilities), large, labels, strict=True
+    ):
+        guesses = [(ensemble.classes[i], float(row[i])) for i in ranked.tolist()]
+        found.append(drawing.Prediction(pixels, label, guesses))
+    return found
 
 
 def find_neighbours(
@@ -157,39 +149,29 @@ def find_neighbours(
     Source: P§6.1: the smallest Euclidean distance between 4096-dimensional activations.
     """
     queries = spread(dataset, _QUERIES)
-    count = min(limit, len(gallery))
     # At random: evenly spaced ones of a set whose classes take turns leave classes out.
     order = np.random.default_rng(0).permutation(len(gallery))
-    candidates: list[int] = np.sort(order[:count]).tolist()
+    candidates: list[int] = np.sort(order[:limit]).tolist()
     near = ensemble_features(ensemble, dataset, queries, "Queries")
     far = ensemble_features(ensemble, gallery, candidates, "Features")
-    ranked = torch.cdist(near, far, compute_mode="donot_use_mm_for_euclid_dist").argsort(
-        dim=1, stable=True
-    )
-    names = ensemble.classes
-    return [
-        drawing.Neighbours(
-            dataset.image(query, _SHOWN),
-            names[dataset.labels[query]],
-            [
-                (gallery.image(i, _SHOWN), names[gallery.labels[i]])
-                for i in (candidates[n] for n in row[:_NEAREST].tolist())
-            ],
-        )
-        for query, row in zip(queries, ranked, strict=True)
-    ]
+    distances = torch.cdist(near, far, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def shown(images: ImageDataset, index: int) -> tuple[Pixels, str]:
+        return images.image(index, _SHOWN), ensemble.classes[images.labels[index]]
+
+    found = []
+    for query, row in zip(queries, distances.argsort(dim=1, stable=True), strict=True):
+        nearest = [shown(gallery, candidates[n]) for n in row[:_NEAREST].tolist()]
+        found.append(drawing.Neighbours(*shown(dataset, query), nearest))
+    return found
 
 
 def ensemble_features(
     ensemble: Ensemble, dataset: ImageDataset, indices: Sequence[int], what: str
 ) -> torch.Tensor:
     """float32 [len(indices), 4096]: the last hidden layer's activations."""
-    return torch.cat(
-        [
-            ensemble.features(pixels)
-            for pixels in read_batches(dataset, indices, ensemble.image_size, _BATCH, 1, what)
-        ]
-    )
+    batches = read_batches(dataset, indices, ensemble.image_size, _BATCH, 1, what)
+    return torch.cat([ensemble.features(pixels) for pixels in batches])
 
 
 def spread(dataset: ImageDataset, count: int) -> list[int]:

@@ -13,127 +13,48 @@ Import the kernels without ``TRITON_INTERPRET``: an interpreted kernel has no ma
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import multiprocessing
-import os
 import re
-import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
-from triton.runtime.driver import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastalex.common.compile import (
+    TARGETS,
+    Compiled,
+    Target,
+    check_target,
+    compile_ahead,
+    compile_launch,
+    fake_driver,
+    first_line,
+    without_data,
+)
 from fastalex.inspection import sass
-from fastalex_kernels.common.backend import interpreted, record_launches
+from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.common.program import Launch
 
-
-@dataclass(frozen=True)
-class Target:
-    """A GPU to compile for.
-
-    Args:
-        gpu: what Triton calls it.
-        shared_limit: bytes of shared memory (LDS on AMD) that one program can have.
-    """
-
-    gpu: GPUTarget
-    shared_limit: int
-
-
-TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 << 10),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 << 10),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 << 10),
-    "sm_120": Target(GPUTarget("cuda", 120, 32), 99 << 10),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10),
-}
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _probe() -> None:
-    pass
-
-
-class _AbsentGPU(DriverBase):  # type: ignore[misc]
-    """Answers what a launcher asks before it compiles; nothing is ever run through it."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.name].gpu
-
-    def get_current_device(self) -> str:
-        return f"offline {self.name}"  # the key of a kernel's cache: one for each target
-
-    def set_current_device(self, device: Any) -> None:
-        raise RuntimeError("no kernel can run on a GPU that is not here")
-
-    def get_current_stream(self, device: Any = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-    def get_device_interface(self) -> Any:
-        raise RuntimeError("no kernel can run on a GPU that is not here")
-
-    def get_benchmarker(self) -> Any:
-        raise RuntimeError("no kernel can be timed on a GPU that is not here")
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-
-@contextlib.contextmanager
-def fake_driver(target: str) -> Iterator[None]:
-    """Make ``target``, one of ``TARGETS``, the current GPU of Triton inside the ``with`` block."""
-    if target not in TARGETS:
-        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
-    previous = driver._active  # not driver.active, which looks for a real GPU where there is none
-    driver.set_active(_AbsentGPU(target))
-    try:
-        yield
-    finally:
-        driver.set_active(previous)
-
-
-def without_data(launch: Launch, storages: dict[int, torch.UntypedStorage]) -> Launch:
-    """The launch on meta tensors of the same shapes, strides, alignment and shared memory.
-
-    Args:
-        launch: to copy.
-        storages: of the launches before, by the storage that each stands for; this one's are added.
-    """
-
-    def bare(x: Any) -> Any:
-        if isinstance(x, TensorDescriptor):
-            return replace(x, base=bare(x.base))
-        if not isinstance(x, torch.Tensor):
-            return x
-        given = x.untyped_storage()
-        empty = torch.empty(given.nbytes(), dtype=torch.uint8, device="meta")
-        storage = storages.setdefault(given._cdata, empty.untyped_storage())
-        view = torch.empty(0, dtype=x.dtype, device="meta")
-        return view.set_(storage, x.storage_offset(), x.shape, x.stride())
-
-    return replace(launch, arguments=list(map(bare, launch.arguments)))
+__all__ = [
+    "TARGETS",
+    "Compiled",
+    "MachineCode",
+    "Target",
+    "check_target",
+    "compile_ahead",
+    "compile_launch",
+    "fake_driver",
+    "first_line",
+    "read",
+    "record",
+    "unfit",
+    "without_data",
+]
 
 
 def record(target: str, step: Callable[[], object]) -> list[Launch]:
@@ -160,74 +81,6 @@ def record(target: str, step: Callable[[], object]) -> list[Launch]:
     return [without_data(launch, storages) for launch in recorded]
 
 
-def check_target(target: str) -> None:
-    """Compile an empty kernel.
-
-    Raises:
-        ValueError: where the installed Triton can't compile for ``target``, or interprets.
-    """
-    if interpreted():
-        raise ValueError("TRITON_INTERPRET=1 is set: an interpreted kernel has no machine code")
-    try:
-        compile_launch(Launch.of("", "", _probe, (1,), (), {}), target)
-    except Exception as error:  # each version has its own, from a KeyError to ptxas's message
-        raise ValueError(
-            f"triton {triton.__version__} can't compile for {target}: {first_line(error)}"
-        ) from error
-
-
-def compile_launch(launch: Launch, target: str) -> Any:
-    """Triton's compiled kernel for ``launch`` on ``target``.
-
-    Launches that run the same machine code get the same object, compiled once.
-    """
-    if interpreted():
-        raise ValueError("offline: the kernels were imported under TRITON_INTERPRET=1, unset it")
-    with fake_driver(target):
-        return launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
-
-
-def compile_ahead(
-    jobs: Sequence[Sequence[Launch]], target: str, fit: bool = False
-) -> Iterator[str | None]:
-    """Compile jobs of launches in as many processes as there are cores.
-
-    They leave what they compile in Triton's cache, from where ``compile_launch`` reads it.
-
-    Args:
-        jobs: of launches on tensors without data.
-        target: one of ``TARGETS``.
-        fit: whether a job fails, too, that spills or needs more shared memory than there is.
-
-    Yields:
-        Of each job, in order: None, or why it failed.
-    """
-    if not jobs:
-        return
-    workers = min(len(os.sched_getaffinity(0)), len(jobs))
-    context = multiprocessing.get_context("fork")  # which hands the jobs on as they are
-    with context.Pool(workers, _start, (jobs, target, fit)) as pool:
-        yield from pool.imap(_compile, range(len(jobs)))
-
-
-_given: tuple[Any, ...]  # to a process that compiles
-
-
-def _start(*given: Any) -> None:
-    global _given
-    _given = given
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _compile(number: int) -> str | None:
-    jobs, target, fit = _given
-    try:
-        reasons = [unfit(x, target) if fit else compile_launch(x, target) for x in jobs[number]]
-    except Exception as error:  # of any kind: whoever asked decides what a failure means
-        return first_line(error)
-    return next(filter(None, reasons), None) if fit else None
-
-
 def unfit(launch: Launch, target: str) -> str | None:
     """Why a launch should not be made: it spills, or needs more shared memory than there is."""
     code, limit = read(compile_launch(launch, target)), TARGETS[target].shared_limit
@@ -236,12 +89,6 @@ def unfit(launch: Launch, target: str) -> str | None:
     if code.shared > limit:
         return f"{launch.name} needs {code.shared} bytes of shared memory, there are {limit}"
     return None
-
-
-def first_line(error: Exception) -> str:
-    """The kind of an error and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class MachineCode:

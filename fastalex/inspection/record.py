@@ -15,7 +15,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex.data import Normalization, decode_size
 from fastalex.data.augment import Augment
@@ -123,13 +122,6 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 moved = sum(x.nbytes for x in read), sum(x.nbytes for x in written)
                 self.events.append(Event(*self._place, f"aten.{name}", None, *moved))
         return result
-
-
-def tensor_of(argument: Any) -> torch.Tensor | None:
-    """The tensor behind a kernel's argument, None where it is a number."""
-    if isinstance(argument, TensorDescriptor):
-        argument = argument.base
-    return argument if isinstance(argument, torch.Tensor) else None
 
 
 def _tensors(*trees: Any) -> list[torch.Tensor]:

@@ -10,8 +10,8 @@ import torch
 
 from fastalex.inspection import cost, forecast, offline, sass, ttir
 from fastalex.inspection.gpus import GPU
-from fastalex.inspection.record import Event, Layer, Step, tensor_of
-from fastalex_kernels.common.program import Launch
+from fastalex.inspection.record import Event, Layer, Step
+from fastalex_kernels.common.program import Launch, tensor_of
 
 _WAITING = 8  # instructions of a loop that only waits, at most
 _SCHEDULERS = 4  # of a processor, each an instruction a cycle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -58,9 +59,6 @@ class AlexNet(nn.Module):
         ValueError: for an argument out of range, naming it.
     """
 
-    classes: list[str] | None = None  # names of the outputs, where ``fastalex.load`` found them
-    transforms: Callable[[Any], torch.Tensor] | None = None  # of an image, likewise
-
     def __init__(
         self,
         num_classes: int = 1000,
@@ -80,9 +78,14 @@ class AlexNet(nn.Module):
         self.variant: Variant = get_variant(variant)
         self.num_classes, self.dropout, self.is_fused = num_classes, dropout, fused
         self._counters: _Counters | None = None
-        features = feature_layers(self.variant)
-        width = [m.out_channels for m in features if isinstance(m, nn.Conv2d)][-1] * _GRID**2
-        classifier = classifier_layers(self.variant, width, num_classes, dropout)
+        # What ``fastalex.load`` finds: names of the outputs, and what makes an input of an image.
+        self.classes: list[str] | None = None
+        self.transforms: Callable[[Any], torch.Tensor] | None = None
+        # Torch's layers, of which the fused ones are made: without numbers of their own, then.
+        with torch.device("meta") if fused else contextlib.nullcontext():
+            features = feature_layers(self.variant)
+            width = [m.out_channels for m in features if isinstance(m, nn.Conv2d)][-1] * _GRID**2
+            classifier = classifier_layers(self.variant, width, num_classes, dropout)
         pool = AdaptiveAvgPool2d if fused else nn.AdaptiveAvgPool2d
         sequence = nn.Sequential
         self.features = fuse_features(self.variant, features) if fused else sequence(*features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NoReturn
 
 import torch
@@ -48,10 +49,8 @@ def is_absorbed(module: nn.Module) -> bool:
 
 def restore(module: nn.Module) -> None:
     """Undo ``absorb``."""
-    for part in module.modules():
-        if is_absorbed(part) and not isinstance(part, nn.Sequential):
-            for name in ("forward", "extra_repr", *_HOOKS):
-                delattr(part, name)
+    for name in ("forward", "extra_repr", *_HOOKS):
+        module.__dict__.pop(name, None)
 
 
 def _pass_on(input: torch.Tensor) -> torch.Tensor:
@@ -79,8 +78,12 @@ class FusedSequential(nn.Sequential):
         old = self.__dict__.get("_modules", {}).get(name)
         if old is not None and old is not value:
             self._check_free(name, old)
-            if isinstance(old, _FUSED) and not isinstance(value, _FUSED):
-                self._restore_after(name)
+            absorbed = self._absorbed_by(name) if isinstance(old, _FUSED) else []
+            for module in absorbed:
+                if isinstance(value, LinearReLUDropout) and isinstance(module, nn.Dropout):
+                    value.absorb(module)
+                elif not isinstance(value, _FUSED):
+                    restore(module)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -95,13 +98,10 @@ class FusedSequential(nn.Sequential):
                 f"{name}: the layer before computes this {type(old).__name__}: {USE_UNFUSED}"
             )
 
-    def _restore_after(self, name: str) -> None:
-        names = list(self._modules)
-        for following in names[names.index(name) + 1 :]:
-            module = self._modules[following]
-            if module is None or not is_absorbed(module):
-                break
-            restore(module)
+    def _absorbed_by(self, name: str) -> list[nn.Module]:
+        """The modules that the layer ``name`` computes."""
+        following = list(self)[list(self._modules).index(name) + 1 :]
+        return _parts(list(itertools.takewhile(is_absorbed, following)))
 
 
 _FUSED = (Conv2dReLU, LinearReLUDropout)

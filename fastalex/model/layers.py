@@ -230,6 +230,12 @@ class LinearReLUDropout(CounterDropout, nn.Linear):
         """Probability that a unit is dropped in training."""
         return self._absorbed[0].p if self._absorbed else self._p
 
+    def train(self, mode: bool = True) -> LinearReLUDropout:
+        """As any module, and what is absorbed likewise: the layer may be used alone."""
+        for module in self._absorbed:
+            module.train(mode)
+        return super().train(mode)
+
     @property
     def dropping(self) -> bool:
         """Whether units are dropped now."""

@@ -23,10 +23,19 @@ from fastalex.model.layers import (
     SpatialResponseNorm,
 )
 from fastalex.training.optim import BUFFER, Rates, update_rule
-from fastalex.training.passes import Convolution, Flatten, FullyConnected, Gather, Pass, Pool, Torch
+from fastalex.training.passes import (
+    Convolution,
+    DropRows,
+    Flatten,
+    FullyConnected,
+    Gather,
+    Pass,
+    Pool,
+    Torch,
+)
 from fastalex.training.updates import FusedUpdate, StoredGradients, momentum_update
 from fastalex_kernels.conv2d.forward import pack_weight
-from fastalex_kernels.lrn_pool.general import MAX_CHANNELS
+from fastalex_kernels.lrn_pool.function import MAX_CHANNELS
 from fastalex_kernels.momentum import MomentumUpdate, Updates
 
 _KNOWN = (
@@ -67,6 +76,7 @@ class Chain:
         has_kernels: whether Triton's kernels run where the model is; else every pass is torch's.
         fused_update: whether kernels apply the gradients that they make.
         exchange: with the other tower; None takes the one that ``parallelize`` gave the model.
+        aten: names of layers that run on ATen where they have kernels.
 
     Attributes:
         rates: of the optimizer.
@@ -84,10 +94,12 @@ class Chain:
         has_kernels: bool,
         fused_update: bool,
         exchange: Exchange | None,
+        aten: frozenset[str] = frozenset(),
     ) -> None:
         self._model, self._optimizer = model, optimizer
         self._dtype, self._triton = dtype, has_kernels
         self._layers = list(_layers(model))
+        self._on_aten = {layer for name, layer in self._layers if name in aten}
         gathers = [_gather_hook(layer) for _, layer in self._layers]
         self.exchange = exchange or next((h.exchange for h in gathers if h is not None), None)
         self.rates, rule = Rates(optimizer), update_rule(optimizer)
@@ -150,9 +162,12 @@ class Chain:
         if hook is not None and self.exchange is not None:
             gather = Gather(self.exchange, hook.summed, early)
         if not self._has_kernels(layer):
-            return Torch(layer, update, gather, self._dtype)
+            backend = "aten" if layer in self._on_aten else "auto"
+            return Torch(layer, update, gather, self._dtype, backend)
         if isinstance(layer, MaxPool2d):
             return Pool(layer)
+        if isinstance(layer, Dropout):
+            return DropRows(layer)
         assert update is not None
         if isinstance(layer, Conv2dReLU):
             return Convolution(layer, update, gather)
@@ -160,7 +175,7 @@ class Chain:
         return FullyConnected(layer, update, gather)
 
     def _has_kernels(self, layer: nn.Module) -> bool:
-        if not self._triton:
+        if not self._triton or layer in self._on_aten:
             return False
         if isinstance(layer, Conv2dReLU):
             first = layer is self._layers[0][1]
@@ -169,7 +184,7 @@ class Chain:
             widest = max(m.weight.shape[0] for _, m in self._layers if isinstance(m, nn.Conv2d))
             return widest // layer.groups <= MAX_CHANNELS
         linear = isinstance(layer, (Linear, LinearReLUDropout)) and getattr(layer, "groups", 1) == 1
-        return linear or isinstance(layer, MaxPool2d)
+        return linear or isinstance(layer, (MaxPool2d, Dropout))
 
 
 def _layers(model: AlexNet) -> Iterator[tuple[str, nn.Module | None]]:

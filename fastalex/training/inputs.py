@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+import fastalex_kernels as kernels
 from fastalex.data.augment import Augment
 from fastalex.model.alexnet import AlexNet
 from fastalex.model.layers import Conv2dReLU
@@ -116,7 +117,11 @@ def _augment(
 
 def _maps(augment: Augment | None, strided: Conv2dReLU | None, *images: Any) -> torch.Tensor:
     """Images, or what ``augment`` makes of bytes, as HWNC; as blocks where ``strided`` is given."""
-    x = images[0] if augment is None else augment(*(x for x in images if x is not None))
+    x: torch.Tensor = images[0]
+    if augment is not None:
+        pixels, tops, lefts, mirrors, *colors = (x for x in images if x is not None)
+        with kernels.backend("aten"):
+            x = augment(pixels, tops, lefts, mirrors.bool(), *colors)
     if strided is not None:
         (R, S), step = strided.kernel_size, strided.stride[0]
         x = space_to_depth(x, (R, S), (step, step), strided.sides(*x.shape[2:]), 1)

@@ -102,6 +102,8 @@ def _read_config(options: Mapping[str, Any]) -> dict[str, Any]:
         if given.get(name) is None:
             found.pop(name, None)
     variant, without, half = ablations.split_name(str(found.pop("variant", "paper")))
+    if found.get("init_from") is not None:  # whose variant it is
+        return found
     return {**found, "variant": variant, "without": without, "half": half}
 
 

@@ -20,21 +20,20 @@ from typing import Any
 import torch
 from torch import nn
 
+import fastalex_kernels as kernels
 from fastalex.distributed.exchange import TOWERS, Exchange
+from fastalex.model import layers
 from fastalex.model.layers import Conv2dReLU, Linear, LinearReLUDropout, LRNMaxPool2d, MaxPool2d
 from fastalex.training.updates import FusedUpdate
-from fastalex_kernels.common.epilogue import epilogue_backward
+from fastalex_kernels.common.epilogue import drop, epilogue_backward
 from fastalex_kernels.common.launch import call
 from fastalex_kernels.common.layout import as_hwnc, as_nchw
-from fastalex_kernels.common.parameters import Norm, Window
+from fastalex_kernels.common.parameters import NO_DROPOUT, Dropout, Norm, Pooling, Window
 from fastalex_kernels.conv2d.forward import conv2d_relu_backward_input, conv2d_relu_forward
 from fastalex_kernels.conv2d.weight import conv2d_relu_backward_weight
-from fastalex_kernels.linear.forward import HalvedProduct, matmul
-from fastalex_kernels.lrn_pool.general import (
-    channel_groups,
-    lrn_max_pool2d_backward,
-    lrn_max_pool2d_forward,
-)
+from fastalex_kernels.linear.forward import Epilogue, HalvedProduct, matmul
+from fastalex_kernels.lrn_pool.function import channel_groups
+from fastalex_kernels.lrn_pool.general import lrn_max_pool2d_backward, lrn_max_pool2d_forward
 
 Tensor = torch.Tensor
 Gradient = tuple[Tensor | None, Tensor | None]  # dx; bias partials of the layer below
@@ -175,19 +174,19 @@ class Pool(Pass):
     can_mask = True
 
     def __init__(self, module: MaxPool2d) -> None:
-        self.module, self._norm, self._groups = module, None, 0
-        self._window = Window(module.kernel_size, module.stride)
+        self.module = module
+        window = Window(module.kernel_size, module.stride)
+        self._pooling = Pooling(None, 0, window)
         if isinstance(module, LRNMaxPool2d):
             alpha = module.alpha / module.size
-            self._norm = Norm(module.size, alpha, module.beta, module.k, module.signed)
-            self._groups, self.relu = module.groups, module.relu
+            norm = Norm(module.size, alpha, module.beta, module.k, module.signed)
+            self._pooling, self.relu = Pooling(norm, module.groups, window), module.relu
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = (self.module.output_size(side) for side in x.shape[:2])
-        self._groups = self._groups or channel_groups(x.shape[3])
-        y, self._argmax = lrn_max_pool2d_forward(
-            x, self._norm, self._groups, self._window, (height, width), save=True
-        )
+        if not self._pooling.groups:
+            self._pooling = self._pooling._replace(groups=channel_groups(x.shape[3]))
+        y, self._argmax = lrn_max_pool2d_forward(x, self._pooling, (height, width), save=True)
         self._x, self._y = x, as_hwnc(y)
         if self.relu:
             call(self._y.relu_)
@@ -197,9 +196,8 @@ class Pool(Pass):
         if self.relu and not self.dy_is_preact:
             dy, _ = _before_relu(dy, self._y)
         dx, below = lrn_max_pool2d_backward(
-            self._x, dy, self._argmax, self._norm, self._groups, self._window,
-            (self._x.shape[0], self._x.shape[1]), mask=self.masks_dx,
-            y=None if self._norm else self._y,
+            self._x, dy, self._argmax, self._pooling, (self._x.shape[0], self._x.shape[1]),
+            mask=self.masks_dx, y=None if self._pooling.norm else self._y,
         )  # fmt: skip
         return as_hwnc(dx), below
 
@@ -221,6 +219,21 @@ class Flatten(Pass):
         return out, None
 
 
+class DropRows(Pass):
+    """Dropout of rows."""
+
+    def __init__(self, module: layers.Dropout) -> None:
+        self._dropout = NO_DROPOUT
+        if module.training:
+            self._dropout = Dropout(float(module.p), *module.mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop(x, self._dropout)
+
+    def backward(self, dy: Tensor, bias_partials: Tensor | None) -> Gradient:
+        return drop(dy, self._dropout), None
+
+
 class FullyConnected(Pass):
     """Fully connected + bias, with ReLU and dropout but in the last layer."""
 
@@ -231,13 +244,13 @@ class FullyConnected(Pass):
     ) -> None:
         self.module, self.update, self._gather = module, update, gather
         self.relu = isinstance(module, LinearReLUDropout)
-        self._dropout: dict[str, Any] = {}
+        self._dropout = NO_DROPOUT
         if isinstance(module, LinearReLUDropout) and module.p and module.dropping:
-            self._dropout = {"p": float(module.p), **module.mask._asdict()}
+            self._dropout = Dropout(float(module.p), *module.mask)
 
     def forward(self, x: Tensor) -> Tensor:
         self._w = w = self.update.weight()
-        epilogue = {"bias": self.update.bias(), "relu": self.relu, **self._dropout}
+        epilogue = Epilogue(self.update.bias(), self.relu, self._dropout)
         gather = self._gather
         if gather is not None and gather.early and HalvedProduct.gains(x, w):
             gather.start(x)
@@ -245,19 +258,21 @@ class FullyConnected(Pass):
             product.add(x, gather.rank)  # while the other tower's half is on its way
             product.add(gather.wait(), 1 - gather.rank)
             self._x = gather.concatenate()
-            self._y = product.finish(**epilogue)
+            self._y = product.finish(epilogue)
         else:
             self._x = x if gather is None else gather(x)
-            self._y = matmul(self._x, w.t(), **epilogue)
+            self._y = matmul(self._x, w.t(), epilogue)
         return self._y
 
     def backward(self, dy: Tensor, bias_partials: Tensor | None) -> Gradient:
-        dz, p = dy, self._dropout.get("p", 0.0)  # its scale is left to the products
+        dz, p = dy, self._dropout.p  # its scale is left to the products
         if self.relu and not self.dy_is_preact:
-            (dz, _), p = _before_relu(dy, self._y, **self._dropout), 0.0
+            (dz, _), p = _before_relu(dy, self._y, dropout=self._dropout), 0.0
         dx = wait = None
         if self.needs_dx:
-            dx = matmul(dz, self._w, p=p, mask=self._x if self.masks_dx else None)
+            dx = matmul(
+                dz, self._w, Epilogue(dropout=Dropout(p), mask=self._x if self.masks_dx else None)
+            )
             wait = None if self._gather is None else self._gather.start_reduce_scatter(dx)
         self.update.linear(dz, self._x, p)
         return (dx if wait is None else wait()), None
@@ -271,6 +286,7 @@ class Torch(Pass):
         update: of its parameters; None where it has none.
         gather: of the other tower's half of its input.
         autocast: the dtype that torch computes products in.
+        backend: of fastalex_kernels' functions, ``"aten"`` where kernels would run.
     """
 
     def __init__(
@@ -279,8 +295,10 @@ class Torch(Pass):
         update: FusedUpdate | None,
         gather: Gather | None,
         autocast: torch.dtype,
+        backend: str = "auto",
     ) -> None:
         self.module, self.update, self._gather = module, update, gather
+        self._backend = backend
         self._autocast, self._parameters = autocast, list(module.parameters())
         self._y: Tensor | None = None
         self._dx: Tensor | None = None
@@ -297,7 +315,11 @@ class Torch(Pass):
         self._leaf = x.requires_grad_(self.needs_dx)
         kind = "cpu" if x.is_meta else x.device.type  # autocast knows no tensors without data
         narrow = self._autocast != torch.float32
-        with torch.enable_grad(), torch.autocast(kind, dtype=self._autocast, enabled=narrow):
+        with (
+            torch.enable_grad(),
+            torch.autocast(kind, dtype=self._autocast, enabled=narrow),
+            kernels.backend(self._backend),
+        ):
             self._output = self.module.forward(self._leaf)  # the gather, a hook, was done
         y = self._output.detach()
         y = y.permute(2, 3, 0, 1) if maps else y

@@ -18,7 +18,7 @@ from fastalex.data.fingerprint import Contents, contents, describe_changes
 from fastalex.data.normalization import INIT_FROM, MEAN_IMAGES
 from fastalex.distributed.world import World, find_world, has_bf16, rank, under_torchrun
 from fastalex.model.alexnet import AlexNet
-from fastalex.training import checkpoints, fine_tuning
+from fastalex.training import check, checkpoints, fine_tuning
 from fastalex.training.checkpoints import ResumeState
 from fastalex.training.config import PRECISIONS, Settings, describe_setting
 from fastalex.training.metrics import check_tensorboard
@@ -165,6 +165,7 @@ def _meta_model(classes: int, variant: str) -> AlexNet:
 
 def _check(settings: Settings, world: World) -> None:
     """Raise unless the settings go with each other and with the world."""
+    check.mode()  # of the environment
     if settings.augmentation == "resized" and settings.normalization in MEAN_IMAGES:
         raise ValueError(
             f"--augmentation resized: parts of any size have no mean image; leave it out or use "

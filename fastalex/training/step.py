@@ -24,9 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 import fastalex_kernels as kernels
 from fastalex.common.nvtx_ranges import listening, nvtx_range
 from fastalex.data.augment import Augment
-from fastalex.distributed.exchange import Exchange
+from fastalex.distributed.exchange import Exchange, LoopbackExchange
 from fastalex.model.alexnet import HOOKS, AlexNet
 from fastalex.training.chain import Chain, check
+from fastalex.training.check import FirstUse
 from fastalex.training.cuda_graph import Graph
 from fastalex.training.inputs import (
     Inputs,
@@ -123,6 +124,7 @@ class TrainStep:
         self._exchange, self._augment, self._tricks = exchange, augment, tricks
         self._reduce, self._tell = reduce, tell
         self._seeds: tuple[int, int] | None = None  # of a dropout that nobody else seeds
+        self._aten: frozenset[str] = frozenset()  # parts that do not run on their kernels
         self._build()
 
     def _build(self) -> None:
@@ -133,7 +135,7 @@ class TrainStep:
         self._dtype = torch.float32 if interpreted() else self._product_dtype()
         self._chain = Chain(
             self.model, self.optimizer, self._dtype, self._has_kernels, self._tricks.fused_update,
-            self._exchange,
+            self._exchange, self._aten,
         )  # fmt: skip
         self._updates = list(self._chain.updates.values())
         self._written = [x for update in self._updates for x in (update.parameter, update.buffer)]
@@ -190,6 +192,9 @@ class TrainStep:
             check_batch(images, labels, self.model, self._augment)
         inputs = input_tensors(images, labels, self._has_kernels)
         if recorded is None:
+            while self._has_kernels and self._check_kernels(inputs):
+                self._build()
+                self._follow()
             recorded = self._recorded[key] = self._record(inputs)
         else:
             recorded.run(inputs)
@@ -202,6 +207,32 @@ class TrainStep:
         return recorded.loss.clone()
 
     @torch.no_grad()
+    def _check_kernels(self, inputs: Inputs) -> bool:
+        """Check what was not checked before on this GPU; whether ATen takes over another part."""
+        *images, labels = inputs
+        assert labels is not None
+        augment = self._augment if len(images) > 1 else None
+        size, tricks, strided = image_size(images, augment), self._tricks, self._chain.strided
+
+        def passes(aten: frozenset[str]) -> list[tuple[str, Pass]]:
+            alone = None if self._chain.exchange is None else LoopbackExchange()
+            chain = Chain(
+                self.model, self.optimizer, self._dtype, True, tricks.fused_update, alone, aten
+            )
+            for update in chain.updates.values():
+                update.refresh()
+            return chain.passes(size, tricks.fused_activation, tricks.early)
+
+        def first(by_kernel: bool, blocks: bool = True) -> torch.Tensor:
+            dtype = self._dtype if by_kernel else torch.float32
+            return first_input(images, augment, strided if blocks else None, dtype, by_kernel)
+
+        checked = FirstUse(self._passes(size), passes, first, self._loss, inputs, self._dtype)
+        aten = checked.on_aten(self._aten, self.optimizer, self._chain.exchange, self._tell)
+        more, self._aten = bool(aten - self._aten), aten
+        return more
+
+    @torch.no_grad()
     def _record(self, inputs: Inputs) -> _Recorded:
         """The step, as it is done for the first time."""
         *images, labels = inputs
@@ -211,9 +242,8 @@ class TrainStep:
         program = Program(inputs)
         with program.recording():
             with _at(program, "augment" if augment is not None else layers[0][0], "forward"):
-                x = first_input(
-                    images, augment, self._chain.strided, self._dtype, self._has_kernels
-                )
+                by_kernel = self._has_kernels and "augment" not in self._aten
+                x = first_input(images, augment, self._chain.strided, self._dtype, by_kernel)
             for name, layer in layers:
                 with _at(program, name, "forward"):
                     x = layer.forward(x)
@@ -240,7 +270,7 @@ class TrainStep:
         self, logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean loss, and the gradient of the logits."""
-        if self._has_kernels:
+        if self._has_kernels and "loss" not in self._aten:
             loss, gradient = cross_entropy_forward(logits, labels, self._one)
             assert gradient is not None
             return loss, gradient
@@ -313,7 +343,7 @@ def _torch_loss(
 ) -> None:
     """The loss by torch's operators."""
     leaf = logits.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), kernels.backend("aten"):
         mean = kernels.cross_entropy(leaf, labels)
     loss.copy_(mean.detach())
     gradient.copy_(torch.autograd.grad(mean, leaf)[0])

@@ -13,7 +13,7 @@ from fastalex._version import __version__
 from fastalex.common import interrupts
 from fastalex.common.command_line import output_may_fail
 from fastalex.common.interrupts import Interrupted
-from fastalex.common.provenance import versions
+from fastalex.common.provenance import device_name, versions
 from fastalex.data import DataError, ImageDataset
 from fastalex.data.batches import Batch, Batches, Share, Transform
 from fastalex.data.datasets import color_noise, open_datasets
@@ -32,6 +32,7 @@ from fastalex.training.optim import (
     set_learning_rate,
     set_momentum_buffers,
 )
+from fastalex.training.precompile import Work, compile_first
 from fastalex.training.progress import Progress
 from fastalex.training.run_config import RunConfig
 from fastalex.training.run_folder import RunFolder
@@ -39,6 +40,7 @@ from fastalex.training.schedule import Schedule
 from fastalex.training.step import TrainStep, Tricks
 from fastalex.training.validation import TOP, Accuracy, evaluate, fetch
 from fastalex.training.weights import save_weights
+from fastalex_kernels.common.backend import target
 
 _NAMED = 3  # samples of a bad batch that the message names
 
@@ -126,10 +128,10 @@ class Trainer:
             model.load_state_dict(weights)
         elif settings.init_from is not None:
             fine_tuning.begin_with(model, settings.init_from, self.config.classes)
-        fine_tuning.freeze(model, settings.freeze)
         self.model = parallel.parallelize(
             model.to(parallel.device), rows=self.train_batches.batch_size // parallel.replicas
         )
+        fine_tuning.freeze(self.model, settings.freeze)  # a tower has parameters of its own
         self.optimizer = build_optimizer(
             self.model,
             settings.lr,
@@ -165,6 +167,8 @@ class Trainer:
             alone = parallel.replicas == 1  # else a gradient is not whole when it is made
             tricks = Tricks(fused_update=alone, graph=settings.cuda_graph)
             reduce = None if alone else lambda: parallel.reduce_gradients(self.model)
+            if parallel.device.type == "cuda":
+                self._compile_kernels(tricks)
             try:
                 return TrainStep(
                     self.model, self.optimizer, settings.precision.replace("tf32", "float32"),
@@ -175,6 +179,23 @@ class Trainer:
         return AutogradStep(
             self.model, self.optimizer, settings.precision, augment, parallel, self.scaler
         )
+
+    def _compile_kernels(self, tricks: Tricks) -> None:
+        """Compile what the run launches, before its first step and for all processes at once."""
+        settings, parallel = self.settings, self.parallel
+        device = parallel.device
+        count, last = (n // parallel.replicas for n in (
+            settings.batch_size, len(self.val_batches.dataset) % settings.batch_size
+        ))  # fmt: skip
+        work = Work(
+            settings.variant, len(self.config.classes), settings.image_size,
+            [count], [count, *([last] if last else [])],  # a last batch for training is filled up
+            settings.precision.replace("tf32", "float32"), settings.momentum_rule,
+            tricks.fused_update, self.config.world.towers, self.config.normalization,
+            settings.augmentation,
+        )  # fmt: skip
+        say = self.progress.say if parallel.is_main else print  # whichever comes first compiles
+        compile_first(work, target(device), device_name(device), say)
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, as ``_state`` returned it; from the beginning where it is empty."""

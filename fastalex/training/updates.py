@@ -15,10 +15,11 @@ from torch import nn
 from fastalex.model.layers import Conv2dReLU
 from fastalex_kernels.common.epilogue import epilogue_backward
 from fastalex_kernels.common.launch import call
+from fastalex_kernels.common.parameters import Dropout
 from fastalex_kernels.common.reduce import sum_partials
 from fastalex_kernels.conv2d.arguments import depth_to_space_weight
 from fastalex_kernels.conv2d.forward import pack_weight
-from fastalex_kernels.linear.forward import matmul
+from fastalex_kernels.linear.forward import Epilogue, matmul
 from fastalex_kernels.linear.update import linear_backward_weight_update
 from fastalex_kernels.momentum import MomentumUpdate, Updates, sum_updates
 
@@ -89,21 +90,25 @@ class FusedUpdate:
 
 
 class StoredGradients(FusedUpdate):
-    """Gradients are left in ``parameter.grad``, float32, for an optimizer."""
+    """Gradients are left in ``parameter.grad``, float32, for an optimizer.
+
+    Attributes:
+        gradients: of weight and bias.
+    """
 
     def __init__(self, layer: nn.Module, updates: Updates) -> None:
         super().__init__(layer, updates)
         self._parameters = [update.parameter for update in updates if update is not None]
-        self._gradients = [torch.empty_like(parameter) for parameter in self._parameters]
+        self.gradients = [torch.empty_like(parameter) for parameter in self._parameters]
 
     def attach(self) -> None:
         """Give the parameters their gradients, which an optimizer may have taken away."""
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+        for parameter, gradient in zip(self._parameters, self.gradients, strict=True):
             parameter.grad = gradient
 
     def convolution(self, partials: Tensor, bias_partials: Tensor) -> None:
         packed = sum_partials(partials, partials.new_empty(partials.shape[1:]))
-        weight, bias = self._gradients
+        weight, bias = self.gradients
         if self._stride > 1:
             call(_copy_blocks, weight, packed, self._stride)
         else:
@@ -111,8 +116,8 @@ class StoredGradients(FusedUpdate):
         sum_partials(bias_partials, bias)
 
     def linear(self, dz: Tensor, x: Tensor, p: float) -> None:
-        weight, bias = self._gradients
-        call(weight.copy_, matmul(dz.t(), x, p=p))
+        weight, bias = self.gradients
+        call(weight.copy_, matmul(dz.t(), x, Epilogue(dropout=Dropout(p))))
         rows = dz
         if dz.stride(0) != dz.shape[1]:
             rows = dz.new_empty(dz.shape)
@@ -124,7 +129,7 @@ class StoredGradients(FusedUpdate):
             call(bias.mul_, 1.0 / (1.0 - p))
 
     def torch(self, gradients: list[Tensor]) -> None:
-        for stored, gradient in zip(self._gradients, gradients, strict=True):
+        for stored, gradient in zip(self.gradients, gradients, strict=True):
             stored.copy_(gradient)
 
 

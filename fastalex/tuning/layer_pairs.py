@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import fastalex_kernels as kernels
@@ -19,12 +18,12 @@ from fastalex.inspection.record import Layer, layers_of
 from fastalex.model.alexnet import AlexNet, layer_names
 from fastalex.model.layers import Conv2dReLU, LinearReLUDropout, MaxPool2d
 from fastalex.model.reference import ReferenceAlexNet
+from fastalex.training.layer_reference import single_maxima
 from fastalex_kernels.common.tuned import dot_precision
 from fastalex_kernels.reference import relative_error, tolerance
 
 # Stock torch rounds between its operations: enough to see that it computes the same function.
 STOCK_TOLERANCE = 3e-2
-_NEAR_TIE = 1e-4
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -256,12 +255,8 @@ def _one_maximum(stock: nn.Module, x: torch.Tensor) -> torch.Tensor:
         size, stride = pool.kernel_size, pool.stride
         assert isinstance(size, int)
         assert isinstance(stride, int)
-        P, Q = pool(x).shape[2:]
-        hang = [max(0, (n - 1) * stride + size - m) for n, m in ((Q, x.shape[3]), (P, x.shape[2]))]
-        x = F.pad(x, (0, hang[0], 0, hang[1]), value=float("-inf"))
-        windows = x.unfold(2, size, stride).unfold(3, size, stride).flatten(-2)
-        first, second = windows.topk(2, dim=-1).values.unbind(-1)
-        return first - second > _NEAR_TIE * first.abs()
+        height, width = pool(x).shape[2:]
+        return single_maxima(x, size, stride, (height, width))
 
 
 def _tolerance(pair: LayerPair, output: torch.Tensor) -> float:

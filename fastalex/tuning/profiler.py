@@ -24,7 +24,6 @@ from fastalex.inspection.cost import Floor
 from fastalex.inspection.gpus import find_gpu
 from fastalex.inspection.record import DTYPES, PRECISIONS
 from fastalex.model.variants import VARIANTS
-from fastalex.tuning import profile_chart
 from fastalex.tuning.layer_pairs import (
     check,
     make_call,
@@ -80,20 +79,17 @@ def _parser() -> Parser:
 
 def _run(options: argparse.Namespace) -> int:
     _complete(options)
-    profile_chart.new_chart()  # before any work: matplotlib may be missing
     check_output("--output", options.output, folder=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    trace, chart, data = (options.output / n for n in ("trace.json", "profile.png", "profile.json"))
+    trace, data = (options.output / name for name in ("trace.json", "profile.json"))
     with _kept_graphs():
         report, calls = profile(options)
         for line in describe(report):
             print(line, flush=True)
         write_trace(calls, torch.device(options.device), trace)
-    with replacing(chart) as temporary:
-        profile_chart.draw(report).savefig(temporary, format="png")
     with replacing(data) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"\nchart {chart}\ntrace {trace} (open it in ui.perfetto.dev)\nevery round {data}")
+    print(f"\ntrace {trace} (open it in ui.perfetto.dev)\nevery round {data}")
     return 0
 
 

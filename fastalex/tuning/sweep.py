@@ -111,13 +111,13 @@ def autotune(
     for splits in (False, True):
         entries = find(workloads, target, limit, best, splits)
         jobs = [config.launches for entry in entries for config in entry.configs[1:]]
-        reasons: Iterator[str | None] = itertools.repeat(None)
+        compiled: Iterator[offline.Compiled] = itertools.repeat(offline.Compiled(None, 0.0))
         if target in offline.TARGETS:
-            reasons = offline.compile_ahead(jobs, target, fit=True)
+            compiled = offline.compile_ahead(jobs, target, offline.unfit)
         for entry in entries:
             late = time.monotonic() > deadline
             for config in [] if late else entry.configs[1:]:
-                config.skipped = next(reasons)
+                config.skipped = next(compiled).failure
             if not late and time.monotonic() <= deadline:
                 measure(entry, best)
                 entry.reached = True

@@ -163,6 +163,9 @@ class WatchedStep(TrainStep):
             side = image_size or model.variant.image_size
             self(torch.randn(batch, 3, side, side), torch.randint(1000, (batch,)))
 
+    def _check_kernels(self, inputs: Any) -> bool:
+        return False  # configs are compared with each other
+
     def _product_dtype(self) -> torch.dtype:
         return self._products
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from fastalex_kernels.common import philox
 from fastalex_kernels.common.backend import operator
-from fastalex_kernels.common.parameters import Norm, Window, norm_of
+from fastalex_kernels.common.parameters import Dropout, Norm, Window, norm_of
 
 _NO_LABEL = -(2**63)  # every other one that is no class is an error
 
@@ -270,23 +270,19 @@ def linear_relu_dropout(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    p: float,
     relu: bool,
-    rng: torch.Tensor | None,
-    row_offset: int,
-    feature_offset: int,
+    given: Dropout,
 ) -> torch.Tensor:
     output = F.linear(input, weight, bias)
     if relu:
         output = output.relu_()
-    return output if rng is None else dropout(output, p, rng, row_offset, feature_offset)
+    return output if given.rng is None else dropout(output, given)
 
 
-def dropout(
-    input: torch.Tensor, p: float, rng: torch.Tensor, row_offset: int, feature_offset: int
-) -> torch.Tensor:
-    rows, features = input.shape
-    kept = philox.keep_mask(rng, rows, features, p, row_offset, feature_offset)
+def dropout(input: torch.Tensor, given: Dropout) -> torch.Tensor:
+    p, rng, row, feature = given
+    assert rng is not None
+    kept = philox.keep_mask(rng, len(input), input.shape[1], p, row, feature)
     # Not a product with the mask: what is dropped is zero even where it is not finite.
     return torch.where(kept, input / (1.0 - p), input.new_zeros(()))
 

@@ -20,7 +20,6 @@ conv2d.arguments.space_to_depth, channel (row * 4 + column) * 3 + color.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ import triton.language as tl
 
 from fastalex_kernels import aten
 from fastalex_kernels.common.arguments import DTYPES, aligned
-from fastalex_kernels.common.backend import interpreted, operator, target, use_triton
+from fastalex_kernels.common.backend import interpreted, target, use_triton
 from fastalex_kernels.common.columns import join8
 from fastalex_kernels.common.launch import launch
 from fastalex_kernels.conv2d.arguments import Padding
@@ -321,27 +320,6 @@ def augment_forward(
     return out
 
 
-@operator("augment")
-def _augment(
-    images: torch.Tensor,
-    crops: Sequence[torch.Tensor],
-    colors: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    centred: bool,
-    size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return augment_forward(
-        images, Crops(*crops), colors, PixelNorm(mean, scale, centred), size, dtype
-    )
-
-
-@_augment.register_fake
-def _(images, crops, colors, mean, scale, centred, size, dtype):
-    return images.new_empty((images.shape[0], size, size, 3), dtype=dtype)
-
-
 @torch.no_grad()
 def augment(
     images: torch.Tensor,
@@ -396,11 +374,12 @@ def augment(
         crops = Crops(tops, lefts, mirrors.bool())
         return aten.augment(images, crops, colors, norm, size, dtype).permute(0, 3, 1, 2)
     colors, mean, scale = (None if v is None else v.contiguous() for v in (colors, mean, scale))
-    places = [tops.contiguous(), lefts.contiguous(), mirrors.contiguous().view(torch.uint8)]
+    crops = Crops(tops.contiguous(), lefts.contiguous(), mirrors.contiguous().view(torch.uint8))
+    norm = PixelNorm(mean, scale, centred)
     # The interpreter cannot round to bfloat16.
     stored = torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype
-    out = _augment(images.contiguous(), places, colors, mean, scale, centred, size, stored)
-    return out.to(dtype).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+    out = augment_forward(images.contiguous(), crops, colors, norm, size, stored)
+    return out.to(dtype).permute(0, 3, 1, 2)
 
 
 def _check_images(images: object, size: object) -> None:

@@ -46,8 +46,8 @@ class MomentumUpdate:
             before the first.
 
     Raises:
-        ValueError: for another rule, a momentum buffer of other strides, another device, or memory
-            that the kernels would take for contiguous.
+        ValueError: for a parameter of another dtype, or memory that the kernels would take for
+            contiguous.
     """
 
     parameter: torch.Tensor
@@ -59,27 +59,15 @@ class MomentumUpdate:
     squares: torch.Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {self.rule!r}")
         w, v = self.parameter, self.buffer
-        tensors = {"parameter": w, "buffer": v, "rate": self.rate, "operand": self.operand}
-        for name, x in tensors.items():
-            if x is None:
-                continue
-            layout = f"shape {tuple(x.shape)} and strides {x.stride()}"
-            if name != "operand" and x.dtype != torch.float32:
-                raise ValueError(f"{name}: expected float32, got {x.dtype}")
-            if x.device != w.device:
-                raise ValueError(f"{name}: expected device {w.device}, got {x.device}")
-            if name == "buffer" and (x.shape != w.shape or x.stride() != w.stride()):
-                expected = f"shape {tuple(w.shape)} and strides {w.stride()} as the parameter's"
-                raise ValueError(f"buffer: expected {expected}, got {layout}")
-            # The kernels take the strides of a convolution's weight, and of nothing else.
-            with_strides = w.dim() == 4 and name in ("parameter", "buffer")
-            if not with_strides and not x.is_contiguous():
-                raise ValueError(f"{name}: expected contiguous memory, got {layout}")
-        if self.rate.shape != (3,):
-            raise ValueError(f"rate: expected float32 [3], got {list(self.rate.shape)}")
+        assert self.rule in RULES, self.rule
+        assert (v.shape, v.stride()) == (w.shape, w.stride())
+        if w.dtype != torch.float32:
+            raise ValueError(f"parameter: expected float32, got {w.dtype}")
+        # The kernels take the strides of a convolution's weight, and of nothing else.
+        if w.dim() != 4 and not w.is_contiguous():
+            layout = f"shape {tuple(w.shape)} and strides {w.stride()}"
+            raise ValueError(f"parameter: expected contiguous memory, got {layout}")
 
     def read(self) -> torch.Tensor:
         """What the products read."""

@@ -118,9 +118,7 @@ def linear_relu_dropout(
     return torch.where(kept, output / (1.0 - p), torch.zeros_like(output))
 
 
-def cross_entropy(
-    input: torch.Tensor, target: torch.Tensor, gradient: torch.Tensor | None = None
-) -> torch.Tensor:
+def cross_entropy(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Of each row, the logarithm of the softmax's denominator less the label's logit."""
     chosen = input.gather(1, target[:, None])[:, 0]
     return (input.logsumexp(1) - chosen).mean()

@@ -17,6 +17,7 @@ from fastalex.data import Normalization, decode_size
 from fastalex.data.base import ImageCache, Pixels, map_ahead
 from fastalex.data.batches import Batch, Batches, Share, Transform
 from fastalex.data.datasets import open_datasets
+from tests._types import Patch
 
 PLAIN = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -335,3 +336,14 @@ def test_an_epoch_left_half_way_leaves_no_thread() -> None:
     assert loader_threads() != []
     epoch.close()  # type: ignore[attr-defined]
     assert loader_threads() == []
+
+
+def test_threads_use_the_gpu_of_the_process_and_no_other(monkeypatch: Patch) -> None:
+    taken: list[tuple[int, str]] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    take = lambda device: taken.append((device, threading.current_thread().name))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "set_device", take)
+    assert list(map_ahead(abs, range(9), workers=2, ahead=4)) == list(range(9))
+    assert {device for device, _ in taken} == {1}
+    assert all(name.startswith("fastalex-data") for _, name in taken)

@@ -350,10 +350,7 @@ HARMFUL: list[tuple[Callable[[Path], object], str]] = [
         lambda root: np.save(root / "train" / "labels.npy", np.zeros(34, np.int64)),
         "of another type or shape",
     ),
-    (
-        lambda root: np.save(root / "train" / "labels.npy", np.array([{}] * 35)),
-        "not an array",
-    ),
+    (lambda root: np.save(root / "train" / "labels.npy", np.array([{}] * 35)), "not an array"),
     (
         lambda root: (root / "train" / "labels.npy").write_bytes(b"\x93NUMPY\x01\0\x05\0((((("),
         "not",

@@ -150,16 +150,3 @@ def test_a_batch_holds_cut_and_resized_parts_mirrored_half_the_time(
             assert torch.equal(found.flip(2) if mirrored[-1] else found, expected)
     # 72 fair draws: fewer than 18 or more than 54 of one kind has a probability below 1e-4.
     assert 18 <= sum(mirrored) <= 54
-
-
-def test_parts_depend_on_seed_epoch_and_index_alone(root: Path) -> None:
-    source = PackedImages(root / "set", "train")
-    whole = parts(batches(source), 1)
-    shares = [batches(source, Share(r, 3), w) for r, w in ((0, 0), (1, 2), (2, 1))]
-    for share in shares:
-        for batch in share.epoch(1):
-            images = share.augment(*batch.inputs)
-            for image, index in zip(images, batch.indices.tolist(), strict=True):
-                assert torch.equal(image, whole[index])
-    later = parts(batches(source), 2)
-    assert all(not torch.equal(later[i], whole[i]) for i in whole)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 
 from fastalex.data import TRAIN_COUNT, VAL_COUNT, SyntheticImages
 from fastalex.data.base import Pixels
@@ -33,7 +32,7 @@ def pictures(name: str, size: int = 64, count: int = 40) -> list[Pixels]:
     return [source.image(CLASSES.index(name) + 10 * i, size) for i in range(count)]
 
 
-def test_open_sources_without_a_folder_gives_the_ten_classes_in_equal_numbers() -> None:
+def test_open_datasets_without_a_folder_gives_the_ten_classes_in_equal_numbers() -> None:
     train, val = open_datasets(None, seed=0)
     assert (len(train), len(val)) == (TRAIN_COUNT, VAL_COUNT)
     for source in (train, val):
@@ -76,19 +75,6 @@ def test_a_scene_is_the_same_at_every_size() -> None:
         # Blocks of nine average the large picture's noise; the small one has its own and coarser
         # edges. Two unrelated scenes correlate by less than 0.5 nearly always.
         assert np.corrcoef(small.ravel(), large.ravel())[0, 1] > 0.8
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("test", 10), "split: expected one of train, val, got 'test'"),
-        (("train", 0), "count: expected at least 1, got 0"),
-        (("train", 10, -1), "seed: expected at least 0, got -1"),
-    ],
-)
-def test_arguments_out_of_range_are_named(arguments: tuple[str, int, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SyntheticImages(*arguments)  # type: ignore[arg-type]
 
 
 # What the classes are

@@ -113,14 +113,6 @@ def test_with_five_classes_the_top_5_error_is_said_to_mean_nothing(
     assert (f"With {count} classes the top-5 error is 0 for any net." in out) is said
 
 
-def test_a_table_that_has_no_place_is_refused_first(
-    weights: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    table = tmp_path / "nowhere" / "table.csv"
-    error = _refused(capsys, "--weights", weights, "--confusion", table, "--data", "not/looked/at")
-    assert f"--confusion {table}" in error
-
-
 def test_the_scores_are_printed_even_if_the_table_can_not_be_written(
     weights: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:

@@ -246,6 +246,7 @@ def test_hostile_and_damaged_files_are_refused_in_a_line(
     assert not (source / "executed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["caffemodel", "ONNX zoo", "cuda-convnet", "caffe-tensorflow"])
 def test_files_with_wrong_bytes_are_read_or_refused(name: str, tmp_path: Path) -> None:
     """A reader raises ValueError or returns; the bytes that say what there is are hit most."""

@@ -83,10 +83,10 @@ def _run(path: Path, images: npt.NDArray[Any], folder: Path) -> torch.Tensor:
 
 SLOW = pytest.mark.slow
 CASES = [
-    *((name, "onnx", pixels) for name in (*VARIANTS, *FOREIGN) for pixels in (False, True)),
-    ("paper", "pt2", True),
+    *((name, "onnx", name != "owt") for name in (*VARIANTS, *FOREIGN)),
+    *(pytest.param(name, "onnx", name == "owt", marks=SLOW) for name in (*VARIANTS, *FOREIGN)),
     *(pytest.param(name, "pt2", False, marks=SLOW) for name in (*VARIANTS, *FOREIGN)),
-    *(pytest.param(name, "pt2", True, marks=SLOW) for name in ("owt", "caffe")),
+    *(pytest.param(name, "pt2", True, marks=SLOW) for name in ("paper", "owt", "caffe")),
 ]
 
 
@@ -107,7 +107,9 @@ def test_other_programs_compute_what_evaluate_does(
     torch.testing.assert_close(exact.softmax(1), probabilities, rtol=0, atol=1e-5)
     found = _run(file, photographs if pixels else images, tmp_path)
     assert float((found - exact).norm()) <= BOUND[pixels] * float(exact.norm())
-    assert torch.equal(found.topk(5).indices, exact.topk(5).indices)
+    best = exact.topk(5).values  # of two nearly equal ones either may come first
+    atol = 2 * float((found - exact).abs().max())
+    torch.testing.assert_close(exact.gather(1, found.topk(5).indices), best, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -172,7 +174,7 @@ def test_torchvision_s_alexnet_loads_owt(tmp_path: Path) -> None:
 def test_any_image_size_is_averaged_as_in_torch(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     weights, file = tmp_path / "w", tmp_path / "f.onnx"
-    for size in (63, 150, 300):
+    for size in (63, 300):
         net = _weights(weights, "source2012" + SMALL, size=size)
         assert main(["--weights", str(weights), "--to", "onnx", "--output", str(file)]) == 0
         images = 2 * torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -220,4 +222,18 @@ def test_a_program_of_the_fused_net_holds_torch_s_own_operators(variant: str) ->
     assert {t.split(".")[0] for t in targets} <= {"aten"} | {"<built-in function getitem>"}
     with torch.no_grad():
         found, expected = program.module()(images), net(images)
+    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_torch_s_own_exporter_takes_both_forms(variant: str, fused: bool, tmp_path: Path) -> None:
+    for module in ("onnx", "onnxscript"):
+        pytest.importorskip(module)
+    net = AlexNet(7, variant=variant + SMALL, fused=fused).eval().requires_grad_(False)
+    images, file = torch.randn(1, 3, 227, 227), tmp_path / "f.onnx"
+    torch.onnx.export(net, (images,), file, input_names=["images"], output_names=["logits"],
+                      dynamo=True, verbose=False)  # fmt: skip
+    found, expected = _run(file, images.numpy(), tmp_path), net(images)
     assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastalex import AlexNet
+from fastalex.common import compile
 from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.distributed.towers import cut_to_tower
 from fastalex.inspection import cost, offline, roofline, sass, ttir
@@ -321,7 +322,7 @@ def test_a_triton_that_lacks_the_target(
     def fail(*_: object) -> None:
         raise RuntimeError("ptxas fatal: Value 'sm_120a' is not defined\nmore")
 
-    monkeypatch.setattr(offline, "compile_launch", fail)
+    monkeypatch.setattr(compile, "compile_launch", fail)
     assert roofline.main(["--gpu", "rtx5090"]) == 2
     error = capsys.readouterr().err
     assert (

@@ -6,9 +6,10 @@ import torch
 
 from fastalex_kernels import reference
 from fastalex_kernels.common.layout import as_hwnc
+from fastalex_kernels.common.parameters import Dropout
 from fastalex_kernels.conv2d.arguments import spell_out
 from fastalex_kernels.conv2d.forward import conv2d_relu_backward_input, pack_weight
-from fastalex_kernels.linear.forward import matmul
+from fastalex_kernels.linear.forward import Epilogue, matmul
 from fastalex_kernels.reference import relative_error, tolerance
 
 from ._oracle import Case, make_inputs
@@ -29,7 +30,7 @@ def check(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     wanted = torch.where(z > 0, dy, 0.0)
     partials = None
     if case.op == "linear_relu_dropout":
-        dx = matmul(dz, w, p=p, mask=z.relu())
+        dx = matmul(dz, w, Epilogue(dropout=Dropout(p), mask=z.relu()))
     else:
         sides, _ = spell_out(case.arguments.get("padding", 0), 1)
         size, groups = (z.shape[2], z.shape[3]), case.arguments.get("groups", 1)

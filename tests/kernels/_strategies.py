@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from fastalex_kernels.lrn_pool.general import pooled_size
+from fastalex_kernels.lrn_pool.function import pooled_size
 
 from ._cases import LAYOUTS
 from ._oracle import Case, conv, linear, lrn, pool

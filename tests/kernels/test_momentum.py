@@ -25,34 +25,13 @@ def test_update_by_torch(rule: str, shape: tuple[int, ...]) -> None:
     assert float(squares) == pytest.approx(float(g.double().square().sum()), rel=1e-6)
 
 
-def test_arguments_are_checked() -> None:
-    w, v, rate = torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(3)
-    with pytest.raises(ValueError, match=r"^rule: expected one of paper, torch, got 'adam'$"):
-        MomentumUpdate(w, v, rate, "adam")
-    with pytest.raises(ValueError, match=r"^buffer: expected shape \(4, 3\) and strides"):
-        MomentumUpdate(w, torch.zeros(3, 4).t(), rate)
-    with pytest.raises(ValueError, match=r"^buffer: expected float32"):
-        MomentumUpdate(w, v.half(), rate)
-    with pytest.raises(ValueError, match=r"^rate: expected float32 \[3\]"):
-        MomentumUpdate(w, v, torch.zeros(2))
-
-
-def test_memory_that_a_kernel_would_misread_is_refused() -> None:
-    w, b, rate = torch.zeros(3, 4).t(), torch.zeros(8)[::2], torch.zeros(3)
-    for parameter in (w, b):
+def test_a_parameter_that_a_kernel_would_misread_is_refused() -> None:
+    rate = torch.zeros(3)
+    for parameter in (torch.zeros(3, 4).t(), torch.zeros(8)[::2]):
+        buffer = torch.empty_strided(parameter.shape, parameter.stride())
         with pytest.raises(ValueError, match=r"^parameter: expected contiguous memory, got shape"):
-            MomentumUpdate(
-                parameter, torch.empty_strided(parameter.shape, parameter.stride()), rate
-            )
+            MomentumUpdate(parameter, buffer, rate)
+    with pytest.raises(ValueError, match=r"^parameter: expected float32, got torch.float16"):
+        MomentumUpdate(torch.zeros(4).half(), torch.zeros(4), rate)
     kernel = torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last)
     MomentumUpdate(kernel, torch.zeros_like(kernel), rate)
-    b = torch.zeros(4)
-    with pytest.raises(ValueError, match=r"^rate: expected contiguous memory"):
-        MomentumUpdate(b, b.clone(), torch.zeros(6)[::2])
-    with pytest.raises(ValueError, match=r"^operand: expected contiguous memory"):
-        MomentumUpdate(b, b.clone(), rate, operand=torch.zeros(8).half()[::2])
-    for name in ("buffer", "rate", "operand"):
-        arguments = {"buffer": b.clone(), "rate": rate, "operand": b.half()}
-        arguments[name] = arguments[name].to("meta")
-        with pytest.raises(ValueError, match=rf"^{name}: expected device cpu, got meta$"):
-            MomentumUpdate(b, **arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -84,6 +86,13 @@ def test_a_part_is_that_part_of_the_whole() -> None:
     assert torch.equal(part, whole[13:, 19:])
 
 
+@pytest.fixture(params=["aten", pytest.param("interpreter", marks=pytest.mark.interpreted)])
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    with fk.backend(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("backend")
 def test_dropout_alone_has_the_mask_of_the_fused_layer() -> None:
     x = torch.rand(9, 12) + 1
     arguments = {"p": 0.4, "rng": torch.tensor([3, 4]), "row_offset": 5, "feature_offset": 6}
@@ -96,8 +105,10 @@ def test_dropout_alone_has_the_mask_of_the_fused_layer() -> None:
     torch.testing.assert_close(alone, torch.where(kept, x / 0.6, torch.zeros(())))
 
 
+@pytest.mark.usefixtures("backend")
 def test_dropout_alone_hands_back_the_gradient_of_what_it_kept() -> None:
-    x = torch.randn(5, 8, requires_grad=True)
-    y = fk.dropout(x, p=0.5, rng=torch.tensor([3, 4]))
+    x, rng = torch.randn(5, 8, requires_grad=True), torch.tensor([3, 4])
+    y = fk.dropout(x, p=0.5, rng=rng)
+    rng.add_(1)
     y.sum().backward()
     torch.testing.assert_close(x.grad, (y != 0) * 2.0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,13 +208,13 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The training commands that ablate gives; each leaves a finished run of a random net."""
     commands: list[list[str]] = []
 
-    def train(command: list[str]) -> subprocess.CompletedProcess[str]:
+    def train(command: list[str]) -> int:
         commands.append(command)
         options = parse_arguments(command[3:])
         if options["seed"] == FAILS and "conv4" in options["variant"]:
-            return subprocess.CompletedProcess(command, 1)
+            return 1
         if options["data"] is not None:  # none of these tests has any
-            return subprocess.CompletedProcess(command, 2)
+            return 2
         folder = options["output"]
         folder.mkdir(parents=True, exist_ok=True)
         metadata: dict[str, Any] = {"classes": list("abcdefghij"), "num_classes": 10}
@@ -222,9 +222,13 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         if options["variant"] != "paper":
             metadata |= {"top1": 0.375, "top5": 0.8125}
         save_weights(folder / "model.safetensors", _net(options["variant"]).state_dict(), metadata)
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(ablate.subprocess, "run", train)
+    def start(command: list[str]) -> SimpleNamespace:
+        code = train(command)
+        return SimpleNamespace(wait=lambda: code)
+
+    monkeypatch.setattr(ablate.subprocess, "Popen", start)
     return commands
 
 
@@ -262,6 +266,23 @@ def test_ablate_again_gives_the_same_commands(
     assert ablate.main(arguments) == 0
     assert trained[:2] == trained[2:]
     assert all("--resume" not in command for command in trained)
+
+
+def test_ablate_lets_training_save_after_ctrl_c(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = iter([KeyboardInterrupt, KeyboardInterrupt, 130])  # a second one, too
+
+    def wait() -> int:
+        end = next(ends)
+        if end is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return end
+
+    monkeypatch.setattr(ablate.subprocess, "Popen", lambda _: SimpleNamespace(wait=wait))
+    assert ablate.main(["--set", "conv4", "--output", str(tmp_path / "out")]) == 130
+    assert next(ends, None) is None
+    assert "interrupted, give the same command again to go on" in capsys.readouterr().err
 
 
 def test_ablate_takes_the_recipe_s_variant(

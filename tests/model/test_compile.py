@@ -56,7 +56,12 @@ def _assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> No
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS))
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "variant", [v if v == "paper" else pytest.param(v, marks=SLOW) for v in VARIANTS]
+)
 def test_a_net_is_one_graph_with_the_bits_of_eager(variant: str) -> None:
     model, images = _model(variant), _images()
     expected = _step(model, model, images)
@@ -95,6 +100,7 @@ def test_a_batch_of_another_size_is_one_graph_too() -> None:
             assert taken[1] == taken[0]
 
 
+@SLOW
 @pytest.mark.compiled
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles with g++")
 def test_inductor_drops_the_same_units() -> None:
@@ -120,7 +126,7 @@ class _Recorder:
         return launches
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", [pytest.param("sm_80", marks=SLOW), "sm_90"])
 def test_the_kernels_of_a_gpu_are_launched_from_one_graph(target: str) -> None:
     model, images, recorder = _model(), _images(), _Recorder()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -196,6 +196,14 @@ def test_dropout_follows_the_dropout_modules_mode_and_probability(name: str, fus
     for module in dropouts:
         module.p = 0.0
     assert _distance(net(images), expected) < 1e-6
+    alone = copy.deepcopy(net.classifier[1])
+    for layer in (alone, net.classifier[1]):  # a layer alone, and its copy in the net
+        units = torch.randn(2, layer.in_features)
+        assert torch.equal(layer.eval()(units), layer(units))
+        net.classifier[1] = layer
+        dropouts[0].train().p = 0.9
+        assert not torch.equal(net(images), expected)
+        assert _distance(net.eval()(images), expected) < 1e-6
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -12,6 +12,8 @@ from torch import nn
 
 from fastalex import AlexNet
 from fastalex.model.reference import ReferenceAlexNet
+from fastalex.model.variants import Variant
+from tests._nets import narrow
 
 NAMES = ("paper", "source2012", "caffe", "owt")
 LAYERS = [
@@ -40,10 +42,10 @@ TORCHVISION = {
 }
 
 
-def _model(name: str = "paper", **arguments: Any) -> AlexNet:
+def _model(variant: str | Variant = "paper", **arguments: Any) -> AlexNet:
     """With ten classes and weights that cost less to make than the published ones."""
     with torch.device("meta"):
-        model = AlexNet(num_classes=10, variant=name, **arguments)
+        model = AlexNet(num_classes=10, variant=variant, **arguments)
     return _fill(model.to_empty(device="cpu"))
 
 
@@ -125,22 +127,17 @@ def test_a_copy_is_equal_and_apart() -> None:
     assert model.classifier[1].mask.rng.tolist() != twin.classifier[1].mask.rng.tolist()
 
 
-def test_a_state_dict_makes_the_same_net(paper: AlexNet) -> None:
-    with torch.device("meta"):
-        other = AlexNet(num_classes=10)
-    other.load_state_dict(copy.deepcopy(paper.state_dict()), assign=True)
-    assert torch.equal(other.eval()(_images()), paper(_images()))
-
-
 @pytest.mark.parametrize(
     ("dtype", "bound"),
-    # Eight layers of one rounding each, within what one may lose.
-    [(torch.bfloat16, 8 * 8e-3), (torch.float16, 8 * 1e-3)],
+    # Eight layers of one rounding each, within what one may lose: in float32 sums of 9,216 terms
+    # lose up to 3e-6 (1e-6 a thousand).
+    [(torch.bfloat16, 8 * 8e-3), (torch.float16, 8 * 1e-3), (torch.float32, 8 * 3e-6)],
 )
-@pytest.mark.parametrize("name", ["paper", "owt"])
-def test_a_net_of_half_precision_runs(name: str, dtype: torch.dtype, bound: float) -> None:
-    model = _model(name).eval()
-    model = model.half() if dtype == torch.float16 else model.bfloat16()
+@pytest.mark.parametrize("name", NAMES)
+def test_each_precision_is_as_close_as_it_can_be(
+    name: str, dtype: torch.dtype, bound: float
+) -> None:
+    model = _model(name).eval().to(dtype)
     images = _images().to(dtype)
     with torch.device("meta"):
         reference = ReferenceAlexNet(num_classes=10, variant=name).eval()
@@ -173,11 +170,6 @@ def test_memory_order_of_images_changes_nothing(paper: AlexNet) -> None:
 
 
 # What it refuses.
-
-
-def test_an_unknown_variant_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"variant: .*paper, source2012, caffe, owt.*'vgg'"):
-        AlexNet(variant="vgg")
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, "10", None])
@@ -298,7 +290,7 @@ def test_a_new_net_starts_as_published() -> None:
     torch.manual_seed(5)
     model = AlexNet()
     torch.manual_seed(5)
-    twin = AlexNet()
+    twin = AlexNet(fused=False)
     for layer, std, bias in zip(LAYERS, DEVIATIONS["paper"], BIASES["paper"], strict=True):
         module = model.get_submodule(layer)
         _check_normal(module.weight.detach(), std)
@@ -308,7 +300,7 @@ def test_a_new_net_starts_as_published() -> None:
 
 @pytest.mark.parametrize("name", ["paper", "owt"])
 def test_a_seed_names_one_net_whatever_torch_s_generator_does(name: str) -> None:
-    model, twin = _model(name), _model(name)
+    model, twin = _model(narrow(name)), _model(narrow(name))
     torch.manual_seed(1)
     state = _draws(model, "published", seed=7)
     torch.manual_seed(2)
@@ -323,6 +315,6 @@ def test_a_seed_names_one_net_whatever_torch_s_generator_does(name: str) -> None
 
 
 def test_precision_does_not_change_which_weights_are_drawn() -> None:
-    single, double = _model("owt"), _model("owt").double()
+    single, double = _model(narrow("owt")), _model(narrow("owt")).double()
     state, wide = _draws(single, "published", seed=1), _draws(double, "published", seed=1)
     assert all(torch.equal(state[key].double(), wide[key]) for key in state)

@@ -15,10 +15,10 @@ from fastalex.model.layers import CounterDropout
 NAMES = ("paper", "source2012", "caffe", "owt")
 
 
-def _probe(name: str = "paper", dropout: float = 0.5) -> AlexNet:
+def _probe(name: str = "paper", dropout: float = 0.5, fused: bool = True) -> AlexNet:
     """fc6 and fc7 give one everywhere, so that what is dropped and how it is scaled shows."""
     with torch.device("meta"):
-        model = AlexNet(num_classes=10, dropout=dropout, variant=name)
+        model = AlexNet(10, dropout, name, fused)
     model = model.to_empty(device="cpu")
     with torch.no_grad():
         for key, parameter in model.classifier.named_parameters():
@@ -39,9 +39,9 @@ def _activations(model: AlexNet, rows: int = 2) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("p", [0.5, 0.2])
-def test_units_are_dropped_where_the_variant_says(name: str, p: float) -> None:
-    model = _probe(name, p)
+@pytest.mark.parametrize(("p", "fused"), [(0.5, True), (0.2, True), (0.3, False)])
+def test_units_are_dropped_where_the_variant_says(name: str, p: float, fused: bool) -> None:
+    model = _probe(name, p, fused)
     model.seed_dropout(0, 0)
     dropping = [True, True, False] if name == "owt" else [False, True, True]
     for x, drops in zip(_activations(model), dropping, strict=True):

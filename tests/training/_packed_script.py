@@ -14,9 +14,10 @@ import torch
 from triton.backends.nvidia import driver as nvidia
 
 from fastalex_kernels.common.backend import record_launches
+from fastalex_kernels.common.parameters import Dropout
 from fastalex_kernels.common.program import Program
 from fastalex_kernels.conv2d.forward import conv2d_relu_forward
-from fastalex_kernels.linear.forward import matmul
+from fastalex_kernels.linear.forward import Epilogue, matmul
 from tests.training._libcuda import StubDriver
 
 STREAM = 7
@@ -37,7 +38,7 @@ def main() -> None:
         program = Program([rows])
         with record_launches("sm_90", run), program.recording():
             y = conv2d_relu_forward(x, w, bias, ((1, 1), (1, 1)), 1, True)
-            matmul(rows, w[0, 0], bias, True, 0.25, rng)
+            matmul(rows, w[0, 0], Epilogue(bias, True, Dropout(0.25, rng)))
             matmul(y.permute(2, 3, 0, 1)[0, 0], w[0, 0])
         return program
 

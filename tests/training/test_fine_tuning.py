@@ -13,7 +13,8 @@ import fastalex.training
 from fastalex import AlexNet
 from fastalex.training import train
 from fastalex.training.weights import load_model, load_weights, save_weights
-from tests._runs import OPTIONS, digest
+from tests import _commands
+from tests._runs import OPTIONS, SCRIPT, digest
 
 SCALE = {"mean": [101.0, 102.0, 103.0], "std": [51.0, 52.0, 53.0]}
 SHORT = ["--max-steps", "3"]
@@ -58,19 +59,37 @@ def test_a_linear_probe_trains_the_last_layer_alone(here: Path) -> None:
     given = _weights(here / "w")
     assert _run("--init-from", "w", "--freeze", "hidden", "--output", "run") == 0
     found, _ = load_weights(here / "run/model.safetensors")
-    changed = {n for n, t in found.items() if not torch.equal(t, given[n])} if given else set()
+    changed = {n for n, t in found.items() if not torch.equal(t, given[n])}
     assert changed == {"classifier.6.weight", "classifier.6.bias"}
+    assert train.main(["--config", "run/run.json", "--output", "again"]) == 0
+    assert digest(here / "again") == digest(here / "run")
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_without_the_file(here: Path) -> None:
+def test_a_finished_run_is_trained_on_without_the_file(here: Path) -> None:
     _weights(here / "w")
-    options = ["--init-from", "w", "--freeze", "features", "--keep-checkpoints", "2"]
-    assert _run(*options, "--output", "whole") == 0
-    assert _run(*options, "--output", "run", "--max-steps", "3") == 0
+    options = [*OPTIONS[:4], "--log-every", "1", "--threads", "1", "--keep-checkpoints", "2"]
+    options += ["--lr", "0.002", "--init-from", "w", "--freeze", "features", "--schedule",
+                "constant"]  # fmt: skip
+    assert train.main([*options, "--epochs", "2", "--output", "whole"]) == 0
+    assert train.main([*options, "--epochs", "1", "--output", "run"]) == 0
     (here / "w").unlink()
+    assert train.main(["--resume", "run", "--epochs", "2"]) == 0
     assert digest(here / "run") == digest(here / "whole")
-    assert train.main(["--resume", "run"]) == 0
+
+
+@pytest.mark.slow
+def test_two_towers_leave_the_same_parts_alone(tmp_path: Path) -> None:
+    command = [SCRIPT, *OPTIONS, *SHORT, "--freeze", "features"]
+    found = []
+    for gpus in ("1", "2"):
+        process = _commands.run([*command, "--gpus", gpus, "--output", gpus], tmp_path)
+        assert process.returncode == 0, process.stderr
+        found.append(load_weights(tmp_path / gpus / "model.safetensors")[0])
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-6)
+        if name.startswith("features"):
+            assert torch.equal(found[1][name], tensor), name
 
 
 def test_wrong_weights_are_a_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ from fastalex.training.metrics import is_stuck
 from fastalex.training.options import parse_arguments
 from fastalex.training.run_config import RunConfig
 from fastalex.training.run_folder import RunFolder
+from fastalex.training.step import Tricks
 from fastalex.training.validation import Accuracy, evaluate
 from tests._nets import narrow
 
@@ -235,6 +236,24 @@ def test_a_validation_loss_that_is_not_finite_keeps_the_last_good_weights(
     assert "of epoch 1" in RunFolder(tmp_path).kept()
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").open()]
     assert kinds.count("epoch") == 1
+
+
+@pytest.mark.usefixtures("one_net")
+def test_on_a_gpu_the_kernels_of_the_run_are_compiled_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(trainer, "compile_first", lambda *given: asked.append(given))
+    monkeypatch.setattr(trainer, "target", lambda device: "sm_90")
+    options = ("--batch-size", "4", "--epochs", "1", "--fused-update")
+    run = trainer.Trainer(_plan(tmp_path, FewImages([0, 1, 0], classes=2), *options))
+    assert asked == []  # nothing of it on a CPU
+    run._compile_kernels(Tricks())
+    run.close()
+    ((work, target, *_),) = asked
+    assert target == "sm_90"
+    assert (work.train_batches, work.val_batches) == ([4], [4, 3])
+    assert (work.classes, work.precision, work.towers) == (2, "float32", 1)
 
 
 @pytest.mark.usefixtures("one_net")

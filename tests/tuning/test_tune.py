@@ -42,6 +42,7 @@ OWN = (128, 64, 64, 4, 4)
 ENTRY = {"kernel": KEY[0], "kind": KEY[1], "sizes": list(KEY[2]), "tile": list(TILE)}
 LAUNCH = Launch("fc8", "forward", print, (1,), [], {})
 OPS = tuned.identity(GPU)["kernels"]
+DONE = offline.Compiled(None, 0.0)
 SHARED = offline.TARGETS["sm_90"].shared_limit
 
 
@@ -202,7 +203,7 @@ def _tuned(
     seconds: float = 1e9,
 ) -> list[Entry]:
     """The paper's net on an H100, without compiling anything."""
-    monkeypatch.setattr(offline, "compile_ahead", lambda *_, **__: itertools.repeat(None))
+    monkeypatch.setattr(offline, "compile_ahead", lambda *_: itertools.repeat(DONE))
     with record_launches("sm_90", lambda *_: None):
         step = WatchedStep("paper", 128, dtype, None, gpus, "meta")
     workloads = [w for w in step.workloads if not names or w.layer in names]
@@ -308,7 +309,8 @@ def test_a_candidate_that_spills_or_fails_is_left_out(
 
     monkeypatch.setattr(offline, "compile_launch", compile_launch)
     monkeypatch.setattr(offline, "read", lambda compiled: compiled)
-    assert list(offline.compile_ahead([[LAUNCH], [LAUNCH]], "sm_90", fit=True)) == [why, why]
+    compiled = offline.compile_ahead([[LAUNCH], [LAUNCH]], "sm_90", offline.unfit)
+    assert [job.failure for job in compiled] == [why, why]
 
 
 class Costs:

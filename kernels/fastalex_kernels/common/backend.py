@@ -68,6 +68,11 @@ def record_launches(target_name: str, recorder: Recorder) -> Iterator[None]:
         _choice.recorder = previous
 
 
+def chosen() -> str:
+    """The backend that this thread chose: one of ``BACKENDS``."""
+    return _choice.name
+
+
 def recorder() -> Recorder | None:
     """Who takes this thread's launches, if they are recorded."""
     return None if _choice.recorder is None else _choice.recorder[1]

@@ -20,6 +20,7 @@ import triton.language as tl
 from fastalex_kernels.common import philox
 from fastalex_kernels.common.backend import interpreted
 from fastalex_kernels.common.launch import launch
+from fastalex_kernels.common.parameters import NO_DROPOUT, Dropout
 
 _PROGRAMS = 512  # at most this many row chunks, so that the second stage stays short
 
@@ -78,10 +79,7 @@ def epilogue_backward(
     *,
     need_dz: bool = True,
     need_sums: bool = False,
-    p: float = 0.0,
-    rng: torch.Tensor | None = None,
-    row_offset: int = 0,
-    feature_offset: int = 0,
+    dropout: Dropout = NO_DROPOUT,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Undo ReLU and dropout, and sum the bias gradient in parts, in one pass over ``dy``.
 
@@ -90,13 +88,13 @@ def epilogue_backward(
         y: the output itself if a ReLU made it, else None.
         need_dz: whether the gradient at the linear part is wanted.
         need_sums: whether the bias gradient is wanted.
-        p, rng, row_offset, feature_offset: the dropout that made ``y``; p = 0 is none.
+        dropout: that made ``y``.
 
     Returns:
         dz and float32 sums of it [parts, features], each None where it is not wanted. Where nothing
         masks, dz is ``dy`` itself.
     """
-    rows, features = dy.shape
+    (rows, features), (p, rng, *offsets) = dy.shape, dropout
     philox = p > 0 and y is None
     masks = y is not None or philox
     write_dz = need_dz and masks
@@ -109,26 +107,16 @@ def epilogue_backward(
     dz = torch.empty_like(dy) if write_dz else dy
     sums = dy.new_empty((chunks, features), dtype=torch.float32)
     launch(
-        _epilogue_bwd_kernel,
-        (chunks, triton.cdiv(features, block_n)),
-        dy,
-        dy if y is None else y,
-        dy if rng is None else rng,
-        dz,
-        sums,
-        rows,
-        features,
-        chunk_rows,
-        p,
-        1.0 / (1.0 - p),
-        row_offset,
-        feature_offset,
-        RELU=y is not None,
-        PHILOX=philox,
-        WRITE_DZ=write_dz,
-        WRITE_DB=need_sums,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        counted=max(rows, features),
-    )
+        _epilogue_bwd_kernel, (chunks, triton.cdiv(features, block_n)), dy,
+        dy if y is None else y, dy if rng is None else rng, dz, sums, rows, features, chunk_rows,
+        p, 1.0 / (1.0 - p), *offsets, RELU=y is not None, PHILOX=philox, WRITE_DZ=write_dz,
+        WRITE_DB=need_sums, BLOCK_M=block_m, BLOCK_N=block_n, counted=max(rows, features),
+    )  # fmt: skip
     return (dz if need_dz else None), (sums if need_sums else None)
+
+
+def drop(x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+    """Dropout of x [rows, features], contiguous; of the gradient of its output, its backward."""
+    dropped, _ = epilogue_backward(x, None, dropout=dropout)
+    assert dropped is not None
+    return dropped

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 
 class Norm(NamedTuple):
     """x * (offset + scale * sum of squares over ``size`` channels) ^ -beta."""
@@ -27,3 +29,35 @@ class Window(NamedTuple):
 
     size: int
     stride: int
+
+
+class Pooling(NamedTuple):
+    """Max-pooling, after response normalisation unless ``norm`` is None.
+
+    Args:
+        norm: the normalisation.
+        groups: of channels; no window of channels crosses a border between them.
+        window: of pixels.
+    """
+
+    norm: Norm | None
+    groups: int
+    window: Window
+
+
+class Dropout(NamedTuple):
+    """What is dropped of rows of features, and how what is kept is scaled.
+
+    Args:
+        p: probability that an element is dropped; results are divided by 1 - p.
+        rng: int64 tensor (seed, offset); None drops nothing.
+        row_offset, feature_offset: where the block lies in the whole batch and layer.
+    """
+
+    p: float = 0.0
+    rng: torch.Tensor | None = None
+    row_offset: int = 0
+    feature_offset: int = 0
+
+
+NO_DROPOUT = Dropout()

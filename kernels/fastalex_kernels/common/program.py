@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex_kernels.common.launch import collecting, execute
 
@@ -104,6 +105,13 @@ class Launch:
 
     def _call(self, stream: int) -> None:
         self.kernel(*self.arguments, **self.options)
+
+
+def tensor_of(argument: Any) -> torch.Tensor | None:
+    """The tensor behind a kernel's argument, None where it is a number."""
+    if isinstance(argument, TensorDescriptor):
+        argument = argument.base
+    return argument if isinstance(argument, torch.Tensor) else None
 
 
 def _three(grid: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
-"""Convolution + bias + ReLU, forward and every gradient.
+"""The kernels of convolution + bias + ReLU, forward and input gradient.
 
     y[n, k, p, q] = relu(b[k] + sum_{c, r, s} x[n, c, p + r - top, q + s - left] w[k, c, r, s])
 
-Everything inside is HWNC (see _layout): x [H, W, N, G*C], y [P, Q, N, G*K], and the weight packed
+Everything inside is HWNC (layout.py): x [H, W, N, G*C], y [P, Q, N, G*K], and the weight packed
 as [R, S, C, G*K], for G groups of C input and K output channels. A row is one pixel of one image,
 row = (p * Q + q) * N + n, and a tap (r, s) of a tile of rows is that tile of x shifted by
 (r * W + s) * N rows. So:
@@ -21,32 +21,21 @@ becomes 3 x 3 on 48, whose rows load 16 bytes at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex_kernels import aten
-from fastalex_kernels.common.arguments import autocast, interpretable, placed
-from fastalex_kernels.common.backend import TRITON, operator, target, use_triton
-from fastalex_kernels.common.epilogue import epilogue_backward
+from fastalex_kernels.common.backend import TRITON, target
 from fastalex_kernels.common.launch import launch
-from fastalex_kernels.common.layout import as_hwnc, empty_nchw, hwnc_strided
-from fastalex_kernels.common.reduce import fold, sum_partials
+from fastalex_kernels.common.layout import as_hwnc, empty_nchw
+from fastalex_kernels.common.reduce import fold
 from fastalex_kernels.common.tuned import cut, dot_precision, tile_entry
-from fastalex_kernels.conv2d.arguments import (
-    Padding,
-    check,
-    space_to_depth,
-    space_to_depth_weight,
-    spell_out,
-)
+from fastalex_kernels.conv2d.arguments import Padding, space_to_depth_weight
 from fastalex_kernels.conv2d.columns import conv2d_backward_input_columns, pixels_as_columns
 from fastalex_kernels.conv2d.tiles import halved_warps, row_blocks, split_channels, tma_fits
-from fastalex_kernels.conv2d.weight import conv2d_relu_backward_weight
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width, cut to the layer.
 # What bounds the stages is shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on
@@ -84,22 +73,25 @@ def _next_tap(r, s, c, s_lo, s_hi, BLOCK_K: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _finish(acc, b_ptr, channel, mask_n, HAS_BIAS: tl.constexpr, RELU: tl.constexpr):
-    """Bias and ReLU on a float32 block; ``channel`` are its columns' output channels."""
+def _finish(
+    acc, y_ptr, mask_ptr, sum_ptr, b_ptr, offs, offs_n, mask, g, K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Bias and ReLU on a float32 block, or a ReLU's mask and the sums of columns; it is stored.
+
+    Its rows are at ``offs`` [BLOCK_M, 1] of y, its columns the outputs ``offs_n`` of group g.
+    """
+    mask_n = offs_n < K
     if HAS_BIAS:
-        acc += tl.load(b_ptr + channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        b = tl.load(b_ptr + (g * K + offs_n), mask=mask_n, other=0.0)
+        acc += b.to(tl.float32)[None, :]
     if RELU:
         acc = tl.where(acc < 0, 0.0, acc)  # not tl.maximum, which would hide a NaN
-    return acc
-
-
-@triton.jit
-def _mask_and_sum(acc, kept_ptrs, sum_ptrs, mask, mask_n):
-    """A gradient of a ReLU's output made that of its input; its column sums are stored."""
-    kept = tl.load(kept_ptrs, mask=mask, other=0.0).to(tl.float32)
-    acc = tl.where(kept <= 0, 0.0, acc)  # a NaN hands its gradient on, as in torch
-    tl.store(sum_ptrs, tl.sum(acc, axis=0), mask=mask_n)
-    return acc
+    if MASK:
+        kept = tl.load(mask_ptr + offs + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc = tl.where(kept <= 0, 0.0, acc)  # a NaN hands its gradient on, as in torch
+        tl.store(sum_ptr + offs_n, tl.sum(acc, axis=0), mask=mask_n)
+    tl.store(y_ptr + offs + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -229,20 +221,14 @@ def _conv2d_relu_fwd_kernel(
     # Counted from the first row, and so in 32 bits.
     start = first.to(tl.int64) * (G * K) + g * K
     offs = tl.arange(0, BLOCK_M)[:, None] * (G * K)
-    out = y_ptr + start + offs
-    kept = mask_ptr + start + offs
+    out = y_ptr + start
+    kept = mask_ptr + start
     sums = sum_ptr + (first // BLOCK_M).to(tl.int64) * (G * K) + g * K
     mask = mask_m[:, None] & mask_n[None, :]
-    acc = _finish(acc, b_ptr, g * K + offs_n, mask_n, HAS_BIAS, RELU)
-    if MASK:
-        acc = _mask_and_sum(acc, kept + offs_n[None, :], sums + offs_n, mask, mask_n)
-    tl.store(out + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+    _finish(acc, out, kept, sums, b_ptr, offs, offs_n, mask, g, K, HAS_BIAS, RELU, MASK)
     if TAIL_N > 0:
         mask = mask_m[:, None] & (tail_n < K)[None, :]
-        acc_n = _finish(acc_n, b_ptr, g * K + tail_n, tail_n < K, HAS_BIAS, RELU)
-        if MASK:
-            acc_n = _mask_and_sum(acc_n, kept + tail_n[None, :], sums + tail_n, mask, tail_n < K)
-        tl.store(out + tail_n[None, :], acc_n.to(y_ptr.dtype.element_ty), mask=mask)
+        _finish(acc_n, out, kept, sums, b_ptr, offs, tail_n, mask, g, K, HAS_BIAS, RELU, MASK)
 
 
 @triton.jit
@@ -325,18 +311,11 @@ def _conv2d_relu_fwd_tma_kernel(
     offs = (first + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None] * (G * K) + g * K
     sums = sum_ptr + (first // BLOCK_M).to(tl.int64) * (G * K) + g * K
     mask = (offs_n < K)[None, :]
-    acc = _finish(acc, b_ptr, g * K + offs_n, offs_n < K, HAS_BIAS, RELU)
-    if MASK:
-        kept = mask_ptr + offs + offs_n[None, :]
-        acc = _mask_and_sum(acc, kept, sums + offs_n, mask, offs_n < K)
-    tl.store(y_ptr + offs + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+    _finish(acc, y_ptr, mask_ptr, sums, b_ptr, offs, offs_n, mask, g, K, HAS_BIAS, RELU, MASK)
     if TAIL_N > 0:
         tail_n = k + BLOCK_N + tl.arange(0, TAIL_N)
-        acc_n = _finish(acc_n, b_ptr, g * K + tail_n, tail_n < K, HAS_BIAS, RELU)
-        if MASK:
-            kept = mask_ptr + offs + tail_n[None, :]
-            acc_n = _mask_and_sum(acc_n, kept, sums + tail_n, (tail_n < K)[None, :], tail_n < K)
-        tl.store(y_ptr + offs + tail_n[None, :], acc_n.to(y_ptr.dtype.element_ty))
+        mask = (tail_n < K)[None, :]
+        _finish(acc_n, y_ptr, mask_ptr, sums, b_ptr, offs, tail_n, mask, g, K, HAS_BIAS, RELU, MASK)
 
 
 def _forward_tile(
@@ -348,11 +327,8 @@ def _forward_tile(
     tile = {"BLOCK_M": block_m, "num_stages": stages}
     if target(x.device) == "interpreter":
         return tile | {
-            "BLOCK_N": cut(block_n, K),
-            "TAIL_N": 0,
-            "BLOCK_K": cut(block_k, C),
-            "TAIL_K": 0,
-        }
+            "BLOCK_N": cut(block_n, K), "TAIL_N": 0, "BLOCK_K": cut(block_k, C), "TAIL_K": 0,
+        }  # fmt: skip
     k, tail_k = split_channels(block_k, C)
     if tail_k and k + tail_k != C:  # a tail ends every tap, so there is one chunk a tap
         k, tail_k = cut(block_k, C), 0
@@ -365,12 +341,22 @@ def _forward_tile(
         k = min(k, 32)  # 64 with masked rows spill there
     warps = halved_warps(warps, block_m, n + tail_n, 8 * x.element_size())
     return tile | {
-        "BLOCK_N": n,
-        "TAIL_N": tail_n,
-        "BLOCK_K": k,
-        "TAIL_K": tail_k,
-        "num_warps": warps,
-    }
+        "BLOCK_N": n, "TAIL_N": tail_n, "BLOCK_K": k, "TAIL_K": tail_k, "num_warps": warps,
+    }  # fmt: skip
+
+
+class _Taps(NamedTuple):
+    """Which taps reach where.
+
+    Args:
+        size: of the output, height and width.
+        pad: of the input, above and to the left.
+        reverse: take them in reverse order, and exchange the weight's channels: the input gradient.
+    """
+
+    size: tuple[int, int]
+    pad: tuple[int, int]
+    reverse: bool
 
 
 def conv2d_relu_forward(
@@ -382,11 +368,9 @@ def conv2d_relu_forward(
     relu: bool,
 ) -> torch.Tensor:
     """y [N, G*K, P, Q], HWNC in memory, of x [H, W, N, G*C] and the packed w [R, S, C, G*K]."""
-    (R, S, _, GK), (top, bottom), (left, right) = w.shape, *padding
-    H, W = x.shape[:2]
+    (R, S, _, _), (H, W, _, _), (top, bottom), (left, right) = w.shape, x.shape, *padding
     size = (H + top + bottom - R + 1, W + left + right - S + 1)
-    y, _ = _convolve(x, w, bias, size, GK // groups, (top, left), groups, relu, reverse=False)
-    return y
+    return _convolve(x, w, _Taps(size, (top, left), False), groups, bias, relu)[0]
 
 
 def conv2d_relu_backward_input(
@@ -406,25 +390,21 @@ def conv2d_relu_backward_input(
     pixels = pixels_as_columns(dz, w, groups) if mask is None else 0
     if pixels:
         return conv2d_backward_input_columns(dz, w, size, padding, groups, pixels), None
-    (R, S, C, _), (top, _), (left, _) = w.shape, *padding
-    pad = (R - 1 - top, S - 1 - left)
-    return _convolve(dz, w, None, size, C, pad, groups, relu=False, reverse=True, mask=mask)
+    (R, S, _, _), (top, _), (left, _) = w.shape, *padding
+    return _convolve(dz, w, _Taps(size, (R - 1 - top, S - 1 - left), True), groups, mask=mask)
 
 
 def _convolve(
     x: torch.Tensor,
     w: torch.Tensor,
-    bias: torch.Tensor | None,
-    size: tuple[int, int],
-    K: int,
-    pad: tuple[int, int],
+    taps: _Taps,
     groups: int,
-    relu: bool,
-    reverse: bool,
+    bias: torch.Tensor | None = None,
+    relu: bool = False,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    (H, W, N, GC), (R, S, rows, columns), (P, Q) = x.shape, w.shape, size
-    C = GC // groups
+    (H, W, N, GC), (R, S, rows, columns), ((P, Q), pad, reverse) = x.shape, w.shape, taps
+    C, K = GC // groups, rows if reverse else columns // groups
     output = empty_nchw(x, (N, groups * K, P, Q))
     y = as_hwnc(output)
     name = "conv2d input" if reverse else "conv2d forward"
@@ -493,139 +473,3 @@ def pack_weight(weight: torch.Tensor, stride: int = 1) -> torch.Tensor:
     if stride > 1:
         weight = space_to_depth_weight(weight, (stride, stride))
     return weight.permute(2, 3, 1, 0).contiguous()
-
-
-def _sides(padding: Sequence[int]) -> Padding:
-    top, bottom, left, right = padding
-    return (top, bottom), (left, right)
-
-
-@operator("conv2d_relu")
-def _conv2d_relu(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    padding: Sequence[int],
-    groups: int,
-    relu: bool,
-) -> torch.Tensor:
-    """conv2d_relu at stride 1; ``padding`` is top, bottom, left, right."""
-    bias = None if bias is None else bias.contiguous()
-    return conv2d_relu_forward(
-        as_hwnc(input), pack_weight(weight), bias, _sides(padding), groups, relu
-    )
-
-
-@_conv2d_relu.register_fake
-def _(input, weight, bias, padding, groups, relu):
-    (N, _, H, W), (K, _, R, S), (top, bottom, left, right) = input.shape, weight.shape, padding
-    return empty_nchw(input, (N, K, H + top + bottom - R + 1, W + left + right - S + 1))
-
-
-@operator("conv2d_relu_backward")
-def _conv2d_relu_backward(
-    grad: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    output: torch.Tensor | None,
-    padding: Sequence[int],
-    groups: int,
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
-    """Those gradients of input, weight and bias that ``needs`` asks for."""
-    need_x, need_w, need_b = needs
-    x, dy, sides = as_hwnc(input), as_hwnc(grad), _sides(padding)
-    (H, W), (R, S) = input.shape[2:], weight.shape[2:]
-    flat, sums = epilogue_backward(
-        dy.view(-1, dy.shape[-1]),
-        None if output is None else as_hwnc(output).view(-1, dy.shape[-1]),
-        need_dz=need_x or need_w,
-        need_sums=need_b,
-    )
-    dz = dy if flat is None else flat.view(dy.shape)
-    gradients = []
-    if need_x:
-        dx, _ = conv2d_relu_backward_input(dz, pack_weight(weight), (H, W), sides, groups)
-        gradients.append(dx)
-    if need_w:
-        part = conv2d_relu_backward_weight(x, dz, (R, S), sides, groups)
-        gradients.append(sum_partials(part, x.new_empty(part.shape[1:])).permute(3, 2, 0, 1))
-    if sums is not None and bias is not None:
-        gradients.append(sum_partials(sums, torch.empty_like(bias)))
-    return gradients
-
-
-@_conv2d_relu_backward.register_fake
-def _(grad, input, weight, bias, output, padding, groups, needs):
-    K, C, R, S = weight.shape
-    N, GC, H, W = input.shape
-    gradients: list[torch.Tensor] = []
-    if needs[0]:
-        gradients.append(empty_nchw(grad, (N, GC, H, W)))
-    if needs[1]:
-        gradients.append(weight.new_empty((R, S, C, K)).permute(3, 2, 0, 1))
-    if needs[2] and bias is not None:
-        gradients.append(torch.empty_like(bias))
-    return gradients
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    input, weight, bias, ctx.padding, ctx.groups, relu = inputs
-    ctx.save_for_backward(input, weight, bias, output if relu else None)
-
-
-def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    gradients = _conv2d_relu_backward(grad, *ctx.saved_tensors, ctx.padding, ctx.groups, needs)
-    return (*placed(gradients, needs), None, None, None)
-
-
-_conv2d_relu.register_autograd(_differentiate, setup_context=_save)
-
-
-def conv2d_relu(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] | Padding = 0,
-    groups: int = 1,
-    relu: bool = True,
-) -> torch.Tensor:
-    """Convolution + bias + ReLU in one pass, differentiable in input, weight and bias.
-
-        relu(bias[k] + sum_{c, r, s} input[n, c, p * stride + r - top, q * stride + s - left]
-                                     * weight[k, c, r, s])
-
-    Args:
-        input: [N, C, H, W], float32, bfloat16, float16 or float64, any strides.
-        weight: [K, C / groups, R, S], of the input's dtype and device.
-        bias: [K] or None.
-        stride: pixels between outputs, an int or (height, width).
-        padding: zeros around the image: an int, (height, width), or ((top, bottom), (left, right)).
-        groups: input and output channels are split into this many independent groups.
-        relu: whether negative outputs become zero.
-
-    Returns:
-        [N, K, P, Q] with P = (H + top + bottom - R) // stride + 1, and Q likewise. Sums are
-        float32 and rounded once; float64 runs on ATen.
-
-    Raises:
-        TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape, device, or a value out of range.
-    """
-    sides, strides = spell_out(padding, stride)
-    input, weight, bias = autocast(input, weight, bias)
-    check(input, weight, bias, sides, groups)
-    if not use_triton(input):
-        return aten.conv2d_relu(input, weight, bias, strides, sides, groups, relu)
-    dtype = input.dtype
-    input, weight, bias = interpretable(input, weight, bias)
-    if strides != (1, 1):
-        input = space_to_depth(input, (weight.shape[2], weight.shape[3]), strides, sides, groups)
-        weight = space_to_depth_weight(weight, strides)
-        sides = ((0, 0), (0, 0))
-    pads = [*sides[0], *sides[1]]
-    output: torch.Tensor = _conv2d_relu(hwnc_strided(input), weight, bias, pads, groups, relu)
-    return output.to(dtype)

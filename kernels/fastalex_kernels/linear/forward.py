@@ -1,9 +1,9 @@
-"""Fully connected + bias + ReLU + dropout, forward and every gradient.
+"""The kernels of the fully connected layer: bias, ReLU and dropout with the product.
 
     y[m, n] = keep[m, n] / (1 - p) * relu(b[n] + sum_k x[m, k] w[n, k])
 
 Bias, ReLU and dropout run on the accumulator before the one store. The mask comes from a counter
-(see _philox), never from memory. One kernel does the three products, told apart by their strides:
+(philox.py), never from memory. One kernel does the three products, told apart by their strides:
 
     forward           y  [M, N] = x   [M, K] w [N, K]^T
     input gradient    dx [M, K] = dz  [M, N] w [N, K]
@@ -16,27 +16,16 @@ float32 partial sums, and a second small kernel adds them in order and runs the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels import aten
 from fastalex_kernels.common import philox
-from fastalex_kernels.common.arguments import (
-    autocast,
-    check_floating,
-    check_like,
-    interpretable,
-    placed,
-)
-from fastalex_kernels.common.backend import interpreted, operator, use_triton
-from fastalex_kernels.common.epilogue import epilogue_backward
+from fastalex_kernels.common.backend import interpreted
 from fastalex_kernels.common.launch import launch
-from fastalex_kernels.common.reduce import sum_partials
+from fastalex_kernels.common.parameters import NO_DROPOUT, Dropout
 from fastalex_kernels.common.tuned import cut, tile_entry, tuned
 from fastalex_kernels.linear.product import operands, product
 
@@ -230,32 +219,40 @@ def _tuned_parts(
     return parts
 
 
-@dataclass(frozen=True)
-class _Epilogue:
-    """What is done to sums: see ``matmul``."""
+class Epilogue(NamedTuple):
+    """What is done to the sums [M, N] of a product before they are stored.
+
+    Args:
+        bias: [N], added.
+        relu: whether negative values become zero.
+        dropout: what is dropped, and the scale of the rest.
+        mask: [M, N], contiguous, the output of a ReLU whose gradient the result is: it is zero
+            where this is.
+    """
 
     bias: torch.Tensor | None = None
     relu: bool = False
-    p: float = 0.0
-    rng: torch.Tensor | None = None
-    row_offset: int = 0
-    feature_offset: int = 0
+    dropout: Dropout = NO_DROPOUT
     mask: torch.Tensor | None = None
 
     def tensors(self, a: torch.Tensor) -> list[torch.Tensor]:
         """Bias, counter and mask, ``a`` in the place of what is not read."""
-        return [a if x is None else x for x in (self.bias, self.rng, self.mask)]
+        return [a if x is None else x for x in (self.bias, self.dropout.rng, self.mask)]
 
     def scalars(self) -> tuple[float, float, int, int]:
-        return self.p, 1.0 / (1.0 - self.p), self.row_offset, self.feature_offset
+        p, _, row_offset, feature_offset = self.dropout
+        return p, 1.0 / (1.0 - p), row_offset, feature_offset
 
     def flags(self) -> dict[str, bool]:
         return {
             "HAS_BIAS": self.bias is not None,
             "RELU": self.relu,
-            "DROPOUT": self.rng is not None,
+            "DROPOUT": self.dropout.rng is not None,
             "MASK": self.mask is not None,
         }
+
+
+_SUMS = Epilogue()
 
 
 def _multiply(
@@ -263,7 +260,7 @@ def _multiply(
     w: torch.Tensor,
     tile: dict[str, int],
     out: torch.Tensor,
-    epilogue: _Epilogue,
+    epilogue: Epilogue,
 ) -> None:
     """a [M, K] @ w [K, N] into y [M, N], or into float32 sums [parts, M, N] of parts of K."""
     M, N = a.shape[0], w.shape[1]
@@ -277,7 +274,7 @@ def _multiply(
     )  # fmt: skip
 
 
-def _add_up(parts: torch.Tensor, y: torch.Tensor, epilogue: _Epilogue) -> None:
+def _add_up(parts: torch.Tensor, y: torch.Tensor, epilogue: Epilogue) -> None:
     """The epilogue on the sums of ``parts`` [parts, M, N]."""
     M, N = y.shape
     block_m, block_n = 8, 128
@@ -289,23 +286,9 @@ def _add_up(parts: torch.Tensor, y: torch.Tensor, epilogue: _Epilogue) -> None:
     )  # fmt: skip
 
 
-def matmul(
-    a: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    relu: bool = False,
-    p: float = 0.0,
-    rng: torch.Tensor | None = None,
-    row_offset: int = 0,
-    feature_offset: int = 0,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """y [M, N] = epilogue(a [M, K] @ w [K, N]) / (1 - p), either operand of any strides.
-
-    ``mask`` [M, N], contiguous, is the output of a ReLU whose gradient y is: y is zero where it is.
-    """
+def matmul(a: torch.Tensor, w: torch.Tensor, epilogue: Epilogue = _SUMS) -> torch.Tensor:
+    """y [M, N] = epilogue(a [M, K] @ w [K, N]), either operand of any strides."""
     (M, K), N = a.shape, w.shape[1]
-    epilogue = _Epilogue(bias, relu, p, rng, row_offset, feature_offset, mask)
     y = a.new_empty((M, N))
     tile = _tile(a, w, M, N, K)
     split = _tuned_parts(_parts(tile, M, N, K), "linear parts", a, w, tile)
@@ -313,7 +296,7 @@ def matmul(
         _multiply(a, w, tile, y, epilogue)
         return y
     parts = y.new_empty((split, M, N), dtype=torch.float32)
-    _multiply(a, w, tile, parts, _Epilogue())
+    _multiply(a, w, tile, parts, _SUMS)
     _add_up(parts, y, epilogue)
     return y
 
@@ -351,211 +334,10 @@ class HalvedProduct:
     def add(self, x: torch.Tensor, half: int) -> None:
         """Sum the products of ``half``, 0 or 1, of the columns."""
         partials = self._partials[half * self._each :][: self._each]
-        _multiply(x, self.w.t().chunk(_HALVES)[half], self._tile, partials, _Epilogue())
+        _multiply(x, self.w.t().chunk(_HALVES)[half], self._tile, partials, _SUMS)
 
-    def finish(self, **epilogue: Any) -> torch.Tensor:
-        """y [M, N] of both halves; the arguments of ``matmul`` that follow the operands."""
+    def finish(self, epilogue: Epilogue) -> torch.Tensor:
+        """y [M, N] of both halves."""
         y = self.w.new_empty(self._partials.shape[1:])
-        _add_up(self._partials, y, _Epilogue(**epilogue))
+        _add_up(self._partials, y, epilogue)
         return y
-
-
-@operator("linear_relu_dropout")
-def _linear_relu_dropout(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    p: float,
-    relu: bool,
-    rng: torch.Tensor | None,
-    row_offset: int,
-    feature_offset: int,
-) -> torch.Tensor:
-    bias = None if bias is None else bias.contiguous()
-    rng = None if rng is None else rng.contiguous()
-    return matmul(input, weight.t(), bias, relu, p, rng, row_offset, feature_offset)
-
-
-@_linear_relu_dropout.register_fake
-def _(input, weight, bias, p, relu, rng, row_offset, feature_offset):
-    return input.new_empty((input.shape[0], weight.shape[0]))
-
-
-@operator("linear_relu_dropout_backward")
-def _linear_relu_dropout_backward(
-    grad: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    output: torch.Tensor | None,
-    rng: torch.Tensor | None,
-    p: float,
-    row_offset: int,
-    feature_offset: int,
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
-    """Those gradients of input, weight and bias that ``needs`` asks for."""
-    need_x, need_w, need_b = needs
-    dy = grad.contiguous()
-    dz, sums = epilogue_backward(
-        dy, output, need_dz=need_x or need_w, need_sums=need_b, p=p, rng=rng,
-        row_offset=row_offset, feature_offset=feature_offset,
-    )  # fmt: skip
-    dz = dy if dz is None else dz
-    gradients = []
-    if need_x:
-        gradients.append(matmul(dz, weight))
-    if need_w:
-        gradients.append(matmul(dz.t(), input))
-    if sums is not None and bias is not None:
-        gradients.append(sum_partials(sums, torch.empty_like(bias)))
-    return gradients
-
-
-@_linear_relu_dropout_backward.register_fake
-def _(grad, input, weight, bias, output, rng, p, row_offset, feature_offset, needs):
-    arguments = zip((input, weight, bias), needs, strict=True)
-    return [x.new_empty(x.shape) for x, need in arguments if need and x is not None]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    input, weight, bias, p, relu, rng, row_offset, feature_offset = inputs
-    # With ReLU the output is the mask. Without, the caller may advance rng before backward.
-    kept_rng = None if relu or rng is None else rng.clone()
-    ctx.save_for_backward(input, weight, bias, output if relu else None, kept_rng)
-    ctx.dropout = (p, row_offset, feature_offset)
-
-
-def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    gradients = _linear_relu_dropout_backward(grad, *ctx.saved_tensors, *ctx.dropout, needs)
-    return (*placed(gradients, needs), None, None, None, None, None)
-
-
-_linear_relu_dropout.register_autograd(_differentiate, setup_context=_save)
-
-
-def _check(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> None:
-    check_floating("input", input)
-    check_like("weight", weight, input)
-    if input.dim() != 2:
-        raise ValueError(f"input: expected [N, in_features], got shape {tuple(input.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != input.shape[1]:
-        raise ValueError(
-            f"weight: expected [out_features, {input.shape[1]}], got shape {tuple(weight.shape)}"
-        )
-    if bias is not None:
-        check_like("bias", bias, input)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-
-
-def _check_dropout(
-    input: torch.Tensor,
-    features: int,
-    p: float,
-    rng: torch.Tensor | None,
-    row_offset: int,
-    feature_offset: int,
-) -> None:
-    """Check the arguments that say what is dropped of [rows of input, features]."""
-    for name, offset, size in (
-        ("row_offset", row_offset, input.shape[0]),
-        ("feature_offset", feature_offset, features),
-    ):
-        if not isinstance(offset, int) or isinstance(offset, bool):
-            raise TypeError(f"{name}: expected an int, got {offset!r}")
-        if not 0 <= offset <= 2**31 - max(size, 1):
-            raise ValueError(f"{name}: expected 0 to {2**31 - max(size, 1)}, got {offset}")
-    if not isinstance(p, (int, float)) or isinstance(p, bool):
-        raise TypeError(f"p: expected a number, got {p!r}")
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"p: expected a probability in [0, 1), got {p!r}")
-    if rng is None:
-        return
-    if not isinstance(rng, torch.Tensor) or rng.dtype != torch.int64:
-        raise TypeError(f"rng: expected an int64 tensor (seed, offset), got {rng!r}")
-    if rng.shape != (2,):
-        raise ValueError(f"rng: expected shape (2,), got {tuple(rng.shape)}")
-    if rng.device != input.device:
-        raise ValueError(f"rng: expected device {input.device} as the input's, got {rng.device}")
-
-
-def draw_rng(device: torch.device) -> torch.Tensor:
-    """A fresh (seed, offset) from torch's generator for ``device``."""
-    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
-
-
-def linear_relu_dropout(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    p: float = 0.5,
-    relu: bool = True,
-    training: bool = True,
-    rng: torch.Tensor | None = None,
-    row_offset: int = 0,
-    feature_offset: int = 0,
-) -> torch.Tensor:
-    """dropout(relu(input @ weight.T + bias)), differentiable in input, weight and bias.
-
-    Whether element (m, n) is dropped depends on (seed, offset, row_offset + m, feature_offset + n)
-    alone: one GPU, two towers and any split of a batch drop the same units.
-
-    Args:
-        input: [N, in_features], float32, bfloat16, float16 or float64, any strides.
-        weight: [out_features, in_features], of the input's dtype and device.
-        bias: [out_features] or None.
-        p: probability that an element is dropped, in [0, 1); the kept are scaled by 1 / (1 - p).
-        relu: whether negative values become zero.
-        training: False drops nothing.
-        rng: int64 tensor (seed, offset) on the input's device; None draws one from torch's
-            generator.
-        row_offset: this batch's first row in the whole batch.
-        feature_offset: this layer's first feature in the whole layer.
-
-    Returns:
-        [N, out_features]. Sums are float32 and rounded once; float64 runs on ATen.
-
-    Raises:
-        TypeError, ValueError: naming the argument and what came.
-
-    Source: P§4.2; the scaling in training is the same function as halving at test.
-    """
-    input, weight, bias = autocast(input, weight, bias)
-    _check(input, weight, bias)
-    _check_dropout(input, weight.shape[0], p, rng, row_offset, feature_offset)
-    if not training or p == 0:
-        p, rng = 0.0, None
-    elif rng is None:
-        rng = draw_rng(input.device)
-    arguments = (p, relu, rng, row_offset, feature_offset)
-    if not use_triton(input):
-        return aten.linear_relu_dropout(input, weight, bias, *arguments)
-    dtype = input.dtype
-    input, weight, bias = interpretable(input, weight, bias)
-    output: torch.Tensor = _linear_relu_dropout(input, weight, bias, *arguments)
-    return output.to(dtype)
-
-
-def dropout(
-    input: torch.Tensor,
-    p: float = 0.5,
-    training: bool = True,
-    rng: torch.Tensor | None = None,
-    row_offset: int = 0,
-    feature_offset: int = 0,
-) -> torch.Tensor:
-    """Dropout alone, with the mask of ``linear_relu_dropout``; input is [N, features]."""
-    check_floating("input", input)
-    if input.dim() != 2:
-        raise ValueError(f"input: expected [N, features], got shape {tuple(input.shape)}")
-    _check_dropout(input, input.shape[1], p, rng, row_offset, feature_offset)
-    if not training or p == 0:
-        return input
-    rng = draw_rng(input.device) if rng is None else rng
-    return aten.dropout(input, p, rng, row_offset, feature_offset)

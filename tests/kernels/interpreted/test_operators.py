@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastalex_kernels as fk
 
-from .. import _augment as augments
 from .. import _cases as cases
 from .._cases import sampled
 from .._oracle import Case, call, conv, linear, lrn, make_gradient, make_inputs, pool
@@ -59,20 +58,6 @@ def test_compiled_as_eager(case: Case, strict: Strict) -> None:
         assert a.stride() == b.stride()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", augments.PLAIN[:-1:4], ids=str)
-def test_augment_compiled_as_eager(case: augments.Case, strict: Strict) -> None:
-    arguments = augments.make(case)
-    expected = fk.augment(**arguments, dtype=torch.bfloat16)
-    strict.launches.clear()
-    torch._dynamo.reset()
-    compiled = torch.compile(fk.augment, backend="aot_eager", fullgraph=True)
-    found = compiled(**arguments, dtype=torch.bfloat16)
-    assert len(strict.launches) == 1
-    assert torch.equal(found, expected)
-    assert found.stride() == expected.stride()
-
-
 def _arguments() -> dict[str, tuple[Any, ...]]:
     x, w, b = make_inputs(conv("", (2, 4, 5, 6), 6, 3), torch.float32)
     (y,) = make_inputs(lrn("", (2, 8, 5, 5)), torch.float32)
@@ -84,6 +69,7 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "conv2d_relu": (x, w, b, [0, 1, 1, 0], 1, True),
         "lrn_max_pool2d": (y, norm, 2, [3, 2], [2, 2], True),
         "max_pool2d": (z, [], 1, [3, 2], [2, 2], True),
+        "dropout": (rows, 0.5, rng, 1, 2),
         "linear_relu_dropout": (rows, weight, bias, 0.5, True, rng, 1, 2),
         "without_relu": (rows, weight, None, 0.5, False, rng, 1, 2),
         "aten_lrn_max_pool2d": (last.requires_grad_(), norm, 2, [3, 2], False, [2, 2]),
@@ -119,7 +105,8 @@ def test_a_fake_lies_as_what_it_stands_for(name: str) -> None:
     with _BesideFakes() as mode:
         output = tree_leaves(getattr(torch.ops.fastalex, operator)(*arguments))[0]
         torch.autograd.grad(output.sum(), leaves)
-    assert mode.seen == [f"fastalex::{operator}", f"fastalex::{operator}_backward"]
+    backward = operator if operator == "dropout" else f"{operator}_backward"
+    assert mode.seen == [f"fastalex::{operator}", f"fastalex::{backward}"]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 
 from fastalex_kernels import reference
 from fastalex_kernels.common.layout import as_hwnc
-from fastalex_kernels.common.parameters import Norm, Window
+from fastalex_kernels.common.parameters import Norm, Pooling, Window
 from fastalex_kernels.common.reduce import fold
 from fastalex_kernels.lrn_pool.general import lrn_max_pool2d_backward, lrn_max_pool2d_forward
 from fastalex_kernels.reference import relative_error, tolerance
@@ -50,12 +50,7 @@ def test_products(case: Case, real_tiles: RealTiles) -> None:
         [
             (Norm(5, 0.2, 0.75, 2.0), 3, 32, (9, 7)),  # chunks of 8 channels
             (Norm(5, 0.2, 0.75, 2.0), 37, 32, (3, 5)),  # programs of 32 images, and one of 5
-            (
-                Norm(5, 0.2, 0.75, 2.0),
-                11,
-                96,
-                (3, 3),
-            ),  # of 10 images and a half, and one of the rest
+            (Norm(5, 0.2, 0.75, 2.0), 11, 96, (3, 3)),  # of 10 images and a half, and the rest
             (Norm(5, 0.2, 0.75, 2.0), 2, 2048, (3, 3)),  # of less than an image
             (Norm(3, 0.2, 0.75, 2.0), 3, 32, (5, 4)),  # the general kernel
             (None, 5, 32, (5, 4)),
@@ -68,9 +63,10 @@ def test_normalisation_and_pooling(
     below: tuple[Norm | None, int, int, tuple[int, int]], real_tiles: RealTiles
 ) -> None:
     norm, images, channels, size = below
-    draw, window = _draw(1), Window(3, 2)
+    draw, groups = _draw(1), 2
+    pooling = Pooling(norm, groups, Window(3, 2))
     z = draw(images, channels, *size)
-    x, groups = as_hwnc(z.relu()), 2
+    x = as_hwnc(z.relu())
     pooled = ((size[0] - 1) // 2, (size[1] - 1) // 2)
     y = z.double().relu().requires_grad_()
     if norm is None:
@@ -81,8 +77,8 @@ def test_normalisation_and_pooling(
     dy = draw(*output.shape)
     output.backward(dy.double())
     with real_tiles("sm_90"):
-        made, argmax = lrn_max_pool2d_forward(x, norm, groups, window, pooled, save=True)
-        given = (x, as_hwnc(dy), argmax, norm, groups, window, size)
+        made, argmax = lrn_max_pool2d_forward(x, pooling, pooled, save=True)
+        given = (x, as_hwnc(dy), argmax, pooling, size)
         pooled_map = None if norm else as_hwnc(made)
         found = lrn_max_pool2d_backward(*given, mask=True, y=pooled_map)
         apart, _ = lrn_max_pool2d_backward(*given)

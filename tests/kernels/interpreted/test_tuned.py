@@ -11,7 +11,7 @@ from fastalex.tuning.candidates import candidates
 from fastalex_kernels import reference
 from fastalex_kernels.common import tuned
 from fastalex_kernels.common.parameters import Norm
-from fastalex_kernels.linear.forward import HalvedProduct
+from fastalex_kernels.linear.forward import Epilogue, HalvedProduct
 from fastalex_kernels.lrn_pool import alexnet
 from fastalex_kernels.reference import TOLERANCES, relative_error, tolerance
 
@@ -71,7 +71,7 @@ def test_parts_of_a_half(real_tiles: RealTiles, strict: Strict) -> None:
         product = HalvedProduct(halves[first], w)
         for half in (first, 1 - first):
             product.add(halves[half], half)
-        return product.finish(bias=b, relu=True)
+        return product.finish(Epilogue(b, relu=True))
 
     with real_tiles(TARGET):
         key, tried = _tried("linear half parts", lambda: made(0))

@@ -1,0 +1,164 @@
+"""Convolution + bias + ReLU as torch's operator, with its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastalex_kernels import aten
+from fastalex_kernels.common.arguments import autocast, interpretable, placed
+from fastalex_kernels.common.backend import operator, use_triton
+from fastalex_kernels.common.epilogue import epilogue_backward
+from fastalex_kernels.common.layout import as_hwnc, empty_nchw, hwnc_strided
+from fastalex_kernels.common.reduce import sum_partials
+from fastalex_kernels.conv2d.arguments import (
+    Padding,
+    check,
+    space_to_depth,
+    space_to_depth_weight,
+    spell_out,
+)
+from fastalex_kernels.conv2d.forward import (
+    conv2d_relu_backward_input,
+    conv2d_relu_forward,
+    pack_weight,
+)
+from fastalex_kernels.conv2d.weight import conv2d_relu_backward_weight
+
+
+def _sides(padding: Sequence[int]) -> Padding:
+    top, bottom, left, right = padding
+    return (top, bottom), (left, right)
+
+
+@operator("conv2d_relu")
+def _conv2d_relu(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    padding: Sequence[int],
+    groups: int,
+    relu: bool,
+) -> torch.Tensor:
+    """conv2d_relu at stride 1; ``padding`` is top, bottom, left, right."""
+    bias = None if bias is None else bias.contiguous()
+    return conv2d_relu_forward(
+        as_hwnc(input), pack_weight(weight), bias, _sides(padding), groups, relu
+    )
+
+
+@_conv2d_relu.register_fake
+def _(input, weight, bias, padding, groups, relu):
+    (N, _, H, W), (K, _, R, S), (top, bottom, left, right) = input.shape, weight.shape, padding
+    return empty_nchw(input, (N, K, H + top + bottom - R + 1, W + left + right - S + 1))
+
+
+@operator("conv2d_relu_backward")
+def _conv2d_relu_backward(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor | None,
+    padding: Sequence[int],
+    groups: int,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Those gradients of input, weight and bias that ``needs`` asks for."""
+    need_x, need_w, need_b = needs
+    x, dy, sides = as_hwnc(input), as_hwnc(grad), _sides(padding)
+    (H, W), (R, S) = input.shape[2:], weight.shape[2:]
+    flat, sums = epilogue_backward(
+        dy.view(-1, dy.shape[-1]),
+        None if output is None else as_hwnc(output).view(-1, dy.shape[-1]),
+        need_dz=need_x or need_w,
+        need_sums=need_b,
+    )
+    dz = dy if flat is None else flat.view(dy.shape)
+    gradients = []
+    if need_x:
+        dx, _ = conv2d_relu_backward_input(dz, pack_weight(weight), (H, W), sides, groups)
+        gradients.append(dx)
+    if need_w:
+        part = conv2d_relu_backward_weight(x, dz, (R, S), sides, groups)
+        gradients.append(sum_partials(part, x.new_empty(part.shape[1:])).permute(3, 2, 0, 1))
+    if sums is not None and bias is not None:
+        gradients.append(sum_partials(sums, torch.empty_like(bias)))
+    return gradients
+
+
+@_conv2d_relu_backward.register_fake
+def _(grad, input, weight, bias, output, padding, groups, needs):
+    K, C, R, S = weight.shape
+    N, GC, H, W = input.shape
+    gradients: list[torch.Tensor] = []
+    if needs[0]:
+        gradients.append(empty_nchw(grad, (N, GC, H, W)))
+    if needs[1]:
+        gradients.append(weight.new_empty((R, S, C, K)).permute(3, 2, 0, 1))
+    if needs[2] and bias is not None:
+        gradients.append(torch.empty_like(bias))
+    return gradients
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    input, weight, bias, ctx.padding, ctx.groups, relu = inputs
+    ctx.save_for_backward(input, weight, bias, output if relu else None)
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = _conv2d_relu_backward(grad, *ctx.saved_tensors, ctx.padding, ctx.groups, needs)
+    return (*placed(gradients, needs), None, None, None)
+
+
+_conv2d_relu.register_autograd(_differentiate, setup_context=_save)
+
+
+def conv2d_relu(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | Padding = 0,
+    groups: int = 1,
+    relu: bool = True,
+) -> torch.Tensor:
+    """Convolution + bias + ReLU in one pass, differentiable in input, weight and bias.
+
+        relu(bias[k] + sum_{c, r, s} input[n, c, p * stride + r - top, q * stride + s - left]
+                                     * weight[k, c, r, s])
+
+    Args:
+        input: [N, C, H, W], float32, bfloat16, float16 or float64, any strides.
+        weight: [K, C / groups, R, S], of the input's dtype and device.
+        bias: [K] or None.
+        stride: pixels between outputs, an int or (height, width).
+        padding: zeros around the image: an int, (height, width), or ((top, bottom), (left, right)).
+        groups: input and output channels are split into this many independent groups.
+        relu: whether negative outputs become zero.
+
+    Returns:
+        [N, K, P, Q] with P = (H + top + bottom - R) // stride + 1, and Q likewise. Sums are
+        float32 and rounded once; float64 runs on ATen.
+
+    Raises:
+        TypeError: for a wrong type or dtype.
+        ValueError: for a wrong shape, device, or a value out of range.
+    """
+    sides, strides = spell_out(padding, stride)
+    input, weight, bias = autocast(input, weight, bias)
+    check(input, weight, bias, sides, groups)
+    if not use_triton(input):
+        return aten.conv2d_relu(input, weight, bias, strides, sides, groups, relu)
+    dtype = input.dtype
+    input, weight, bias = interpretable(input, weight, bias)
+    if strides != (1, 1):
+        input = space_to_depth(input, (weight.shape[2], weight.shape[3]), strides, sides, groups)
+        weight = space_to_depth_weight(weight, strides)
+        sides = ((0, 0), (0, 0))
+    pads = [*sides[0], *sides[1]]
+    output: torch.Tensor = _conv2d_relu(hwnc_strided(input), weight, bias, pads, groups, relu)
+    return output.to(dtype)

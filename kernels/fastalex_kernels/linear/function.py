@@ -1,0 +1,243 @@
+"""Fully connected + bias + ReLU + dropout as torch's operator, with its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastalex_kernels import aten
+from fastalex_kernels.common.arguments import (
+    autocast,
+    check_floating,
+    check_like,
+    interpretable,
+    placed,
+)
+from fastalex_kernels.common.backend import operator, use_triton
+from fastalex_kernels.common.epilogue import drop, epilogue_backward
+from fastalex_kernels.common.parameters import NO_DROPOUT, Dropout
+from fastalex_kernels.common.reduce import sum_partials
+from fastalex_kernels.linear.forward import Epilogue, matmul
+
+
+@operator("linear_relu_dropout")
+def _linear_relu_dropout(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    p: float,
+    relu: bool,
+    rng: torch.Tensor | None,
+    row_offset: int,
+    feature_offset: int,
+) -> torch.Tensor:
+    bias = None if bias is None else bias.contiguous()
+    rng = None if rng is None else rng.contiguous()
+    dropout = Dropout(p, rng, row_offset, feature_offset)
+    return matmul(input, weight.t(), Epilogue(bias, relu, dropout))
+
+
+@_linear_relu_dropout.register_fake
+def _(input, weight, bias, p, relu, rng, row_offset, feature_offset):
+    return input.new_empty((input.shape[0], weight.shape[0]))
+
+
+@operator("linear_relu_dropout_backward")
+def _linear_relu_dropout_backward(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    output: torch.Tensor | None,
+    rng: torch.Tensor | None,
+    p: float,
+    offsets: Sequence[int],
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Those gradients of input, weight and bias that ``needs`` asks for."""
+    need_x, need_w, need_b = needs
+    dy = grad.contiguous()
+    dz, sums = epilogue_backward(
+        dy, output, need_dz=need_x or need_w, need_sums=need_b, dropout=Dropout(p, rng, *offsets)
+    )
+    dz = dy if dz is None else dz
+    gradients = []
+    if need_x:
+        gradients.append(matmul(dz, weight))
+    if need_w:
+        gradients.append(matmul(dz.t(), input))
+    if sums is not None:
+        gradients.append(sum_partials(sums, weight.new_empty(len(weight))))
+    return gradients
+
+
+@_linear_relu_dropout_backward.register_fake
+def _(grad, input, weight, output, rng, p, offsets, needs):
+    shapes = zip((input.shape, weight.shape, weight.shape[:1]), needs, strict=True)
+    return [weight.new_empty(shape) for shape, need in shapes if need]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    input, weight, _, ctx.p, relu, rng, *ctx.offsets = inputs
+    # With ReLU the output is the mask. Without, the caller may advance rng before backward.
+    kept_rng = None if relu or rng is None else rng.clone()
+    ctx.save_for_backward(input, weight, output if relu else None, kept_rng)
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = _linear_relu_dropout_backward(grad, *ctx.saved_tensors, ctx.p, ctx.offsets, needs)
+    return (*placed(gradients, needs), None, None, None, None, None)
+
+
+_linear_relu_dropout.register_autograd(_differentiate, setup_context=_save)
+
+
+@operator("dropout")
+def _dropout(
+    input: torch.Tensor, p: float, rng: torch.Tensor, row_offset: int, feature_offset: int
+) -> torch.Tensor:
+    return drop(input.contiguous(), Dropout(p, rng.contiguous(), row_offset, feature_offset))
+
+
+@_dropout.register_fake
+def _(input, p, rng, row_offset, feature_offset):
+    return input.new_empty(input.shape)
+
+
+def _save_dropout(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, ctx.p, rng, *ctx.offsets = inputs
+    ctx.save_for_backward(rng.clone())  # the caller may advance it before backward
+
+
+def _differentiate_dropout(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return _dropout(grad, ctx.p, *ctx.saved_tensors, *ctx.offsets), None, None, None, None
+
+
+_dropout.register_autograd(_differentiate_dropout, setup_context=_save_dropout)
+
+
+def _check(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
+    check_floating("input", input)
+    check_like("weight", weight, input)
+    if input.dim() != 2:
+        raise ValueError(f"input: expected [N, in_features], got shape {tuple(input.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != input.shape[1]:
+        raise ValueError(
+            f"weight: expected [out_features, {input.shape[1]}], got shape {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        check_like("bias", bias, input)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def _check_dropout(input: torch.Tensor, features: int, dropout: Dropout) -> None:
+    """Check what is dropped of [rows of input, features]."""
+    p, rng, *offsets = dropout
+    for name, offset, size in zip(
+        ("row_offset", "feature_offset"), offsets, (input.shape[0], features), strict=True
+    ):
+        if not isinstance(offset, int) or isinstance(offset, bool):
+            raise TypeError(f"{name}: expected an int, got {offset!r}")
+        if not 0 <= offset <= 2**31 - max(size, 1):
+            raise ValueError(f"{name}: expected 0 to {2**31 - max(size, 1)}, got {offset}")
+    if not isinstance(p, (int, float)) or isinstance(p, bool):
+        raise TypeError(f"p: expected a number, got {p!r}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p: expected a probability in [0, 1), got {p!r}")
+    if rng is None:
+        return
+    if not isinstance(rng, torch.Tensor) or rng.dtype != torch.int64:
+        raise TypeError(f"rng: expected an int64 tensor (seed, offset), got {rng!r}")
+    if rng.shape != (2,):
+        raise ValueError(f"rng: expected shape (2,), got {tuple(rng.shape)}")
+    if rng.device != input.device:
+        raise ValueError(f"rng: expected device {input.device} as the input's, got {rng.device}")
+
+
+def _drawn(dropout: Dropout, training: bool, device: torch.device) -> Dropout:
+    """With a fresh (seed, offset) from torch's generator where none is given."""
+    if not training or dropout.p == 0:
+        return NO_DROPOUT
+    if dropout.rng is not None:
+        return dropout
+    return dropout._replace(rng=torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device))
+
+
+def linear_relu_dropout(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    p: float = 0.5,
+    relu: bool = True,
+    training: bool = True,
+    rng: torch.Tensor | None = None,
+    row_offset: int = 0,
+    feature_offset: int = 0,
+) -> torch.Tensor:
+    """dropout(relu(input @ weight.T + bias)), differentiable in input, weight and bias.
+
+    Whether element (m, n) is dropped depends on (seed, offset, row_offset + m, feature_offset + n)
+    alone: one GPU, two towers and any split of a batch drop the same units.
+
+    Args:
+        input: [N, in_features], float32, bfloat16, float16 or float64, any strides.
+        weight: [out_features, in_features], of the input's dtype and device.
+        bias: [out_features] or None.
+        p: probability that an element is dropped, in [0, 1); the kept are scaled by 1 / (1 - p).
+        relu: whether negative values become zero.
+        training: False drops nothing.
+        rng: int64 tensor (seed, offset) on the input's device; None draws one from torch's
+            generator.
+        row_offset: this batch's first row in the whole batch.
+        feature_offset: this layer's first feature in the whole layer.
+
+    Returns:
+        [N, out_features]. Sums are float32 and rounded once; float64 runs on ATen.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what came.
+
+    Source: P§4.2; the scaling in training is the same function as halving at test.
+    """
+    input, weight, bias = autocast(input, weight, bias)
+    _check(input, weight, bias)
+    dropout = Dropout(p, rng, row_offset, feature_offset)
+    _check_dropout(input, weight.shape[0], dropout)
+    dropout = _drawn(dropout, training, input.device)
+    if not use_triton(input):
+        return aten.linear_relu_dropout(input, weight, bias, relu, dropout)
+    dtype = input.dtype
+    input, weight, bias = interpretable(input, weight, bias)
+    p, *rest = dropout
+    output: torch.Tensor = _linear_relu_dropout(input, weight, bias, p, relu, *rest)
+    return output.to(dtype)
+
+
+def dropout(
+    input: torch.Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    rng: torch.Tensor | None = None,
+    row_offset: int = 0,
+    feature_offset: int = 0,
+) -> torch.Tensor:
+    """Dropout alone, with the mask of ``linear_relu_dropout``; input is [N, features]."""
+    check_floating("input", input)
+    if input.dim() != 2:
+        raise ValueError(f"input: expected [N, features], got shape {tuple(input.shape)}")
+    given = Dropout(p, rng, row_offset, feature_offset)
+    _check_dropout(input, input.shape[1], given)
+    given = _drawn(given, training, input.device)
+    if given.rng is None:
+        return input
+    if not use_triton(input):
+        return aten.dropout(input, given)
+    (wide,) = interpretable(input)
+    return _dropout(wide, *given).to(input.dtype)  # type: ignore[no-any-return]

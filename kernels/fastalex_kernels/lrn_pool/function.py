@@ -1,0 +1,211 @@
+"""Response normalisation and max-pooling as torch's operator, with its gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastalex_kernels import aten
+from fastalex_kernels.common.arguments import check_floating, interpretable
+from fastalex_kernels.common.backend import operator, use_triton
+from fastalex_kernels.common.layout import as_hwnc, empty_nchw, hwnc_strided
+from fastalex_kernels.common.parameters import Norm, Pooling, Window, norm_of
+from fastalex_kernels.lrn_pool.general import lrn_max_pool2d_backward, lrn_max_pool2d_forward
+
+MAX_KERNEL_SIZE = 15  # the position of a maximum is one byte
+MAX_CHANNELS = 4096  # of one group: they share a program
+
+
+def pooled_size(size: int, kernel_size: int, stride: int, ceil_mode: bool) -> int:
+    """How many windows fit in ``size`` pixels; with ceil_mode the last may hang over the end."""
+    extra = stride - 1 if ceil_mode else 0
+    count = (size - kernel_size + extra) // stride + 1
+    return count - 1 if ceil_mode and (count - 1) * stride >= size else count
+
+
+def _pooling(norm: Sequence[float], groups: int, window: Sequence[int]) -> Pooling:
+    return Pooling(norm_of(norm) if norm else None, groups, Window(*window))
+
+
+@operator("lrn_max_pool2d")
+def _lrn_max_pool2d(
+    input: torch.Tensor,
+    norm: Sequence[float],
+    groups: int,
+    window: Sequence[int],
+    size: Sequence[int],
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and where each maximum was, if ``save``."""
+    height, width = size
+    pooling = _pooling(norm, groups, window)
+    return lrn_max_pool2d_forward(as_hwnc(input), pooling, (height, width), save)
+
+
+@_lrn_max_pool2d.register_fake
+def _(input, norm, groups, window, size, save):
+    N, C = input.shape[:2]
+    argmax = input.new_empty((*size, N, C) if save else (0,), dtype=torch.uint8)
+    return empty_nchw(input, (N, C, size[0], size[1])), argmax
+
+
+@operator("lrn_max_pool2d_backward")
+def _lrn_max_pool2d_backward(
+    grad: torch.Tensor,
+    input: torch.Tensor | None,
+    argmax: torch.Tensor,
+    norm: Sequence[float],
+    groups: int,
+    window: Sequence[int],
+    size: Sequence[int],
+) -> torch.Tensor:
+    x = None if input is None else as_hwnc(input)
+    (height, width), pooling = size, _pooling(norm, groups, window)
+    return lrn_max_pool2d_backward(x, as_hwnc(grad), argmax, pooling, (height, width))[0]
+
+
+@_lrn_max_pool2d_backward.register_fake
+def _(grad, input, argmax, norm, groups, window, size):
+    return empty_nchw(grad, (grad.shape[0], grad.shape[1], size[0], size[1]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    input, ctx.norm, ctx.groups, ctx.window, _, _ = inputs
+    ctx.size = input.shape[2:]
+    ctx.save_for_backward(input if ctx.norm else None, output[1])
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    arguments = (ctx.norm, ctx.groups, ctx.window, ctx.size)
+    dx = _lrn_max_pool2d_backward(grad, *ctx.saved_tensors, *arguments)
+    return dx, None, None, None, None, None
+
+
+_lrn_max_pool2d.register_autograd(_differentiate, setup_context=_save)
+
+
+def _check_window(
+    input: torch.Tensor, kernel_size: int, stride: int, ceil_mode: bool
+) -> tuple[int, int]:
+    """Check the arguments of pooling; return the size of its output."""
+    check_floating("input", input)
+    if input.dim() != 4 or input.shape[1] < 1:
+        raise ValueError(f"input: expected [N, C, H, W], got shape {tuple(input.shape)}")
+    for name, value, most in (
+        ("kernel_size", kernel_size, MAX_KERNEL_SIZE),
+        ("stride", stride, 1 << 15),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
+        if not 1 <= value <= most:
+            raise ValueError(f"{name}: expected 1 to {most}, got {value}")
+    if not isinstance(ceil_mode, bool):
+        raise TypeError(f"ceil_mode: expected True or False, got {ceil_mode!r}")
+    height, width = (pooled_size(s, kernel_size, stride, ceil_mode) for s in input.shape[2:])
+    if min(height, width) < 1:
+        raise ValueError(
+            f"input: {input.shape[2]} x {input.shape[3]} pixels are too few for a window of "
+            f"{kernel_size} with stride {stride}"
+        )
+    return height, width
+
+
+def _check_lrn(
+    input: torch.Tensor, size: int, alpha: float, beta: float, k: float, groups: int
+) -> None:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"size: expected an int of at least 1, got {size!r}")
+    for name, value in (("alpha", alpha), ("beta", beta), ("k", k)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    if not k > 0:
+        raise ValueError(f"k: expected a positive number, got {k!r}")
+    if not isinstance(groups, int) or groups < 1 or input.shape[1] % groups:
+        raise ValueError(
+            f"groups: expected a divisor of the {input.shape[1]} channels, got {groups!r}"
+        )
+
+
+def lrn_max_pool2d(
+    input: torch.Tensor,
+    size: int = 5,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 2.0,
+    groups: int = 1,
+    kernel_size: int = 3,
+    stride: int = 2,
+    ceil_mode: bool = False,
+    signed: bool = True,
+) -> torch.Tensor:
+    """Local response normalisation across channels, then max-pooling, in one pass.
+
+        max over each window of  x[i] * (k + alpha / size * sum_{j near i} x[j]^2) ^ -beta
+
+    ``alpha`` is divided by ``size``, as ``torch.nn.LocalResponseNorm`` and the authors' program do;
+    the formula as printed in the paper (P§3.3) does not divide, and needs ``alpha * size`` here.
+
+    Args:
+        input: [N, C, H, W], float32, bfloat16, float16 or float64, any strides.
+        size: channels in a window, [i - size // 2, i + (size - 1) // 2].
+        alpha, beta, k: the constants of the formula.
+        groups: the window never crosses a border between these equal groups of channels.
+        kernel_size, stride: of the pooling, in pixels; kernel_size 1 with stride 1 pools nothing.
+        ceil_mode: whether the last window may hang over the bottom and right edges.
+        signed: False promises that no input is negative, as after a ReLU; a little faster.
+
+    Returns:
+        [N, C, P, Q]. Of equal maxima the first takes the gradient; a NaN is kept.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what came.
+
+    Source: P§3.3 and P§3.4; S:layer.py:1183 for the division.
+    """
+    pooled = _check_window(input, kernel_size, stride, ceil_mode)
+    _check_lrn(input, size, alpha, beta, k, groups)
+    norm, window = Norm(size, alpha / size, beta, k, signed), Window(kernel_size, stride)
+    if not use_triton(input) or input.shape[1] // groups > MAX_CHANNELS:
+        return aten.lrn_max_pool2d(input, norm, groups, window, ceil_mode, pooled)
+    return _apply(input, Pooling(norm, groups, window), pooled)
+
+
+def max_pool2d(
+    input: torch.Tensor, kernel_size: int = 3, stride: int = 2, ceil_mode: bool = False
+) -> torch.Tensor:
+    """Max-pooling: the maximum over each kernel_size x kernel_size window of pixels.
+
+    Args:
+        input: [N, C, H, W], float32, bfloat16, float16 or float64, any strides.
+        kernel_size, stride: in pixels; overlapping where the stride is smaller.
+        ceil_mode: whether the last window may hang over the bottom and right edges.
+
+    Returns:
+        [N, C, P, Q]. Of equal maxima the first takes the gradient; a NaN is kept.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what came.
+    """
+    pooled = _check_window(input, kernel_size, stride, ceil_mode)
+    if not use_triton(input):
+        return aten.max_pool2d(input, kernel_size, stride, ceil_mode)
+    pooling = Pooling(None, channel_groups(input.shape[1]), Window(kernel_size, stride))
+    return _apply(input, pooling, pooled)
+
+
+def channel_groups(channels: int) -> int:
+    """Groups of channels for pooling alone, where any split will do: the widest that fit."""
+    return next(g for g in range(1, channels + 1) if channels % g == 0 and channels // g <= 256)
+
+
+def _apply(input: torch.Tensor, pooling: Pooling, pooled: tuple[int, int]) -> torch.Tensor:
+    (wide,), (norm, groups, window) = interpretable(input), pooling
+    save = wide.requires_grad and torch.is_grad_enabled()
+    numbers = [] if norm is None else list(map(float, norm))
+    output, _ = _lrn_max_pool2d(hwnc_strided(wide), numbers, groups, window, pooled, save)
+    return output.to(input.dtype)  # type: ignore[no-any-return]
