@@ -39,7 +39,8 @@ _LOOPBACK = "127.0.0.1"
 _LOOK = 0.1  # seconds after which the launcher looks whether a signal came
 _GRACE = 30.0  # seconds that processes have to save and to end after a signal
 _PEER_LOST_WAIT = 20.0  # seconds in which the process that died first is found
-_MEANWHILE, _SAY = 2.0, 60.0  # seconds between two looks, and two lines, while rank 0 prepares
+_SAY = 60.0  # seconds between two lines of a process that waits
+_JOINING = 600.0  # seconds in which every process has to start
 
 _c10d: Any = dist  # exports its stores without saying so to a type checker
 _watchdog: Watchdog | None = None  # while this process is a member of a world of several
@@ -159,30 +160,38 @@ def rendezvous(processes: int) -> Any:
     So each process writes a name of its own there, and goes on once all have seen the same names.
     """
     store: Any
-    store, _, _ = next(_c10d.rendezvous("env://", timeout=timedelta(seconds=STARTING)))
+    store, _, _ = next(_c10d.rendezvous("env://", timeout=timedelta(seconds=_JOINING)))
     store = _c10d.PrefixStore(f"fastalex {processes}", store)
     store.set(f"name {rank()}", uuid.uuid4().hex)
     while True:
-        names = b"".join(store.get(f"name {number}") for number in range(processes))
+        names = "".join(
+            receive(store, f"name {number}", f"waits for rank {number} to start", _JOINING)
+            for number in range(processes)
+        )
         store.set(f"seen {rank()}", names)
-        if all(store.get(f"seen {number}") == names for number in range(processes)):
-            store = _c10d.PrefixStore(names.hex(), store)
+        if all(store.get(f"seen {number}").decode() == names for number in range(processes)):
+            store = _c10d.PrefixStore(names, store)
             store.set("session", names)
             return store
         time.sleep(_LOOK)
 
 
-def receive(store: Any, key: str, waiting: str) -> str:
-    """The text under ``key``, whenever it comes; ``waiting`` is said on stderr each minute."""
+def receive(store: Any, key: str, waiting: str, most: float = math.inf) -> str:
+    """The text under ``key``, whenever it comes; ``waiting`` is said on stderr each minute.
+
+    Raises:
+        TrainingError: where it has not come after ``most`` seconds.
+    """
     started = said = time.monotonic()
-    while True:
-        with contextlib.suppress(dist.DistStoreError):  # not there yet
-            store.wait([key], timedelta(seconds=_MEANWHILE))
-            return str(store.get(key).decode())
+    while not store.check([key]):  # not store.wait, which warns when it has waited
+        if time.monotonic() - started > most:
+            raise TrainingError(f"rank {rank()} {waiting}, and gave up after {most:.0f} s")
         if time.monotonic() - said > _SAY:
             said = time.monotonic()
             seconds = f"for {said - started:.0f} s now"
             print(f"train: rank {rank()}: {waiting}, {seconds}", file=sys.stderr)
+        time.sleep(_LOOK)
+    return str(store.get(key).decode())
 
 
 class _Worker:
@@ -303,6 +312,10 @@ def _work(
     except Exception:
         raised = WorkerFailed("", traceback.format_exc())
     pipe.send(raised)
+    # Nothing is left to do, and threads of torch's that still run would abort an orderly exit.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def die_with_parent(parent: int) -> None:

@@ -233,3 +233,23 @@ def test_a_run_config_travels_as_json(tmp_path: Path, monkeypatch: pytest.Monkey
         assert getattr(again, name) == getattr(config, name)
     lengths = [[len(s) for s in both or ()] for both in (config.datasets, again.datasets)]
     assert lengths[0] == lengths[1] != []
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_start_is_named(tmp_path: Path) -> None:
+    script = changed(
+        tmp_path,
+        "import os, time\n"
+        "launch._JOINING, launch._SAY = 6.0, 2.0\n"
+        "meet = launch.rendezvous\n"
+        "def late(processes):\n"
+        "    time.sleep(60 * (os.environ['RANK'] == '1'))\n"
+        "    return meet(processes)\n"
+        "launch.rendezvous = late\n",
+    )
+    done = run(command("ours", script=script), tmp_path)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert lines[0].startswith("train: rank 0: waits for rank 1 to start, for ")
+    assert "train: error: rank 0 waits for rank 1 to start, and gave up after 6 s" in lines[-1]
+    assert all(line.startswith("train: ") for line in lines)
