@@ -171,6 +171,7 @@ def test_an_unpacked_wheel_works(wheel: Path, tmp_path: Path) -> None:
     assert _installed(tmp_path) == (__version__, places)
 
 
+@pytest.mark.slow
 def test_an_editable_wheel_leads_to_both_packages_of_the_checkout(
     source: Path, tmp_path: Path
 ) -> None:

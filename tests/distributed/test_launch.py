@@ -44,6 +44,7 @@ def _sockets(pids: list[int]) -> list[tuple[str, str]]:
     return sockets
 
 
+@pytest.mark.slow
 @gloo
 @linux
 def test_no_process_listens_beyond_this_machine(tmp_path: Path) -> None:

@@ -232,6 +232,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
+@pytest.mark.slow
 def test_ablate_sets_what_each_edit_cost_beside_what_was_published(
     tmp_path: Path, trained: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:

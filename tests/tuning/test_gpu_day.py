@@ -54,6 +54,7 @@ def test_the_dry_run_does_every_step(tmp_path: Path) -> None:
     assert (tmp_path / "profile" / "trace.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_cut_off_day_leaves_a_whole_card_and_goes_on(tmp_path: Path) -> None:
     """One step fails, one hangs after its first result, one is killed in the middle of a file."""
     row = {"layer": "step", "direction": "training", "against": "stock", "ours ms": 2.5}

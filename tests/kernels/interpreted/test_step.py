@@ -11,11 +11,11 @@ from fastalex.training import TrainStep
 from fastalex.training.optim import build_optimizer
 from tests.training.test_step import NORMAL, SIDE, bare, make_net, pixels, result_of
 
-from .._cases import sampled
 from .conftest import RealTiles
 
 
-@pytest.mark.parametrize("target", sampled(["sm_90", "sm_80"], 2))
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "sm_80"])
 def test_steps_on_real_tiles(target: str, real_tiles: RealTiles) -> None:
     augment = Augment(NORMAL, SIDE, torch.device("cpu"), colored=True)
     trained = []
