@@ -61,6 +61,7 @@ def test_a_stopped_process_is_named_within_the_timeout(
     rank: int,
 ) -> None:
     with training(launcher, tmp_path, processes=processes, forks=forks) as (process, pids):
+        time.sleep(TIMEOUT / 10)  # it tells its step twenty times in the timeout
         os.kill(pids[rank], signal.SIGSTOP)
         line, taken = line_after(process, "train: error:", time.monotonic())
         print(f"{launcher}, rank {rank} of {processes}: {taken:.1f} s, {line}", end="")

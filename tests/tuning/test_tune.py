@@ -421,6 +421,7 @@ def test_a_table_is_written_and_used_by_the_step(
 ) -> None:
     costs = Costs(monkeypatch)
     costs.cost = lambda rows: 1.0 / rows  # the largest program is the fastest
+    monkeypatch.setattr(tuned, "device_name", lambda device: "interpreter")
     monkeypatch.setattr(tune, "clock_of", lambda device: costs)
     with kernels.backend("interpreter"):
         assert tune.main([*SWEEP, "--layer", "pool5"]) == 0
