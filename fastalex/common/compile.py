@@ -210,6 +210,8 @@ def _start(*given: Any) -> None:
     global _given
     _given = given
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # a run only notes them
+        signal.signal(signum, signal.SIG_DFL)
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
 
 

@@ -11,6 +11,8 @@ The verdicts are kept beside the tuner's tables, for the GPU, the versions and t
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -30,6 +32,8 @@ from fastalex.common.timing import Clock, clock_of
 from fastalex.distributed.exchange import Exchange
 from fastalex.training.layer_check import (
     LayerCheck,
+    NotChecked,
+    UnusableGPU,
     Verdict,
     check_function,
     check_layers,
@@ -78,13 +82,20 @@ class Verdicts:
             return {}  # it is checked again
 
     def keep(self, found: Mapping[str, Verdict]) -> str:
-        """Add verdicts to the file; a line where that can't be done."""
-        self.known = {**self._read(), **found}
-        content = {**self._head, "layers": {k: asdict(v) for k, v in self.known.items()}}
+        """Add verdicts to the file; a line where that can't be done.
+
+        Of two processes that check at once the first one's verdicts hold.
+        """
+        self.known = {**self.known, **found}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as temporary:
-                temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            with open(self.path.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                others = {} if mode() == "always" else self._read()
+                self.known = {**self.known, **others}
+                content = {**self._head, "layers": {k: asdict(v) for k, v in self.known.items()}}
+                with replacing(self.path) as temporary:
+                    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             return f"{self.path} can't be written, the next run checks again: {error.strerror}"
         return ""
@@ -108,7 +119,11 @@ def signature(name: str, one: Pass, x: object, dtype: torch.dtype) -> str:
     """All that decides which kernels a layer launches, and on what sizes."""
     flags = [n for n in ("needs_dx", "masks_dx", "dy_is_preact") if getattr(one, n)]
     flags += ["gathers"] if getattr(one, "_gather", None) is not None else []
-    flags += [type(getattr(one, "update", None)).__name__]
+    gather = getattr(one, "_gather", None)
+    flags += ["early"] if getattr(gather, "early", False) else []
+    update, module = getattr(one, "update", None), getattr(one, "module", None)
+    flags += [type(update).__name__, *(u.rule for u in getattr(update, "updates", ()) if u)]
+    flags += ["training"] if module is not None and module.training else []
     kind = str(dtype).removeprefix("torch.")
     kind += f" {' '.join(float32_precisions())}" if dtype == torch.float32 else ""
     return f"{name} {getattr(one, 'module', type(one).__name__)} {x} {kind} {flags}"
@@ -154,15 +169,26 @@ class FirstUse(NamedTuple):
             return known
         keys, store = self._keys(known), Verdicts(x.device)
         if how == "always" or not all(key in store.known for key in keys.values()):
-            found = self.check(known, optimizer)
-            unkept = store.keep({keys[name]: verdict for name, verdict in found.items()})
-            for line in filter(None, [unkept]):
-                tell(line)
-        verdicts = {name: store.known[key] for name, key in keys.items()}
+            on_device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+            try:
+                with on_device:
+                    found = self.check(known, optimizer)
+                said = store.keep({keys[name]: verdict for name, verdict in found.items()})
+            except NotChecked as error:
+                said = f"the kernels are not checked now: {error}"
+            except torch.OutOfMemoryError:
+                said = "the kernels are not checked: that takes more memory than the GPU has left"
+            if said:
+                tell(said)
+        if x.is_cuda:
+            torch.cuda.empty_cache()
+        verdicts = {name: store.known.get(key, Verdict()) for name, key in keys.items()}
         mine = known | {name for name, verdict in verdicts.items() if verdict.uses == "aten"}
-        for name in sorted(mine - known):
-            tell(f"{name} runs on ATen, {verdicts[name].reason}")
-        return agree(list(keys), mine, exchange, x.device)
+        both = agree(list(keys), mine, exchange, x.device)
+        for name in sorted(both - known):
+            why = verdicts[name].reason if name in mine else "as in the other tower"
+            tell(f"{name} runs on ATen, {why}")
+        return both
 
     def check(self, known: frozenset[str], optimizer: torch.optim.Optimizer) -> dict[str, Verdict]:
         """Check every launch of the step, and time each layer on a GPU."""
@@ -171,19 +197,29 @@ class FirstUse(NamedTuple):
         values = [p.detach().clone() for p in weights]
         verdicts = {name: Verdict() for name in self._keys(known)}
         clock = device_clock(self._labels.device)
-        try:
-            layers = self._check_launches(verdicts, self.make_passes(known))
-            every = frozenset(verdicts)
-            rivals = dict(reversed(self.make_passes(every))) if clock is not None else {}
-            for layer in layers:
-                if clock is not None and layer.verdict.wrong is None:
-                    x = self.first(False, False).to(self.dtype) if layer is layers[0] else None
-                    layer.time(rivals[layer.name], x, clock)
-        finally:
+
+        def restore() -> None:
             for p, value in zip(weights, values, strict=True):
                 p.detach().copy_(value)
                 if buffers[p] is not None:
                     optimizer.state[p][BUFFER] = buffers[p]
+
+        try:
+            passes = self.make_passes(known)
+            layers = self._check_launches(verdicts, passes)
+            every = frozenset(verdicts)
+            rivals = dict(reversed(self.make_passes(every))) if clock is not None else {}
+            for layer in layers:
+                if clock is not None and layer.verdict.wrong is None:
+                    first = layer.one is passes[0][1]
+                    x = self.first(False, False).to(self.dtype) if first else None
+                    layer.time(rivals[layer.name], x, clock)
+        except UnusableGPU:  # nothing can be copied any more
+            raise
+        except BaseException:
+            restore()
+            raise
+        restore()
         return verdicts
 
     @property

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastalex.common.timing import Clock, take_turns
+from fastalex.distributed.launch import TrainingError
 from fastalex.model.layers import LinearReLUDropout
 from fastalex.training.layer_reference import (
     as_parameter,
@@ -40,8 +41,12 @@ _ROUNDS = 10  # that a layer is timed
 _MARGIN = 0.05  # of time, by which ATen has to be faster
 
 
-class UnusableGPU(RuntimeError):
+class UnusableGPU(TrainingError):
     """A kernel left the GPU in an error that stays; the message names it."""
+
+
+class NotChecked(RuntimeError):
+    """The kernels can't be checked now; the message says why."""
 
 
 @dataclass
@@ -132,6 +137,8 @@ class Check:
                 if one is not None and other is not None and not _same_bits(one, other):
                     self.condemn(phase, f"two runs on the same data differ, by {self._by(other)}")
             restore()
+        except torch.OutOfMemoryError:  # which says nothing of the kernels
+            raise
         except Exception as error:  # of any kind: a kernel that fails is named, and left out
             names = ", ".join(dict.fromkeys(x.name for x in program.launches)) or "a launch"
             first_line = (str(error).strip().splitlines() or [""])[0]
@@ -150,6 +157,8 @@ class Check:
         for x, made, (what, (wanted, bound)) in results if found else ():
             if x is None or made is None:
                 continue
+            if not bool(wanted.isfinite().all()):
+                raise NotChecked(f"{self.name}: a result is not finite in float64 either")
             x = x.flatten(0, -2).sum(0, dtype=torch.float64) if what in _SUMMED else x
             error = relative_error(x.sum() if wanted.dim() == 0 else x, wanted)
             if self.verdict.add(error, bound):

@@ -48,6 +48,7 @@ class Work(NamedTuple):
         towers: 2 where this process has one of two.
         normalization: of the pixels.
         augmentation: of training, which decides what a batch of bytes holds.
+        dropout: probability.
     """
 
     variant: str
@@ -61,13 +62,14 @@ class Work(NamedTuple):
     towers: int
     normalization: Normalization
     augmentation: str
+    dropout: float
 
 
 def launches_of(work: Work, target: str) -> list[Launch]:
     """Every launch of a kernel in the run's steps on ``target``, on tensors without data."""
     launches: list[Launch] = []
     with FakeTensorMode(allow_non_fake_inputs=True), record_launches(target, lambda *_: None):
-        model = AlexNet(work.classes, variant=work.variant)
+        model = AlexNet(work.classes, work.dropout, work.variant)
         if work.towers > 1:
             cut_to_tower(model, LoopbackExchange())
         optimizer = build_optimizer(model, lr=0.01, rule=work.rule)

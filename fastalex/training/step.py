@@ -206,6 +206,11 @@ class TrainStep:
         self._dropout_version = self.model.dropout_version()
         return recorded.loss.clone()
 
+    @property
+    def uses_aten(self) -> bool:
+        """Whether ATen computes a part, because its kernels are wrong or slow here."""
+        return bool(self._aten)
+
     @torch.no_grad()
     def _check_kernels(self, inputs: Inputs) -> bool:
         """Check what was not checked before on this GPU; whether ATen takes over another part."""

@@ -40,7 +40,7 @@ from fastalex.training.schedule import Schedule
 from fastalex.training.step import TrainStep, Tricks
 from fastalex.training.validation import TOP, Accuracy, evaluate, fetch
 from fastalex.training.weights import save_weights
-from fastalex_kernels.common.backend import target
+from fastalex_kernels.common.backend import backend, target
 
 _NAMED = 3  # samples of a bad batch that the message names
 
@@ -192,7 +192,7 @@ class Trainer:
             [count], [count, *([last] if last else [])],  # a last batch for training is filled up
             settings.precision.replace("tf32", "float32"), settings.momentum_rule,
             tricks.fused_update, self.config.world.towers, self.config.normalization,
-            settings.augmentation,
+            settings.augmentation, settings.dropout,
         )  # fmt: skip
         say = self.progress.say if parallel.is_main else print  # whichever comes first compiles
         compile_first(work, target(device), device_name(device), say)
@@ -282,7 +282,12 @@ class Trainer:
                 self._train_epoch()
             self.progress.validating(epoch)
             with autocast(self.settings.precision, self.parallel.device):
-                accuracy = evaluate(self.model, self.val_batches, self.parallel, self._save_or_stop)
+                # Kernels that are wrong here must not choose the best weights.
+                aten = isinstance(self.train_step, TrainStep) and self.train_step.uses_aten
+                with backend("aten") if aten else contextlib.nullcontext():
+                    accuracy = evaluate(
+                        self.model, self.val_batches, self.parallel, self._save_or_stop
+                    )
             if not math.isfinite(accuracy.loss):
                 raise TrainingError(
                     f"the validation loss is {accuracy.loss} after step {self.step} "

@@ -42,6 +42,12 @@ def test_a_second_program_fills_the_wait_of_a_drained_turn() -> None:
     assert both["tensor"] == pytest.approx(2 * 10 * 1000 / RATES.clock)
 
 
+def test_places_that_no_program_takes_give_no_time() -> None:
+    turn, programs = Turn(10, 0, 0, 0), [10] * H100.processors
+    alone, many = (forecast.product(H100, RATES, turn, programs, n, 0.0) for n in (1, 4))
+    assert many["latency"] == pytest.approx(alone["latency"])
+
+
 def test_bytes_of_every_turn_pass_l2() -> None:
     terms = forecast.product(H100, RATES, Turn(1, 0, 0, 1000), [3, 5], 1, 4000.0)
     assert terms["L2"] == pytest.approx(8000 / RATES.l2)

@@ -275,3 +275,40 @@ def test_another_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTALEX_CHECK", "sometimes")
     with pytest.raises(ValueError, match=r"^FASTALEX_CHECK: expected always or never, got 'some"):
         check.mode()
+
+
+def test_the_first_layer_may_be_faster_on_aten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "device_clock", lambda device: clock)
+    clock = FakeClock({1: 0.5})
+    monkeypatch.setattr(layer_check, "_ROUNDS", 1)
+    monkeypatch.setattr(timing, "WARMUP", 0)
+    ours = run(steps=1)
+    assert list(ours.on_aten) == ["conv1"]
+    assert ours.step.uses_aten
+
+
+def test_what_says_nothing_of_the_kernels_leaves_no_verdict(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Data that are not finite, and too little memory: the next start checks again."""
+    expected = layer_check.expected_output
+
+    def not_finite(*arguments: Any) -> torch.Tensor:
+        return expected(*arguments) * torch.nan
+
+    def too_large(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    said = []
+    for fault in (not_finite, too_large, expected):
+        with monkeypatch.context() as patch:
+            patch.setattr(layer_check, "expected_output", fault)
+            ours = run(steps=1)
+        said.append(ours.said)
+        assert ours.on_aten == {}
+        assert check.Verdicts(torch.device("cpu")).path.exists() == (fault is expected)
+    assert said == [
+        ["the kernels are not checked now: conv1: a result is not finite in float64 either"],
+        ["the kernels are not checked: that takes more memory than the GPU has left"],
+        [],
+    ]

@@ -20,7 +20,7 @@ from fastalex_kernels.common.backend import interpreted
 pytestmark = pytest.mark.skipif(interpreted(), reason="an interpreted kernel is never compiled")
 
 SCALE = Normalization((0.0,) * 3, (1.0,) * 3)
-WORK = Work("paper", 1000, 224, [128], [128, 80], "bf16", "torch", True, 1, SCALE, "crop")
+WORK = Work("paper", 1000, 224, [128], [128, 80], "bf16", "torch", True, 1, SCALE, "crop", 0.5)
 
 
 @pytest.mark.parametrize("towers", [1, 2])
