@@ -41,7 +41,7 @@ pytestmark = [
 
 BATCH, ROUNDS = 128, 300
 # Low estimates, not measured, for an H100 in bf16: python -m fastalex.roofline [--gpus 2].
-GPU_SECONDS = {"one GPU": 1596e-6, "tower": 1066e-6}
+GPU_SECONDS = {"one GPU": 1542e-6, "tower": 982e-6}
 
 
 class _NoExchange:
