@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastalex_kernels as kernels
 from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.training import train
 from fastalex.training.cuda_graph import WARM_UP, Graph
@@ -143,6 +144,47 @@ def test_a_graph_trains_bit_for_bit_as_launches_do(tmp_path: Path, options: list
     launches = _weights(tmp_path / "launches", "--no-cuda-graph", *options)
     for name, weight in graph.items():
         assert torch.equal(weight, launches[name]), name
-    logs = [(tmp_path / f / "metrics.jsonl").read_text() for f in ("graph", "launches")]
-    losses = [[json.loads(line).get("loss") for line in log.splitlines()] for log in logs]
-    assert losses[0] == losses[1]
+    assert _losses(tmp_path / "graph") == _losses(tmp_path / "launches")
+
+
+TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--precision", "float32"],
+        ["--precision", "tf32"],
+        ["--precision", "fp16"],
+        ["--variant", "owt", "--image-size", "224"],
+        pytest.param(["--gpus", "2"], marks=TWO),
+        pytest.param(["--gpus", "2", "--variant", "owt"], marks=TWO),
+    ],
+    ids=str,
+)
+def test_what_a_user_gets_is_checked_and_trains(
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """With graph, fused updates and the rest as they are by default, beside torch's operators."""
+    monkeypatch.setenv("FASTALEX_CHECK", "always")
+    arguments = ["--max-steps", "12", "--log-every", "1", *options]
+    assert train.main([*arguments, "--output", str(tmp_path / "ours")]) == 0
+    said = capfd.readouterr()
+    assert "kernels are wrong here" not in said.out + said.err
+    losses = _losses(tmp_path / "ours")
+    assert len(losses) == 12
+    if "--gpus" not in options:  # the choice of a backend does not reach other processes
+        with kernels.backend("aten"):
+            assert train.main([*arguments, "--output", str(tmp_path / "torch")]) == 0
+        # Later steps of so high a rate tell roundings apart.
+        assert losses[:3] == pytest.approx(_losses(tmp_path / "torch")[:3], rel=0.05)
+
+
+def _losses(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["kind"] == "step"]
