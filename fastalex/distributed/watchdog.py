@@ -160,14 +160,15 @@ class Watchdog:
             )
         running = [i for i, beat in enumerate(self._heartbeats) if beat.state != "ended"]
         for number in running:
-            if number != self._rank and now - self._heard[number] > limit:
-                silence = now - self._heard[number]
+            # Until the last look: while nothing can be reached, nobody's silence grows.
+            silence = self._reached - self._heard[number]
+            if number != self._rank and silence > limit:
                 step = self._heartbeats[number].step
                 return f"{self._name(number)} has not answered for {silence:.0f} s, at step {step}"
         if not running:
             return ""
         last = min(running, key=lambda number: self._heartbeats[number].done)
-        beat, still = self._heartbeats[last], now - self._moved[last]
+        beat, still = self._heartbeats[last], self._reached - self._moved[last]
         if still > limit * (_PATIENCE if beat.doing else 1):
             alike = len({self._heartbeats[number].done for number in running}) == 1
             who = "no process" if alike else self._name(last)
