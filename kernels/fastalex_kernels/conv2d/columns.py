@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.layout import as_hwnc, empty_nchw
 from fastalex_kernels.conv2d.arguments import Padding
-from fastalex_kernels.conv2d.tiles import tma_fits
+from fastalex_kernels.conv2d.tiles import next_tap, tma_fits
 
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 128, 64
 _WARPS, _STAGES = 8, 4
@@ -108,13 +108,7 @@ def _conv2d_bwd_input_columns_kernel(
         if TAIL_N > 0:
             b = _load_taps(w_tail_desc, r, row + BLOCK_N, g * K + k, TAIL_N, BLOCK_K)
             acc_n = tl.dot(a, b, acc_n)
-        k += BLOCK_K
-        wrap = k == K
-        k = tl.where(wrap, 0, k)
-        j = tl.where(wrap, j + 1, j)
-        wrap = j == j_hi
-        j = tl.where(wrap, j_lo, j)
-        i = tl.where(wrap, i + 1, i)
+        i, j, k = next_tap(i, j, k, j_lo, j_hi, BLOCK_K, K)
 
     dx_ptr += ((h * W + w) * N + n).to(tl.int64) * (G * C) + g * C
     stride = N * (G * C)

@@ -35,7 +35,13 @@ from fastalex_kernels.common.reduce import fold
 from fastalex_kernels.common.tuned import cut, dot_precision, tile_entry
 from fastalex_kernels.conv2d.arguments import Padding, space_to_depth_weight
 from fastalex_kernels.conv2d.columns import conv2d_backward_input_columns, pixels_as_columns
-from fastalex_kernels.conv2d.tiles import halved_warps, row_blocks, split_channels, tma_fits
+from fastalex_kernels.conv2d.tiles import (
+    halved_warps,
+    next_tap,
+    row_blocks,
+    split_channels,
+    tma_fits,
+)
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width, cut to the layer.
 # What bounds the stages is shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on
@@ -59,17 +65,6 @@ _FORWARD_TILES = {
 def _tap_range(first, last, pad: tl.constexpr, size, KERNEL: tl.constexpr):
     """Taps [lo, hi) of an axis that touch the image for some output in first..last."""
     return tl.maximum(pad - last, 0), tl.minimum(size + pad - first, KERNEL)
-
-
-@triton.jit
-def _next_tap(r, s, c, s_lo, s_hi, BLOCK_K: tl.constexpr, C: tl.constexpr):
-    """Advance the odometer (r, s, c) of the flat reduction by one block of channels."""
-    c += BLOCK_K
-    wrap = c >= C
-    c = tl.where(wrap, 0, c)
-    s = tl.where(wrap, s + 1, s)
-    wrap = s == s_hi
-    return tl.where(wrap, r + 1, r), tl.where(wrap, s_lo, s), c
 
 
 @triton.jit
@@ -216,7 +211,7 @@ def _conv2d_relu_fwd_kernel(
             else:
                 b = tl.load(w_tap + w_tail, mask=mask_n[None, :], other=0.0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        r, s, c = _next_tap(r, s, c, s_lo, s_hi, BLOCK_K + TAIL_K, C)
+        r, s, c = next_tap(r, s, c, s_lo, s_hi, BLOCK_K + TAIL_K, C)
 
     # Counted from the first row, and so in 32 bits.
     start = first.to(tl.int64) * (G * K) + g * K
@@ -304,7 +299,7 @@ def _conv2d_relu_fwd_tma_kernel(
         if TAIL_K > 0:
             b = _load_weight(w_tail_desc, tap, c + BLOCK_K, g, k, C, K, REVERSE)
             acc = tl.dot(x_tail_desc.load([row, g * C + c + BLOCK_K]), b, acc)
-        r, s, c = _next_tap(r, s, c, s_lo, s_hi, BLOCK_K + TAIL_K, C)
+        r, s, c = next_tap(r, s, c, s_lo, s_hi, BLOCK_K + TAIL_K, C)
 
     first = (p * Q + q) * N + n
     offs_n = k + tl.arange(0, BLOCK_N)

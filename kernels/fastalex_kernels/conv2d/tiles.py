@@ -5,11 +5,24 @@ from __future__ import annotations
 import math
 
 import torch
+import triton
+import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex_kernels.common.arguments import aligned
 from fastalex_kernels.common.backend import has_tma
 from fastalex_kernels.common.tuned import cut
+
+
+@triton.jit
+def next_tap(r, s, c, s_lo, s_hi, BLOCK_K: tl.constexpr, C: tl.constexpr):
+    """Advance the odometer (r, s, c) of the flat reduction by one block of channels."""
+    c += BLOCK_K
+    wrap = c >= C
+    c = tl.where(wrap, 0, c)
+    s = tl.where(wrap, s + 1, s)
+    wrap = s == s_hi
+    return tl.where(wrap, r + 1, r), tl.where(wrap, s_lo, s), c
 
 
 def halved_warps(warps: int, block_m: int, block_n: int, bits: int) -> int:
