@@ -142,6 +142,11 @@ def resident(gpu: GPU, registers: int, shared: int, warps: int) -> int:
     return max(1, min(by_registers, by_shared, gpu.threads // threads, _BLOCKS))
 
 
+def taken_slots(gpu: GPU, programs: int, slots: int) -> int:
+    """Of the ``slots`` of a processor, those that so many programs take."""
+    return min(slots, -(-programs // gpu.processors))
+
+
 def schedule(
     gpu: GPU, cycles: Sequence[float], slots: int, overhead: float = OVERHEAD_CYCLES
 ) -> float:
@@ -157,7 +162,7 @@ def schedule(
         slots: programs that a processor holds at once.
         overhead: cycles in which a program does not use its processor.
     """
-    slots = min(slots, -(-len(cycles) // gpu.processors))
+    slots = taken_slots(gpu, len(cycles), slots)
     free = [0.0] * (gpu.processors * slots)
     last = 0.0
     for work in cycles:

@@ -141,7 +141,7 @@ def product(
         slots: programs that a processor holds at once.
         memory: bytes that it moves from and to the GPU's memory.
     """
-    slots = min(slots, -(-len(turns) // gpu.processors))  # as many as programs take
+    slots = cost.taken_slots(gpu, len(turns), slots)
     asked = {
         "tensor": turn.tensor, "shared": turn.shared / SHARED_BYTES, "issue": turn.issue,
     }  # fmt: skip

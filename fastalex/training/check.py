@@ -118,8 +118,8 @@ def float32_precisions() -> tuple[str, str]:
 def signature(name: str, one: Pass, x: object, dtype: torch.dtype) -> str:
     """All that decides which kernels a layer launches, and on what sizes."""
     flags = [n for n in ("needs_dx", "masks_dx", "dy_is_preact") if getattr(one, n)]
-    flags += ["gathers"] if getattr(one, "_gather", None) is not None else []
     gather = getattr(one, "_gather", None)
+    flags += ["gathers"] if gather is not None else []
     flags += ["early"] if getattr(gather, "early", False) else []
     update, module = getattr(one, "update", None), getattr(one, "module", None)
     flags += [type(update).__name__, *(u.rule for u in getattr(update, "updates", ()) if u)]
@@ -180,8 +180,8 @@ class FirstUse(NamedTuple):
                 said = "the kernels are not checked: that takes more memory than the GPU has left"
             if said:
                 tell(said)
-        if x.is_cuda:
-            torch.cuda.empty_cache()
+            if x.is_cuda:
+                torch.cuda.empty_cache()  # the check held a second step
         verdicts = {name: store.known.get(key, Verdict()) for name, key in keys.items()}
         mine = known | {name for name, verdict in verdicts.items() if verdict.uses == "aten"}
         both = agree(list(keys), mine, exchange, x.device)
