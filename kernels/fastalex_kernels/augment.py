@@ -20,6 +20,7 @@ conv2d.arguments.space_to_depth, channel (row * 4 + column) * 3 + color.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,13 @@ import triton
 import triton.language as tl
 
 from fastalex_kernels import aten
-from fastalex_kernels.common.arguments import DTYPES, aligned
+from fastalex_kernels.common.arguments import (
+    aligned,
+    check_dtype,
+    check_int,
+    check_tensor,
+    expect,
+)
 from fastalex_kernels.common.backend import interpreted, target, use_triton
 from fastalex_kernels.common.columns import join8
 from fastalex_kernels.common.launch import launch
@@ -354,64 +361,41 @@ def augment(
 
     Source: P§2 and P§4.1.
     """
-    _check_images(images, size)
-    if dtype not in (*DTYPES, torch.float64):
-        raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype!r}")
-    (tops, lefts, mirrors), (mean, scale, centred) = crops, norm
-    count = (images.shape[0],)
-    _check("tops", tops, images, (torch.int32, torch.int64), count)
-    _check("lefts", lefts, images, (torch.int32, torch.int64), count)
-    _check("mirrors", mirrors, images, (torch.bool, torch.uint8), count)
-    if colors is not None:
-        _check("colors", colors, images, (torch.float32,), (*count, 3))
-    if mean is not None:
-        _check("mean", mean, images, (torch.float32, torch.uint8), (3,), tuple(images.shape[1:]))
-        if mean.dim() == 1 and mean.dtype == torch.uint8:
-            raise TypeError("mean: expected float32 for a mean of shape (3,), got torch.uint8")
-    if scale is not None:
-        _check("scale", scale, images, (torch.float32,), (3,))
+    _check(images, crops, colors, norm, size)
+    check_dtype("dtype", dtype)
     if dtype == torch.float64 or not use_triton(images):
-        crops = Crops(tops, lefts, mirrors.bool())
+        crops = crops._replace(mirrors=crops.mirrors.bool())
         return aten.augment(images, crops, colors, norm, size, dtype).permute(0, 3, 1, 2)
-    colors, mean, scale = (None if v is None else v.contiguous() for v in (colors, mean, scale))
-    crops = Crops(tops.contiguous(), lefts.contiguous(), mirrors.contiguous().view(torch.uint8))
-    norm = PixelNorm(mean, scale, centred)
+    dense = lambda x: x.contiguous() if isinstance(x, torch.Tensor) else x  # noqa: E731
+    tops, lefts, mirrors = map(dense, crops)
+    crops, norm = Crops(tops, lefts, mirrors.view(torch.uint8)), PixelNorm(*map(dense, norm))
     # The interpreter cannot round to bfloat16.
     stored = torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype
-    out = augment_forward(images.contiguous(), crops, colors, norm, size, stored)
+    out = augment_forward(dense(images), crops, dense(colors), norm, size, stored)
     return out.to(dtype).permute(0, 3, 1, 2)
 
 
-def _check_images(images: object, size: object) -> None:
-    if not isinstance(images, torch.Tensor):
-        raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images: expected uint8, got {images.dtype}")
-    if images.dim() != 4 or images.shape[3] != 3:
-        raise ValueError(f"images: expected [N, H, W, 3], got shape {tuple(images.shape)}")
-    if images[:1].numel() > 2**30:
-        raise ValueError(f"images: expected at most 1 GiB each, got shape {tuple(images.shape)}")
-    if not isinstance(size, int) or isinstance(size, bool):
-        raise TypeError(f"size: expected an int, got {size!r}")
-    height, width = images.shape[1:3]
-    if not 1 <= size <= min(height, width):
-        raise ValueError(f"size: expected 1 to the images' {height} x {width}, got {size}")
-
-
 def _check(
-    name: str,
-    x: object,
     images: torch.Tensor,
-    dtypes: tuple[torch.dtype, ...],
-    *shapes: tuple[int, ...],
+    crops: Crops,
+    colors: torch.Tensor | None,
+    norm: PixelNorm,
+    size: int,
 ) -> None:
-    """Raise unless ``x`` is a tensor on the images' device, of one of the dtypes and shapes."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {x.dtype}")
-    if x.device != images.device:
-        raise ValueError(f"{name}: expected device {images.device} as the images', got {x.device}")
-    if tuple(x.shape) not in shapes:
-        expected = " or ".join(map(str, shapes))
-        raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
+    check_tensor("images", images, (torch.uint8,))
+    shape, device = tuple(images.shape), images.device
+    is_bytes = len(shape) == 4 and shape[3] == 3
+    expect(is_bytes, "images", "[N, H, W, 3], got shape {}", shape)
+    expect(math.prod(shape[1:]) <= 2**30, "images", "at most 1 GiB each, got shape {}", shape)
+    check_int("size", size, 1, min(shape[1:3]))
+    for name, x in (("tops", crops.tops), ("lefts", crops.lefts)):
+        check_tensor(name, x, (torch.int32, torch.int64), device, shape[:1])
+    check_tensor("mirrors", crops.mirrors, (torch.bool, torch.uint8), device, shape[:1])
+    if colors is not None:
+        check_tensor("colors", colors, (torch.float32,), device, (shape[0], 3))
+    if norm.mean is not None:
+        check_tensor("mean", norm.mean, (torch.float32, torch.uint8), device, (3,), shape[1:])
+        if norm.mean.dim() == 1:
+            check_dtype("mean", norm.mean.dtype, (torch.float32,))
+    if norm.scale is not None:
+        check_tensor("scale", norm.scale, (torch.float32,), device, (3,))

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from fastalex_kernels import aten
-from fastalex_kernels.common.arguments import check_floating, interpretable
+from fastalex_kernels.common.arguments import check_tensor, expect, interpretable
 from fastalex_kernels.common.backend import interpreted, operator, use_triton
 from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.reduce import sum_partials
@@ -186,17 +186,7 @@ def cross_entropy(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def _check(input: torch.Tensor, target: object) -> None:
-    check_floating("input", input)
-    if input.dim() != 2 or input.shape[1] < 1:
-        raise ValueError(f"input: expected [N, classes], got shape {tuple(input.shape)}")
-    if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
-        came = target.dtype if isinstance(target, torch.Tensor) else type(target).__name__
-        raise TypeError(f"target: expected an int64 tensor of labels, got {came}")
-    if target.shape != input.shape[:1]:
-        raise ValueError(
-            f"target: expected shape ({input.shape[0]},), got shape {tuple(target.shape)}"
-        )
-    if target.device != input.device:
-        raise ValueError(
-            f"target: expected device {input.device} as the input's, got {target.device}"
-        )
+    check_tensor("input", input)
+    is_logits = input.dim() == 2 and input.shape[1] > 0
+    expect(is_logits, "input", "[N, classes], got shape {}", tuple(input.shape))
+    check_tensor("target", target, (torch.int64,), input.device, tuple(input.shape[:1]))

@@ -1,4 +1,4 @@
-"""What a public function checks of its tensors, and in which dtype it hands them on."""
+"""What a public function checks of its arguments, and in which dtype it hands them on."""
 
 from __future__ import annotations
 
@@ -10,24 +10,55 @@ import torch
 from fastalex_kernels.common import backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels store
+FLOATING = (*DTYPES, torch.float64)
 
 
-def check_floating(name: str, x: object) -> None:
-    """Raise a TypeError unless ``x`` is a tensor of a dtype this package computes in."""
+def expect(held: bool, name: str, expected: str, *values: object) -> None:
+    """Raise a ValueError unless it ``held``; of what was ``expected``, with ``values`` put in."""
+    if not held:
+        raise ValueError(f"{name}: expected {expected.format(*values)}")
+
+
+def check_dtype(name: str, dtype: object, dtypes: Sequence[torch.dtype] = FLOATING) -> None:
+    """Raise a TypeError unless ``dtype`` is one of ``dtypes``."""
+    if dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {dtype}")
+
+
+def check_tensor(
+    name: str,
+    x: object,
+    dtypes: Sequence[torch.dtype] = FLOATING,
+    device: torch.device | None = None,
+    *shapes: tuple[int, ...],
+) -> None:
+    """Raise unless ``x`` is a tensor of one of the dtypes, and of the device and a shape given."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype not in (*DTYPES, torch.float64):
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+    check_dtype(name, x.dtype, dtypes)
+    expect(device in (None, x.device), name, "device {}, got {}", device, x.device)
+    shape = tuple(x.shape)
+    if shapes and shape not in shapes:
+        raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {shape}")
 
 
-def check_like(name: str, x: object, like: torch.Tensor) -> None:
-    """Raise unless ``x`` is a tensor of the dtype and on the device of ``like``."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype != like.dtype:
-        raise TypeError(f"{name}: expected dtype {like.dtype} as the input's, got {x.dtype}")
-    if x.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device} as the input's, got {x.device}")
+def check_int(name: str, value: object, least: int, most: int) -> None:
+    """Raise unless ``value`` is an int from ``least`` to ``most``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    expect(least <= value <= most, name, "{} to {}, got {}", least, most, value)
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise a TypeError unless ``value`` is an int or a float."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def check_groups(groups: object, channels: int) -> None:
+    """Raise unless ``groups`` equal parts make up the channels."""
+    divides = isinstance(groups, int) and groups > 0 and channels % groups == 0
+    expect(divides, "groups", "a divisor of {} channels, got {!r}", channels, groups)
 
 
 def aligned(x: torch.Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastalex_kernels.common.arguments import check_floating, check_like
+from fastalex_kernels.common.arguments import check_groups, check_tensor, expect
 from fastalex_kernels.common.layout import as_nchw
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
@@ -57,25 +57,31 @@ def depth_to_space_weight(
 
 def spell_out(padding: Any, stride: Any) -> tuple[Padding, tuple[int, int]]:
     """Spell out the accepted forms of padding and stride, or say what is wrong with them."""
-    integer = lambda v: isinstance(v, int) and not isinstance(v, bool)  # noqa: E731
-    pair = (stride, stride) if integer(stride) else stride
-    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(integer, pair))):
+    steps = _pair(stride)
+    if not _is_pair_of_ints(steps):
         raise TypeError(f"stride: expected an int or (height, width), got {stride!r}")
-    if min(pair) < 1:
-        raise ValueError(f"stride: expected at least 1, got {stride!r}")
-    sides = (padding, padding) if integer(padding) else padding
-    if isinstance(sides, (tuple, list)) and len(sides) == 2:
-        sides = tuple(
-            (v, v) if integer(v) else tuple(v) if isinstance(v, (tuple, list)) else v for v in sides
-        )
-        if all(isinstance(v, tuple) and len(v) == 2 and all(map(integer, v)) for v in sides):
-            if min(min(v) for v in sides) < 0:
-                raise ValueError(f"padding: expected no negative value, got {padding!r}")
-            return sides, (pair[0], pair[1])  # type: ignore[return-value]
-    raise TypeError(
-        "padding: expected an int, (height, width) or ((top, bottom), (left, right)), "
-        f"got {padding!r}"
+    expect(min(steps) >= 1, "stride", "at least 1, got {}", stride)
+    sides = _pair(padding)
+    sides = tuple(map(_pair, sides)) if isinstance(sides, tuple) else ()
+    if len(sides) != 2 or not all(map(_is_pair_of_ints, sides)):
+        forms = "an int, (height, width) or ((top, bottom), (left, right))"
+        raise TypeError(f"padding: expected {forms}, got {padding!r}")
+    expect(min(map(min, sides)) >= 0, "padding", "no negative value, got {}", padding)
+    return sides, steps
+
+
+def _pair(value: Any) -> Any:
+    return (
+        (value, value)
+        if isinstance(value, int)
+        else tuple(value)
+        if isinstance(value, list)
+        else value
     )
+
+
+def _is_pair_of_ints(value: Any) -> bool:
+    return isinstance(value, tuple) and [type(part) for part in value] == [int, int]
 
 
 def check(
@@ -86,31 +92,19 @@ def check(
     groups: int,
 ) -> None:
     """Raise unless the arguments fit."""
-    check_floating("input", input)
-    check_like("weight", weight, input)
-    if input.dim() != 4:
-        raise ValueError(f"input: expected [N, C, H, W], got shape {tuple(input.shape)}")
-    if weight.dim() != 4 or min(weight.shape) < 1:
-        raise ValueError(
-            f"weight: expected [out, in / groups, height, width], got shape {tuple(weight.shape)}"
-        )
-    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
-        raise ValueError(
-            f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups!r}"
-        )
-    if input.shape[1] != weight.shape[1] * groups:
-        raise ValueError(
-            f"input: expected {weight.shape[1] * groups} channels "
-            f"(weight {tuple(weight.shape)}, groups {groups}), got {input.shape[1]}"
-        )
+    check_tensor("input", input)
+    check_tensor("weight", weight, (input.dtype,), input.device)
+    expect(input.dim() == 4, "input", "[N, C, H, W], got shape {}", tuple(input.shape))
+    is_kernel, shape = weight.dim() == 4 and min(weight.shape) > 0, tuple(weight.shape)
+    expect(is_kernel, "weight", "[out, in / groups, height, width], got shape {}", shape)
+    check_groups(groups, shape[0])
+    channels = shape[1] * groups
+    expected = "{} channels (weight {}, groups {}), got {}"
+    fits = input.shape[1] == channels
+    expect(fits, "input", expected, channels, shape, groups, input.shape[1])
     if bias is not None:
-        check_like("bias", bias, weight)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    for name, size, kernel, sides in zip(
-        ("height", "width"), input.shape[2:], weight.shape[2:], padding, strict=True
-    ):
-        if size + sum(sides) < kernel:
-            raise ValueError(
-                f"input: {name} {size} with padding {sides} is below the kernel's {kernel}"
-            )
+        check_tensor("bias", bias, (input.dtype,), input.device, shape[:1])
+    sizes = zip(("height", "width"), input.shape[2:], weight.shape[2:], padding, strict=True)
+    for name, size, kernel, sides in sizes:
+        expected = "a {} of at least {} with padding {}, got {}"
+        expect(size + sum(sides) >= kernel, "input", expected, name, kernel, sides, size)

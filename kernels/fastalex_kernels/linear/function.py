@@ -10,8 +10,10 @@ import torch
 from fastalex_kernels import aten
 from fastalex_kernels.common.arguments import (
     autocast,
-    check_floating,
-    check_like,
+    check_int,
+    check_number,
+    check_tensor,
+    expect,
     interpretable,
     placed,
 )
@@ -118,47 +120,29 @@ def _differentiate_dropout(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor |
 _dropout.register_autograd(_differentiate_dropout, setup_context=_save_dropout)
 
 
-def _check(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> None:
-    check_floating("input", input)
-    check_like("weight", weight, input)
-    if input.dim() != 2:
-        raise ValueError(f"input: expected [N, in_features], got shape {tuple(input.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != input.shape[1]:
-        raise ValueError(
-            f"weight: expected [out_features, {input.shape[1]}], got shape {tuple(weight.shape)}"
-        )
+def _check(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    check_tensor("weight", weight, (input.dtype,), input.device)
+    fits = weight.dim() == 2 and weight.shape[1] == input.shape[1]
+    shape = tuple(weight.shape)
+    expect(fits, "weight", "[out_features, {}], got shape {}", input.shape[1], shape)
     if bias is not None:
-        check_like("bias", bias, input)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+        check_tensor("bias", bias, (input.dtype,), input.device, shape[:1])
+
+
+def _check_input(input: torch.Tensor) -> None:
+    check_tensor("input", input)
+    expect(input.dim() == 2, "input", "[N, in_features], got shape {}", tuple(input.shape))
 
 
 def _check_dropout(input: torch.Tensor, features: int, dropout: Dropout) -> None:
     """Check what is dropped of [rows of input, features]."""
-    p, rng, *offsets = dropout
-    for name, offset, size in zip(
-        ("row_offset", "feature_offset"), offsets, (input.shape[0], features), strict=True
-    ):
-        if not isinstance(offset, int) or isinstance(offset, bool):
-            raise TypeError(f"{name}: expected an int, got {offset!r}")
-        if not 0 <= offset <= 2**31 - max(size, 1):
-            raise ValueError(f"{name}: expected 0 to {2**31 - max(size, 1)}, got {offset}")
-    if not isinstance(p, (int, float)) or isinstance(p, bool):
-        raise TypeError(f"p: expected a number, got {p!r}")
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"p: expected a probability in [0, 1), got {p!r}")
-    if rng is None:
-        return
-    if not isinstance(rng, torch.Tensor) or rng.dtype != torch.int64:
-        raise TypeError(f"rng: expected an int64 tensor (seed, offset), got {rng!r}")
-    if rng.shape != (2,):
-        raise ValueError(f"rng: expected shape (2,), got {tuple(rng.shape)}")
-    if rng.device != input.device:
-        raise ValueError(f"rng: expected device {input.device} as the input's, got {rng.device}")
+    p, rng, row_offset, feature_offset = dropout
+    check_int("row_offset", row_offset, 0, 2**31 - max(input.shape[0], 1))
+    check_int("feature_offset", feature_offset, 0, 2**31 - max(features, 1))
+    check_number("p", p)
+    expect(0.0 <= p < 1.0, "p", "a probability in [0, 1), got {}", p)
+    if rng is not None:
+        check_tensor("rng", rng, (torch.int64,), input.device, (2,))
 
 
 def _drawn(dropout: Dropout, training: bool, device: torch.device) -> Dropout:
@@ -207,6 +191,7 @@ def linear_relu_dropout(
     Source: P§4.2; the scaling in training is the same function as halving at test.
     """
     input, weight, bias = autocast(input, weight, bias)
+    _check_input(input)
     _check(input, weight, bias)
     dropout = Dropout(p, rng, row_offset, feature_offset)
     _check_dropout(input, weight.shape[0], dropout)
@@ -229,9 +214,7 @@ def dropout(
     feature_offset: int = 0,
 ) -> torch.Tensor:
     """Dropout alone, with the mask of ``linear_relu_dropout``; input is [N, features]."""
-    check_floating("input", input)
-    if input.dim() != 2:
-        raise ValueError(f"input: expected [N, features], got shape {tuple(input.shape)}")
+    _check_input(input)
     given = Dropout(p, rng, row_offset, feature_offset)
     _check_dropout(input, input.shape[1], given)
     given = _drawn(given, training, input.device)

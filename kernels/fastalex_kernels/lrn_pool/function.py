@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from fastalex_kernels import aten
-from fastalex_kernels.common.arguments import check_floating, interpretable
+from fastalex_kernels.common.arguments import (
+    check_groups,
+    check_int,
+    check_number,
+    check_tensor,
+    expect,
+    interpretable,
+)
 from fastalex_kernels.common.backend import operator, use_triton
 from fastalex_kernels.common.layout import as_hwnc, empty_nchw, hwnc_strided
 from fastalex_kernels.common.parameters import Norm, Pooling, Window, norm_of
@@ -91,44 +98,26 @@ def _check_window(
     input: torch.Tensor, kernel_size: int, stride: int, ceil_mode: bool
 ) -> tuple[int, int]:
     """Check the arguments of pooling; return the size of its output."""
-    check_floating("input", input)
-    if input.dim() != 4 or input.shape[1] < 1:
-        raise ValueError(f"input: expected [N, C, H, W], got shape {tuple(input.shape)}")
-    for name, value, most in (
-        ("kernel_size", kernel_size, MAX_KERNEL_SIZE),
-        ("stride", stride, 1 << 15),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected an int, got {value!r}")
-        if not 1 <= value <= most:
-            raise ValueError(f"{name}: expected 1 to {most}, got {value}")
+    check_tensor("input", input)
+    is_maps = input.dim() == 4 and input.shape[1] > 0
+    expect(is_maps, "input", "[N, C, H, W], got shape {}", tuple(input.shape))
+    check_int("kernel_size", kernel_size, 1, MAX_KERNEL_SIZE)
+    check_int("stride", stride, 1, 1 << 15)
     if not isinstance(ceil_mode, bool):
         raise TypeError(f"ceil_mode: expected True or False, got {ceil_mode!r}")
     height, width = (pooled_size(s, kernel_size, stride, ceil_mode) for s in input.shape[2:])
-    if min(height, width) < 1:
-        raise ValueError(
-            f"input: {input.shape[2]} x {input.shape[3]} pixels are too few for a window of "
-            f"{kernel_size} with stride {stride}"
-        )
+    expected = "room for a window of {} with stride {}, got {} x {} pixels"
+    expect(min(height, width) > 0, "input", expected, kernel_size, stride, *input.shape[2:])
     return height, width
 
 
-def _check_lrn(
-    input: torch.Tensor, size: int, alpha: float, beta: float, k: float, groups: int
-) -> None:
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"size: expected an int of at least 1, got {size!r}")
+def _check_lrn(channels: int, size: int, alpha: float, beta: float, k: float, groups: int) -> None:
+    check_int("size", size, 1, 2**31)
     for name, value in (("alpha", alpha), ("beta", beta), ("k", k)):
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected a number, got {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    if not k > 0:
-        raise ValueError(f"k: expected a positive number, got {k!r}")
-    if not isinstance(groups, int) or groups < 1 or input.shape[1] % groups:
-        raise ValueError(
-            f"groups: expected a divisor of the {input.shape[1]} channels, got {groups!r}"
-        )
+        check_number(name, value)
+        expect(math.isfinite(value), name, "a finite number, got {}", value)
+    expect(k > 0, "k", "a positive number, got {}", k)
+    check_groups(groups, channels)
 
 
 def lrn_max_pool2d(
@@ -168,7 +157,7 @@ def lrn_max_pool2d(
     Source: P§3.3 and P§3.4; S:layer.py:1183 for the division.
     """
     pooled = _check_window(input, kernel_size, stride, ceil_mode)
-    _check_lrn(input, size, alpha, beta, k, groups)
+    _check_lrn(input.shape[1], size, alpha, beta, k, groups)
     norm, window = Norm(size, alpha / size, beta, k, signed), Window(kernel_size, stride)
     if not use_triton(input) or input.shape[1] // groups > MAX_CHANNELS:
         return aten.lrn_max_pool2d(input, norm, groups, window, ceil_mode, pooled)
