@@ -36,7 +36,7 @@ from fastalex_kernels.common.arguments import (
     expect,
 )
 from fastalex_kernels.common.backend import interpreted, target, use_triton
-from fastalex_kernels.common.columns import join8
+from fastalex_kernels.common.blocks import join8
 from fastalex_kernels.common.launch import launch
 from fastalex_kernels.conv2d.arguments import Padding
 
@@ -154,16 +154,9 @@ def _load_mean(mean_ptr, first, step, column, inside, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _columns8(v, i: tl.constexpr, ITEMS: tl.constexpr):
-    return join8(
-        v[i], v[i + 1], v[i + 2], v[i + 3], v[i + 4], v[i + 5], v[i + 6], v[i + 7], ITEMS
-    )  # fmt: skip
-
-
-@triton.jit
 def _columns16(v, i: tl.constexpr, ITEMS: tl.constexpr):
     """[ITEMS, 16] of 16 columns, v[i] the first."""
-    halves = tl.join(_columns8(v, i, ITEMS), _columns8(v, i + 8, ITEMS))
+    halves = tl.join(join8(v[i : i + 8], ITEMS), join8(v[i + 8 : i + 16], ITEMS))
     return tl.reshape(tl.permute(halves, 0, 2, 1), [ITEMS, 16])
 
 

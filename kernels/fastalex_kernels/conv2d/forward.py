@@ -21,7 +21,7 @@ becomes 3 x 3 on 48, whose rows load 16 bytes at a time.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,6 +29,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex_kernels.common.backend import TRITON, target
+from fastalex_kernels.common.blocks import load_block
 from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.layout import as_hwnc, empty_nchw
 from fastalex_kernels.common.reduce import fold
@@ -182,34 +183,18 @@ def _conv2d_relu_fwd_kernel(
         tap = R * S - 1 - (r * S + s) if REVERSE else r * S + s
         w_tap = w_ptr + (tap * W_TAP + c * W_C)
         mask_k = offs_k < C - c
-        if ONE_PIXEL and C_EVEN:
-            a = tl.load(x_ptrs + shift)
-        elif ONE_PIXEL:
-            a = tl.load(x_ptrs + shift, mask=mask_k[None, :], other=0.0)
-        else:
+        inside = mask_m
+        if not ONE_PIXEL:
             inside = mask_m & (h + r >= 0) & (h + r < H) & (w + s >= 0) & (w + s < W)
-            mask_a = inside[:, None] if C_EVEN else inside[:, None] & mask_k[None, :]
-            a = tl.load(x_ptrs + shift, mask=mask_a, other=0.0)
-        if W_EVEN:
-            b = tl.load(w_tap + w_offs)
-        else:
-            b = tl.load(w_tap + w_offs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        a = load_block(x_ptrs + shift, inside, mask_k, ONE_PIXEL, C_EVEN)
+        b = load_block(w_tap + w_offs, mask_k, mask_n, W_EVEN, W_EVEN)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if TAIL_N > 0:
-            if W_EVEN:
-                b = tl.load(w_tap + w_tail)
-            else:
-                b = tl.load(w_tap + w_tail, mask=mask_k[:, None], other=0.0)
+            b = load_block(w_tap + w_tail, mask_k, mask_n, W_EVEN, True)
             acc_n = tl.dot(a, b, acc_n, input_precision=PRECISION)
         if TAIL_K > 0:
-            if ONE_PIXEL:
-                a = tl.load(x_tail + shift)
-            else:
-                a = tl.load(x_tail + shift, mask=inside[:, None], other=0.0)
-            if W_EVEN:
-                b = tl.load(w_tap + w_tail)
-            else:
-                b = tl.load(w_tap + w_tail, mask=mask_n[None, :], other=0.0)
+            a = load_block(x_tail + shift, inside, mask_k, ONE_PIXEL, True)
+            b = load_block(w_tap + w_tail, mask_k, mask_n, True, W_EVEN)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
         r, s, c = next_tap(r, s, c, s_lo, s_hi, BLOCK_K + TAIL_K, C)
 
@@ -313,45 +298,35 @@ def _conv2d_relu_fwd_tma_kernel(
         _finish(acc_n, y_ptr, mask_ptr, sums, b_ptr, offs, tail_n, mask, g, K, HAS_BIAS, RELU, MASK)
 
 
-def _forward_tile(
-    x: torch.Tensor, N: int, pixels: int, C: int, K: int, kernel: str, *sizes: int
-) -> dict[str, int]:
-    """Blocks for ``pixels`` outputs of N images, C channels in and K out of a group."""
+def _forward_tile(x: torch.Tensor, kernel: str, sizes: tuple[int, ...]) -> dict[str, int]:
+    """Blocks for ``sizes``: images, rows and columns of the output, channels of a group, ..."""
+    N, P, Q, C, K = sizes[:5]
     block_m, block_n, block_k, warps, stages = tile_entry(_FORWARD_TILES, x, kernel, *sizes)
-    block_m = cut(block_m, pixels * N)
-    tile = {"BLOCK_M": block_m, "num_stages": stages}
+    block_m, bits = cut(block_m, P * Q * N), 8 * x.element_size()
     if target(x.device) == "interpreter":
-        return tile | {
-            "BLOCK_N": cut(block_n, K), "TAIL_N": 0, "BLOCK_K": cut(block_k, C), "TAIL_K": 0,
-        }  # fmt: skip
-    k, tail_k = split_channels(block_k, C)
+        (n, tail_n), (k, tail_k) = (cut(block_n, K), 0), (cut(block_k, C), 0)
+    else:
+        (n, tail_n), (k, tail_k) = split_channels(block_n, K), split_channels(block_k, C)
     if tail_k and k + tail_k != C:  # a tail ends every tap, so there is one chunk a tap
         k, tail_k = cut(block_k, C), 0
-    if tail_k and x.element_size() == 4:  # 32 + 16 spill
+    if tail_k and bits == 32:  # 32 + 16 spill
         k, tail_k = tail_k, 0
-    n, tail_n = split_channels(block_n, K)
     if n < block_n // 2 or (tail_n and tail_k):
         n, tail_n = cut(block_n, K), 0
     if tail_n and N % block_m and target(x.device) == "sm_80" and TRITON < (3, 9):
         k = min(k, 32)  # 64 with masked rows spill there
-    warps = halved_warps(warps, block_m, n + tail_n, 8 * x.element_size())
-    return tile | {
-        "BLOCK_N": n, "TAIL_N": tail_n, "BLOCK_K": k, "TAIL_K": tail_k, "num_warps": warps,
+    return {
+        "BLOCK_M": block_m, "BLOCK_N": n, "TAIL_N": tail_n, "BLOCK_K": k, "TAIL_K": tail_k,
+        "num_warps": halved_warps(warps, block_m, n + tail_n, bits), "num_stages": stages,
     }  # fmt: skip
 
 
 class _Taps(NamedTuple):
-    """Which taps reach where.
+    """Which taps reach where."""
 
-    Args:
-        size: of the output, height and width.
-        pad: of the input, above and to the left.
-        reverse: take them in reverse order, and exchange the weight's channels: the input gradient.
-    """
-
-    size: tuple[int, int]
-    pad: tuple[int, int]
-    reverse: bool
+    size: tuple[int, int]  # of the output, height and width
+    pad: tuple[int, int]  # of the input, above and to the left
+    reverse: bool  # in reverse order, the weight's channels exchanged: the input gradient
 
 
 def conv2d_relu_forward(
@@ -403,37 +378,29 @@ def _convolve(
     output = empty_nchw(x, (N, groups * K, P, Q))
     y = as_hwnc(output)
     name = "conv2d input" if reverse else "conv2d forward"
-    tile = _forward_tile(x, N, P * Q, C, K, name, N, P, Q, C, K, R, S, groups)
-    one_pixel = N % tile["BLOCK_M"] == 0
+    tile = _forward_tile(x, name, (N, P, Q, C, K, R, S, groups))
     m_blocks = triton.cdiv(P * Q * N, tile["BLOCK_M"])
-    n_blocks = triton.cdiv(K, tile["BLOCK_N"] + tile["TAIL_N"])
-    grid = (m_blocks * n_blocks, groups)
-    sizes = (N, H, W, P, Q)
-    counted = max(_farthest_row(sizes, (R, S), pad), w.numel())
-    constants = {
-        "G": groups, "C": C, "K": K, "R": R, "S": S, "PAD_H": pad[0], "PAD_W": pad[1],
-        "REVERSE": reverse, "HAS_BIAS": bias is not None, "RELU": relu,
-        "MASK": mask is not None, **tile,
-    }  # fmt: skip
-    b = x if bias is None else bias
-    kept, sums = y, None
+    grid = (m_blocks * triton.cdiv(K, tile["BLOCK_N"] + tile["TAIL_N"]), groups)
+    sums = None
     if mask is not None:
-        kept = mask
         sums = y.new_empty((m_blocks, groups * K), dtype=torch.float32)
-    made = (y, kept, y if sums is None else sums)
+    one_pixel = N % tile["BLOCK_M"] == 0
     if one_pixel and tma_fits(groups, x, w) and C % (tile["BLOCK_K"] + tile["TAIL_K"]) == 0:
-        descriptors = _forward_descriptors(x, w, tile, reverse)
-        launch(
-            _conv2d_relu_fwd_tma_kernel, grid, *descriptors, b, *made, *sizes, **constants,
-            counted=counted,
-        )  # fmt: skip
+        kernel, operands = _conv2d_relu_fwd_tma_kernel, _descriptors(x, w, tile, reverse)
+        options: dict[str, Any] = {}
     else:
-        strides = (1, columns) if reverse else (columns, 1)
-        launch(
-            _conv2d_relu_fwd_kernel, grid, x, w, b, *made, *sizes, **constants,
-            W_TAP=rows * columns, W_GROUP=columns // groups, W_C=strides[0], W_K=strides[1],
-            ONE_PIXEL=one_pixel, PRECISION=dot_precision(x, name), counted=counted,
-        )  # fmt: skip
+        kernel, operands = _conv2d_relu_fwd_kernel, (x, w)
+        w_c, w_k = (1, columns) if reverse else (columns, 1)
+        options = {
+            "W_TAP": rows * columns, "W_GROUP": columns // groups, "W_C": w_c, "W_K": w_k,
+            "ONE_PIXEL": one_pixel, "PRECISION": dot_precision(x, name),
+        }  # fmt: skip
+    launch(
+        kernel, grid, *operands, *(y if t is None else t for t in (bias, y, mask, sums)),
+        N, H, W, P, Q, G=groups, C=C, K=K, R=R, S=S, PAD_H=pad[0], PAD_W=pad[1],
+        REVERSE=reverse, HAS_BIAS=bias is not None, RELU=relu, MASK=mask is not None, **tile,
+        **options, counted=max(_farthest_row((N, W, P, Q), (R, S), pad), w.numel()),
+    )  # fmt: skip
     return output, None if sums is None else fold(sums)
 
 
@@ -441,26 +408,23 @@ def _farthest_row(
     sizes: tuple[int, ...], kernel_size: tuple[int, int], pad: tuple[int, int]
 ) -> int:
     """How far from 0 the forward kernel counts rows, in the padding too."""
-    (N, _, W, P, Q), (R, S), (top, left) = sizes, kernel_size, pad
+    (N, W, P, Q), (R, S), (top, left) = sizes, kernel_size, pad
     h, w = max(abs(top), P + R - 2 - top), max(abs(left), Q + S - 2 - left)
     return max(P * Q, h * W + w + 1, abs(top) * Q) * N
 
 
-def _forward_descriptors(
+def _descriptors(
     x: torch.Tensor, w: torch.Tensor, tile: dict[str, int], reverse: bool
-) -> list[TensorDescriptor]:
+) -> tuple[TensorDescriptor, ...]:
     """x and w, each in main blocks and in tail blocks (the main ones again where there is none)."""
     m, n, k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     tail_n, tail_k = tile["TAIL_N"], tile["TAIL_K"]
-    w_tail = [k, tail_n] if tail_n else [tail_k or k, n]
-    w_blocks = [[k, n], w_tail]
-    if reverse:
-        w_blocks = [b[::-1] for b in w_blocks]
+    w_blocks = [[k, n], [k, tail_n] if tail_n else [tail_k or k, n]]
     weights = w.view(-1, w.shape[3])
-    return [
+    return (
         *row_blocks(x, m, k, tail_k),
-        *(TensorDescriptor.from_tensor(weights, b) for b in w_blocks),
-    ]
+        *(TensorDescriptor.from_tensor(weights, b[::-1] if reverse else b) for b in w_blocks),
+    )
 
 
 def pack_weight(weight: torch.Tensor, stride: int = 1) -> torch.Tensor:

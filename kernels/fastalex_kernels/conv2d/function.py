@@ -13,13 +13,8 @@ from fastalex_kernels.common.backend import operator, use_triton
 from fastalex_kernels.common.epilogue import epilogue_backward
 from fastalex_kernels.common.layout import as_hwnc, empty_nchw, hwnc_strided
 from fastalex_kernels.common.reduce import sum_partials
-from fastalex_kernels.conv2d.arguments import (
-    Padding,
-    check,
-    space_to_depth,
-    space_to_depth_weight,
-    spell_out,
-)
+from fastalex_kernels.conv2d import arguments
+from fastalex_kernels.conv2d.arguments import Padding
 from fastalex_kernels.conv2d.forward import (
     conv2d_relu_backward_input,
     conv2d_relu_forward,
@@ -60,7 +55,6 @@ def _conv2d_relu_backward(
     grad: torch.Tensor,
     input: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
     output: torch.Tensor | None,
     padding: Sequence[int],
     groups: int,
@@ -68,44 +62,36 @@ def _conv2d_relu_backward(
 ) -> list[torch.Tensor]:
     """Those gradients of input, weight and bias that ``needs`` asks for."""
     need_x, need_w, need_b = needs
-    x, dy, sides = as_hwnc(input), as_hwnc(grad), _sides(padding)
-    (H, W), (R, S) = input.shape[2:], weight.shape[2:]
-    flat, sums = epilogue_backward(
-        dy.view(-1, dy.shape[-1]),
-        None if output is None else as_hwnc(output).view(-1, dy.shape[-1]),
-        need_dz=need_x or need_w,
-        need_sums=need_b,
-    )
+    dy, sides, size = as_hwnc(grad), _sides(padding), (input.shape[2], input.shape[3])
+    rows = (-1, dy.shape[-1])
+    y = None if output is None else as_hwnc(output).view(rows)
+    flat, sums = epilogue_backward(dy.view(rows), y, need_dz=need_x or need_w, need_sums=need_b)
     dz = dy if flat is None else flat.view(dy.shape)
     gradients = []
     if need_x:
-        dx, _ = conv2d_relu_backward_input(dz, pack_weight(weight), (H, W), sides, groups)
+        dx, _ = conv2d_relu_backward_input(dz, pack_weight(weight), size, sides, groups)
         gradients.append(dx)
     if need_w:
-        part = conv2d_relu_backward_weight(x, dz, (R, S), sides, groups)
-        gradients.append(sum_partials(part, x.new_empty(part.shape[1:])).permute(3, 2, 0, 1))
-    if sums is not None and bias is not None:
-        gradients.append(sum_partials(sums, torch.empty_like(bias)))
+        taps = (weight.shape[2], weight.shape[3])
+        part = conv2d_relu_backward_weight(as_hwnc(input), dz, taps, sides, groups)
+        dw = sum_partials(part, input.new_empty(part.shape[1:]))
+        gradients.append(dw.permute(3, 2, 0, 1))
+    if sums is not None:
+        gradients.append(sum_partials(sums, weight.new_empty(len(weight))))
     return gradients
 
 
 @_conv2d_relu_backward.register_fake
-def _(grad, input, weight, bias, output, padding, groups, needs):
+def _(grad, input, weight, output, padding, groups, needs):
     K, C, R, S = weight.shape
-    N, GC, H, W = input.shape
-    gradients: list[torch.Tensor] = []
-    if needs[0]:
-        gradients.append(empty_nchw(grad, (N, GC, H, W)))
-    if needs[1]:
-        gradients.append(weight.new_empty((R, S, C, K)).permute(3, 2, 0, 1))
-    if needs[2] and bias is not None:
-        gradients.append(torch.empty_like(bias))
-    return gradients
+    dw = weight.new_empty((R, S, C, K)).permute(3, 2, 0, 1)
+    made = (empty_nchw(grad, tuple(input.shape)), dw, weight.new_empty(K))
+    return [gradient for gradient, need in zip(made, needs, strict=True) if need]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    input, weight, bias, ctx.padding, ctx.groups, relu = inputs
-    ctx.save_for_backward(input, weight, bias, output if relu else None)
+    input, weight, _, ctx.padding, ctx.groups, relu = inputs
+    ctx.save_for_backward(input, weight, output if relu else None)
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -148,16 +134,17 @@ def conv2d_relu(
         TypeError: for a wrong type or dtype.
         ValueError: for a wrong shape, device, or a value out of range.
     """
-    sides, strides = spell_out(padding, stride)
+    sides, strides = arguments.spell_out(padding, stride)
     input, weight, bias = autocast(input, weight, bias)
-    check(input, weight, bias, sides, groups)
+    arguments.check(input, weight, bias, sides, groups)
     if not use_triton(input):
         return aten.conv2d_relu(input, weight, bias, strides, sides, groups, relu)
     dtype = input.dtype
     input, weight, bias = interpretable(input, weight, bias)
     if strides != (1, 1):
-        input = space_to_depth(input, (weight.shape[2], weight.shape[3]), strides, sides, groups)
-        weight = space_to_depth_weight(weight, strides)
+        taps = (weight.shape[2], weight.shape[3])
+        input = arguments.space_to_depth(input, taps, strides, sides, groups)
+        weight = arguments.space_to_depth_weight(weight, strides)
         sides = ((0, 0), (0, 0))
     pads = [*sides[0], *sides[1]]
     output: torch.Tensor = _conv2d_relu(hwnc_strided(input), weight, bias, pads, groups, relu)

@@ -26,7 +26,7 @@ from fastalex_kernels.common import philox
 from fastalex_kernels.common.backend import interpreted
 from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.parameters import NO_DROPOUT, Dropout
-from fastalex_kernels.common.tuned import cut, tile_entry, tuned
+from fastalex_kernels.common.tuned import Tiles, cut, tile_entry, tuned
 from fastalex_kernels.linear.product import operands, product
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
@@ -176,47 +176,13 @@ def _finish_partials_kernel(
     tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _tile(x: torch.Tensor, w: torch.Tensor, m: int, n: int, k: int) -> dict[str, int]:
-    block_m, block_n, block_k, warps, stages = tile_entry(
-        _TILES, x, "linear", m, n, k, int(x.stride(1) != 1), int(w.stride(1) != 1)
-    )
-    return {
-        "BLOCK_M": cut(block_m, m),
-        "BLOCK_N": cut(block_n, n),
-        "BLOCK_K": cut(block_k, k),
-        "num_warps": warps,
-        "num_stages": stages,
-    }
-
-
-def _blocks(tile: dict[str, int], M: int, N: int) -> tuple[int, int]:
-    return triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(M, tile["BLOCK_M"])
-
-
-def _split(tile: dict[str, int], M: int, N: int, K: int, programs: int) -> int:
-    """Parts of a reduction over K that give about so many programs, each of some length."""
-    columns, rows = _blocks(tile, M, N)
-    steps: int = triton.cdiv(K, tile["BLOCK_K"])
-    return max(1, min(programs // max(columns * rows, 1), steps // 8, _MAX_SPLIT))
-
-
-def _parts(tile: dict[str, int], M: int, N: int, K: int) -> int:
-    """Parts of the reduction of a whole product."""
-    if interpreted():
-        return 1
-    split = _split(tile, M, N, K, _PROGRAMS)
-    return split if split > 2 else 1  # halves save less than another launch and its bytes
-
-
-def _tuned_parts(
-    own: int, kernel: str, a: torch.Tensor, w: torch.Tensor, tile: dict[str, int]
-) -> int:
-    (M, K), N = a.shape, w.shape[1]
-    columns, rows = _blocks(tile, M, N)
-    sizes = (M, N, K, int(a.stride(1) != 1), int(w.stride(1) != 1))
-    steps = triton.cdiv(K, tile["BLOCK_K"])
-    (parts,) = tuned((own,), a, kernel, *sizes, columns * rows, steps)
-    return parts
+def product_tile(
+    table: Tiles, x: torch.Tensor, kernel: str, blocked: tuple[int, int, int], *sizes: int
+) -> dict[str, int]:
+    """A tile of ``table`` for a product of ``sizes``, cut to the M, N and K that are blocked."""
+    *blocks, warps, stages = tile_entry(table, x, kernel, *sizes)
+    cuts = {f"BLOCK_{a}": cut(b, n) for a, b, n in zip("MNK", blocks, blocked, strict=True)}
+    return {**cuts, "num_warps": warps, "num_stages": stages}
 
 
 class Epilogue(NamedTuple):
@@ -255,27 +221,49 @@ class Epilogue(NamedTuple):
 _SUMS = Epilogue()
 
 
-def _multiply(
-    a: torch.Tensor,
-    w: torch.Tensor,
-    tile: dict[str, int],
-    out: torch.Tensor,
-    epilogue: Epilogue,
-) -> None:
-    """a [M, K] @ w [K, N] into y [M, N], or into float32 sums [parts, M, N] of parts of K."""
-    M, N = a.shape[0], w.shape[1]
-    split = len(out) if out.dim() == 3 else 1
-    given = operands(a, w, tile, split)
-    launch(
-        _linear_relu_dropout_fwd_kernel, (*_blocks(tile, M, N), split), *given.args[:2],
-        *epilogue.tensors(a), out, *given.args[2:], *epilogue.scalars(), SPLIT=split,
-        FINISH=out.dim() == 2, ALIGN=math.gcd(8, *given.args[2:]), **given.flags,
-        **epilogue.flags(), counted=max(split * M, N, w.shape[0]),
-    )  # fmt: skip
+class _Product:
+    """How a [M, K] @ w [K, N] is cut into programs; ``a`` and ``w`` may be parts of theirs."""
+
+    def __init__(self, a: torch.Tensor, w: torch.Tensor) -> None:
+        self.M, self.K, self.N = *a.shape, w.shape[1]
+        self.sizes = (self.M, self.N, self.K, int(a.stride(1) != 1), int(w.stride(1) != 1))
+        blocked = (self.M, self.N, self.K)
+        self.tile = product_tile(_TILES, a, "linear", blocked, *self.sizes)
+        self.steps: int = triton.cdiv(self.K, self.tile["BLOCK_K"])
+        self.blocks = (
+            triton.cdiv(self.N, self.tile["BLOCK_N"]), triton.cdiv(self.M, self.tile["BLOCK_M"])
+        )  # fmt: skip
+
+    def split(self, programs: int) -> int:
+        """Parts of the reduction that give about so many programs, each of some length."""
+        tiles = max(math.prod(self.blocks), 1)
+        return max(1, min(programs // tiles, self.steps // 8, _MAX_SPLIT))
+
+    def parts(self) -> int:
+        """Parts of the reduction of a whole product."""
+        split = 1 if interpreted() else self.split(_PROGRAMS)
+        return split if split > 2 else 1  # halves save less than another launch and its bytes
+
+    def tuned(self, parts: int, kernel: str, a: torch.Tensor) -> int:
+        """What was found to be better than ``parts``."""
+        return tuned((parts,), a, kernel, *self.sizes, math.prod(self.blocks), self.steps)[0]
+
+    def multiply(
+        self, a: torch.Tensor, w: torch.Tensor, out: torch.Tensor, epilogue: Epilogue = _SUMS
+    ) -> None:
+        """Into y [M, N], or into float32 sums [parts, M, N] of parts of K."""
+        split = len(out) if out.dim() == 3 else 1
+        (a_given, w_given, *sizes), constants = operands(a, w, self.tile, split)
+        launch(
+            _linear_relu_dropout_fwd_kernel, (*self.blocks, split), a_given, w_given,
+            *epilogue.tensors(a), out, *sizes, *epilogue.scalars(), SPLIT=split,
+            FINISH=out.dim() == 2, ALIGN=math.gcd(8, *sizes), **constants, **epilogue.flags(),
+            counted=max(split * self.M, self.N, self.K),
+        )  # fmt: skip
 
 
-def _add_up(parts: torch.Tensor, y: torch.Tensor, epilogue: Epilogue) -> None:
-    """The epilogue on the sums of ``parts`` [parts, M, N]."""
+def _add_up(parts: torch.Tensor, y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+    """The epilogue on the sums of ``parts`` [parts, M, N], into y."""
     M, N = y.shape
     block_m, block_n = 8, 128
     grid = (triton.cdiv(N, block_n), triton.cdiv(M, block_m))
@@ -284,21 +272,19 @@ def _add_up(parts: torch.Tensor, y: torch.Tensor, epilogue: Epilogue) -> None:
         *epilogue.scalars(), **epilogue.flags(), BLOCK_M=block_m, BLOCK_N=block_n,
         counted=max(M, N),
     )  # fmt: skip
+    return y
 
 
 def matmul(a: torch.Tensor, w: torch.Tensor, epilogue: Epilogue = _SUMS) -> torch.Tensor:
     """y [M, N] = epilogue(a [M, K] @ w [K, N]), either operand of any strides."""
-    (M, K), N = a.shape, w.shape[1]
-    y = a.new_empty((M, N))
-    tile = _tile(a, w, M, N, K)
-    split = _tuned_parts(_parts(tile, M, N, K), "linear parts", a, w, tile)
+    product, y = _Product(a, w), a.new_empty((a.shape[0], w.shape[1]))
+    split = product.tuned(product.parts(), "linear parts", a)
     if split == 1:
-        _multiply(a, w, tile, y, epilogue)
+        product.multiply(a, w, y, epilogue)
         return y
-    parts = y.new_empty((split, M, N), dtype=torch.float32)
-    _multiply(a, w, tile, parts, _SUMS)
-    _add_up(parts, y, epilogue)
-    return y
+    parts = y.new_empty((split, *y.shape), dtype=torch.float32)
+    product.multiply(a, w, parts)
+    return _add_up(parts, y, epilogue)
 
 
 class HalvedProduct:
@@ -315,29 +301,26 @@ class HalvedProduct:
     """
 
     def __init__(self, x: torch.Tensor, w: torch.Tensor) -> None:
-        (M, K), N = x.shape, w.shape[0]
-        self.w = w
-        self._tile = _tile(x, w.t().chunk(_HALVES)[0], M, N, K)
-        each = _split(self._tile, M, N, K, _PROGRAMS // _HALVES)
-        operand = w.t().chunk(_HALVES)[0]
-        self._each = _tuned_parts(each, "linear half parts", x, operand, self._tile)
-        shape = (_HALVES * self._each, M, N)
+        self._w = w.t().chunk(_HALVES)
+        self._product = _Product(x, self._w[0])
+        each = self._product.split(_PROGRAMS // _HALVES)
+        self._each = self._product.tuned(each, "linear half parts", x)
+        shape = (_HALVES * self._each, len(x), len(w))
         self._partials = x.new_empty(shape, dtype=torch.float32)
 
     @staticmethod
     def gains(x: torch.Tensor, w: torch.Tensor) -> bool:
         """Whether the whole product is split, too: else partials are stored for this alone."""
-        (M, K), N = x.shape, w.shape[0]
-        tile = _tile(x, w.t().chunk(_HALVES)[0], M, N, K)
-        return _parts(tile, M, N, _HALVES * K) > 1
+        product = _Product(x, w.t().chunk(_HALVES)[0])
+        product.steps = triton.cdiv(w.shape[1], product.tile["BLOCK_K"])
+        return product.parts() > 1
 
     def add(self, x: torch.Tensor, half: int) -> None:
         """Sum the products of ``half``, 0 or 1, of the columns."""
         partials = self._partials[half * self._each :][: self._each]
-        _multiply(x, self.w.t().chunk(_HALVES)[half], self._tile, partials, _SUMS)
+        self._product.multiply(x, self._w[half], partials)
 
     def finish(self, epilogue: Epilogue) -> torch.Tensor:
         """y [M, N] of both halves."""
-        y = self.w.new_empty(self._partials.shape[1:])
-        _add_up(self._partials, y, epilogue)
-        return y
+        y = self._w[0].new_empty(self._partials.shape[1:])
+        return _add_up(self._partials, y, epilogue)

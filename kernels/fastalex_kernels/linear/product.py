@@ -6,7 +6,6 @@ the tensor memory accelerator where the target has one, pointers elsewhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,21 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex_kernels.common.arguments import aligned
 from fastalex_kernels.common.backend import has_tma
+from fastalex_kernels.common.blocks import load_block
 from fastalex_kernels.common.tuned import dot_precision
-
-
-@triton.jit
-def _load_block(ptrs, mask_row, mask_column, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr):
-    """A block with zeros where a mask is False; an even axis needs none."""
-    if EVEN_ROWS and EVEN_COLUMNS:
-        block = tl.load(ptrs)
-    elif EVEN_COLUMNS:
-        block = tl.load(ptrs, mask=mask_row[:, None], other=0.0)
-    elif EVEN_ROWS:
-        block = tl.load(ptrs, mask=mask_column[None, :], other=0.0)
-    else:
-        block = tl.load(ptrs, mask=mask_row[:, None] & mask_column[None, :], other=0.0)
-    return block
 
 
 @triton.jit
@@ -83,8 +69,8 @@ def product(
             a_block = a_ptrs + (tl.cast(k, tl.int64) * stride_a if A_COLUMNS else k)
             w_block = w_ptrs + (k if W_COLUMNS else tl.cast(k, tl.int64) * stride_w)
             mask_k = offs_k < last - k
-            a = _load_block(a_block, mask_m, mask_k, EVEN_M, EVEN_K)
-            w = _load_block(w_block, mask_k, mask_n, EVEN_K, EVEN_N)
+            a = load_block(a_block, mask_m, mask_k, EVEN_M, EVEN_K)
+            w = load_block(w_block, mask_k, mask_n, EVEN_K, EVEN_N)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
     return acc
 
@@ -97,16 +83,14 @@ def _unit_stride(x: torch.Tensor) -> tuple[torch.Tensor, int, bool]:
     return x, x.stride(1 if columns else 0), columns
 
 
-@dataclass(frozen=True)
-class Operands:
-    """The two operands of a product as ``product`` takes them."""
+def operands(
+    a: torch.Tensor, w: torch.Tensor, tile: dict[str, int], split: int = 1
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """a [M, K] and w [K, N], each of any strides, as a kernel with ``product`` takes them.
 
-    args: tuple[Any, ...]  # a, w, M, N, K and the two strides
-    flags: dict[str, Any]
-
-
-def operands(a: torch.Tensor, w: torch.Tensor, tile: dict[str, int], split: int = 1) -> Operands:
-    """a [M, K] and w [K, N], each of any strides; by descriptors where the target has them."""
+    Returns:
+        a, w, M, N, K and the two strides; and the constants of ``product``.
+    """
     (M, K), N = a.shape, w.shape[1]
     (a, stride_a, a_columns), (w, stride_w, w_columns) = _unit_stride(a), _unit_stride(w)
     m, n, k = (tile[f"BLOCK_{axis}"] for axis in "MNK")
@@ -115,21 +99,16 @@ def operands(a: torch.Tensor, w: torch.Tensor, tile: dict[str, int], split: int 
         x.element_size() == 2 and x.numel() > 0 and aligned(x) and stride > 0 and stride % 8 == 0
         for x, stride in ((a, stride_a), (w, stride_w))
     )
-    flags = {
-        "TMA": tma,
-        "A_COLUMNS": a_columns,
-        "W_COLUMNS": w_columns,
-        "EVEN_M": M % m == 0,
-        "EVEN_N": N % n == 0,
-        "EVEN_K": K % (k * split) == 0,
-        "PRECISION": dot_precision(a, "linear"),
-        **tile,
-    }
-    blocks: tuple[Any, Any] = (a, w)
+    constants = {
+        "TMA": tma, "A_COLUMNS": a_columns, "W_COLUMNS": w_columns, "EVEN_M": M % m == 0,
+        "EVEN_N": N % n == 0, "EVEN_K": K % (k * split) == 0,
+        "PRECISION": dot_precision(a, "linear"), **tile,
+    }  # fmt: skip
+    given: tuple[Any, Any] = (a, w)
     if tma:
         a_block, w_block = [k, m] if a_columns else [m, k], [n, k] if w_columns else [k, n]
-        blocks = (
+        given = (
             TensorDescriptor.from_tensor(a.t() if a_columns else a, a_block),
             TensorDescriptor.from_tensor(w.t() if w_columns else w, w_block),
         )
-    return Operands((*blocks, M, N, K, stride_a, stride_w), flags)
+    return (*given, M, N, K, stride_a, stride_w), constants

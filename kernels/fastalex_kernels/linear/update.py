@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fastalex_kernels.common.launch import launch
-from fastalex_kernels.common.tuned import cut, tile_entry
+from fastalex_kernels.linear.forward import product_tile
 from fastalex_kernels.linear.product import operands, product
 from fastalex_kernels.momentum import MomentumUpdate, momentum_step, update_by
 
@@ -136,25 +136,17 @@ def linear_backward_weight_update(
     """
     w = update.parameter
     (N, K), M = w.shape, x.shape[0]
-    block_m, block_n, block_k, warps, stages = tile_entry(_TILES, x, "linear update", N, K, M)
-    tile = {
-        "BLOCK_M": cut(block_m, N),
-        "BLOCK_N": cut(block_n, K),
-        "BLOCK_K": cut(block_k, M),
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+    tile = product_tile(_TILES, x, "linear update", (N, K, M), N, K, M)
     grid = (triton.cdiv(K, tile["BLOCK_N"]), triton.cdiv(N, tile["BLOCK_M"]))
-    given = operands(dz.t(), x, tile)
-    sizes = given.args[2:]
+    (dz_given, x_given, *sizes), constants = operands(dz.t(), x, tile)
     written = update.written(grid[0] * grid[1])
     beside = update if bias is None else bias
     bias_written = written if bias is None else bias.written(grid[1])
     launch(
-        _linear_bwd_weight_update_kernel, grid, *given.args[:2], *written, update.rate,
+        _linear_bwd_weight_update_kernel, grid, dz_given, x_given, *written, update.rate,
         dz, *bias_written, beside.rate, *sizes, dz.stride(0), 1.0 / (1.0 - p),
         PAPER=update.rule == "paper", HAS_OPERAND=update.operand is not None,
         BIAS=bias is not None, BIAS_HAS_OPERAND=beside.operand is not None,
-        ALIGN=math.gcd(8, sizes[0], sizes[1], sizes[3], sizes[4], dz.stride(0)), **given.flags,
+        ALIGN=math.gcd(8, sizes[0], sizes[1], sizes[3], sizes[4], dz.stride(0)), **constants,
         counted=max(N, K, M),
     )  # fmt: skip

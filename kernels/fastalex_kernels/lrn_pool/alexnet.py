@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -33,7 +34,7 @@ import triton.language as tl
 
 from fastalex_kernels.common.arguments import aligned
 from fastalex_kernels.common.backend import target
-from fastalex_kernels.common.columns import join8
+from fastalex_kernels.common.blocks import join8
 from fastalex_kernels.common.launch import MOST_COUNTED, launch
 from fastalex_kernels.common.parameters import Norm, Window
 from fastalex_kernels.common.tuned import PROCESSORS, tuned
@@ -41,7 +42,7 @@ from fastalex_kernels.common.tuned import PROCESSORS, tuned
 CHUNK = 8  # channels
 # What a program holds unless a table of ``fastalex.tune`` says otherwise.
 _STRIP = 3  # pooled columns of a forward program
-_CHUNKS = {"forward": 128, "backward": 128}  # one a thread: 4 warps
+_CHUNKS = 128  # one a thread: 4 warps
 _RESIDENT = 4  # programs that a processor holds: 128 registers of 128 threads
 _EXTRA_ROWS = 1.5  # what a program costs beyond its pooled rows, in rows: those it starts with
 
@@ -60,7 +61,7 @@ def fits(x: torch.Tensor, norm: Norm, groups: int, window: Window) -> bool:
         and x.element_size() == 2
         and aligned(x)
         and channels % CHUNK == 0
-        and channels // CHUNK <= _CHUNKS["backward"]
+        and channels // CHUNK <= _CHUNKS
         and x.shape[2] * x.shape[3] <= MOST_COUNTED  # values of a pixel are counted in 32 bits
         # The interpreter takes fewer steps through the general kernel, and AMD's compiler needs
         # over a minute for the straight line of code here.
@@ -165,11 +166,10 @@ def _column_keys(
     START: tl.constexpr, SIGNED: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     a, d = _denominators(x_ptr, chunk, mask, left, right, START, EVEN, T)
-    return join8(
-        _key(a[0], d[0], SIGNED), _key(a[1], d[1], SIGNED), _key(a[2], d[2], SIGNED),
-        _key(a[3], d[3], SIGNED), _key(a[4], d[4], SIGNED), _key(a[5], d[5], SIGNED),
-        _key(a[6], d[6], SIGNED), _key(a[7], d[7], SIGNED), T,
-    )  # fmt: skip
+    keys = ()
+    for i in tl.static_range(8):
+        keys += (_key(a[i], d[i], SIGNED),)  # type: ignore[assignment]
+    return join8(keys, T)
 
 
 @triton.jit
@@ -292,38 +292,34 @@ def _lrn_bwd_pixel(
     With MASK it is zero where x is, and ``total`` grows by it.
     """
     a, d = _denominators(x_ptr, chunk, mask, left, right, START, EVEN, T)
-    y0, y1, y2, y3, y4, y5, y6, y7 = _split8(dy, T)
-    z0, t0 = _scaled(y0, a[0], d[0])
-    z1, t1 = _scaled(y1, a[1], d[1])
-    z2, t2 = _scaled(y2, a[2], d[2])
-    z3, t3 = _scaled(y3, a[3], d[3])
-    z4, t4 = _scaled(y4, a[4], d[4])
-    z5, t5 = _scaled(y5, a[5], d[5])
-    z6, t6 = _scaled(y6, a[6], d[6])
-    z7, t7 = _scaled(y7, a[7], d[7])
+    y, z, t = _split8(dy, T), (), ()
+    for i in tl.static_range(8):
+        z_i, t_i = _scaled(y[i], a[i], d[i])
+        z += (z_i,)  # type: ignore[assignment]
+        t += (t_i,)  # type: ignore[assignment]
     lane = tl.arange(0, T)
     before = tl.maximum(lane - 1, 0)
     after = tl.minimum(lane + 1, T - 1)
-    l6 = tl.where(left, tl.gather(t6, before, 0), 0.0)
-    l7 = tl.where(left, tl.gather(t7, before, 0), 0.0)
-    r0 = tl.where(right, tl.gather(t0, after, 0), 0.0)
-    r1 = tl.where(right, tl.gather(t1, after, 0), 0.0)
-    t01, t23, t45, t67 = t0 + t1, t2 + t3, t4 + t5, t6 + t7
-    dx = join8(
-        z0 - 1.5 * a[0] * (l6 + l7 + t01 + t2),
-        z1 - 1.5 * a[1] * (l7 + t01 + t23),
-        z2 - 1.5 * a[2] * (t01 + t23 + t4),
-        z3 - 1.5 * a[3] * (t1 + t23 + t45),
-        z4 - 1.5 * a[4] * (t23 + t45 + t6),
-        z5 - 1.5 * a[5] * (t3 + t45 + t67),
-        z6 - 1.5 * a[6] * (t45 + t67 + r0),
-        z7 - 1.5 * a[7] * (t5 + t67 + r0 + r1),
-        T,
+    l6 = tl.where(left, tl.gather(t[6], before, 0), 0.0)
+    l7 = tl.where(left, tl.gather(t[7], before, 0), 0.0)
+    r0 = tl.where(right, tl.gather(t[0], after, 0), 0.0)
+    r1 = tl.where(right, tl.gather(t[1], after, 0), 0.0)
+    t01, t23, t45, t67 = t[0] + t[1], t[2] + t[3], t[4] + t[5], t[6] + t[7]
+    gradients = (
+        z[0] - 1.5 * a[0] * (l6 + l7 + t01 + t[2]),
+        z[1] - 1.5 * a[1] * (l7 + t01 + t23),
+        z[2] - 1.5 * a[2] * (t01 + t23 + t[4]),
+        z[3] - 1.5 * a[3] * (t[1] + t23 + t45),
+        z[4] - 1.5 * a[4] * (t23 + t45 + t[6]),
+        z[5] - 1.5 * a[5] * (t[3] + t45 + t67),
+        z[6] - 1.5 * a[6] * (t45 + t67 + r0),
+        z[7] - 1.5 * a[7] * (t[5] + t67 + r0 + r1),
     )
+    dx = join8(gradients, T)
     offs = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
     dx *= UNIT
     if MASK:
-        x = join8(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], T)
+        x = join8(a, T)
         dx = tl.where(x <= 0, 0.0, dx)  # a NaN hands its gradient on, as in torch
         total += dx
     tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask[:, None])
@@ -430,11 +426,6 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
         _store_sums(sum_ptr, total, chunk, lane, C // 8, T)
 
 
-def _scaled_constants(norm: Norm) -> dict[str, float]:
-    """The sums start at START, and what they give is UNIT times too small."""
-    return {"START": norm.offset / norm.scale, "UNIT": norm.scale**-0.75}
-
-
 @functools.lru_cache(maxsize=1024)
 def _row_split(rows: int, programs: int, name: str) -> int:
     """Rows of a program, for ``programs`` in the other directions.
@@ -451,26 +442,27 @@ def _row_split(rows: int, programs: int, name: str) -> int:
     return min(range(1, max(rows, 1) + 1), key=last_end)
 
 
+def _constants(x: torch.Tensor, norm: Norm, groups: int, T: int) -> dict[str, Any]:
+    """Constants of both kernels; their sums start at START, what these give is UNIT too small."""
+    C = x.shape[3]
+    return {
+        "C": C, "GROUP": C // groups // CHUNK, "START": norm.offset / norm.scale,
+        "UNIT": norm.scale**-0.75, "T": T, "num_warps": T // 32,
+    }  # fmt: skip
+
+
 def forward(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    argmax: torch.Tensor,
-    norm: Norm,
-    groups: int,
-    save: bool,
+    x: torch.Tensor, y: torch.Tensor, argmax: torch.Tensor, norm: Norm, groups: int, save: bool
 ) -> None:
     """Fill y and, where ``save``, argmax, both [P, Q, N, G*C], from x [H, W, N, G*C]."""
     (H, W, N, C), (P, Q, _, _) = x.shape, y.shape
-    T, strip = _CHUNKS["forward"], _STRIP
-    programs = triton.cdiv(N * C // CHUNK, T) * triton.cdiv(Q, strip)
-    rows = _row_split(P, programs, target(x.device))
+    chunks, T, strip = N * C // CHUNK, _CHUNKS, _STRIP
+    rows = _row_split(P, triton.cdiv(chunks, T) * triton.cdiv(Q, strip), target(x.device))
     T, strip, rows = tuned((T, strip, rows), x, "lrn forward", N, H, W, P, Q, C, groups)
-    grid = (triton.cdiv(N * C // CHUNK, T), triton.cdiv(Q, strip), triton.cdiv(P, rows))
+    grid = (triton.cdiv(chunks, T), triton.cdiv(Q, strip), triton.cdiv(P, rows))
     launch(
-        _lrn_max_pool2d_chunks_fwd_kernel, grid, x, y, argmax, N, H, W, P, Q,
-        rows, int(save), C=C, GROUP=C // groups // CHUNK, SIGNED=norm.signed,
-        EVEN=N * C // CHUNK % T == 0,
-        **_scaled_constants(norm), T=T, STRIP=strip, num_warps=T // 32,
+        _lrn_max_pool2d_chunks_fwd_kernel, grid, x, y, argmax, N, H, W, P, Q, rows, int(save),
+        SIGNED=norm.signed, EVEN=chunks % T == 0, STRIP=strip, **_constants(x, norm, groups, T),
         counted=max(N * C, H * W),
     )  # fmt: skip
 
@@ -490,20 +482,19 @@ def backward(
     [parts, G*C].
     """
     (H, W, N, C), (P, Q, _, _) = x.shape, dy.shape
-    T, group = _CHUNKS["backward"], C // groups // CHUNK
+    chunks, group, T = N * C // CHUNK, C // groups // CHUNK, _CHUNKS
     columns, pairs = triton.cdiv(W, 2), triton.cdiv(H, 2)  # of columns and of rows
-    programs = triton.cdiv(N * C // CHUNK, T // group * group) * columns
-    rows = _row_split(pairs, programs, target(x.device))
+    rows = _row_split(pairs, triton.cdiv(chunks, T // group * group) * columns, target(x.device))
     T, rows = tuned((T, rows), x, "lrn backward", N, H, W, P, Q, C, groups)
     used = T // group * group
-    grid = (triton.cdiv(N * C // CHUNK, used), columns, triton.cdiv(pairs, rows))
-    programs = math.prod(grid)
-    mask = mask and C <= CHUNK * T  # a program sums whole images
-    sums = dx.new_empty((programs if mask else 0, C), dtype=torch.float32)
+    grid = (triton.cdiv(chunks, used), columns, triton.cdiv(pairs, rows))
+    sums = None
+    if mask and C <= CHUNK * T:  # a program sums whole images
+        sums = dx.new_empty((math.prod(grid), C), dtype=torch.float32)
     launch(
-        _lrn_max_pool2d_chunks_bwd_kernel, grid, x, dy, argmax, dx,
-        sums if mask else dx, N, H, W, P, Q, rows, C=C, GROUP=group, USED=used, MASK=mask,
-        EVEN=N * C // CHUNK % T == 0 and used == T, **_scaled_constants(norm), T=T,
-        num_warps=T // 32, counted=max(N * C, H * W),
+        _lrn_max_pool2d_chunks_bwd_kernel, grid, x, dy, argmax, dx, dx if sums is None else sums,
+        N, H, W, P, Q, rows, USED=used, MASK=sums is not None,
+        EVEN=chunks % T == 0 and used == T, **_constants(x, norm, groups, T),
+        counted=max(N * C, H * W),
     )  # fmt: skip
-    return sums if mask else None
+    return sums
