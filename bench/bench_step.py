@@ -18,7 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastalex.inspection.cost import Floor
-from fastalex.model.reference import ReferenceAlexNet
+from fastalex.model.alexnet import ReferenceAlexNet
 from fastalex.tuning.train_steps import (
     Step,
     Training,

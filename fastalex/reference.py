@@ -1,5 +1,5 @@
 """The same net from stock torch.nn."""
 
-from fastalex.model.reference import ReferenceAlexNet
+from fastalex.model.alexnet import ReferenceAlexNet
 
 __all__ = ["ReferenceAlexNet"]

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastalex.model.alexnet import AlexNet
+from fastalex.model.forms import TowerLinear, TowerLocalResponseNorm
 from fastalex.model.layers import SpatialResponseNorm
-from fastalex.model.unfused import TowerLinear, TowerLocalResponseNorm
 
 _OPSET = 18  # the first whose Resize smooths what it shrinks
 _IR_VERSION = 8  # which runtimes from 2022 on read

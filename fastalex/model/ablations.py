@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from fastalex.model.variants import FOREIGN, VARIANTS, Convolution, ResponseNorm, Variant
+from fastalex.model.variants import FOREIGN, VARIANTS, Convolution, Variant
 
 _WITHOUT, _HALF = "-without-", "-half"
+
+
+def _map(variant: Variant, change: Callable[[Convolution], Convolution]) -> Variant:
+    return replace(variant, convolutions=tuple(map(change, variant.convolutions)))
+
+
+def _grouped(c: Convolution, groups: int, norm_groups: int) -> Convolution:
+    norm = None if c.norm is None else replace(c.norm, groups=norm_groups)
+    return replace(c, groups=groups, norm=norm)
 
 
 def _lrn(variant: Variant) -> Variant:
@@ -30,22 +39,12 @@ def _overlap(variant: Variant) -> Variant:
     return replace(edited, pool_ceil_mode=False)
 
 
-def _convolution(number: int) -> Callable[[Variant], Variant]:
+def _layer(kind: str, index: int) -> Callable[[Variant], Variant]:
     def remove(variant: Variant) -> Variant:
-        """A convolution and its ReLU; a pooling after it stays."""
-        layers = list(variant.convolutions)
-        layers[number - 1] = replace(layers[number - 1], removed=True)
-        return replace(variant, convolutions=tuple(layers))
-
-    return remove
-
-
-def _hidden(index: int) -> Callable[[Variant], Variant]:
-    def remove(variant: Variant) -> Variant:
-        """A fully connected layer with its ReLU and dropout."""
-        layers = list(variant.fully_connected)
+        """A layer with its ReLU and dropout; a pooling after it stays."""
+        layers = list(getattr(variant, kind))
         layers[index] = replace(layers[index], removed=True)
-        return replace(variant, fully_connected=tuple(layers))
+        return replace(variant, **{kind: tuple(layers)})
 
     return remove
 
@@ -54,48 +53,27 @@ def _tower_traffic(variant: Variant) -> Variant:
     """Two towers that meet in the last layer alone: groups in conv3, fc6 and fc7, and in LRN."""
     if variant.convolutions[1].groups != 2:
         raise ValueError(f"--without tower-traffic: {variant.name} has one tower")
-
-    def apart(convolution: Convolution) -> Convolution:
-        return replace(convolution, groups=2, norm=_grouped(convolution.norm, 2))
-
-    first, *rest = variant.convolutions
-    convolutions = (replace(first, norm=_grouped(first.norm, 2)), *map(apart, rest))
-    hidden = tuple(replace(layer, groups=2) for layer in variant.fully_connected[:-1])
-    return replace(
-        variant,
-        convolutions=convolutions,
-        fully_connected=(*hidden, variant.fully_connected[-1]),
-    )
+    first = variant.convolutions[0]
+    edited = _map(variant, lambda c: _grouped(c, 1 if c is first else 2, 2))
+    *hidden, last = variant.fully_connected
+    return replace(edited, fully_connected=(*(replace(fc, groups=2) for fc in hidden), last))
 
 
 def _halve(variant: Variant) -> Variant:
     """One tower with half the kernels but for the last convolution (P§3.2, footnote)."""
-    *front, last = variant.convolutions
+    last = variant.convolutions[-1]
 
-    def whole(convolution: Convolution, channels: int) -> Convolution:
-        norm = _grouped(convolution.norm, 1)
-        return replace(convolution, channels=channels, groups=1, norm=norm)
+    def halve(c: Convolution) -> Convolution:
+        return replace(_grouped(c, 1, 1), channels=c.channels if c is last else c.channels // 2)
 
-    convolutions = (*(whole(c, c.channels // 2) for c in front), whole(last, last.channels))
-    return replace(variant, convolutions=convolutions, towers=1)
-
-
-def _map(variant: Variant, change: Callable[[Convolution], Convolution]) -> Variant:
-    return replace(variant, convolutions=tuple(map(change, variant.convolutions)))
-
-
-def _grouped(norm: ResponseNorm | None, groups: int) -> ResponseNorm | None:
-    return None if norm is None else replace(norm, groups=groups)
+    return replace(_map(variant, halve), towers=1)
 
 
 _EDITS: dict[str, Callable[[Variant], Variant]] = {
     "lrn": _lrn,
     "overlap": _overlap,
-    "conv3": _convolution(3),
-    "conv4": _convolution(4),
-    "conv5": _convolution(5),
-    "fc6": _hidden(0),
-    "fc7": _hidden(1),
+    **{f"conv{i + 1}": _layer("convolutions", i) for i in (2, 3, 4)},
+    **{f"fc{i + 6}": _layer("fully_connected", i) for i in (0, 1)},
     "tower-traffic": _tower_traffic,
 }
 # Changes of how a net is trained, by the option of fastalex.train.
@@ -106,49 +84,33 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 ABLATIONS = (*_EDITS, *_SETTINGS)
 
 
-@dataclass(frozen=True)
-class Loss:
-    """What an ablation was published to cost, in percentage points of error.
+class Loss(NamedTuple):
+    """What an ablation was published to cost, in percentage points of error."""
 
-    Attributes:
-        top1, top5: None where no number is printed.
-        source: where it is printed.
-        note: what differs from the edit here.
-    """
-
-    top1: float | None
+    top1: float | None  # None where no number is printed
     top5: float | None
-    source: str
-    note: str = ""
+    source: str  # where it is printed
+    note: str = ""  # what differs from the edit here
 
 
 _MIDDLE = Loss(2.0, None, "P§7", "about 2, for any of the middle layers")
+_NET_150 = "net 150 has 320 maps in conv2, 8192 units in fc6"
 LOSSES: dict[str, Loss] = {
     "lrn": Loss(1.4, 1.2, "P§3.3"),
     "overlap": Loss(0.4, 0.3, "P§3.4"),
     "half": Loss(1.7, 1.2, "P§3.2"),
-    "tower-traffic": Loss(
-        1.2,
-        1.1,
-        "S:layers/layer-params-150.cfg",
-        "net 150 has 320 maps in conv2, 8192 units in fc6",
-    ),
-    "conv3": _MIDDLE,
-    "conv4": _MIDDLE,
-    "conv5": _MIDDLE,
+    "tower-traffic": Loss(1.2, 1.1, "S:layers/layer-params-150.cfg", _NET_150),
+    **dict.fromkeys(("conv3", "conv4", "conv5"), _MIDDLE),
 }
 
 
 def edit(variant: Variant, without: Sequence[str] = (), half: bool = False) -> Variant:
-    """``variant`` with parts taken out.
+    """``variant`` with parts taken out, called as ``edited_name`` says.
 
     Args:
         variant: one of the published ones.
         without: names among ``ABLATIONS``; those that change only the training change nothing here.
         half: one tower with half the kernels.
-
-    Returns:
-        The edited variant, called as ``edited_name`` says; with no edit, ``variant`` itself.
 
     Raises:
         ValueError: for an unknown name, and where the variant lacks what is to be taken out.
@@ -161,11 +123,9 @@ def edit(variant: Variant, without: Sequence[str] = (), half: bool = False) -> V
     if half and "tower-traffic" in without:
         raise ValueError("--without tower-traffic: a net cut to half has one tower")
     edited = _halve(variant) if half else variant
-    for name in ABLATIONS:
-        if name in without and name in _EDITS:
+    for name in _EDITS:
+        if name in without:
             edited = _EDITS[name](edited)
-    if edited is variant:
-        return variant
     return replace(edited, name=edited_name(variant.name, without, half))
 
 
@@ -182,15 +142,11 @@ def split_name(name: str) -> tuple[str, tuple[str, ...], bool]:
 
 
 def get_variant(variant: str | Variant) -> Variant:
-    """The variant of a name; one that is given stays as it is.
-
-    Args:
-        variant: one of ``VARIANTS`` or ``FOREIGN``, alone or with what ``edited_name`` adds to it,
-            as in ``"paper-without-lrn"``.
+    """The variant of a name, edited as in ``"paper-without-lrn"``; a Variant stays as it is.
 
     Raises:
-        ValueError: for an unknown name, listing the known ones, and for an edit that this variant
-            can't have.
+        ValueError: for a name that is not of ``VARIANTS`` or ``FOREIGN``, and for an edit that this
+            variant can't have.
     """
     if isinstance(variant, Variant):
         return variant
@@ -203,17 +159,12 @@ def get_variant(variant: str | Variant) -> Variant:
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     """The options ``--without`` and ``--half`` of a command line."""
+    parts = f"take parts out of the net or its training: {', '.join(ABLATIONS)}"
     group.add_argument(
-        "--without",
-        nargs="+",
-        choices=ABLATIONS,
-        default=[],
-        metavar="PART",
-        help=f"take parts out of the net or its training: {', '.join(ABLATIONS)}",
+        "--without", nargs="+", choices=ABLATIONS, default=[], metavar="PART", help=parts
     )
-    group.add_argument(
-        "--half", action="store_true", help="one tower with half the kernels (P§3.2)"
-    )
+    half = "one tower with half the kernels (P§3.2)"
+    group.add_argument("--half", action="store_true", help=half)
 
 
 def apply_arguments(options: dict[str, Any], variant: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from torch import nn
 
 import fastalex_kernels as kernels
 from fastalex.model.ablations import get_variant
-from fastalex.model.fused import USE_UNFUSED, fuse_classifier, fuse_features
+from fastalex.model.forms import USE_UNFUSED, classifier_layers, feature_layers
 from fastalex.model.layers import (
     AdaptiveAvgPool2d,
     Conv2dReLU,
@@ -24,12 +23,15 @@ from fastalex.model.layers import (
     MaxPool2d,
     SpatialResponseNorm,
 )
-from fastalex.model.unfused import classifier_layers, feature_layers
 from fastalex.model.variants import Convolution, FullyConnected, Variant
 
 _GRID = 6  # the last maps are averaged to 6 x 6, which they are at the published image size
 _STREAM = 0x9E3779B97F4A7C15  # keeps the dropout seeds of the layers apart
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_KINDS = (
+    (nn.Conv2d, "conv"), (nn.Linear, "fc"), (MaxPool2d, "pool"),
+    (SpatialResponseNorm, "spatial-norm"), (Dropout, "dropout"),
+)  # fmt: skip
 _FUSED_LAYERS = (Conv2dReLU, MaxPool2d, CounterDropout, Linear, AdaptiveAvgPool2d)
 
 
@@ -67,13 +69,9 @@ class AlexNet(nn.Module):
         fused: bool = True,
     ) -> None:
         super().__init__()
-        if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
+        if type(num_classes) is not int or num_classes < 1:
             raise ValueError(f"num_classes: expected an int of at least 1, got {num_classes!r}")
-        if (
-            isinstance(dropout, bool)
-            or not isinstance(dropout, (int, float))
-            or not 0 <= dropout < 1
-        ):
+        if type(dropout) not in (int, float) or not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
         self.variant: Variant = get_variant(variant)
         self.num_classes, self.dropout, self.is_fused = num_classes, dropout, fused
@@ -81,17 +79,12 @@ class AlexNet(nn.Module):
         # What ``fastalex.load`` finds: names of the outputs, and what makes an input of an image.
         self.classes: list[str] | None = None
         self.transforms: Callable[[Any], torch.Tensor] | None = None
-        # Torch's layers, of which the fused ones are made: without numbers of their own, then.
-        with torch.device("meta") if fused else contextlib.nullcontext():
-            features = feature_layers(self.variant)
-            width = [m.out_channels for m in features if isinstance(m, nn.Conv2d)][-1] * _GRID**2
-            classifier = classifier_layers(self.variant, width, num_classes, dropout)
-        pool = AdaptiveAvgPool2d if fused else nn.AdaptiveAvgPool2d
-        sequence = nn.Sequential
-        self.features = fuse_features(self.variant, features) if fused else sequence(*features)
-        self.avgpool = pool((_GRID, _GRID))
-        self.classifier = fuse_classifier(classifier) if fused else sequence(*classifier)
-        self.num_features = int(classifier[-1].weight.shape[1])  # type: ignore[union-attr,index,arg-type]
+        self.features = feature_layers(self.variant, fused)
+        self.avgpool = (AdaptiveAvgPool2d if fused else nn.AdaptiveAvgPool2d)((_GRID, _GRID))
+        channels = [spec.channels for spec in self.variant.convolutions if not spec.removed][-1]
+        width = channels * _GRID**2
+        self.classifier = classifier_layers(self.variant, width, num_classes, dropout, fused)
+        self.num_features = int(self.classifier[-1].in_features)  # type: ignore[arg-type]
         self.init_parameters("published")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -189,7 +182,7 @@ class AlexNet(nn.Module):
 
     def check_image_size(self, height: int, width: int) -> None:
         """Raise a ValueError where so few pixels leave nothing for the last layer."""
-        if min(_sizes(min(height, width), self._spatial_layers())) < 1:
+        if self._sizes(min(height, width))[-1] < 1:
             smallest = self.smallest_image_size()
             raise ValueError(
                 f"images: {height} x {width} pixels are too few, "
@@ -198,18 +191,20 @@ class AlexNet(nn.Module):
 
     def map_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the maps before ``avgpool``, of images of that size."""
-        layers = self._spatial_layers()
-        height, width = (_sizes(side, layers)[-1] for side in image_size)
-        return height, width
+        height, width = image_size
+        return self._sizes(height)[-1], self._sizes(width)[-1]
 
     def smallest_image_size(self) -> int:
         """The side in pixels of the smallest square image that reaches the last layer."""
-        layers = self._spatial_layers()
-        return next(size for size in itertools.count(1) if min(_sizes(size, layers)) > 0)
+        return next(size for size in itertools.count(1) if self._sizes(size)[-1] > 0)
 
-    def _spatial_layers(self) -> list[nn.Module]:
-        kinds = (nn.Conv2d, nn.MaxPool2d, MaxPool2d)
-        return [m for m in self.features.modules() if isinstance(m, kinds)]
+    def _sizes(self, size: int) -> list[int]:
+        """Outputs of each layer along an axis of ``size`` pixels; 0 from where there are none."""
+        sizes = [size]
+        for layer in self.features.modules():
+            if isinstance(layer, (nn.Conv2d, nn.MaxPool2d, MaxPool2d)):
+                sizes.append(_outputs(layer, sizes[-1]) if sizes[-1] > 0 else 0)
+        return sizes
 
     @torch.no_grad()
     def init_parameters(
@@ -230,13 +225,12 @@ class AlexNet(nn.Module):
         """
         if scheme not in ("published", "he"):
             raise ValueError(f"scheme: expected 'published' or 'he', got {scheme!r}")
-        convolutions, connected = self.variant.convolutions, self.variant.fully_connected
-        all_specs: list[Convolution | FullyConnected] = [*convolutions, *connected]
-        specs = [spec for spec in all_specs if not spec.removed]
+        specs = (*self.variant.convolutions, *self.variant.fully_connected)
+        left = [spec for spec in specs if not spec.removed]
         layers = [m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-        for layer, spec in zip(layers, specs, strict=True):
+        for layer, spec in zip(layers, left, strict=True):
             if not layer.weight.is_meta:  # there torch would import its compiler to draw nothing
-                _init_layer(layer, spec, scheme, generator)
+                _init_layer(layer, None if scheme == "he" else spec, generator)
 
     def seed_dropout(self, seed: int, step: int) -> None:
         """Fix what the next pass in training drops: a function of (seed, step, layer, unit, image).
@@ -266,17 +260,11 @@ def layer_names(model: nn.Module) -> dict[str, nn.Module]:
     names: dict[str, nn.Module] = {}
     number = 0
     for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            number += 1
-            names[f"{'conv' if isinstance(module, nn.Conv2d) else 'fc'}{number}"] = module
-        elif isinstance(module, LRNMaxPool2d) and module.kernel_size == 1:
-            names[f"norm{number}"] = module
-        elif isinstance(module, MaxPool2d):
-            names[f"pool{number}"] = module
-        elif isinstance(module, SpatialResponseNorm):
-            names[f"spatial-norm{number}"] = module
-        elif isinstance(module, Dropout):
-            names[f"dropout{number}"] = module
+        alone = isinstance(module, LRNMaxPool2d) and module.kernel_size == 1
+        number += isinstance(module, (nn.Conv2d, nn.Linear))
+        for kind, name in _KINDS:
+            if isinstance(module, kind):
+                names[f"{'norm' if alone else name}{number}"] = module
     return names
 
 
@@ -309,27 +297,17 @@ class _Counters:
         self._written = (seed, self._held._version)
 
 
-def _sizes(size: int, layers: Sequence[nn.Module]) -> list[int]:
-    """Outputs of each layer along an axis of ``size`` pixels, the pixels first; 0 from where none.
-
-    Convolutions padded by a name ("same") keep the size.
-    """
-    sizes = [size]
-    for layer in layers:
-        if isinstance(layer, nn.Conv2d):
-            if isinstance(layer.padding, str):
-                continue
-            span = size + 2 * layer.padding[0] - layer.dilation[0] * (layer.kernel_size[0] - 1) - 1
-            rounding = layer.stride[0] - 1 if getattr(layer, "ceil_mode", False) else 0
-            size = (span + rounding) // layer.stride[0] + 1 if span >= 0 else 0
-        else:
-            assert isinstance(layer, (nn.MaxPool2d, MaxPool2d))
-            kernel, stride = (
-                v if isinstance(v, int) else v[0] for v in (layer.kernel_size, layer.stride)
-            )
-            size = max(0, kernels.pooled_size(size, kernel, stride, layer.ceil_mode))
-        sizes.append(size)
-    return sizes
+def _outputs(layer: nn.Conv2d | nn.MaxPool2d | MaxPool2d, size: int) -> int:
+    """Outputs of a layer along an axis of ``size`` pixels."""
+    first = lambda v: v if isinstance(v, int) else v[0]  # noqa: E731
+    kernel, stride = map(first, (layer.kernel_size, layer.stride))
+    ceil = getattr(layer, "ceil_mode", False)
+    if not isinstance(layer, nn.Conv2d):
+        return max(0, kernels.pooled_size(size, kernel, stride, ceil))
+    if isinstance(layer.padding, str):  # "same"
+        return size
+    span = size + 2 * layer.padding[0] - layer.dilation[0] * (kernel - 1) - 1
+    return (span + (stride - 1) * ceil) // stride + 1 if span >= 0 else 0
 
 
 def _share(path: str, layer: nn.Module, other: nn.Module) -> None:
@@ -345,21 +323,28 @@ def _share(path: str, layer: nn.Module, other: nn.Module) -> None:
 
 def _init_layer(
     layer: nn.Conv2d | nn.Linear,
-    spec: Convolution | FullyConnected,
-    scheme: str,
+    spec: Convolution | FullyConnected | None,
     generator: torch.Generator | None,
 ) -> None:
+    """Draw a layer's parameters as ``spec`` says, or with He's variance."""
     assert layer.bias is not None
     fan_in = layer.weight[0].numel()
     weight, bias = torch.empty(layer.weight.shape), torch.empty(layer.bias.shape)
-    if scheme == "he":
-        weight.normal_(0.0, math.sqrt(2.0 / fan_in), generator=generator)
-        bias.zero_()
-    elif spec.weight_std is None:  # as nn.Conv2d and nn.Linear draw theirs
+    if spec is not None and spec.weight_std is None:  # as nn.Conv2d and nn.Linear draw theirs
         weight.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
         bias.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
     else:
-        weight.normal_(0.0, spec.weight_std, generator=generator)
-        bias.fill_(spec.bias)
+        std = math.sqrt(2.0 / fan_in) if spec is None else spec.weight_std
+        weight.normal_(0.0, std, generator=generator)
+        bias.fill_(0.0 if spec is None else spec.bias)
     layer.weight.copy_(weight)
     layer.bias.copy_(bias)
+
+
+class ReferenceAlexNet(AlexNet):
+    """``AlexNet(..., fused=False)``: AlexNet from torch's own layers."""
+
+    def __init__(
+        self, num_classes: int = 1000, dropout: float = 0.5, variant: str | Variant = "paper"
+    ) -> None:
+        super().__init__(num_classes, dropout, variant, fused=False)

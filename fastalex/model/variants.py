@@ -74,6 +74,10 @@ class Variant:
     bias_weight_decay: bool = True
 
 
+_CONV1 = Convolution(96, 11, stride=4, pool=True)
+_CONV2 = Convolution(256, 5, padding=2, groups=2, pool=True)
+
+
 def _two_towers(
     *,
     norm: ResponseNorm,
@@ -86,18 +90,8 @@ def _two_towers(
 ) -> tuple[tuple[Convolution, ...], tuple[FullyConnected, ...]]:
     """The layers of P§3.5, with what the published copies change."""
     convolutions = (
-        Convolution(
-            96,
-            11,
-            stride=4,
-            ceil_mode=ceil_mode,
-            norm=norm,
-            pool=True,
-            relu_after_pool=relu_after_pool,
-        ),
-        Convolution(
-            256, 5, padding=2, groups=2, bias=bias, norm=norm, spatial_norm=spatial_norm, pool=True
-        ),
+        replace(_CONV1, ceil_mode=ceil_mode, norm=norm, relu_after_pool=relu_after_pool),
+        replace(_CONV2, bias=bias, norm=norm, spatial_norm=spatial_norm),
         Convolution(384, 3, padding=1, weight_std=late_std),
         Convolution(384, 3, padding=1, groups=2, weight_std=late_std, bias=bias),
         Convolution(256, 3, padding=1, groups=2, weight_std=late_std, bias=bias, pool=True),

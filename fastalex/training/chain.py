@@ -11,7 +11,7 @@ from torch import nn
 from fastalex.distributed.exchange import Exchange
 from fastalex.distributed.towers import GatherInput
 from fastalex.model.alexnet import HOOKS, AlexNet, layer_names
-from fastalex.model.fused import FusedSequential, is_absorbed
+from fastalex.model.forms import FusedSequential, is_absorbed
 from fastalex.model.layers import (
     AdaptiveAvgPool2d,
     Conv2dReLU,

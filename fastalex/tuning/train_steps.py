@@ -20,8 +20,7 @@ from fastalex.data.augment import Augment
 from fastalex.data.normalization import IMAGENET
 from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.distributed.towers import cut_to_tower
-from fastalex.model.alexnet import AlexNet
-from fastalex.model.reference import ReferenceAlexNet
+from fastalex.model.alexnet import AlexNet, ReferenceAlexNet
 from fastalex.model.variants import VARIANTS
 from fastalex.training import TrainStep
 from fastalex.training.cuda_graph import WARM_UP, capture_on_gpu

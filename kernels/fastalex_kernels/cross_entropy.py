@@ -88,40 +88,32 @@ def _cross_entropy_kernel(
 
 
 def _launch(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    loss: torch.Tensor | None,
-    g: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """Write the programs' shares into ``loss``, and return the gradient times ``g``."""
+    x: torch.Tensor, target: torch.Tensor, g: torch.Tensor | None, with_loss: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mean loss, float32, and the gradient of x [N, C] times ``g``, each where asked for."""
     N, C = x.shape
-    block_m, block_c = _blocks(N, C)
+    block_c = min(triton.next_power_of_2(C), _COLUMNS)  # whole rows, if they are no longer
+    most = (_INTERPRETER_BLOCK if interpreted() else _BLOCK) // block_c
+    block_m = min(triton.next_power_of_2(N), most)
+    programs = triton.cdiv(N, block_m)
+    part = x.new_empty(programs, dtype=torch.float32) if with_loss else None
     dx = None if g is None else torch.empty_like(x)
     launch(
-        _cross_entropy_kernel, (triton.cdiv(N, block_m),), x, target,
-        *(x if t is None else t for t in (g, loss, dx)), N, C,
-        LOSS=loss is not None, GRADIENT=g is not None,
-        ALIGN=8 if C % 8 == 0 else 1, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=8,
-        counted=max(N, C),
+        _cross_entropy_kernel, (programs,), x, target,
+        *(x if t is None else t for t in (g, part, dx)), N, C, LOSS=with_loss,
+        GRADIENT=g is not None, ALIGN=8 if C % 8 == 0 else 1, BLOCK_M=block_m, BLOCK_C=block_c,
+        num_warps=8, counted=max(N, C),
     )  # fmt: skip
-    return dx
-
-
-def _blocks(rows: int, classes: int) -> tuple[int, int]:
-    """BLOCK_M and BLOCK_C: whole rows, if they are no longer than a block may be."""
-    block_c = min(triton.next_power_of_2(classes), _COLUMNS)
-    most = (_INTERPRETER_BLOCK if interpreted() else _BLOCK) // block_c
-    return min(triton.next_power_of_2(rows), most), block_c
+    return None if part is None else sum_partials(part, part.new_empty(())), dx
 
 
 def cross_entropy_forward(
     x: torch.Tensor, target: torch.Tensor, g: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The mean loss, float32, and the gradient of x [N, C] times ``g`` where it is given."""
-    N, C = x.shape
-    part = x.new_empty(triton.cdiv(N, _blocks(N, C)[0]), dtype=torch.float32)
-    dx = _launch(x, target, part, g)
-    return sum_partials(part, part.new_empty(())), dx
+    loss, dx = _launch(x, target, g, with_loss=True)
+    assert loss is not None
+    return loss, dx
 
 
 @operator("cross_entropy")
@@ -138,7 +130,7 @@ def _(input, target):
 def _cross_entropy_backward(
     grad: torch.Tensor, input: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
-    dx = _launch(input, target, None, grad)
+    _, dx = _launch(input, target, grad, with_loss=False)
     assert dx is not None
     return dx
 
@@ -177,16 +169,12 @@ def cross_entropy(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
     Source: P§3.5, multinomial logistic regression.
     """
-    _check(input, target)
+    check_tensor("input", input)
+    is_logits = input.dim() == 2 and input.shape[1] > 0
+    expect(is_logits, "input", "[N, classes], got shape {}", tuple(input.shape))
+    check_tensor("target", target, (torch.int64,), input.device, tuple(input.shape[:1]))
     if not use_triton(input) or input.numel() == 0:
         return aten.cross_entropy(input, target)
     (wide,) = interpretable(input)
     loss: torch.Tensor = _cross_entropy(wide.contiguous(), target.contiguous())
     return loss
-
-
-def _check(input: torch.Tensor, target: object) -> None:
-    check_tensor("input", input)
-    is_logits = input.dim() == 2 and input.shape[1] > 0
-    expect(is_logits, "input", "[N, classes], got shape {}", tuple(input.shape))
-    check_tensor("target", target, (torch.int64,), input.device, tuple(input.shape[:1]))

@@ -107,14 +107,12 @@ def linear_relu_dropout(
 ) -> torch.Tensor:
     """dropout(relu(linear(input))), with the counter-based mask of ``rng``."""
     output = F.linear(input, weight, bias)
-    if relu:
-        output = F.relu(output)
+    output = F.relu(output) if relu else output
     if not training or p == 0:
         return output
     if rng is None:
         raise ValueError("rng: the reference draws no seed of its own, pass (seed, offset)")
-    rows, features = output.shape
-    kept = keep_mask(rng, rows, features, p, row_offset, feature_offset)
+    kept = keep_mask(rng, *output.shape, p, row_offset, feature_offset)  # type: ignore[call-arg,arg-type]
     return torch.where(kept, output / (1.0 - p), torch.zeros_like(output))
 
 

@@ -16,7 +16,7 @@ from fastalex.data import Normalization, SyntheticImages, decode_size
 from fastalex.data.batches import Batches, Transform
 from fastalex.evaluation import ablate
 from fastalex.model.ablations import ABLATIONS, edit, edited_name, get_variant, split_name
-from fastalex.model.reference import ReferenceAlexNet
+from fastalex.model.alexnet import ReferenceAlexNet
 from fastalex.model.variants import VARIANTS
 from fastalex.training.options import parse_arguments
 from fastalex.training.weights import load_model, save_weights

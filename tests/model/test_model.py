@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastalex import AlexNet
-from fastalex.model.reference import ReferenceAlexNet
+from fastalex.model.alexnet import ReferenceAlexNet
 from fastalex.model.variants import Variant
 from tests._nets import narrow
 

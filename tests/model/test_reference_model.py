@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastalex import AlexNet
-from fastalex.model.reference import ReferenceAlexNet
+from fastalex.model.alexnet import ReferenceAlexNet
 from tests._nets import narrow
 
 NAMES = ("paper", "source2012", "caffe", "owt")

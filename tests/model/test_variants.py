@@ -10,7 +10,7 @@ from torch import nn
 
 from fastalex import AlexNet
 from fastalex.model.ablations import get_variant
-from fastalex.model.reference import ReferenceAlexNet
+from fastalex.model.alexnet import ReferenceAlexNet
 from fastalex.model.variants import VARIANTS
 
 NAMES = ("paper", "source2012", "caffe", "owt")

@@ -86,18 +86,15 @@ def epilogue_backward(
     Args:
         dy: gradient of the output, [rows, features], contiguous.
         y: the output itself if a ReLU made it, else None.
-        need_dz: whether the gradient at the linear part is wanted.
-        need_sums: whether the bias gradient is wanted.
         dropout: that made ``y``.
 
     Returns:
-        dz and float32 sums of it [parts, features], each None where it is not wanted. Where nothing
-        masks, dz is ``dy`` itself.
+        dz, ``dy`` itself where nothing masks, and float32 sums of it [parts, features]; None for
+        what is not needed.
     """
     (rows, features), (p, rng, *offsets) = dy.shape, dropout
     philox = p > 0 and y is None
-    masks = y is not None or philox
-    write_dz = need_dz and masks
+    write_dz = need_dz and (philox or y is not None)
     if not write_dz and not need_sums:
         return (dy if need_dz else None), None
     block_n = max(1, min(triton.next_power_of_2(features), 128))

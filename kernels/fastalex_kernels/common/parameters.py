@@ -18,12 +18,6 @@ class Norm(NamedTuple):
     signed: bool = True  # False: no x is negative
 
 
-def norm_of(numbers: Sequence[float]) -> Norm:
-    """The norm of an operator's list of numbers."""
-    size, scale, beta, offset, signed = numbers
-    return Norm(int(size), scale, beta, offset, bool(signed))
-
-
 class Window(NamedTuple):
     """Pooling over size x size pixels, every stride pixels."""
 
@@ -32,17 +26,17 @@ class Window(NamedTuple):
 
 
 class Pooling(NamedTuple):
-    """Max-pooling, after response normalisation unless ``norm`` is None.
-
-    Args:
-        norm: the normalisation.
-        groups: of channels; no window of channels crosses a border between them.
-        window: of pixels.
-    """
+    """Max-pooling, after response normalisation unless ``norm`` is None."""
 
     norm: Norm | None
-    groups: int
-    window: Window
+    groups: int  # of channels; no window of channels crosses a border between them
+    window: Window  # of pixels
+
+
+def norm_of(numbers: Sequence[float]) -> Norm:
+    """The norm of an operator's list of numbers."""
+    size, scale, beta, offset, signed = numbers
+    return Norm(int(size), scale, beta, offset, bool(signed))
 
 
 class Dropout(NamedTuple):

@@ -11,12 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57  # multipliers of the two lanes
-_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85  # Weyl sequence of the key
+_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57  # of the two lanes
+_KEYS = 0x9E3779B9, 0xBB67AE85  # Weyl sequence of the key
 _MASK32 = 0xFFFFFFFF
 _UNIFORM_SCALE = 4.6566127342e-10  # just under 2^-31, as in tl.rand
-
-Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _mul_hi_lo(a: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,44 +28,30 @@ def _mul_hi_lo(a: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (product >> 32) & _MASK32, product & _MASK32
 
 
-def philox(
-    seed: int | torch.Tensor,
-    c0: torch.Tensor,
-    c1: int | torch.Tensor = 0,
-    c2: int | torch.Tensor = 0,
-    c3: int | torch.Tensor = 0,
-    rounds: int = 10,
-) -> Words:
-    """The four words of Philox-4x32 for each counter (c0, c1, c2, c3).
+def philox(seed: int | torch.Tensor, *counter: int | torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The four words of Philox-4x32-10 for each counter, int64 tensors of values in [0, 2^32).
 
     Args:
         seed: the 64-bit key, an int or a scalar int64 tensor.
-        c0, c1, c2, c3: the counter's words, integers taken modulo 2^32; they broadcast.
-        rounds: 10 as in ``tl.rand``.
-
-    Returns:
-        Four int64 tensors of values in [0, 2^32), of the broadcast shape.
+        counter: four integers modulo 2^32, of which one at least is a tensor; they broadcast.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
-    words = [
-        torch.as_tensor(c, dtype=torch.int64, device=c0.device) & _MASK32 for c in (c0, c1, c2, c3)
-    ]
-    x0, x1, x2, x3 = torch.broadcast_tensors(*words)
-    key = torch.as_tensor(seed, dtype=torch.int64, device=c0.device)
+    device = next(c.device for c in counter if isinstance(c, torch.Tensor))
+    key, *words = (torch.as_tensor(c, dtype=torch.int64, device=device) for c in (seed, *counter))
+    x0, x1, x2, x3 = torch.broadcast_tensors(*(word & _MASK32 for word in words))
     k0, k1 = key & _MASK32, (key >> 32) & _MASK32
-    for _ in range(rounds):
-        high_a, low_a = _mul_hi_lo(x0, _ROUND_A)
-        high_b, low_b = _mul_hi_lo(x2, _ROUND_B)
+    for _ in range(10):
+        high_a, low_a = _mul_hi_lo(x0, _MULTIPLIERS[0])
+        high_b, low_b = _mul_hi_lo(x2, _MULTIPLIERS[1])
         x0, x1, x2, x3 = high_b ^ x1 ^ k0, low_b, high_a ^ x3 ^ k1, low_a
-        k0, k1 = (k0 + _KEY_A) & _MASK32, (k1 + _KEY_B) & _MASK32
+        k0, k1 = (k0 + _KEYS[0]) & _MASK32, (k1 + _KEYS[1]) & _MASK32
     return x0, x1, x2, x3
 
 
 def uniform(word: torch.Tensor) -> torch.Tensor:
     """Map words in [0, 2^32) to float32 in [0, 1) as ``tl.rand`` does."""
-    signed = torch.where(word >= 2**31, word - 2**32, word)
-    folded = torch.where(signed < 0, -signed - 1, signed)
+    folded = torch.where(word >= 2**31, _MASK32 - word, word)
     return folded.to(torch.float32) * _UNIFORM_SCALE
 
 
@@ -79,14 +63,7 @@ def keep_mask(
     row_offset: int = 0,
     feature_offset: int = 0,
 ) -> torch.Tensor:
-    """Which elements of [rows, features] dropout keeps: bool, the mask of the kernels.
-
-    Args:
-        rng: int64 tensor (seed, offset), on the device the mask is wanted on.
-        rows, features: shape of the mask.
-        p: the probability that an element is dropped.
-        row_offset, feature_offset: where this block lies in the whole batch and layer.
-    """
+    """Which elements of [rows, features] dropout keeps, as a ``Dropout`` of p, rng and offsets."""
     row = torch.arange(rows, device=rng.device)[:, None] + row_offset
     feature = torch.arange(features, device=rng.device)[None, :] + feature_offset
     return uniform(philox(rng[0], feature, row, rng[1], rng[1] >> 32)[0]) >= p

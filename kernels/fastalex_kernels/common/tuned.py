@@ -33,7 +33,7 @@ Tiles = Mapping[Any, Tile]  # by target, and bits of an operand or "tf32"
 Key = tuple[str, str, tuple[int, ...]]  # kernel, kind of operand, sizes of the problem
 
 _PRODUCT = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-FIELDS = {  # what a tile holds, by kernel
+FIELDS = {  # what a tile holds, by kernel; a name's first word is the op, a folder of the package
     "conv2d forward": _PRODUCT,
     "conv2d input": _PRODUCT,
     "conv2d weight": _PRODUCT,
@@ -47,8 +47,8 @@ FIELDS = {  # what a tile holds, by kernel
     "pool forward": ("BLOCK_M", "num_warps"),  # with LRN too, where its sizes are not AlexNet's
     "pool backward": ("BLOCK_M", "num_warps"),
 }
-
-_OPS = {name: "lrn_pool" if name[:3] in ("lrn", "poo") else name.split()[0] for name in FIELDS}
+_FOLDERS = {"lrn": "lrn_pool", "pool": "lrn_pool"}  # of ops that bear another name
+_OPS = {name: _FOLDERS.get(name.split()[0], name.split()[0]) for name in FIELDS}
 
 _chooser: Callable[[Key, Tile], Tile] | None = None  # not a context variable: backward has threads
 
@@ -72,13 +72,7 @@ def tile_entry(tiles: Tiles, x: torch.Tensor, kernel: str, *sizes: int) -> Tile:
 
 
 def tuned(own: Tile, x: torch.Tensor, kernel: str, *sizes: int) -> Tile:
-    """What was found best for a problem of ``sizes`` on this GPU, or ``own``.
-
-    Args:
-        own: what is chosen where nothing was tuned, of the same length: see ``FIELDS``.
-        x: an operand.
-        kernel: the name that what was tuned bears.
-    """
+    """What was found best for ``kernel``, one of ``FIELDS``, on operands like x; or ``own``."""
     kind = "tf32" if dot_precision(x, kernel) == "tf32" else str(x.dtype).removeprefix("torch.")
     key = (kernel, kind, sizes)
     if _chooser is not None:
@@ -93,20 +87,16 @@ def cut(block: int, size: int) -> int:
 
 
 def dot_precision(x: torch.Tensor, kernel: str) -> str:
-    """``tl.dot``'s input precision: TF32 for float32 where torch's own settings say so.
-
-    Convolutions follow cuDNN's, which is TF32 unless changed, as far as there is cuDNN; other
-    products follow that of matmul.
-    """
+    """``tl.dot``'s input precision: TF32 for float32 where torch's settings for such ops say so."""
     if x.dtype != torch.float32:
         return "ieee"
     # Torch's settings are slow to read, and this runs before every launch.
-    if not kernel.startswith("conv2d"):
-        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    else:
-        tf32 = target(x.device).startswith("sm_")
-        tf32 = tf32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return "tf32" if tf32 else "ieee"
+    settings: Any = torch.backends.cuda.matmul
+    if kernel.startswith("conv2d"):
+        if not target(x.device).startswith("sm_"):  # where there is no cuDNN
+            return "ieee"
+        settings = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return "tf32" if settings.fp32_precision == "tf32" else "ieee"
 
 
 def table_path(device: str) -> Path:
@@ -120,13 +110,7 @@ def table_path(device: str) -> Path:
 
 @functools.cache
 def kernel_version(op: str) -> str:
-    """A fingerprint of an op's kernels: another kernel may want another tile.
-
-    Only ``@triton.jit`` functions count, and no comment in them.
-
-    Args:
-        op: a folder of the package.
-    """
+    """A fingerprint of the ``@triton.jit`` functions of an op, a folder, without their comments."""
     package = Path(__file__).parents[1]
     files = [p for folder in ("common", op) for p in sorted((package / folder).glob("*.py"))]
     functions = [
@@ -170,9 +154,8 @@ def read_table(path: Path, device: str) -> dict[Key, Tile]:
         same = {op for op, version in here["kernels"].items() if content["kernels"][op] == version}
         for name, value in here.items():
             if content[name] != value and not (name == "kernels" and same):
-                raise ValueError(
-                    f"it is of {name} {content[name]}, here is {value}; run python -m fastalex.tune"
-                )
+                given = f"{name} {content[name]}, here is {value}"
+                raise ValueError(f"it is of {given}; run python -m fastalex.tune")
         if content["timed"] is not True:
             raise ValueError("it was computed, not timed")
         entries = [

@@ -76,8 +76,8 @@ def _linear_relu_dropout_backward(
 
 @_linear_relu_dropout_backward.register_fake
 def _(grad, input, weight, output, rng, p, offsets, needs):
-    shapes = zip((input.shape, weight.shape, weight.shape[:1]), needs, strict=True)
-    return [weight.new_empty(shape) for shape, need in shapes if need]
+    shapes = (input.shape, weight.shape, weight.shape[:1])
+    return [weight.new_empty(s) for s, need in zip(shapes, needs, strict=True) if need]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -120,18 +120,17 @@ def _differentiate_dropout(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor |
 _dropout.register_autograd(_differentiate_dropout, setup_context=_save_dropout)
 
 
-def _check(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    check_tensor("weight", weight, (input.dtype,), input.device)
-    fits = weight.dim() == 2 and weight.shape[1] == input.shape[1]
-    shape = tuple(weight.shape)
-    expect(fits, "weight", "[out_features, {}], got shape {}", input.shape[1], shape)
-    if bias is not None:
-        check_tensor("bias", bias, (input.dtype,), input.device, shape[:1])
-
-
 def _check_input(input: torch.Tensor) -> None:
     check_tensor("input", input)
     expect(input.dim() == 2, "input", "[N, in_features], got shape {}", tuple(input.shape))
+
+
+def _check_parameters(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    check_tensor("weight", weight, (input.dtype,), input.device)
+    fits, shape = weight.dim() == 2 and weight.shape[1] == input.shape[1], tuple(weight.shape)
+    expect(fits, "weight", "[out_features, {}], got shape {}", input.shape[1], shape)
+    if bias is not None:
+        check_tensor("bias", bias, (input.dtype,), input.device, shape[:1])
 
 
 def _check_dropout(input: torch.Tensor, features: int, dropout: Dropout) -> None:
@@ -192,7 +191,7 @@ def linear_relu_dropout(
     """
     input, weight, bias = autocast(input, weight, bias)
     _check_input(input)
-    _check(input, weight, bias)
+    _check_parameters(input, weight, bias)
     dropout = Dropout(p, rng, row_offset, feature_offset)
     _check_dropout(input, weight.shape[0], dropout)
     dropout = _drawn(dropout, training, input.device)

@@ -73,7 +73,7 @@ def test_words(seed: int) -> None:
 def test_uniform_numbers(seed: int, first: int) -> None:
     out = torch.empty(BLOCK)
     _rand_kernel[(1,)](torch.tensor([seed, 0]), first, out, BLOCK=BLOCK)
-    ours = philox.uniform(philox.philox(seed, torch.arange(first, first + BLOCK))[0])
+    ours = philox.uniform(philox.philox(seed, torch.arange(first, first + BLOCK), 0, 0, 0)[0])
     assert torch.equal(ours, out)
     assert ours.dtype == torch.float32
     assert ours.min() >= 0
