@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -178,7 +179,7 @@ class AlexNet(nn.Module):
 
     def dropout_version(self) -> int:
         """A number that each ``seed_dropout`` raises, -1 before the first."""
-        return -1 if self._counters is None else self._counters.version()
+        return -1 if self._counters is None else self._counters.held._version
 
     def check_image_size(self, height: int, width: int) -> None:
         """Raise a ValueError where so few pixels leave nothing for the last layer."""
@@ -273,28 +274,25 @@ class _Counters:
 
     def __init__(self, layers: Sequence[CounterDropout], device: torch.device) -> None:
         with torch.inference_mode(False):  # or no pass in training could save them
-            self._held = torch.empty(len(layers), 2, dtype=torch.int64, device=device)
-        self._rows = list(self._held)
+            self.held = torch.empty(len(layers), 2, dtype=torch.int64, device=device)
+        self._rows = list(self.held)
         self._written: tuple[int, int] | None = None  # the seed, and the tensor's version since
         for layer, row in zip(layers, self._rows, strict=True):
             layer.set_mask(rng=row)
 
     def serve(self, layers: Sequence[CounterDropout], device: torch.device) -> bool:
         """Whether these are the layers that read them, on that device."""
-        known = len(layers) == len(self._rows) and self._held.device == device
-        return known and all(x.mask.rng is row for x, row in zip(layers, self._rows, strict=True))
-
-    def version(self) -> int:
-        """Of the tensor: how often it was written."""
-        return self._held._version
+        rngs = [layer.mask.rng for layer in layers]
+        same = len(rngs) == len(self._rows) and all(map(operator.is_, rngs, self._rows))
+        return same and self.held.device == device
 
     def write(self, seed: int, step: int) -> None:
         # Filled and not copied: a copy from the host's memory waits for the GPU to be done.
-        if self._written != (seed, self._held._version):
+        if self._written != (seed, self.held._version):
             for index, row in enumerate(self._rows):
                 row[0].fill_((seed + (index + 1) * _STREAM) % 2**63)
-        self._held[:, 1].fill_(step)
-        self._written = (seed, self._held._version)
+        self.held[:, 1].fill_(step)
+        self._written = (seed, self.held._version)
 
 
 def _outputs(layer: nn.Conv2d | nn.MaxPool2d | MaxPool2d, size: int) -> int:

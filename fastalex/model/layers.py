@@ -18,13 +18,10 @@ Sides = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right)
 
 
 class Conv2dReLU(nn.Conv2d):
-    """Convolution + bias + ReLU.
+    """``torch.nn.Conv2d``, and ReLU unless ``relu`` is False.
 
-    Args:
-        in_channels, out_channels, kernel_size, stride, padding, groups: as ``torch.nn.Conv2d``.
-        ceil_mode: whether the number of outputs is rounded up, 1 + ceil((size - kernel) / stride):
-            zeros are added at the bottom and right until the last window is full.
-        relu: whether ReLU follows.
+    With ``ceil_mode`` the number of outputs is rounded up, 1 + ceil((size - kernel) / stride):
+    zeros are added at the bottom and right until the last window is full.
 
     Source: S:layer.py:1004 for the ceil.
     """
@@ -44,30 +41,24 @@ class Conv2dReLU(nn.Conv2d):
         self.ceil_mode = ceil_mode
         self.relu = relu
 
+    def _span(self, size: int) -> tuple[int, int]:
+        """Where the last window of an axis may begin, and the zeros that complete it."""
+        span = size + 2 * int(self.padding[0]) - self.kernel_size[0]
+        return span, -span % self.stride[0] if self.ceil_mode and span >= 0 else 0
+
     def output_size(self, size: int) -> int:
         """Outputs along an axis of ``size`` pixels."""
-        span = size + 2 * int(self.padding[0]) - self.kernel_size[0]
-        return (span + self._missing(size)) // self.stride[0] + 1
-
-    def _missing(self, size: int) -> int:
-        """Zeros that complete the last window of an axis of ``size`` pixels."""
-        span = size + 2 * int(self.padding[0]) - self.kernel_size[0]
-        return -span % self.stride[0] if self.ceil_mode and span >= 0 else 0
+        return sum(self._span(size)) // self.stride[0] + 1
 
     def sides(self, height: int, width: int) -> Sides:
         """Zeros around images of this size."""
         pad = int(self.padding[0])
-        return (pad, pad + self._missing(height)), (pad, pad + self._missing(width))
+        return (pad, pad + self._span(height)[1]), (pad, pad + self._span(width)[1])
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        sides, groups = self.sides(*input.shape[2:]), self.groups
         return kernels.conv2d_relu(
-            input,
-            self.weight,
-            self.bias,
-            stride=self.stride[0],
-            padding=self.sides(*input.shape[2:]),
-            groups=self.groups,
-            relu=self.relu,
+            input, self.weight, self.bias, self.stride[0], sides, groups, self.relu
         )
 
     def extra_repr(self) -> str:
@@ -94,15 +85,7 @@ class MaxPool2d(nn.Module):
 
 
 class LRNMaxPool2d(MaxPool2d):
-    """Local response normalisation across channels, max-pooling, and ReLU where asked.
-
-    Args:
-        size, alpha, beta, k: as ``torch.nn.LocalResponseNorm``; alpha is divided by size.
-        groups: the window stays inside one of this many groups of channels (a tower).
-        kernel_size, stride, ceil_mode: of the pooling; 1 and 1 pool nothing.
-        relu: whether ReLU follows the pooling, as in the authors' net 145.
-        signed: False promises that no input is negative: a ReLU stands before.
-    """
+    """``kernels.lrn_max_pool2d``, and ReLU after it with ``relu``, as in the authors' net 145."""
 
     def __init__(
         self,
@@ -124,12 +107,10 @@ class LRNMaxPool2d(MaxPool2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         norm = (self.size, self.alpha, self.beta, self.k)
         pool = (self.kernel_size, self.stride)
-        if torch.compiler.is_exporting():  # a program is to hold torch's own operators alone
-            parts = [F.local_response_norm(x, *norm) for x in input.chunk(self.groups, 1)]
-            output = F.max_pool2d(torch.cat(parts, 1), *pool, ceil_mode=self.ceil_mode)
-        else:
-            groups, ceil_mode, signed = self.groups, self.ceil_mode, self.signed
-            output = kernels.lrn_max_pool2d(input, *norm, groups, *pool, ceil_mode, signed)
+        # A program that is exported is to hold torch's own operators alone.
+        exporting = torch.compiler.is_exporting()
+        function = kernels.reference.lrn_max_pool2d if exporting else kernels.lrn_max_pool2d
+        output = function(input, *norm, self.groups, *pool, self.ceil_mode, self.signed)
         return F.relu(output) if self.relu else output
 
     def extra_repr(self) -> str:
@@ -174,13 +155,7 @@ class SpatialResponseNorm(nn.Module):
 
 
 class DropoutMask(NamedTuple):
-    """Which units are dropped, as the kernels take it.
-
-    Attributes:
-        rng: int64 tensor (seed, offset) on the layer's device; None draws from torch's generator.
-        row_offset, feature_offset: this process's place in the whole batch and layer, so that
-            every split of either drops the same units.
-    """
+    """Which units are dropped; see ``kernels.linear_relu_dropout``."""
 
     rng: torch.Tensor | None = None
     row_offset: int = 0
@@ -207,11 +182,8 @@ class Linear(nn.Linear):
 class LinearReLUDropout(CounterDropout, nn.Linear):
     """Fully connected + bias + ReLU, and dropout with probability ``p`` in training (P§4.2).
 
-    Args:
-        in_features, out_features: as ``torch.nn.Linear``.
-        p: probability that a unit is dropped.
-        groups: blocks of inputs, each read by its own block of outputs; the weight then is
-            [out_features, in_features / groups], as a grouped convolution's.
+    ``groups`` blocks of inputs are each read by their own block of outputs; the weight then is
+    [out_features, in_features / groups], as a grouped convolution's.
     """
 
     def __init__(
@@ -242,26 +214,18 @@ class LinearReLUDropout(CounterDropout, nn.Linear):
         return all(module.training for module in self._absorbed or (self,))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        options = (self.p, True, self.dropping)
         if self.groups == 1:  # chunk's backward would copy the gradients, of one chunk too
-            return self._block(input, self.weight, self.bias, 0)
-        each = self.out_features // self.groups
-        blocks = zip(
-            input.chunk(self.groups, 1),
-            self.weight.chunk(self.groups),
-            self.bias.chunk(self.groups),
-            strict=True,
-        )
-        outputs = [self._block(x, w, b, i * each) for i, (x, w, b) in enumerate(blocks)]
-        return torch.cat(outputs, dim=1)
-
-    def _block(
-        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, first: int
-    ) -> torch.Tensor:
-        """The outputs from number ``first`` on, whose weights these are."""
+            return kernels.linear_relu_dropout(input, self.weight, self.bias, *options, *self.mask)
         rng, row, feature = self.mask
-        return kernels.linear_relu_dropout(
-            input, weight, bias, self.p, True, self.dropping, rng, row, feature + first
-        )
+        outputs = []
+        for x, *parameters in zip(
+            input.chunk(self.groups, 1), self.weight.chunk(self.groups),
+            self.bias.chunk(self.groups), strict=True,
+        ):  # fmt: skip
+            outputs.append(kernels.linear_relu_dropout(x, *parameters, *options, rng, row, feature))
+            feature += outputs[-1].shape[1]
+        return torch.cat(outputs, dim=1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, relu=True, p={self.p}, groups={self.groups}"
@@ -285,21 +249,14 @@ class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
 
 
 def average(input: torch.Tensor, size: Any) -> torch.Tensor:
-    """Adaptive average pooling as two products, whose sums have one order.
-
-    Args:
-        input: [N, C, H, W].
-        size: (height, width) of the result.
-    """
+    """Adaptive average pooling of [N, C, H, W] as two products, whose sums have one order."""
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
-    rows, columns = (_shares(n, m, wide) for n, m in zip(input.shape[2:], size, strict=True))
+    shares = []  # [parts, length]: each part averages the elements it overlaps, as torch cuts them
+    for length, parts in zip(input.shape[2:], size, strict=True):
+        part = torch.arange(parts, device=input.device).unsqueeze(1)
+        first, last = part * length // parts, ((part + 1) * length - 1) // parts
+        element = torch.arange(length, device=input.device)
+        inside = (element >= first) & (element <= last)
+        shares.append(inside.to(wide.dtype) / (last - first + 1))
     with torch.autocast(input.device.type, enabled=False):
-        return (rows @ wide @ columns.t()).to(input.dtype)
-
-
-def _shares(length: int, parts: int, like: torch.Tensor) -> torch.Tensor:
-    """[parts, length]: each part averages the elements it overlaps, as torch cuts them."""
-    part = torch.arange(parts, device=like.device).unsqueeze(1)
-    first, last = part * length // parts, ((part + 1) * length - 1) // parts
-    element = torch.arange(length, device=like.device)
-    return ((element >= first) & (element <= last)).to(like.dtype) / (last - first + 1)
+        return (shares[0] @ wide @ shares[1].t()).to(input.dtype)
