@@ -44,7 +44,8 @@ def _layer(kind: str, index: int) -> Callable[[Variant], Variant]:
         """A layer with its ReLU and dropout; a pooling after it stays."""
         layers = list(getattr(variant, kind))
         layers[index] = replace(layers[index], removed=True)
-        return replace(variant, **{kind: tuple(layers)})
+        changed: dict[str, Any] = {kind: tuple(layers)}
+        return replace(variant, **changed)
 
     return remove
 

@@ -226,7 +226,8 @@ class AlexNet(nn.Module):
         """
         if scheme not in ("published", "he"):
             raise ValueError(f"scheme: expected 'published' or 'he', got {scheme!r}")
-        specs = (*self.variant.convolutions, *self.variant.fully_connected)
+        convolutions, connected = self.variant.convolutions, self.variant.fully_connected
+        specs: list[Convolution | FullyConnected] = [*convolutions, *connected]
         left = [spec for spec in specs if not spec.removed]
         layers = [m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         for layer, spec in zip(layers, left, strict=True):
@@ -328,13 +329,13 @@ def _init_layer(
     assert layer.bias is not None
     fan_in = layer.weight[0].numel()
     weight, bias = torch.empty(layer.weight.shape), torch.empty(layer.bias.shape)
-    if spec is not None and spec.weight_std is None:  # as nn.Conv2d and nn.Linear draw theirs
+    std, constant = (math.sqrt(2.0 / fan_in), 0.0) if spec is None else (spec.weight_std, spec.bias)
+    if std is None:  # as nn.Conv2d and nn.Linear draw theirs
         weight.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
         bias.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
     else:
-        std = math.sqrt(2.0 / fan_in) if spec is None else spec.weight_std
         weight.normal_(0.0, std, generator=generator)
-        bias.fill_(0.0 if spec is None else spec.bias)
+        bias.fill_(constant)
     layer.weight.copy_(weight)
     layer.bias.copy_(bias)
 

@@ -214,17 +214,17 @@ class LinearReLUDropout(CounterDropout, nn.Linear):
         return all(module.training for module in self._absorbed or (self,))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        options = (self.p, True, self.dropping)
+        options, (rng, row, feature) = (self.p, True, self.dropping), self.mask
         if self.groups == 1:  # chunk's backward would copy the gradients, of one chunk too
-            return kernels.linear_relu_dropout(input, self.weight, self.bias, *options, *self.mask)
-        rng, row, feature = self.mask
-        outputs = []
-        for x, *parameters in zip(
+            whole = (input, self.weight, self.bias)
+            return kernels.linear_relu_dropout(*whole, *options, rng, row, feature)
+        outputs: list[torch.Tensor] = []
+        for x, w, b in zip(
             input.chunk(self.groups, 1), self.weight.chunk(self.groups),
             self.bias.chunk(self.groups), strict=True,
         ):  # fmt: skip
-            outputs.append(kernels.linear_relu_dropout(x, *parameters, *options, rng, row, feature))
-            feature += outputs[-1].shape[1]
+            first = feature + len(outputs) * len(b)
+            outputs.append(kernels.linear_relu_dropout(x, w, b, *options, rng, row, first))
         return torch.cat(outputs, dim=1)
 
     def extra_repr(self) -> str:
@@ -259,4 +259,5 @@ def average(input: torch.Tensor, size: Any) -> torch.Tensor:
         inside = (element >= first) & (element <= last)
         shares.append(inside.to(wide.dtype) / (last - first + 1))
     with torch.autocast(input.device.type, enabled=False):
-        return (shares[0] @ wide @ shares[1].t()).to(input.dtype)
+        averaged: torch.Tensor = shares[0] @ wide @ shares[1].t()
+    return averaged.to(input.dtype)

@@ -37,7 +37,7 @@ from fastalex_kernels.common.arguments import (
 )
 from fastalex_kernels.common.backend import interpreted, target, use_triton
 from fastalex_kernels.common.blocks import join8
-from fastalex_kernels.common.launch import launch
+from fastalex_kernels.common.launch import call, launch
 from fastalex_kernels.conv2d.arguments import Padding
 
 BLOCK = 4  # the stride of a first convolution that reads blocks of pixels
@@ -89,35 +89,19 @@ def _load_pair(ptr, byte, size, inside):
 
 
 @triton.jit
-def _load_word(ptr, byte, size, inside):
-    """Bytes byte .. byte + 3 of an image of ``size`` bytes, and 0 for those beyond it."""
-    word = tl.zeros(byte.shape, tl.uint32)
-    for i in tl.static_range(4):
-        mask = inside & (byte + i >= 0) & (byte + i < size)
-        word |= tl.load(ptr + byte + i, mask=mask, other=0).to(tl.uint32) << (8 * i)
-    return word
-
-
-@triton.jit
-def _load_run(ptr, byte, size, inside, PAIRS: tl.constexpr):
+def _load_run(ptr, byte, size, inside):
     """The 12 bytes from ``byte`` on, as three words."""
-    if PAIRS:
-        first = byte & -8
-        p0 = _load_pair(ptr, first, size, inside)
-        p1 = _load_pair(ptr, first + 8, size, inside)
-        p2 = _load_pair(ptr, first + 16, size, inside & ((byte & 7) > 4))
-        odd = (byte & 4) != 0
-        low = tl.where(odd, (p0 >> 32) | (p1 << 32), p0)
-        high = tl.where(odd, (p1 >> 32) | (p2 << 32), p1)
-        shift = ((byte & 3) * 8).to(tl.uint64)
-        w0 = (low >> shift).to(tl.uint32)
-        w1 = (((low >> 32) | (high << 32)) >> shift).to(tl.uint32)
-        w2 = (high >> shift).to(tl.uint32)
-    else:
-        w0 = _load_word(ptr, byte, size, inside)
-        w1 = _load_word(ptr, byte + 4, size, inside)
-        w2 = _load_word(ptr, byte + 8, size, inside)
-    return w0, w1, w2
+    first = byte & -8
+    p0 = _load_pair(ptr, first, size, inside)
+    p1 = _load_pair(ptr, first + 8, size, inside)
+    p2 = _load_pair(ptr, first + 16, size, inside & ((byte & 7) > 4))
+    odd = (byte & 4) != 0
+    low = tl.where(odd, (p0 >> 32) | (p1 << 32), p0)
+    high = tl.where(odd, (p1 >> 32) | (p2 << 32), p1)
+    shift = ((byte & 3) * 8).to(tl.uint64)
+    w0 = (low >> shift).to(tl.uint32)
+    w1 = (((low >> 32) | (high << 32)) >> shift).to(tl.uint32)
+    return w0, w1, (high >> shift).to(tl.uint32)
 
 
 @triton.jit
@@ -173,7 +157,7 @@ def _load3(ptr, index, PRESENT: tl.constexpr, DEFAULT: tl.constexpr):
 
 @triton.jit
 def _augment_kernel(
-    images_ptr,  # uint8 [N, H, W, 3]
+    images_ptr,  # uint8 [N, H, W, 3], in whole aligned words of 8 bytes
     tops_ptr,  # int [N]
     lefts_ptr,  # int [N]
     mirrors_ptr,  # uint8 [N]
@@ -191,7 +175,6 @@ def _augment_kernel(
     PAD_TOP: tl.constexpr,
     PAD_LEFT: tl.constexpr,
     COLUMNS: tl.constexpr,  # an item is 16 / COLUMNS lines of this many pixels
-    PAIRS: tl.constexpr,  # every aligned 8 bytes that hold one of the images' lie inside them
     HAS_COLORS: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     HAS_MEAN_IMAGE: tl.constexpr,
@@ -216,7 +199,7 @@ def _augment_kernel(
 
     # An image need not start at a multiple of 8 bytes: count from the one before.
     start = n.to(tl.int64) * (H * W * 3)
-    skip = (start % 8).to(tl.int32) if PAIRS else 0
+    skip = (start % 8).to(tl.int32)
     image_ptr = images_ptr + (start - skip)
     words = ()
     means = ()
@@ -226,7 +209,7 @@ def _augment_kernel(
         inside = live & (row >= 0) & (row < SIZE) & (column > -4) & (column < SIZE)
         source = left + tl.where(mirrored, SIZE - 4 - column, column)
         byte = skip + ((top + row) * W + source) * 3
-        w0, w1, w2 = _load_run(image_ptr, byte, skip + H * W * 3, inside, PAIRS)
+        w0, w1, w2 = _load_run(image_ptr, byte, skip + H * W * 3, inside)
         v0, v1, v2 = _exchange_pixels(w0, w1, w2)
         w0 = tl.where(mirrored, v0, w0)
         w1 = tl.where(mirrored, v1, w1)
@@ -296,23 +279,26 @@ def augment_forward(
         [N, size, size, 3], or [P, Q, N, 48].
     """
     (N, H, W, _), (mean, scale, centred) = images.shape, norm
-    top = left = 0
-    height = width = size
-    if conv1 is not None:
-        (top, bottom), (left, right) = conv1[0]
-        rest = -conv1[1] % BLOCK
-        height, width = size + top + bottom + rest, size + left + right + rest
-    P, Q = (height, triton.cdiv(width, 16)) if conv1 is None else (height // BLOCK, width // BLOCK)
-    shape = (N, height, width, 3) if conv1 is None else (P, Q, N, 48)
-    out = images.new_empty(shape, dtype=dtype)
+    if images.numel() % 8 or not aligned(images):
+        words = images.new_empty(images.numel() + 7)  # all of the last 8 bytes can be read
+        call(words[: images.numel()].view(images.shape).copy_, images)
+        images = words
+    if conv1 is None:
+        top = left = 0
+        P, Q, width = size, triton.cdiv(size, 16), size
+        out = images.new_empty((N, size, size, 3), dtype=dtype)
+    else:
+        ((top, bottom), (left, right)), rest = conv1[0], -conv1[1] % BLOCK
+        P, Q = (size + top + bottom + rest) // BLOCK, (size + left + right + rest) // BLOCK
+        width = Q * BLOCK
+        out = images.new_empty((P, Q, N, 48), dtype=dtype)
     items = _INTERPRETER_ITEMS if target(images.device) == "interpreter" else _ITEMS
     launch(
         _augment_kernel, (triton.cdiv(P * Q, items) * N,), images, *crops,
         *(images if x is None else x for x in (colors, mean, scale)), out, N, H=H, W=W, SIZE=size,
-        P=P, Q=Q, WIDTH=width if conv1 is None else Q * BLOCK, PAD_TOP=top, PAD_LEFT=left,
+        P=P, Q=Q, WIDTH=width, PAD_TOP=top, PAD_LEFT=left,
         COLUMNS=16 if conv1 is None else BLOCK,
-        PAIRS=images.numel() % 8 == 0 and aligned(images), HAS_COLORS=colors is not None,
-        HAS_MEAN=mean is not None and mean.dim() == 1,
+        HAS_COLORS=colors is not None, HAS_MEAN=mean is not None and mean.dim() == 1,
         HAS_MEAN_IMAGE=mean is not None and mean.dim() == 3,
         CENTRED=centred, HAS_SCALE=scale is not None, ITEMS=items, num_warps=4,
         counted=max(P * Q, H * W * 3),
@@ -359,12 +345,13 @@ def augment(
     if dtype == torch.float64 or not use_triton(images):
         crops = crops._replace(mirrors=crops.mirrors.bool())
         return aten.augment(images, crops, colors, norm, size, dtype).permute(0, 3, 1, 2)
-    dense = lambda x: x.contiguous() if isinstance(x, torch.Tensor) else x  # noqa: E731
-    tops, lefts, mirrors = map(dense, crops)
-    crops, norm = Crops(tops, lefts, mirrors.view(torch.uint8)), PixelNorm(*map(dense, norm))
+    tops, lefts, mirrors = (x.contiguous() for x in crops)
+    crops = Crops(tops, lefts, mirrors.view(torch.uint8))
+    colors, mean, scale = (None if x is None else x.contiguous() for x in (colors, *norm[:2]))
+    norm = PixelNorm(mean, scale, norm.centred)
     # The interpreter cannot round to bfloat16.
     stored = torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype
-    out = augment_forward(dense(images), crops, dense(colors), norm, size, stored)
+    out = augment_forward(images.contiguous(), crops, colors, norm, size, stored)
     return out.to(dtype).permute(0, 3, 1, 2)
 
 

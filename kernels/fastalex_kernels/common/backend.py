@@ -34,7 +34,17 @@ _choice = _Choice()
 
 
 @contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
+def replaced(holder: object, name: str, value: object) -> Iterator[None]:
+    """Set an attribute inside the ``with`` block."""
+    previous = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, previous)
+
+
+def backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Choose what runs the functions of this package inside the ``with`` block, in this thread.
 
     Args:
@@ -47,25 +57,18 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    previous, _choice.name = _choice.name, name
-    try:
-        yield
-    finally:
-        _choice.name = previous
+    return replaced(_choice, "name", name)
 
 
-@contextlib.contextmanager
-def record_launches(target_name: str, recorder: Recorder) -> Iterator[None]:
+def record_launches(
+    target_name: str, recorder: Recorder
+) -> contextlib.AbstractContextManager[None]:
     """Hand this thread's launches to ``recorder(kernel, grid, args, kwargs)`` as on a target.
 
     ``target`` answers with ``target_name`` meanwhile. Offline compilation and the roofline report
     read every launch of a step this way.
     """
-    previous, _choice.recorder = _choice.recorder, (target_name, recorder)
-    try:
-        yield
-    finally:
-        _choice.recorder = previous
+    return replaced(_choice, "recorder", (target_name, recorder))
 
 
 def chosen() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,8 +55,7 @@ def execute(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Run a launch, or hand it to whoever records; returns what ``run`` does."""
-    recorder = backend.recorder()
-    return (recorder or run)(kernel, grid, args, kwargs)
+    return (backend.recorder() or run)(kernel, grid, args, kwargs)
 
 
 def run(
@@ -70,10 +69,8 @@ def run(
     first = next(a for a in args if isinstance(a, torch.Tensor))
     if isinstance(kernel, InterpretedFunction) or not first.is_cuda:
         return interpret(kernel, grid, args, kwargs)
-    guard = (
-        torch.cuda.device(first.device) if first.device.type == "cuda" else contextlib.nullcontext()
-    )
-    with guard:
+    is_gpu = first.device.type == "cuda"
+    with torch.cuda.device(first.device) if is_gpu else contextlib.nullcontext():
         return kernel[grid](*args, **kwargs)
 
 
@@ -117,14 +114,9 @@ def interpret(
             patched.restore()
 
 
-@contextlib.contextmanager
-def collecting(program: Any) -> Iterator[None]:
+def collecting(program: Any) -> contextlib.AbstractContextManager[None]:
     """Let ``program`` collect this thread's launches and calls inside the ``with`` block."""
-    previous, _collecting.program = _collecting.program, program
-    try:
-        yield
-    finally:
-        _collecting.program = previous
+    return backend.replaced(_collecting, "program", program)
 
 
 def call(function: Callable[..., Any], *arguments: Any, **options: Any) -> None:

@@ -15,14 +15,15 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
 
-from fastalex_kernels.common.backend import device_name, target
+from fastalex_kernels.common.backend import device_name, replaced, target
 
 VARIABLE = "FASTALEX_TILES"
 # Of the largest GPU of a target. What is chosen by them is a speed, and the same everywhere.
@@ -50,18 +51,12 @@ FIELDS = {  # what a tile holds, by kernel; a name's first word is the op, a fol
 _FOLDERS = {"lrn": "lrn_pool", "pool": "lrn_pool"}  # of ops that bear another name
 _OPS = {name: _FOLDERS.get(name.split()[0], name.split()[0]) for name in FIELDS}
 
-_chooser: Callable[[Key, Tile], Tile] | None = None  # not a context variable: backward has threads
+_choice: Any = SimpleNamespace(chooser=None)  # not of a thread: backward has threads
 
 
-@contextlib.contextmanager
-def choosing(chooser: Callable[[Key, Tile], Tile]) -> Iterator[None]:
+def choosing(chooser: Callable[[Key, Tile], Tile]) -> contextlib.AbstractContextManager[None]:
     """Let ``chooser(key, tile)`` say which tile is taken instead of ``tile``, the tables' own."""
-    global _chooser
-    previous, _chooser = _chooser, chooser
-    try:
-        yield
-    finally:
-        _chooser = previous
+    return replaced(_choice, "chooser", chooser)
 
 
 def tile_entry(tiles: Tiles, x: torch.Tensor, kernel: str, *sizes: int) -> Tile:
@@ -75,8 +70,8 @@ def tuned(own: Tile, x: torch.Tensor, kernel: str, *sizes: int) -> Tile:
     """What was found best for ``kernel``, one of ``FIELDS``, on operands like x; or ``own``."""
     kind = "tf32" if dot_precision(x, kernel) == "tf32" else str(x.dtype).removeprefix("torch.")
     key = (kernel, kind, sizes)
-    if _chooser is not None:
-        return _chooser(key, own)
+    if _choice.chooser is not None:
+        return tuple(_choice.chooser(key, own))
     device = device_name(x.device)
     return own if device is None else _table(device).get(key, own)
 

@@ -118,13 +118,7 @@ def _conv2d_bwd_input_columns_kernel(
 
 
 def pixels_as_columns(dz: torch.Tensor, w: torch.Tensor, groups: int) -> int:
-    """Pixels of a program, 0 where the kernel with one pixel does as well or has to do.
-
-    Args:
-        dz: [P, Q, N, G * K].
-        w: packed weight [R, S, C, G * K].
-        groups: G.
-    """
+    """Pixels of a program, 0 where the kernel with one pixel does as well or has to do."""
     (_, S, C, columns), N = w.shape, dz.shape[2]
     fits = tma_fits(groups, dz, w) and N % _BLOCK_M == 0 and columns // groups % _BLOCK_K == 0
     counts = [t for t in (2, 3, 4) if t <= S and t * C in (_BLOCK_N, _BLOCK_N * 3 // 2)]
@@ -139,32 +133,20 @@ def conv2d_backward_input_columns(
     groups: int,
     pixels: int,
 ) -> torch.Tensor:
-    """dx [N, G * C, H, W], HWNC in memory, of dz [P, Q, N, G * K] and the packed weight.
-
-    Args:
-        dz: gradient before the ReLU.
-        w: [R, S, C, G * K].
-        size: (H, W).
-        padding: of the forward pass.
-        groups: G.
-        pixels: as ``pixels_as_columns`` gives them.
-    """
+    """dx [N, G * C, *size], HWNC in memory, of dz [P, Q, N, G * K] and w [R, S, C, G * K]."""
     (P, Q, N, columns), (R, S, C, _), (H, W) = dz.shape, w.shape, size
     output = empty_nchw(dz, (N, groups * C, H, W))
-    dx = as_hwnc(output)
     tail = pixels * C - _BLOCK_N
-    weights = w.view(R, S * C, columns)
-    descriptors = (
-        TensorDescriptor.from_tensor(dz.view(-1, columns), [_BLOCK_M, _BLOCK_K]),
-        TensorDescriptor.from_tensor(weights, [1, _BLOCK_N, _BLOCK_K]),
-        TensorDescriptor.from_tensor(weights, [1, tail or _BLOCK_N, _BLOCK_K]),
-    )
+    rows, weights = dz.view(-1, columns), w.view(R, S * C, columns)
     launch(
         _conv2d_bwd_input_columns_kernel,
-        (H * triton.cdiv(W, pixels) * (N // _BLOCK_M), groups), *descriptors, dx,
-        N, H, W, P, Q, G=groups, C=C, K=columns // groups, R=R, S=S, TOP=padding[0][0],
-        LEFT=padding[1][0], PIXELS=pixels, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, TAIL_N=tail,
-        BLOCK_K=_BLOCK_K, num_warps=_WARPS, num_stages=_STAGES,
+        (H * triton.cdiv(W, pixels) * (N // _BLOCK_M), groups),
+        TensorDescriptor.from_tensor(rows, [_BLOCK_M, _BLOCK_K]),
+        *(TensorDescriptor.from_tensor(weights, [1, n or _BLOCK_N, _BLOCK_K])
+          for n in (_BLOCK_N, tail)),
+        as_hwnc(output), N, H, W, P, Q, G=groups, C=C, K=columns // groups, R=R, S=S,
+        TOP=padding[0][0], LEFT=padding[1][0], PIXELS=pixels, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N,
+        TAIL_N=tail, BLOCK_K=_BLOCK_K, num_warps=_WARPS, num_stages=_STAGES,
         counted=max(P * Q * N, H * W * N, pixels * N * groups * C),
     )  # fmt: skip
     return output

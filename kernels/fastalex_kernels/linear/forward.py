@@ -230,7 +230,7 @@ class _Product:
         blocked = (self.M, self.N, self.K)
         self.tile = product_tile(_TILES, a, "linear", blocked, *self.sizes)
         self.steps: int = triton.cdiv(self.K, self.tile["BLOCK_K"])
-        self.blocks = (
+        self.blocks: tuple[int, int] = (
             triton.cdiv(self.N, self.tile["BLOCK_N"]), triton.cdiv(self.M, self.tile["BLOCK_M"])
         )  # fmt: skip
 
@@ -246,7 +246,8 @@ class _Product:
 
     def tuned(self, parts: int, kernel: str, a: torch.Tensor) -> int:
         """What was found to be better than ``parts``."""
-        return tuned((parts,), a, kernel, *self.sizes, math.prod(self.blocks), self.steps)[0]
+        (best,) = tuned((parts,), a, kernel, *self.sizes, math.prod(self.blocks), self.steps)
+        return best
 
     def multiply(
         self, a: torch.Tensor, w: torch.Tensor, out: torch.Tensor, epilogue: Epilogue = _SUMS

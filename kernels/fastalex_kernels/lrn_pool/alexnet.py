@@ -274,11 +274,16 @@ def _lrn_max_pool2d_chunks_fwd_kernel(
 
 
 @triton.jit
-def _scaled(dy, a, d):
-    """dy d^-0.75, and that times a / d."""
-    root = tl.math.rsqrt(d)
-    z = dy * (root * tl.sqrt(root))
-    return z, z * a * (root * root)
+def _scaled8(dy, a, d):
+    """dy d^-0.75 of 8 columns, and that times a / d."""
+    z = ()
+    t = ()
+    for i in tl.static_range(8):
+        root = tl.math.rsqrt(d[i])
+        scaled = dy[i] * (root * tl.sqrt(root))
+        z += (scaled,)
+        t += (scaled * a[i] * (root * root),)
+    return z, t
 
 
 @triton.jit
@@ -292,11 +297,7 @@ def _lrn_bwd_pixel(
     With MASK it is zero where x is, and ``total`` grows by it.
     """
     a, d = _denominators(x_ptr, chunk, mask, left, right, START, EVEN, T)
-    y, z, t = _split8(dy, T), (), ()
-    for i in tl.static_range(8):
-        z_i, t_i = _scaled(y[i], a[i], d[i])
-        z += (z_i,)  # type: ignore[assignment]
-        t += (t_i,)  # type: ignore[assignment]
+    z, t = _scaled8(_split8(dy, T), a, d)
     lane = tl.arange(0, T)
     before = tl.maximum(lane - 1, 0)
     after = tl.minimum(lane + 1, T - 1)

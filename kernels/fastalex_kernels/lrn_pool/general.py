@@ -200,25 +200,24 @@ def _lrn_max_pool2d_bwd_kernel(
     tl.store(dx_ptr + offs, grad.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _constants(pooling: Pooling, channels: int) -> dict[str, Any]:
+def _options(
+    x: torch.Tensor, rows: int, pooling: Pooling, warps: int, kernel: str, sizes: tuple[int, ...]
+) -> dict[str, Any]:
+    """Constants and block of a kernel that goes over so many rows of maps like x [..., G*C]."""
     norm, groups, window = pooling
+    C = x.shape[3] // groups
     n = norm or Norm(size=1, scale=0.0, beta=1.0, offset=1.0)
-    return {
-        "G": groups, "C": channels, "LRN": norm is not None,
-        "SIZE": min(n.size, max(2 * channels - 1, 1)),  # what reaches every channel from any
-        "SCALE": n.scale, "BETA": n.beta, "OFFSET": n.offset,
-        "WINDOW": window.size, "STRIDE": window.stride,
-    }  # fmt: skip
-
-
-def _blocks(
-    x: torch.Tensor, rows: int, channels: int, warps: int, kernel: str, *sizes: int
-) -> dict[str, int]:
-    block_c = triton.next_power_of_2(channels)
+    block_c = triton.next_power_of_2(C)
     block = _INTERPRETER_BLOCK if interpreted() else _BLOCK * warps
     block_m = max(1, min(triton.next_power_of_2(max(rows, 1)), block // block_c))
-    block_m, warps = tuned((block_m, warps), x, kernel, *sizes)
-    return {"BLOCK_M": block_m, "BLOCK_C": block_c, "num_warps": warps}
+    keys = (*sizes, x.shape[3], groups, *window, int(norm is not None))
+    block_m, warps = tuned((block_m, warps), x, kernel, *keys)
+    return {
+        "G": groups, "C": C, "LRN": norm is not None,
+        "SIZE": min(n.size, max(2 * C - 1, 1)),  # what reaches every channel from any
+        "SCALE": n.scale, "BETA": n.beta, "OFFSET": n.offset, "WINDOW": window.size,
+        "STRIDE": window.stride, "BLOCK_M": block_m, "BLOCK_C": block_c, "num_warps": warps,
+    }  # fmt: skip
 
 
 def lrn_max_pool2d_forward(
@@ -235,12 +234,10 @@ def lrn_max_pool2d_forward(
     if norm is not None and alexnet.fits(x, norm, groups, window):
         alexnet.forward(x, y, argmax, norm, groups, save)
         return output, argmax
-    sizes = (N, H, W, P, Q, GC, groups, *window, int(norm is not None))
-    blocks = _blocks(x, Q * N, GC // groups, 4, "pool forward", *sizes)
-    grid = (triton.cdiv(Q * N, blocks["BLOCK_M"]), P, groups)
+    options = _options(x, Q * N, pooling, 4, "pool forward", (N, H, W, P, Q))
     launch(
-        _lrn_max_pool2d_fwd_kernel, grid, x, y, argmax, N, H, W, Q, SAVE=save,
-        **_constants(pooling, GC // groups), **blocks, counted=H * W * N,
+        _lrn_max_pool2d_fwd_kernel, (triton.cdiv(Q * N, options["BLOCK_M"]), P, groups),
+        x, y, argmax, N, H, W, Q, SAVE=save, **options, counted=H * W * N,
     )  # fmt: skip
     return output, argmax
 
@@ -273,13 +270,12 @@ def lrn_max_pool2d_backward(
         return result, None if sums is None else fold(sums)
     # A program leaves one row of sums: fewer, larger ones where they take few registers.
     warps = 4 if norm is not None else 16
-    sizes = (N, H, W, P, Q, GC, groups, *window, int(norm is not None))
-    blocks = _blocks(dy, W * N, GC // groups, warps, "pool backward", *sizes)
-    grid = (triton.cdiv(W * N, blocks["BLOCK_M"]), H, groups)
+    options = _options(dy, W * N, pooling, warps, "pool backward", (N, H, W, P, Q))
+    grid = (triton.cdiv(W * N, options["BLOCK_M"]), H, groups)
     sums = dx.new_empty((grid[0] * H if mask else 0, GC), dtype=torch.float32)
     launch(
         _lrn_max_pool2d_bwd_kernel, grid, dy if x is None else x, dy, argmax, dx,
-        dy if y is None else y, sums if mask else dx, N, W, P, Q, MASK=mask,
-        **_constants(pooling, GC // groups), **blocks, counted=H * W * N,
+        dy if y is None else y, sums if mask else dx, N, W, P, Q, MASK=mask, **options,
+        counted=H * W * N,
     )  # fmt: skip
     return result, fold(sums) if mask else None

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
+from fastalex_kernels.common.layout import as_hwnc
+from fastalex_kernels.conv2d.columns import pixels_as_columns
+from fastalex_kernels.conv2d.forward import pack_weight
+from tests.kernels._oracle import Case, check, conv, make_inputs
 from tests.kernels.test_gpu import (
     test_augment,
     test_bfloat16,
@@ -23,3 +30,19 @@ __all__ = [
     "test_same_bits_again",
     "test_tf32",
 ]
+
+# 64 channels make 128 columns of two pixels; 96 make 192, 64 of them in a tail.
+COLUMNS = [
+    conv("columns", (128, 64, 2, 3), 64, 3, padding=1),
+    conv("columns-tail", (128, 192, 2, 3), 128, 2, padding=((1, 0), (0, 1)), groups=2),
+]
+
+
+@pytest.mark.parametrize("case", COLUMNS, ids=str)
+def test_an_input_gradient_in_columns(case: Case) -> None:
+    """It needs 128 images, which no step here has."""
+    x, w, *_ = make_inputs(case, torch.bfloat16, "cuda")
+    groups = case.arguments.get("groups", 1)
+    dz = as_hwnc(x.new_empty((128, w.shape[0], 2, 3)))
+    assert pixels_as_columns(dz, pack_weight(w.detach()), groups) == 2
+    check(case, torch.bfloat16, "cuda")
