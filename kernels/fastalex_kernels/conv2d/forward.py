@@ -306,12 +306,13 @@ def _forward_tile(x: torch.Tensor, kernel: str, sizes: tuple[int, ...]) -> dict[
     if target(x.device) == "interpreter":
         (n, tail_n), (k, tail_k) = (cut(block_n, K), 0), (cut(block_k, C), 0)
     else:
-        (n, tail_n), (k, tail_k) = split_channels(block_n, K), split_channels(block_k, C)
+        n, tail_n = split_channels(block_n, K, max(16, block_n // 2))
+        k, tail_k = split_channels(block_k, C)
     if tail_k and k + tail_k != C:  # a tail ends every tap, so there is one chunk a tap
         k, tail_k = cut(block_k, C), 0
     if tail_k and bits == 32:  # 32 + 16 spill
         k, tail_k = tail_k, 0
-    if n < block_n // 2 or (tail_n and tail_k):
+    if tail_n and tail_k:
         n, tail_n = cut(block_n, K), 0
     if tail_n and N % block_m and target(x.device) == "sm_80" and TRITON < (3, 9):
         k = min(k, 32)  # 64 with masked rows spill there

@@ -33,13 +33,16 @@ def halved_warps(warps: int, block_m: int, block_n: int, bits: int) -> int:
     return warps if bits == 32 or block_m * block_n > 64 * 128 else min(warps, 4)
 
 
-def split_channels(block: int, size: int) -> tuple[int, int]:
-    """(block, tail) that fill ``size`` channels exactly where two powers of two can."""
+def split_channels(block: int, size: int, least: int = 16) -> tuple[int, int]:
+    """(block, tail) that fill ``size`` channels exactly where two powers of two can.
+
+    The first is at least ``least``; else it is ``block``, cut to the size.
+    """
     for main in (block, block // 2):
-        if main >= 16 and size % main == 0:
-            return main, 0
         tail = main // 2
-        if tail >= 16 and size % (main + tail) == 0:
+        if main >= least and size % main == 0:
+            return main, 0
+        if main >= least and tail >= 16 and size % (main + tail) == 0:
             return main, tail
     return cut(block, size), 0
 

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from fastalex_kernels.common.backend import target
 from fastalex_kernels.common.launch import launch
-from fastalex_kernels.common.tuned import PROCESSORS, cut, dot_precision, tile_entry, tuned
+from fastalex_kernels.common.tuned import PROCESSORS, dot_precision, tile_entry, tuned
 from fastalex_kernels.conv2d.arguments import Padding
 from fastalex_kernels.conv2d.tiles import halved_warps, row_blocks, split_channels, tma_fits
 
@@ -290,12 +290,8 @@ def _weight_tile(
     line has borders, that needs blocks of rows of one pixel.
     """
     block_m, block_n, block_k = blocks
-    m, tail_m = split_channels(block_m, C)
-    n, tail_n = split_channels(block_n, K)
-    if m < min(block_m, 128):
-        m, tail_m = cut(block_m, C), 0
-    if n < min(block_n, 128):
-        n, tail_n = cut(block_n, K), 0
+    m, tail_m = split_channels(block_m, C, min(block_m, 128))
+    n, tail_n = split_channels(block_n, K, min(block_n, 128))
     if tail_n and target(x.device) == "sm_80":  # registers: 192 x 192 spill, and 128 x 192 x 64
         if tail_m:
             n, tail_n = n // 2, tail_n // 2

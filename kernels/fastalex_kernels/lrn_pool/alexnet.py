@@ -123,14 +123,14 @@ def _load2(x_ptr, chunk, PAIR: tl.constexpr, mask):
 
 
 @triton.jit
-def _denominators(
-    x_ptr, chunk, mask, left, right, START: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr
-):  # fmt: skip
+def _denominators(x_ptr, chunks, START: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr):
     """The 8 values of each chunk, and START + the sum of squares in the window of each of them.
 
+    ``chunks`` are their numbers, and whether they and their neighbours on either side are there.
     Every window is two neighbouring pairs of channels and one more, so it is enough to start
     every other pair at START.
     """
+    chunk, mask, left, right = chunks
     a0, a1, a2, a3, a4, a5, a6, a7 = _load8(x_ptr, chunk, mask, EVEN, T)
     b0, b1 = _load2(x_ptr, chunk, -1, left)
     c0, c1 = _load2(x_ptr, chunk, 4, right)
@@ -162,10 +162,9 @@ def _key(a, d, SIGNED: tl.constexpr):
 
 @triton.jit
 def _column_keys(
-    x_ptr, chunk, mask, left, right,
-    START: tl.constexpr, SIGNED: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr,
+    x_ptr, chunks, START: tl.constexpr, SIGNED: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr
 ):  # fmt: skip
-    a, d = _denominators(x_ptr, chunk, mask, left, right, START, EVEN, T)
+    a, d = _denominators(x_ptr, chunks, START, EVEN, T)
     keys = ()
     for i in tl.static_range(8):
         keys += (_key(a[i], d[i], SIGNED),)  # type: ignore[assignment]
@@ -182,7 +181,7 @@ def _max3(k0, k1, k2, first):
 
 @triton.jit
 def _row_keys(
-    x_ptr, h, w, W, pixel, chunk, mask, left, right, first,
+    x_ptr, h, w, W, pixel, chunks, first,
     START: tl.constexpr, SIGNED: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr,
     STRIP: tl.constexpr,
 ):  # fmt: skip
@@ -192,10 +191,10 @@ def _row_keys(
     """
     row = x_ptr + (h * W).to(tl.int64) * pixel
     x_ptr = row + w * pixel
-    keys = (_column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T),)
+    keys = (_column_keys(x_ptr, chunks, START, SIGNED, EVEN, T),)
     for i in tl.static_range(1, 2 * STRIP + 1):
         x_ptr = row + tl.minimum(w + i, W - 1) * pixel
-        keys += (_column_keys(x_ptr, chunk, mask, left, right, START, SIGNED, EVEN, T),)  # type: ignore[assignment]
+        keys += (_column_keys(x_ptr, chunks, START, SIGNED, EVEN, T),)  # type: ignore[assignment]
     maxima = ()
     for i in tl.static_range(STRIP):
         maxima += (_max3(keys[2 * i], keys[2 * i + 1], keys[2 * i + 2], first),)  # type: ignore[assignment]
@@ -236,12 +235,11 @@ def _lrn_max_pool2d_chunks_fwd_kernel(
     T: tl.constexpr,
     STRIP: tl.constexpr,  # pooled columns of a program
 ):
-    chunks = N * (C // 8)
+    count = N * (C // 8)
     chunk = tl.program_id(0) * T + tl.arange(0, T)
-    mask = chunk < chunks
+    mask = chunk < count
     place = chunk % GROUP
-    left = mask & (place != 0)
-    right = mask & (place != GROUP - 1)
+    chunks = (chunk, mask, mask & (place != 0), mask & (place != GROUP - 1))
     q = tl.program_id(1) * STRIP
     p_first = tl.program_id(2) * rows_per_program
     pixel = tl.cast(N, tl.int64) * C
@@ -257,8 +255,8 @@ def _lrn_max_pool2d_chunks_fwd_kernel(
             best += (row[i] + 6,)  # type: ignore[assignment]
         for h in range(tl.where(p < p_first, 2 * p + 2, 2 * p + 1), 2 * p + 3):
             row = _row_keys(
-                x_ptr, tl.minimum(h, H - 1), 2 * q, W, pixel, chunk, mask, left, right,
-                9 + 3 * (2 * p + 2 - h), START, SIGNED, EVEN, T, STRIP,
+                x_ptr, tl.minimum(h, H - 1), 2 * q, W, pixel, chunks, 9 + 3 * (2 * p + 2 - h),
+                START, SIGNED, EVEN, T, STRIP,
             )  # fmt: skip
             maxima = ()
             for i in tl.static_range(STRIP):
@@ -288,15 +286,15 @@ def _scaled8(dy, a, d):
 
 @triton.jit
 def _lrn_bwd_pixel(
-    x_ptr, dx_ptr, dy, total, chunk, mask, left, right,
-    START: tl.constexpr, UNIT: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
-    T: tl.constexpr,
+    x_ptr, dx_ptr, dy, total, chunks, START: tl.constexpr, UNIT: tl.constexpr,
+    MASK: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one pixel of x, from dy [T, 8], that of its normalised values.
 
     With MASK it is zero where x is, and ``total`` grows by it.
     """
-    a, d = _denominators(x_ptr, chunk, mask, left, right, START, EVEN, T)
+    a, d = _denominators(x_ptr, chunks, START, EVEN, T)
+    chunk, mask, left, right = chunks
     z, t = _scaled8(_split8(dy, T), a, d)
     lane = tl.arange(0, T)
     before = tl.maximum(lane - 1, 0)
@@ -382,8 +380,7 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
     chunk = tl.where(lane < USED, tl.program_id(0) * USED + lane, chunks)
     mask = chunk < chunks
     place = chunk % GROUP
-    left = mask & (place != 0)
-    right = mask & (place != GROUP - 1)
+    here = (chunk, mask, mask & (place != 0), mask & (place != GROUP - 1))
     q = tl.program_id(1)
     p_first = tl.program_id(2) * rows_per_program
     pixel = tl.cast(N, tl.int64) * C
@@ -398,30 +395,26 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
         grad = tl.where(at == 0, dy, 0.0) + tl.where(at_l == 2, dy_l, 0.0)
         grad += tl.where(at_a == 6, dy_a, 0.0) + tl.where(at_al == 8, dy_al, 0.0)
         total = _lrn_bwd_pixel(
-            x_ptr + base, dx_ptr + base, grad, total, chunk, mask, left, right,
-            START, UNIT, MASK, EVEN, T,
-        )  # fmt: skip
+            x_ptr + base, dx_ptr + base, grad, total, here, START, UNIT, MASK, EVEN, T
+        )
         if 2 * q + 1 < W:
             grad = tl.where(at == 1, dy, 0.0) + tl.where(at_a == 7, dy_a, 0.0)
-            here = base + pixel
+            at_x = base + pixel
             total = _lrn_bwd_pixel(
-                x_ptr + here, dx_ptr + here, grad, total, chunk, mask, left, right,
-                START, UNIT, MASK, EVEN, T,
-            )  # fmt: skip
+                x_ptr + at_x, dx_ptr + at_x, grad, total, here, START, UNIT, MASK, EVEN, T
+            )
         if 2 * p + 1 < H:
-            here = base + W * pixel
+            at_x = base + W * pixel
             grad = tl.where(at == 3, dy, 0.0) + tl.where(at_l == 5, dy_l, 0.0)
             total = _lrn_bwd_pixel(
-                x_ptr + here, dx_ptr + here, grad, total, chunk, mask, left, right,
-                START, UNIT, MASK, EVEN, T,
-            )  # fmt: skip
+                x_ptr + at_x, dx_ptr + at_x, grad, total, here, START, UNIT, MASK, EVEN, T
+            )
             if 2 * q + 1 < W:
-                here = base + (W + 1) * pixel
+                at_x = base + (W + 1) * pixel
                 grad = tl.where(at == 4, dy, 0.0)
                 total = _lrn_bwd_pixel(
-                    x_ptr + here, dx_ptr + here, grad, total, chunk, mask, left, right,
-                    START, UNIT, MASK, EVEN, T,
-                )  # fmt: skip
+                    x_ptr + at_x, dx_ptr + at_x, grad, total, here, START, UNIT, MASK, EVEN, T
+                )
         dy_al, at_al, dy_a, at_a = dy_l, at_l, dy, at
     if MASK:
         _store_sums(sum_ptr, total, chunk, lane, C // 8, T)
