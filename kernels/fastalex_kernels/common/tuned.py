@@ -30,7 +30,7 @@ VARIABLE = "FASTALEX_TILES"
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 
 Tile = tuple[int, ...]
-Tiles = Mapping[Any, Tile]  # by target, and bits of an operand or "tf32"
+Tiles = Mapping[Any, Tile]  # by target and bits of an operand, "tf32" or any
 Key = tuple[str, str, tuple[int, ...]]  # kernel, kind of operand, sizes of the problem
 
 _PRODUCT = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
@@ -62,8 +62,8 @@ def choosing(chooser: Callable[[Key, Tile], Tile]) -> contextlib.AbstractContext
 def tile_entry(tiles: Tiles, x: torch.Tensor, kernel: str, *sizes: int) -> Tile:
     """The tile of a problem of ``sizes``: tuned on this GPU, or what a table holds for ``x``."""
     name, bits = target(x.device), 8 * x.element_size()
-    own = tiles.get((name, bits)) or tiles["other", bits]
-    return tuned(tiles.get((name, dot_precision(x, kernel)), own), x, kernel, *sizes)
+    kinds = ((name, dot_precision(x, kernel)), (name, bits), name, ("other", bits))
+    return tuned(next(tiles[kind] for kind in kinds if kind in tiles), x, kernel, *sizes)
 
 
 def tuned(own: Tile, x: torch.Tensor, kernel: str, *sizes: int) -> Tile:

@@ -57,8 +57,7 @@ _FORWARD_TILES = {
     ("sm_90", "tf32"): (128, 128, 32, 8, 3),
     ("sm_90", 32): (64, 64, 32, 8, 4 if TRITON < (3, 9) else 3),  # each spills with the other
     ("other", 32): (64, 64, 32, 8, 3),
-    ("interpreter", 16): (2048, 512, 512, 4, 1),  # where an operation costs the same at any size
-    ("interpreter", 32): (2048, 512, 512, 4, 1),
+    "interpreter": (2048, 512, 512, 4, 1),  # where an operation costs the same at any size
 }
 
 

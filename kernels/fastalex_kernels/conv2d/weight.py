@@ -39,8 +39,7 @@ _WEIGHT_TILES = {
     ("sm_80", "tf32"): (128, 64, 32, 8, 3),
     ("sm_90", "tf32"): (128, 128, 32, 8, 3),
     ("other", 32): (64, 64, 32, 8, 3),
-    ("interpreter", 16): (2048, 512, 512, 4, 1),
-    ("interpreter", 32): (2048, 512, 512, 4, 1),
+    "interpreter": (2048, 512, 512, 4, 1),
 }
 _MOST_SUMS = 5 * 64 * 128  # that a program of 8 warps holds: 160 registers a thread
 # The reduction is split over programs, of which one runs on a processor.

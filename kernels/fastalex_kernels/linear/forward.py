@@ -37,8 +37,7 @@ _TILES = {
     ("gfx942", 16): (128, 64, 64, 4, 2),
     ("other", 16): (128, 64, 64, 8, 3),
     ("other", 32): (64, 32, 32, 4, 2),  # 64 x 64 spills
-    ("interpreter", 16): (1024, 1024, 1024, 4, 1),
-    ("interpreter", 32): (1024, 1024, 1024, 4, 1),
+    "interpreter": (1024, 1024, 1024, 4, 1),
 }
 _PROGRAMS = 256  # split the reduction until about this many programs run: two per SM
 _MAX_SPLIT = 16

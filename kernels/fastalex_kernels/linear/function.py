@@ -148,9 +148,10 @@ def _drawn(dropout: Dropout, training: bool, device: torch.device) -> Dropout:
     """With a fresh (seed, offset) from torch's generator where none is given."""
     if not training or dropout.p == 0:
         return NO_DROPOUT
-    if dropout.rng is not None:
-        return dropout
-    return dropout._replace(rng=torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device))
+    if dropout.rng is None:
+        rng = torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
+        dropout = dropout._replace(rng=rng)
+    return dropout
 
 
 def linear_relu_dropout(

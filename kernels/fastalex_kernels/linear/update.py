@@ -28,8 +28,7 @@ _TILES = {
     ("gfx942", 16): (64, 64, 64, 8, 2),
     ("other", 16): (64, 64, 64, 8, 2),
     ("other", 32): (32, 64, 32, 8, 2),
-    ("interpreter", 16): (1024, 1024, 1024, 4, 1),
-    ("interpreter", 32): (1024, 1024, 1024, 4, 1),
+    "interpreter": (1024, 1024, 1024, 4, 1),
 }
 _ROWS = tl.constexpr(64)  # of dz that a bias's sums take in one go
 

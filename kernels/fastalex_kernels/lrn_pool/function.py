@@ -47,16 +47,15 @@ def _lrn_max_pool2d(
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and where each maximum was, if ``save``."""
-    height, width = size
     pooling = _pooling(norm, groups, window)
-    return lrn_max_pool2d_forward(as_hwnc(input), pooling, (height, width), save)
+    return lrn_max_pool2d_forward(as_hwnc(input), pooling, (size[0], size[1]), save)
 
 
 @_lrn_max_pool2d.register_fake
 def _(input, norm, groups, window, size, save):
     N, C = input.shape[:2]
     argmax = input.new_empty((*size, N, C) if save else (0,), dtype=torch.uint8)
-    return empty_nchw(input, (N, C, size[0], size[1])), argmax
+    return empty_nchw(input, (N, C, *size)), argmax
 
 
 @operator("lrn_max_pool2d_backward")
@@ -69,25 +68,23 @@ def _lrn_max_pool2d_backward(
     window: Sequence[int],
     size: Sequence[int],
 ) -> torch.Tensor:
-    x = None if input is None else as_hwnc(input)
-    (height, width), pooling = size, _pooling(norm, groups, window)
-    return lrn_max_pool2d_backward(x, as_hwnc(grad), argmax, pooling, (height, width))[0]
+    x, pooling = None if input is None else as_hwnc(input), _pooling(norm, groups, window)
+    return lrn_max_pool2d_backward(x, as_hwnc(grad), argmax, pooling, (size[0], size[1]))[0]
 
 
 @_lrn_max_pool2d_backward.register_fake
 def _(grad, input, argmax, norm, groups, window, size):
-    return empty_nchw(grad, (grad.shape[0], grad.shape[1], size[0], size[1]))
+    return empty_nchw(grad, (*grad.shape[:2], *size))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    input, ctx.norm, ctx.groups, ctx.window, _, _ = inputs
-    ctx.size = input.shape[2:]
-    ctx.save_for_backward(input if ctx.norm else None, output[1])
+    input, *pooling, _, _ = inputs
+    ctx.arguments = (*pooling, input.shape[2:])
+    ctx.save_for_backward(input if pooling[0] else None, output[1])
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    arguments = (ctx.norm, ctx.groups, ctx.window, ctx.size)
-    dx = _lrn_max_pool2d_backward(grad, *ctx.saved_tensors, *arguments)
+    dx = _lrn_max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.arguments)
     return dx, None, None, None, None, None
 
 
