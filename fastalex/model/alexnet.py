@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastalex_kernels as kernels
 from fastalex.model.ablations import get_variant
@@ -79,7 +79,7 @@ class AlexNet(nn.Module):
         self._counters: _Counters | None = None
         # What ``fastalex.load`` finds: names of the outputs, and what makes an input of an image.
         self.classes: list[str] | None = None
-        self.transforms: Callable[[Any], torch.Tensor] | None = None
+        self.transforms: Callable[[Any], Tensor] | None = None
         self.features = feature_layers(self.variant, fused)
         self.avgpool = (AdaptiveAvgPool2d if fused else nn.AdaptiveAvgPool2d)((_GRID, _GRID))
         channels = [spec.channels for spec in self.variant.convolutions if not spec.removed][-1]
@@ -88,12 +88,12 @@ class AlexNet(nn.Module):
         self.num_features = int(self.classifier[-1].in_features)  # type: ignore[arg-type]
         self.init_parameters("published")
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         if self.is_fused and not torch.jit.is_scripting():  # type: ignore[attr-defined]
             self._check(images)
         return self.classifier(torch.flatten(self.avgpool(self.features(images)), 1))  # type: ignore[no-any-return]
 
-    def _check(self, images: torch.Tensor) -> None:
+    def _check(self, images: Tensor) -> None:
         """Raise where fused layers can't compute the logits of ``images``."""
         if _is_observed(images):
             raise NotImplementedError(
@@ -153,11 +153,11 @@ class AlexNet(nn.Module):
         other.classes, other.transforms = self.classes, self.transforms
         return other
 
-    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, images: Tensor) -> Tensor:
         """The last maps, [N, channels, h, w], as timm's models give them."""
         return self.features(images)  # type: ignore[no-any-return]
 
-    def forward_head(self, maps: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+    def forward_head(self, maps: Tensor, pre_logits: bool = False) -> Tensor:
         """The logits of the last maps, or with ``pre_logits`` what the last layer reads."""
         head = self.classifier[:-1] if pre_logits else self.classifier
         return head(torch.flatten(self.avgpool(maps), 1))  # type: ignore[no-any-return]
@@ -247,7 +247,7 @@ class AlexNet(nn.Module):
         self._counters.write(seed, step)
 
 
-def _is_observed(images: torch.Tensor) -> bool:
+def _is_observed(images: Tensor) -> bool:
     """Whether torch traces what is done to ``images``, or is to differentiate it as a function."""
     if isinstance(images, torch.fx.Proxy) or torch._C._get_tracing_state() is not None:
         return True

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fastalex.model.layers import (
     Conv2dReLU,
@@ -29,7 +29,7 @@ class CeilConv2d(nn.Conv2d):
 
     ceil_mode = True
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         # Zeros that complete no window are not read, so their number need not follow the size.
         bottom, right = self.stride[0] - 1, self.stride[1] - 1
         padded = F.pad(input, [0, right, 0, bottom])
@@ -39,7 +39,7 @@ class CeilConv2d(nn.Conv2d):
 class TowerLocalResponseNorm(nn.LocalResponseNorm):
     """nn.LocalResponseNorm on each of two halves of the channels."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         first, second = torch.chunk(input, 2, 1)
         size, alpha, beta, k = self.size, self.alpha, self.beta, self.k
         first = F.local_response_norm(first, size, alpha, beta, k)
@@ -53,7 +53,7 @@ class TowerLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features // 2, out_features)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         first, second = torch.chunk(input, 2, 1)
         weights, biases = torch.chunk(self.weight, 2, 0), torch.chunk(self.bias, 2, 0)
         first = F.linear(first, weights[0], biases[0])
@@ -68,7 +68,7 @@ class _Absorbed(nn.Module):
     ReLU's, it refuses their hooks.
     """
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return input
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import fastalex_kernels as kernels
 
@@ -55,7 +55,7 @@ class Conv2dReLU(nn.Conv2d):
         pad = int(self.padding[0])
         return (pad, pad + self._span(height)[1]), (pad, pad + self._span(width)[1])
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         sides, groups = self.sides(*input.shape[2:]), self.groups
         return kernels.conv2d_relu(
             input, self.weight, self.bias, self.stride[0], sides, groups, self.relu
@@ -77,7 +77,7 @@ class MaxPool2d(nn.Module):
         """Windows along an axis of ``size`` pixels; below 1 where none fits."""
         return kernels.pooled_size(size, self.kernel_size, self.stride, self.ceil_mode)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return kernels.max_pool2d(input, self.kernel_size, self.stride, self.ceil_mode)
 
     def extra_repr(self) -> str:
@@ -104,7 +104,7 @@ class LRNMaxPool2d(MaxPool2d):
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
         self.groups, self.relu, self.signed = groups, relu, signed
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         norm = (self.size, self.alpha, self.beta, self.k)
         pool = (self.kernel_size, self.stride)
         # A program that is exported is to hold torch's own operators alone.
@@ -121,9 +121,7 @@ class LRNMaxPool2d(MaxPool2d):
 
 
 @torch.fx.wrap
-def spatial_response_norm(
-    input: torch.Tensor, size: int, alpha: float, beta: float, k: float
-) -> torch.Tensor:
+def spatial_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     """x * (k + alpha * mean of x^2 over size x size pixels of its map, zeros outside) ^ -beta."""
     narrow = input.dtype == torch.float16 or input.dtype == torch.bfloat16
     wide = input.float() if narrow else input
@@ -147,7 +145,7 @@ class SpatialResponseNorm(nn.Module):
         super().__init__()
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return spatial_response_norm(input, self.size, self.alpha, self.beta, self.k)
 
     def extra_repr(self) -> str:
@@ -157,7 +155,7 @@ class SpatialResponseNorm(nn.Module):
 class DropoutMask(NamedTuple):
     """Which units are dropped; see ``kernels.linear_relu_dropout``."""
 
-    rng: torch.Tensor | None = None
+    rng: Tensor | None = None
     row_offset: int = 0
     feature_offset: int = 0
 
@@ -175,7 +173,7 @@ class CounterDropout:
 class Linear(nn.Linear):
     """Fully connected + bias."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return kernels.linear_relu_dropout(input, self.weight, self.bias, p=0.0, relu=False)
 
 
@@ -213,12 +211,12 @@ class LinearReLUDropout(CounterDropout, nn.Linear):
         """Whether units are dropped now."""
         return all(module.training for module in self._absorbed or (self,))
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         options, (rng, row, feature) = (self.p, True, self.dropping), self.mask
         if self.groups == 1:  # chunk's backward would copy the gradients, of one chunk too
             whole = (input, self.weight, self.bias)
             return kernels.linear_relu_dropout(*whole, *options, rng, row, feature)
-        outputs: list[torch.Tensor] = []
+        outputs: list[Tensor] = []
         for x, w, b in zip(
             input.chunk(self.groups, 1), self.weight.chunk(self.groups),
             self.bias.chunk(self.groups), strict=True,
@@ -234,21 +232,21 @@ class LinearReLUDropout(CounterDropout, nn.Linear):
 class Dropout(CounterDropout, nn.Dropout):
     """Dropout of [N, features] with probability ``p`` in training."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return kernels.dropout(input, self.p, self.training, *self.mask)
 
 
 class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     """Average pooling to a fixed size; nothing to do at the size the net was made for."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if input.shape[2:] == self.output_size:
             return input
         # On a GPU torch adds up the gradients of small maps atomically, in any order.
         return average(input, self.output_size) if input.is_cuda else super().forward(input)
 
 
-def average(input: torch.Tensor, size: Any) -> torch.Tensor:
+def average(input: Tensor, size: Any) -> Tensor:
     """Adaptive average pooling of [N, C, H, W] as two products, whose sums have one order."""
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
     shares = []  # [parts, length]: each part averages the elements it overlaps, as torch cuts them
@@ -259,5 +257,5 @@ def average(input: torch.Tensor, size: Any) -> torch.Tensor:
         inside = (element >= first) & (element <= last)
         shares.append(inside.to(wide.dtype) / (last - first + 1))
     with torch.autocast(input.device.type, enabled=False):
-        averaged: torch.Tensor = shares[0] @ wide @ shares[1].t()
+        averaged: Tensor = shares[0] @ wide @ shares[1].t()
     return averaged.to(input.dtype)

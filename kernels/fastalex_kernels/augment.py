@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastalex_kernels import aten
 from fastalex_kernels.common.arguments import (
@@ -53,9 +54,9 @@ class Crops(NamedTuple):
         mirrors: bool or uint8 [N], whether it is mirrored left to right.
     """
 
-    tops: torch.Tensor
-    lefts: torch.Tensor
-    mirrors: torch.Tensor
+    tops: Tensor
+    lefts: Tensor
+    mirrors: Tensor
 
 
 class PixelNorm(NamedTuple):
@@ -69,8 +70,8 @@ class PixelNorm(NamedTuple):
             wherever that was cut and mirrored or not.
     """
 
-    mean: torch.Tensor | None = None
-    scale: torch.Tensor | None = None
+    mean: Tensor | None = None
+    scale: Tensor | None = None
     centred: bool = False
 
 
@@ -259,14 +260,14 @@ def _augment_kernel(
 
 
 def augment_forward(
-    images: torch.Tensor,
+    images: Tensor,
     crops: Crops,
-    colors: torch.Tensor | None,
+    colors: Tensor | None,
     norm: PixelNorm,
     size: int,
     dtype: torch.dtype,
     conv1: tuple[Padding, int] | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """The kernel's output: NHWC, or the blocks of 4 x 4 pixels that a convolution reads.
 
     Args:
@@ -308,13 +309,13 @@ def augment_forward(
 
 @torch.no_grad()
 def augment(
-    images: torch.Tensor,
+    images: Tensor,
     crops: Crops,
-    colors: torch.Tensor | None = None,
+    colors: Tensor | None = None,
     norm: PixelNorm = _PLAIN,
     size: int = 224,
     dtype: torch.dtype = torch.bfloat16,
-) -> torch.Tensor:
+) -> Tensor:
     """Crop, mirror, colour and normalise a batch of images.
 
         (image[top + h, left + w, c] + color[c] - mean[c]) * scale[c], mirrored where asked
@@ -355,13 +356,7 @@ def augment(
     return out.to(dtype).permute(0, 3, 1, 2)
 
 
-def _check(
-    images: torch.Tensor,
-    crops: Crops,
-    colors: torch.Tensor | None,
-    norm: PixelNorm,
-    size: int,
-) -> None:
+def _check(images: Tensor, crops: Crops, colors: Tensor | None, norm: PixelNorm, size: int) -> None:
     check_tensor("images", images, (torch.uint8,))
     shape, device = tuple(images.shape), images.device
     is_bytes = len(shape) == 4 and shape[3] == 3

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastalex_kernels import aten
 from fastalex_kernels.common.arguments import check_tensor, expect, interpretable
@@ -88,8 +89,8 @@ def _cross_entropy_kernel(
 
 
 def _launch(
-    x: torch.Tensor, target: torch.Tensor, g: torch.Tensor | None, with_loss: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    x: Tensor, target: Tensor, g: Tensor | None, with_loss: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """The mean loss, float32, and the gradient of x [N, C] times ``g``, each where asked for."""
     N, C = x.shape
     block_c = min(triton.next_power_of_2(C), _COLUMNS)  # whole rows, if they are no longer
@@ -108,8 +109,8 @@ def _launch(
 
 
 def cross_entropy_forward(
-    x: torch.Tensor, target: torch.Tensor, g: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    x: Tensor, target: Tensor, g: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The mean loss, float32, and the gradient of x [N, C] times ``g`` where it is given."""
     loss, dx = _launch(x, target, g, with_loss=True)
     assert loss is not None
@@ -117,7 +118,7 @@ def cross_entropy_forward(
 
 
 @operator("cross_entropy")
-def _cross_entropy(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _cross_entropy(input: Tensor, target: Tensor) -> Tensor:
     return cross_entropy_forward(input, target)[0]
 
 
@@ -127,9 +128,7 @@ def _(input, target):
 
 
 @operator("cross_entropy_backward")
-def _cross_entropy_backward(
-    grad: torch.Tensor, input: torch.Tensor, target: torch.Tensor
-) -> torch.Tensor:
+def _cross_entropy_backward(grad: Tensor, input: Tensor, target: Tensor) -> Tensor:
     _, dx = _launch(input, target, grad, with_loss=False)
     assert dx is not None
     return dx
@@ -140,18 +139,18 @@ def _(grad, input, target):
     return torch.empty_like(input)
 
 
-def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return _cross_entropy_backward(grad, *ctx.saved_tensors), None
 
 
 _cross_entropy.register_autograd(_differentiate, setup_context=_save)
 
 
-def cross_entropy(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def cross_entropy(input: Tensor, target: Tensor) -> Tensor:
     """The mean over a batch of -log softmax(input)[target], differentiable in input.
 
     Args:
@@ -176,5 +175,5 @@ def cross_entropy(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     if not use_triton(input) or input.numel() == 0:
         return aten.cross_entropy(input, target)
     (wide,) = interpretable(input)
-    loss: torch.Tensor = _cross_entropy(wide.contiguous(), target.contiguous())
+    loss: Tensor = _cross_entropy(wide.contiguous(), target.contiguous())
     return loss

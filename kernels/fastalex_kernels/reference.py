@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastalex_kernels.common.philox import keep_mask
 
@@ -34,7 +35,7 @@ def tolerance(dtype: torch.dtype, length: int, precision: str = "ieee") -> float
     return float(TOLERANCES[dtype] * max(1.0, (length / 1000) ** 0.5))
 
 
-def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
+def relative_error(out: Tensor, ref: Tensor) -> float:
     """||out - ref|| / ||ref||, or ||out|| where the reference is all zeros."""
     out, ref = out.detach().double(), ref.detach().double()
     norm = float(ref.norm())
@@ -47,14 +48,14 @@ def _sides(padding: Any) -> list[tuple[int, int]]:
 
 
 def conv2d_relu(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] | tuple[tuple[int, int], tuple[int, int]] = 0,
     groups: int = 1,
     relu: bool = True,
-) -> torch.Tensor:
+) -> Tensor:
     """relu(conv2d(zero-padded input))."""
     (top, bottom), (left, right) = _sides(padding)
     padded = F.pad(input, (left, right, top, bottom))
@@ -63,15 +64,15 @@ def conv2d_relu(
 
 
 def local_response_norm(
-    input: torch.Tensor, size: int, alpha: float, beta: float, k: float, groups: int = 1
-) -> torch.Tensor:
+    input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int = 1
+) -> Tensor:
     """torch's LocalResponseNorm, one group of channels at a time."""
     parts = input.chunk(groups, dim=1)
     return torch.cat([F.local_response_norm(x, size, alpha, beta, k) for x in parts], dim=1)
 
 
 def lrn_max_pool2d(
-    input: torch.Tensor,
+    input: Tensor,
     size: int = 5,
     alpha: float = 1e-4,
     beta: float = 0.75,
@@ -81,30 +82,30 @@ def lrn_max_pool2d(
     stride: int = 2,
     ceil_mode: bool = False,
     signed: bool = True,
-) -> torch.Tensor:
+) -> Tensor:
     """max_pool2d(local_response_norm(input))."""
     normalised = local_response_norm(input, size, alpha, beta, k, groups)
     return max_pool2d(normalised, kernel_size, stride, ceil_mode)
 
 
 def max_pool2d(
-    input: torch.Tensor, kernel_size: int = 3, stride: int = 2, ceil_mode: bool = False
-) -> torch.Tensor:
+    input: Tensor, kernel_size: int = 3, stride: int = 2, ceil_mode: bool = False
+) -> Tensor:
     """torch's max_pool2d."""
     return F.max_pool2d(input, kernel_size, stride, ceil_mode=ceil_mode)
 
 
 def linear_relu_dropout(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     p: float = 0.5,
     relu: bool = True,
     training: bool = True,
-    rng: torch.Tensor | None = None,
+    rng: Tensor | None = None,
     row_offset: int = 0,
     feature_offset: int = 0,
-) -> torch.Tensor:
+) -> Tensor:
     """dropout(relu(linear(input))), with the counter-based mask of ``rng``."""
     output = F.linear(input, weight, bias)
     output = F.relu(output) if relu else output
@@ -116,23 +117,23 @@ def linear_relu_dropout(
     return torch.where(kept, output / (1.0 - p), torch.zeros_like(output))
 
 
-def cross_entropy(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def cross_entropy(input: Tensor, target: Tensor) -> Tensor:
     """Of each row, the logarithm of the softmax's denominator less the label's logit."""
     chosen = input.gather(1, target[:, None])[:, 0]
     return (input.logsumexp(1) - chosen).mean()
 
 
-def _part(image: torch.Tensor, top: int, left: int, size: int) -> torch.Tensor:
+def _part(image: Tensor, top: int, left: int, size: int) -> Tensor:
     return image[top : top + size, left : left + size]
 
 
 def augment(
-    images: torch.Tensor,
-    crops: Sequence[torch.Tensor],
-    colors: torch.Tensor | None,
-    norm: tuple[torch.Tensor | None, torch.Tensor | None, bool],
+    images: Tensor,
+    crops: Sequence[Tensor],
+    colors: Tensor | None,
+    norm: tuple[Tensor | None, Tensor | None, bool],
     size: int,
-) -> torch.Tensor:
+) -> Tensor:
     """Each image by itself: add, subtract, scale, then crop and flip; in float64.
 
     The centre of a mean image is subtracted from the flipped crop.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastalex_kernels.common import backend
 
@@ -33,7 +34,7 @@ def check_tensor(
     *shapes: tuple[int, ...],
 ) -> None:
     """Raise unless ``x`` is a tensor of one of the dtypes, and of the device and a shape given."""
-    if not isinstance(x, torch.Tensor):
+    if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     check_dtype(name, x.dtype, dtypes)
     expect(device in (None, x.device), name, "device {}, got {}", device, x.device)
@@ -61,14 +62,14 @@ def check_groups(groups: object, channels: int) -> None:
     expect(divides, "groups", "a divisor of {} channels, got {!r}", channels, groups)
 
 
-def aligned(x: torch.Tensor) -> bool:
+def aligned(x: Tensor) -> bool:
     """Whether ``x`` starts at a multiple of 16 bytes, as wide loads need."""
     if backend.recorder() is not None:  # it may have no memory, and starts where its storage does
         return x.storage_offset() * x.element_size() % 16 == 0
     return x.data_ptr() % 16 == 0
 
 
-def interpretable(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+def interpretable(*tensors: Tensor | None) -> tuple[Any, ...]:
     """bfloat16 tensors as float32 where the kernels are interpreted, anything else as it is.
 
     The interpreter computes bfloat16 on its raw bits. Kernels sum in float32 anyway, so a result
@@ -81,16 +82,16 @@ def interpretable(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors as ``torch.autocast`` wants the operands of a product, where it is enabled."""
-    device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     available = torch.amp.autocast_mode.is_autocast_available(device)
     if not available or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    cast = lambda t: t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in DTYPES else t  # noqa: E731
+    cast = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.dtype in DTYPES else t  # noqa: E731
     return tuple(cast(t) for t in tensors)
 
 
-def placed(results: Sequence[torch.Tensor], needs: Sequence[bool]) -> list[torch.Tensor | None]:
+def placed(results: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     """Gradients, of which only those needed were made, each in the place of its argument."""
     rest = iter(results)
     return [next(rest) if need else None for need in needs]

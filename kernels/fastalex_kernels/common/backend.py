@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 BACKENDS = ("auto", "triton", "aten", "interpreter")
 TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
@@ -88,7 +89,7 @@ def interpreted() -> bool:
     return _choice.name == "interpreter" or INTERPRETED_AT_IMPORT
 
 
-def use_triton(x: torch.Tensor) -> bool:
+def use_triton(x: Tensor) -> bool:
     """Whether an operation on ``x`` runs as Triton kernels here; float64 never does."""
     name = _choice.name
     if name == "aten" or x.dtype == torch.float64:
@@ -145,7 +146,7 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
     def register(implementation: Callable[..., Any]) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
-            x = next(a for a in args if isinstance(a, torch.Tensor))
+            x = next(a for a in args if isinstance(a, Tensor))
             if x.is_cuda or interpreted() or _choice.recorder is not None:
                 return implementation(*args, **kwargs)
             with backend("interpreter"):

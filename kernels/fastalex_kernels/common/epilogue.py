@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastalex_kernels.common import philox
 from fastalex_kernels.common.backend import interpreted
@@ -74,13 +75,13 @@ def _epilogue_bwd_kernel(
 
 
 def epilogue_backward(
-    dy: torch.Tensor,
-    y: torch.Tensor | None,
+    dy: Tensor,
+    y: Tensor | None,
     *,
     need_dz: bool = True,
     need_sums: bool = False,
     dropout: Dropout = NO_DROPOUT,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Undo ReLU and dropout, and sum the bias gradient in parts, in one pass over ``dy``.
 
     Args:
@@ -112,7 +113,7 @@ def epilogue_backward(
     return (dz if need_dz else None), (sums if need_sums else None)
 
 
-def drop(x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+def drop(x: Tensor, dropout: Dropout) -> Tensor:
     """Dropout of x [rows, features], contiguous; of the gradient of its output, its backward."""
     dropped, _ = epilogue_backward(x, None, dropout=dropout)
     assert dropped is not None

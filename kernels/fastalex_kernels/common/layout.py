@@ -8,20 +8,20 @@ no halo.
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 
-def as_hwnc(x: torch.Tensor) -> torch.Tensor:
+def as_hwnc(x: Tensor) -> Tensor:
     """View ``x`` [N, C, H, W] as a contiguous [H, W, N, C], a copy if its memory differs."""
     return x.permute(2, 3, 0, 1).contiguous()
 
 
-def as_nchw(x: torch.Tensor) -> torch.Tensor:
+def as_nchw(x: Tensor) -> Tensor:
     """View ``x`` [H, W, N, C] as [N, C, H, W], without a copy."""
     return x.permute(2, 3, 0, 1)
 
 
-def hwnc_strided(x: torch.Tensor) -> torch.Tensor:
+def hwnc_strided(x: Tensor) -> Tensor:
     """``x`` [N, C, H, W] itself where its memory is HWNC, else a copy of which that is true.
 
     This is what a function saves for backward, as a view of its input would hide from autograd's
@@ -31,7 +31,7 @@ def hwnc_strided(x: torch.Tensor) -> torch.Tensor:
     return x if hwnc.is_contiguous() else as_nchw(hwnc.contiguous())
 
 
-def empty_nchw(like: torch.Tensor, size: tuple[int, int, int, int]) -> torch.Tensor:
+def empty_nchw(like: Tensor, size: tuple[int, int, int, int]) -> Tensor:
     """Allocate [N, C, H, W] with HWNC memory, of the dtype and on the device of ``like``.
 
     The allocation itself and not a view of one: autograd refuses to change a view that a custom

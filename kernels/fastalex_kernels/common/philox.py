@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57  # of the two lanes
 _KEYS = 0x9E3779B9, 0xBB67AE85  # Weyl sequence of the key
@@ -17,7 +18,7 @@ _MASK32 = 0xFFFFFFFF
 _UNIFORM_SCALE = 4.6566127342e-10  # just under 2^-31, as in tl.rand
 
 
-def _mul_hi_lo(a: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _mul_hi_lo(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         # The C++ that Inductor writes may not overflow: its compiler takes that to never happen.
         low = (a & 0xFFFF) * m
@@ -28,7 +29,7 @@ def _mul_hi_lo(a: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (product >> 32) & _MASK32, product & _MASK32
 
 
-def philox(seed: int | torch.Tensor, *counter: int | torch.Tensor) -> tuple[torch.Tensor, ...]:
+def philox(seed: int | Tensor, *counter: int | Tensor) -> tuple[Tensor, ...]:
     """The four words of Philox-4x32-10 for each counter, int64 tensors of values in [0, 2^32).
 
     Args:
@@ -37,7 +38,7 @@ def philox(seed: int | torch.Tensor, *counter: int | torch.Tensor) -> tuple[torc
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
-    device = next(c.device for c in counter if isinstance(c, torch.Tensor))
+    device = next(c.device for c in counter if isinstance(c, Tensor))
     key, *words = (torch.as_tensor(c, dtype=torch.int64, device=device) for c in (seed, *counter))
     x0, x1, x2, x3 = torch.broadcast_tensors(*(word & _MASK32 for word in words))
     k0, k1 = key & _MASK32, (key >> 32) & _MASK32
@@ -49,20 +50,15 @@ def philox(seed: int | torch.Tensor, *counter: int | torch.Tensor) -> tuple[torc
     return x0, x1, x2, x3
 
 
-def uniform(word: torch.Tensor) -> torch.Tensor:
+def uniform(word: Tensor) -> Tensor:
     """Map words in [0, 2^32) to float32 in [0, 1) as ``tl.rand`` does."""
     folded = torch.where(word >= 2**31, _MASK32 - word, word)
     return folded.to(torch.float32) * _UNIFORM_SCALE
 
 
 def keep_mask(
-    rng: torch.Tensor,
-    rows: int,
-    features: int,
-    p: float,
-    row_offset: int = 0,
-    feature_offset: int = 0,
-) -> torch.Tensor:
+    rng: Tensor, rows: int, features: int, p: float, row_offset: int = 0, feature_offset: int = 0
+) -> Tensor:
     """Which elements of [rows, features] dropout keeps, as a ``Dropout`` of p, rng and offsets."""
     row = torch.arange(rows, device=rng.device)[:, None] + row_offset
     feature = torch.arange(features, device=rng.device)[None, :] + feature_offset

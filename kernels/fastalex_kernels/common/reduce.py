@@ -6,9 +6,9 @@ in order: same inputs, same bits, no atomics.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastalex_kernels.common.backend import interpreted
 from fastalex_kernels.common.launch import launch
@@ -55,7 +55,7 @@ def _sum_partials_kernel(
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=offs < numel)
 
 
-def sum_partials(part: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def sum_partials(part: Tensor, out: Tensor) -> Tensor:
     """Add ``part`` [parts, ...] over its first axis, in order, into ``out``, and return it."""
     tile = blocks(part.shape[0], out.numel())
     grid = (triton.cdiv(out.numel(), tile["BLOCK"]),)
@@ -66,7 +66,7 @@ def sum_partials(part: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def fold(partials: torch.Tensor) -> torch.Tensor:
+def fold(partials: Tensor) -> Tensor:
     """Too many partials [parts, channels] as a few, summed by more programs than channels give."""
     parts, channels = partials.shape
     if parts <= _MOST_PARTIALS:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from fastalex_kernels.common.backend import device_name, replaced, target
 
@@ -59,14 +60,14 @@ def choosing(chooser: Callable[[Key, Tile], Tile]) -> contextlib.AbstractContext
     return replaced(_choice, "chooser", chooser)
 
 
-def tile_entry(tiles: Tiles, x: torch.Tensor, kernel: str, *sizes: int) -> Tile:
+def tile_entry(tiles: Tiles, x: Tensor, kernel: str, *sizes: int) -> Tile:
     """The tile of a problem of ``sizes``: tuned on this GPU, or what a table holds for ``x``."""
     name, bits = target(x.device), 8 * x.element_size()
     kinds = ((name, dot_precision(x, kernel)), (name, bits), name, ("other", bits))
     return tuned(next(tiles[kind] for kind in kinds if kind in tiles), x, kernel, *sizes)
 
 
-def tuned(own: Tile, x: torch.Tensor, kernel: str, *sizes: int) -> Tile:
+def tuned(own: Tile, x: Tensor, kernel: str, *sizes: int) -> Tile:
     """What was found best for ``kernel``, one of ``FIELDS``, on operands like x; or ``own``."""
     kind = "tf32" if dot_precision(x, kernel) == "tf32" else str(x.dtype).removeprefix("torch.")
     key = (kernel, kind, sizes)
@@ -81,7 +82,7 @@ def cut(block: int, size: int) -> int:
     return max(16, min(block, int(triton.next_power_of_2(size))))
 
 
-def dot_precision(x: torch.Tensor, kernel: str) -> str:
+def dot_precision(x: Tensor, kernel: str) -> str:
     """``tl.dot``'s input precision: TF32 for float32 where torch's settings for such ops say so."""
     if x.dtype != torch.float32:
         return "ieee"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastalex_kernels.common.arguments import check_groups, check_tensor, expect
 from fastalex_kernels.common.layout import as_nchw
@@ -14,12 +15,12 @@ Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, righ
 
 
 def space_to_depth(
-    input: torch.Tensor,
+    input: Tensor,
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
     padding: Padding,
     groups: int,
-) -> torch.Tensor:
+) -> Tensor:
     """The same convolution's input at stride 1 and padding 0, over blocks of ``stride`` pixels.
 
     Differentiable torch operations, so the gradient passes through them. The weight's part is
@@ -36,7 +37,7 @@ def space_to_depth(
     return as_nchw(x.reshape(height, width, N, channels * sh * sw))
 
 
-def space_to_depth_weight(weight: torch.Tensor, stride: tuple[int, int]) -> torch.Tensor:
+def space_to_depth_weight(weight: Tensor, stride: tuple[int, int]) -> Tensor:
     """[K, sh * sw * C, ceil(R / sh), ceil(S / sw)] of a weight [K, C, R, S], differentiable."""
     (K, C, R, S), (sh, sw) = weight.shape, stride
     rows, columns = -(-R // sh), -(-S // sw)
@@ -45,9 +46,7 @@ def space_to_depth_weight(weight: torch.Tensor, stride: tuple[int, int]) -> torc
     return w.reshape(rows, columns, sh * sw * C, K).permute(3, 2, 0, 1)
 
 
-def depth_to_space_weight(
-    packed: torch.Tensor, shape: torch.Size, stride: tuple[int, int]
-) -> torch.Tensor:
+def depth_to_space_weight(packed: Tensor, shape: torch.Size, stride: tuple[int, int]) -> Tensor:
     """A weight of ``shape`` [K, C, R, S] of what ``pack_weight`` made of it with a stride."""
     (K, C, R, S), (sh, sw) = shape, stride
     rows, columns = packed.shape[:2]
@@ -85,11 +84,7 @@ def _is_pair_of_ints(value: Any) -> bool:
 
 
 def check(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    padding: Padding,
-    groups: int,
+    input: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding, groups: int
 ) -> None:
     """Raise unless the arguments fit."""
     check_tensor("input", input)

@@ -17,9 +17,9 @@ Layout: dz [P, Q, N, G * K], dx [H, W, N, G * C], HWNC in memory (see ``forward`
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex_kernels.common.launch import launch
@@ -117,7 +117,7 @@ def _conv2d_bwd_input_columns_kernel(
         _store_pixels(acc_n, dx_ptr, BLOCK_N, pixels, stride, G * C, C, BLOCK_M, TAIL_N)
 
 
-def pixels_as_columns(dz: torch.Tensor, w: torch.Tensor, groups: int) -> int:
+def pixels_as_columns(dz: Tensor, w: Tensor, groups: int) -> int:
     """Pixels of a program, 0 where the kernel with one pixel does as well or has to do."""
     (_, S, C, columns), N = w.shape, dz.shape[2]
     fits = tma_fits(groups, dz, w) and N % _BLOCK_M == 0 and columns // groups % _BLOCK_K == 0
@@ -126,13 +126,8 @@ def pixels_as_columns(dz: torch.Tensor, w: torch.Tensor, groups: int) -> int:
 
 
 def conv2d_backward_input_columns(
-    dz: torch.Tensor,
-    w: torch.Tensor,
-    size: tuple[int, int],
-    padding: Padding,
-    groups: int,
-    pixels: int,
-) -> torch.Tensor:
+    dz: Tensor, w: Tensor, size: tuple[int, int], padding: Padding, groups: int, pixels: int
+) -> Tensor:
     """dx [N, G * C, *size], HWNC in memory, of dz [P, Q, N, G * K] and w [R, S, C, G * K]."""
     (P, Q, N, columns), (R, S, C, _), (H, W) = dz.shape, w.shape, size
     output = empty_nchw(dz, (N, groups * C, H, W))

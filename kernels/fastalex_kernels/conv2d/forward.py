@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex_kernels.common.backend import TRITON, target
@@ -297,7 +298,7 @@ def _conv2d_relu_fwd_tma_kernel(
         _finish(acc_n, y_ptr, mask_ptr, sums, b_ptr, offs, tail_n, mask, g, K, HAS_BIAS, RELU, MASK)
 
 
-def _forward_tile(x: torch.Tensor, kernel: str, sizes: tuple[int, ...]) -> dict[str, int]:
+def _forward_tile(x: Tensor, kernel: str, sizes: tuple[int, ...]) -> dict[str, int]:
     """Blocks for ``sizes``: images, rows and columns of the output, channels of a group, ..."""
     N, P, Q, C, K = sizes[:5]
     block_m, block_n, block_k, warps, stages = tile_entry(_FORWARD_TILES, x, kernel, *sizes)
@@ -330,13 +331,8 @@ class _Taps(NamedTuple):
 
 
 def conv2d_relu_forward(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor | None,
-    padding: Padding,
-    groups: int,
-    relu: bool,
-) -> torch.Tensor:
+    x: Tensor, w: Tensor, bias: Tensor | None, padding: Padding, groups: int, relu: bool
+) -> Tensor:
     """y [N, G*K, P, Q], HWNC in memory, of x [H, W, N, G*C] and the packed w [R, S, C, G*K]."""
     (R, S, _, _), (H, W, _, _), (top, bottom), (left, right) = w.shape, x.shape, *padding
     size = (H + top + bottom - R + 1, W + left + right - S + 1)
@@ -344,13 +340,13 @@ def conv2d_relu_forward(
 
 
 def conv2d_relu_backward_input(
-    dz: torch.Tensor,
-    w: torch.Tensor,
+    dz: Tensor,
+    w: Tensor,
     size: tuple[int, int],
     padding: Padding,
     groups: int,
-    mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """dx [N, G*C, H, W] of dz [P, Q, N, G*K]: the forward kernel, the weight's roles exchanged.
 
     Where a ReLU made the forward's input, ``mask`` [H, W, N, G*C], that ReLU's backward can be done
@@ -365,14 +361,14 @@ def conv2d_relu_backward_input(
 
 
 def _convolve(
-    x: torch.Tensor,
-    w: torch.Tensor,
+    x: Tensor,
+    w: Tensor,
     taps: _Taps,
     groups: int,
-    bias: torch.Tensor | None = None,
+    bias: Tensor | None = None,
     relu: bool = False,
-    mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     (H, W, N, GC), (R, S, rows, columns), ((P, Q), pad, reverse) = x.shape, w.shape, taps
     C, K = GC // groups, rows if reverse else columns // groups
     output = empty_nchw(x, (N, groups * K, P, Q))
@@ -414,7 +410,7 @@ def _farthest_row(
 
 
 def _descriptors(
-    x: torch.Tensor, w: torch.Tensor, tile: dict[str, int], reverse: bool
+    x: Tensor, w: Tensor, tile: dict[str, int], reverse: bool
 ) -> tuple[TensorDescriptor, ...]:
     """x and w, each in main blocks and in tail blocks (the main ones again where there is none)."""
     m, n, k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
@@ -427,7 +423,7 @@ def _descriptors(
     )
 
 
-def pack_weight(weight: torch.Tensor, stride: int = 1) -> torch.Tensor:
+def pack_weight(weight: Tensor, stride: int = 1) -> Tensor:
     """[R', S', stride * stride * C, G*K] of [G*K, C, R, S], as the kernels read it."""
     if stride > 1:
         weight = space_to_depth_weight(weight, (stride, stride))

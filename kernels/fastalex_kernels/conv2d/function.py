@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from fastalex_kernels import aten
 from fastalex_kernels.common.arguments import autocast, interpretable, placed
@@ -30,13 +30,13 @@ def _sides(padding: Sequence[int]) -> Padding:
 
 @operator("conv2d_relu")
 def _conv2d_relu(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     padding: Sequence[int],
     groups: int,
     relu: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """conv2d_relu at stride 1; ``padding`` is top, bottom, left, right."""
     bias = None if bias is None else bias.contiguous()
     return conv2d_relu_forward(
@@ -52,14 +52,14 @@ def _(input, weight, bias, padding, groups, relu):
 
 @operator("conv2d_relu_backward")
 def _conv2d_relu_backward(
-    grad: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    output: torch.Tensor | None,
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    output: Tensor | None,
     padding: Sequence[int],
     groups: int,
     needs: Sequence[bool],
-) -> list[torch.Tensor]:
+) -> list[Tensor]:
     """Those gradients of input, weight and bias that ``needs`` asks for."""
     need_x, need_w, need_b = needs
     dy, sides, size = as_hwnc(grad), _sides(padding), (input.shape[2], input.shape[3])
@@ -89,12 +89,12 @@ def _(grad, input, weight, output, padding, groups, needs):
     return [gradient for gradient, need in zip(made, needs, strict=True) if need]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, _, ctx.padding, ctx.groups, relu = inputs
     ctx.save_for_backward(input, weight, output if relu else None)
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     gradients = _conv2d_relu_backward(grad, *ctx.saved_tensors, ctx.padding, ctx.groups, needs)
     return (*placed(gradients, needs), None, None, None)
@@ -104,14 +104,14 @@ _conv2d_relu.register_autograd(_differentiate, setup_context=_save)
 
 
 def conv2d_relu(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] | Padding = 0,
     groups: int = 1,
     relu: bool = True,
-) -> torch.Tensor:
+) -> Tensor:
     """Convolution + bias + ReLU in one pass, differentiable in input, weight and bias.
 
         relu(bias[k] + sum_{c, r, s} input[n, c, p * stride + r - top, q * stride + s - left]
@@ -147,5 +147,5 @@ def conv2d_relu(
         weight = arguments.space_to_depth_weight(weight, strides)
         sides = ((0, 0), (0, 0))
     pads = [*sides[0], *sides[1]]
-    output: torch.Tensor = _conv2d_relu(hwnc_strided(input), weight, bias, pads, groups, relu)
+    output: Tensor = _conv2d_relu(hwnc_strided(input), weight, bias, pads, groups, relu)
     return output.to(dtype)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex_kernels.common.arguments import aligned
@@ -47,7 +47,7 @@ def split_channels(block: int, size: int, least: int = 16) -> tuple[int, int]:
     return cut(block, size), 0
 
 
-def tma_fits(groups: int, *operands: torch.Tensor) -> bool:
+def tma_fits(groups: int, *operands: Tensor) -> bool:
     """Whether operands can be described to the tensor memory accelerator: 16-byte rows."""
     return has_tma(operands[0].device) and all(
         x.element_size() == 2
@@ -59,9 +59,7 @@ def tma_fits(groups: int, *operands: torch.Tensor) -> bool:
     )
 
 
-def row_blocks(
-    matrix: torch.Tensor, rows: int, block: int, tail: int
-) -> tuple[TensorDescriptor, ...]:
+def row_blocks(matrix: Tensor, rows: int, block: int, tail: int) -> tuple[TensorDescriptor, ...]:
     """Descriptors of the rows of [..., channels], in blocks of channels and of those of a tail."""
     flat = matrix.view(-1, matrix.shape[3])
     return tuple(TensorDescriptor.from_tensor(flat, [rows, b]) for b in (block, tail or block))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastalex_kernels.common.backend import target
 from fastalex_kernels.common.launch import launch
@@ -281,7 +282,7 @@ def _best_split(name: str, programs: int, steps: int) -> int:
 
 
 def _weight_tile(
-    x: torch.Tensor, blocks: tuple[int, int, int], C: int, K: int, S: int, pads: tuple[int, int]
+    x: Tensor, blocks: tuple[int, int, int], C: int, K: int, S: int, pads: tuple[int, int]
 ) -> dict[str, int]:
     """What a program holds of [S taps, C, K], cut to the layer.
 
@@ -308,8 +309,8 @@ def _weight_tile(
 
 
 def conv2d_relu_backward_weight(
-    x: torch.Tensor, dz: torch.Tensor, kernel_size: tuple[int, int], padding: Padding, groups: int
-) -> torch.Tensor:
+    x: Tensor, dz: Tensor, kernel_size: tuple[int, int], padding: Padding, groups: int
+) -> Tensor:
     """dw in float32 parts [parts, R, S, C, G*K], of x [H, W, N, G*C] and dz [P, Q, N, G*K]."""
     (H, W, N, GC), (P, Q, _, GK), (R, S) = x.shape, dz.shape, kernel_size
     C, K = GC // groups, GK // groups

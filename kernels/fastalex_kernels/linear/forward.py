@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastalex_kernels.common import philox
 from fastalex_kernels.common.backend import interpreted
@@ -176,7 +177,7 @@ def _finish_partials_kernel(
 
 
 def product_tile(
-    table: Tiles, x: torch.Tensor, kernel: str, blocked: tuple[int, int, int], *sizes: int
+    table: Tiles, x: Tensor, kernel: str, blocked: tuple[int, int, int], *sizes: int
 ) -> dict[str, int]:
     """A tile of ``table`` for a product of ``sizes``, cut to the M, N and K that are blocked."""
     *blocks, warps, stages = tile_entry(table, x, kernel, *sizes)
@@ -195,12 +196,12 @@ class Epilogue(NamedTuple):
             where this is.
     """
 
-    bias: torch.Tensor | None = None
+    bias: Tensor | None = None
     relu: bool = False
     dropout: Dropout = NO_DROPOUT
-    mask: torch.Tensor | None = None
+    mask: Tensor | None = None
 
-    def tensors(self, a: torch.Tensor) -> list[torch.Tensor]:
+    def tensors(self, a: Tensor) -> list[Tensor]:
         """Bias, counter and mask, ``a`` in the place of what is not read."""
         return [a if x is None else x for x in (self.bias, self.dropout.rng, self.mask)]
 
@@ -223,7 +224,7 @@ _SUMS = Epilogue()
 class _Product:
     """How a [M, K] @ w [K, N] is cut into programs; ``a`` and ``w`` may be parts of theirs."""
 
-    def __init__(self, a: torch.Tensor, w: torch.Tensor) -> None:
+    def __init__(self, a: Tensor, w: Tensor) -> None:
         self.M, self.K, self.N = *a.shape, w.shape[1]
         self.sizes = (self.M, self.N, self.K, int(a.stride(1) != 1), int(w.stride(1) != 1))
         blocked = (self.M, self.N, self.K)
@@ -243,14 +244,12 @@ class _Product:
         split = 1 if interpreted() else self.split(_PROGRAMS)
         return split if split > 2 else 1  # halves save less than another launch and its bytes
 
-    def tuned(self, parts: int, kernel: str, a: torch.Tensor) -> int:
+    def tuned(self, parts: int, kernel: str, a: Tensor) -> int:
         """What was found to be better than ``parts``."""
         (best,) = tuned((parts,), a, kernel, *self.sizes, math.prod(self.blocks), self.steps)
         return best
 
-    def multiply(
-        self, a: torch.Tensor, w: torch.Tensor, out: torch.Tensor, epilogue: Epilogue = _SUMS
-    ) -> None:
+    def multiply(self, a: Tensor, w: Tensor, out: Tensor, epilogue: Epilogue = _SUMS) -> None:
         """Into y [M, N], or into float32 sums [parts, M, N] of parts of K."""
         split = len(out) if out.dim() == 3 else 1
         (a_given, w_given, *sizes), constants = operands(a, w, self.tile, split)
@@ -262,7 +261,7 @@ class _Product:
         )  # fmt: skip
 
 
-def _add_up(parts: torch.Tensor, y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+def _add_up(parts: Tensor, y: Tensor, epilogue: Epilogue) -> Tensor:
     """The epilogue on the sums of ``parts`` [parts, M, N], into y."""
     M, N = y.shape
     block_m, block_n = 8, 128
@@ -275,7 +274,7 @@ def _add_up(parts: torch.Tensor, y: torch.Tensor, epilogue: Epilogue) -> torch.T
     return y
 
 
-def matmul(a: torch.Tensor, w: torch.Tensor, epilogue: Epilogue = _SUMS) -> torch.Tensor:
+def matmul(a: Tensor, w: Tensor, epilogue: Epilogue = _SUMS) -> Tensor:
     """y [M, N] = epilogue(a [M, K] @ w [K, N]), either operand of any strides."""
     product, y = _Product(a, w), a.new_empty((a.shape[0], w.shape[1]))
     split = product.tuned(product.parts(), "linear parts", a)
@@ -300,7 +299,7 @@ class HalvedProduct:
         w: [N, K].
     """
 
-    def __init__(self, x: torch.Tensor, w: torch.Tensor) -> None:
+    def __init__(self, x: Tensor, w: Tensor) -> None:
         self._w = w.t().chunk(_HALVES)
         self._product = _Product(x, self._w[0])
         each = self._product.split(_PROGRAMS // _HALVES)
@@ -309,18 +308,18 @@ class HalvedProduct:
         self._partials = x.new_empty(shape, dtype=torch.float32)
 
     @staticmethod
-    def gains(x: torch.Tensor, w: torch.Tensor) -> bool:
+    def gains(x: Tensor, w: Tensor) -> bool:
         """Whether the whole product is split, too: else partials are stored for this alone."""
         product = _Product(x, w.t().chunk(_HALVES)[0])
         product.steps = triton.cdiv(w.shape[1], product.tile["BLOCK_K"])
         return product.parts() > 1
 
-    def add(self, x: torch.Tensor, half: int) -> None:
+    def add(self, x: Tensor, half: int) -> None:
         """Sum the products of ``half``, 0 or 1, of the columns."""
         partials = self._partials[half * self._each :][: self._each]
         self._product.multiply(x, self._w[half], partials)
 
-    def finish(self, epilogue: Epilogue) -> torch.Tensor:
+    def finish(self, epilogue: Epilogue) -> Tensor:
         """y [M, N] of both halves."""
         y = self._w[0].new_empty(self._partials.shape[1:])
         return _add_up(self._partials, y, epilogue)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastalex_kernels import aten
 from fastalex_kernels.common.arguments import (
@@ -26,15 +27,15 @@ from fastalex_kernels.linear.forward import Epilogue, matmul
 
 @operator("linear_relu_dropout")
 def _linear_relu_dropout(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     p: float,
     relu: bool,
-    rng: torch.Tensor | None,
+    rng: Tensor | None,
     row_offset: int,
     feature_offset: int,
-) -> torch.Tensor:
+) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     rng = None if rng is None else rng.contiguous()
     dropout = Dropout(p, rng, row_offset, feature_offset)
@@ -48,15 +49,15 @@ def _(input, weight, bias, p, relu, rng, row_offset, feature_offset):
 
 @operator("linear_relu_dropout_backward")
 def _linear_relu_dropout_backward(
-    grad: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    output: torch.Tensor | None,
-    rng: torch.Tensor | None,
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    output: Tensor | None,
+    rng: Tensor | None,
     p: float,
     offsets: Sequence[int],
     needs: Sequence[bool],
-) -> list[torch.Tensor]:
+) -> list[Tensor]:
     """Those gradients of input, weight and bias that ``needs`` asks for."""
     need_x, need_w, need_b = needs
     dy = grad.contiguous()
@@ -80,14 +81,14 @@ def _(grad, input, weight, output, rng, p, offsets, needs):
     return [weight.new_empty(s) for s, need in zip(shapes, needs, strict=True) if need]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, _, ctx.p, relu, rng, *ctx.offsets = inputs
     # With ReLU the output is the mask. Without, the caller may advance rng before backward.
     kept_rng = None if relu or rng is None else rng.clone()
     ctx.save_for_backward(input, weight, output if relu else None, kept_rng)
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     gradients = _linear_relu_dropout_backward(grad, *ctx.saved_tensors, ctx.p, ctx.offsets, needs)
     return (*placed(gradients, needs), None, None, None, None, None)
@@ -97,9 +98,7 @@ _linear_relu_dropout.register_autograd(_differentiate, setup_context=_save)
 
 
 @operator("dropout")
-def _dropout(
-    input: torch.Tensor, p: float, rng: torch.Tensor, row_offset: int, feature_offset: int
-) -> torch.Tensor:
+def _dropout(input: Tensor, p: float, rng: Tensor, row_offset: int, feature_offset: int) -> Tensor:
     return drop(input.contiguous(), Dropout(p, rng.contiguous(), row_offset, feature_offset))
 
 
@@ -108,24 +107,24 @@ def _(input, p, rng, row_offset, feature_offset):
     return input.new_empty(input.shape)
 
 
-def _save_dropout(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save_dropout(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, ctx.p, rng, *ctx.offsets = inputs
     ctx.save_for_backward(rng.clone())  # the caller may advance it before backward
 
 
-def _differentiate_dropout(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _differentiate_dropout(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _dropout(grad, ctx.p, *ctx.saved_tensors, *ctx.offsets), None, None, None, None
 
 
 _dropout.register_autograd(_differentiate_dropout, setup_context=_save_dropout)
 
 
-def _check_input(input: torch.Tensor) -> None:
+def _check_input(input: Tensor) -> None:
     check_tensor("input", input)
     expect(input.dim() == 2, "input", "[N, in_features], got shape {}", tuple(input.shape))
 
 
-def _check_parameters(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+def _check_parameters(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensor("weight", weight, (input.dtype,), input.device)
     fits, shape = weight.dim() == 2 and weight.shape[1] == input.shape[1], tuple(weight.shape)
     expect(fits, "weight", "[out_features, {}], got shape {}", input.shape[1], shape)
@@ -133,7 +132,7 @@ def _check_parameters(input: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
         check_tensor("bias", bias, (input.dtype,), input.device, shape[:1])
 
 
-def _check_dropout(input: torch.Tensor, features: int, dropout: Dropout) -> None:
+def _check_dropout(input: Tensor, features: int, dropout: Dropout) -> None:
     """Check what is dropped of [rows of input, features]."""
     p, rng, row_offset, feature_offset = dropout
     check_int("row_offset", row_offset, 0, 2**31 - max(input.shape[0], 1))
@@ -155,16 +154,16 @@ def _drawn(dropout: Dropout, training: bool, device: torch.device) -> Dropout:
 
 
 def linear_relu_dropout(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     p: float = 0.5,
     relu: bool = True,
     training: bool = True,
-    rng: torch.Tensor | None = None,
+    rng: Tensor | None = None,
     row_offset: int = 0,
     feature_offset: int = 0,
-) -> torch.Tensor:
+) -> Tensor:
     """dropout(relu(input @ weight.T + bias)), differentiable in input, weight and bias.
 
     Whether element (m, n) is dropped depends on (seed, offset, row_offset + m, feature_offset + n)
@@ -201,18 +200,18 @@ def linear_relu_dropout(
     dtype = input.dtype
     input, weight, bias = interpretable(input, weight, bias)
     p, *rest = dropout
-    output: torch.Tensor = _linear_relu_dropout(input, weight, bias, p, relu, *rest)
+    output: Tensor = _linear_relu_dropout(input, weight, bias, p, relu, *rest)
     return output.to(dtype)
 
 
 def dropout(
-    input: torch.Tensor,
+    input: Tensor,
     p: float = 0.5,
     training: bool = True,
-    rng: torch.Tensor | None = None,
+    rng: Tensor | None = None,
     row_offset: int = 0,
     feature_offset: int = 0,
-) -> torch.Tensor:
+) -> Tensor:
     """Dropout alone, with the mask of ``linear_relu_dropout``; input is [N, features]."""
     _check_input(input)
     given = Dropout(p, rng, row_offset, feature_offset)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex_kernels.common.arguments import aligned
@@ -75,7 +75,7 @@ def product(
     return acc
 
 
-def _unit_stride(x: torch.Tensor) -> tuple[torch.Tensor, int, bool]:
+def _unit_stride(x: Tensor) -> tuple[Tensor, int, bool]:
     """x with neighbours along one axis, the other axis's stride, and whether columns lie so."""
     if x.stride(1) != 1 and x.stride(0) != 1:
         x = x.contiguous()
@@ -84,7 +84,7 @@ def _unit_stride(x: torch.Tensor) -> tuple[torch.Tensor, int, bool]:
 
 
 def operands(
-    a: torch.Tensor, w: torch.Tensor, tile: dict[str, int], split: int = 1
+    a: Tensor, w: Tensor, tile: dict[str, int], split: int = 1
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """a [M, K] and w [K, N], each of any strides, as a kernel with ``product`` takes them.
 

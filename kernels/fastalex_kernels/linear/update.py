@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastalex_kernels.common.launch import launch
 from fastalex_kernels.linear.forward import product_tile
@@ -118,8 +118,8 @@ def _linear_bwd_weight_update_kernel(
 
 
 def linear_backward_weight_update(
-    dz: torch.Tensor,
-    x: torch.Tensor,
+    dz: Tensor,
+    x: Tensor,
     update: MomentumUpdate,
     bias: MomentumUpdate | None = None,
     p: float = 0.0,

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastalex_kernels.common.arguments import aligned
 from fastalex_kernels.common.backend import target
@@ -47,7 +48,7 @@ _RESIDENT = 4  # programs that a processor holds: 128 registers of 128 threads
 _EXTRA_ROWS = 1.5  # what a program costs beyond its pooled rows, in rows: those it starts with
 
 
-def fits(x: torch.Tensor, norm: Norm, groups: int, window: Window) -> bool:
+def fits(x: Tensor, norm: Norm, groups: int, window: Window) -> bool:
     """Whether these kernels can do LRN + pooling of x [H, W, N, G*C]."""
     channels = x.shape[3] // groups
     return (
@@ -436,7 +437,7 @@ def _row_split(rows: int, programs: int, name: str) -> int:
     return min(range(1, max(rows, 1) + 1), key=last_end)
 
 
-def _constants(x: torch.Tensor, norm: Norm, groups: int, T: int) -> dict[str, Any]:
+def _constants(x: Tensor, norm: Norm, groups: int, T: int) -> dict[str, Any]:
     """Constants of both kernels; their sums start at START, what these give is UNIT too small."""
     C = x.shape[3]
     return {
@@ -445,9 +446,7 @@ def _constants(x: torch.Tensor, norm: Norm, groups: int, T: int) -> dict[str, An
     }  # fmt: skip
 
 
-def forward(
-    x: torch.Tensor, y: torch.Tensor, argmax: torch.Tensor, norm: Norm, groups: int, save: bool
-) -> None:
+def forward(x: Tensor, y: Tensor, argmax: Tensor, norm: Norm, groups: int, save: bool) -> None:
     """Fill y and, where ``save``, argmax, both [P, Q, N, G*C], from x [H, W, N, G*C]."""
     (H, W, N, C), (P, Q, _, _) = x.shape, y.shape
     chunks, T, strip = N * C // CHUNK, _CHUNKS, _STRIP
@@ -462,14 +461,8 @@ def forward(
 
 
 def backward(
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    argmax: torch.Tensor,
-    dx: torch.Tensor,
-    norm: Norm,
-    groups: int,
-    mask: bool = False,
-) -> torch.Tensor | None:
+    x: Tensor, dy: Tensor, argmax: Tensor, dx: Tensor, norm: Norm, groups: int, mask: bool = False
+) -> Tensor | None:
     """Fill dx [H, W, N, G*C] from x, and dy and argmax [P, Q, N, G*C].
 
     With ``mask`` x comes from a ReLU: dx is zero where x is, and its sums are returned, in parts

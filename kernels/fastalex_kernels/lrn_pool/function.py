@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastalex_kernels import aten
 from fastalex_kernels.common.arguments import (
@@ -39,13 +40,13 @@ def _pooling(norm: Sequence[float], groups: int, window: Sequence[int]) -> Pooli
 
 @operator("lrn_max_pool2d")
 def _lrn_max_pool2d(
-    input: torch.Tensor,
+    input: Tensor,
     norm: Sequence[float],
     groups: int,
     window: Sequence[int],
     size: Sequence[int],
     save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The output, and where each maximum was, if ``save``."""
     pooling = _pooling(norm, groups, window)
     return lrn_max_pool2d_forward(as_hwnc(input), pooling, (size[0], size[1]), save)
@@ -60,14 +61,14 @@ def _(input, norm, groups, window, size, save):
 
 @operator("lrn_max_pool2d_backward")
 def _lrn_max_pool2d_backward(
-    grad: torch.Tensor,
-    input: torch.Tensor | None,
-    argmax: torch.Tensor,
+    grad: Tensor,
+    input: Tensor | None,
+    argmax: Tensor,
     norm: Sequence[float],
     groups: int,
     window: Sequence[int],
     size: Sequence[int],
-) -> torch.Tensor:
+) -> Tensor:
     x, pooling = None if input is None else as_hwnc(input), _pooling(norm, groups, window)
     return lrn_max_pool2d_backward(x, as_hwnc(grad), argmax, pooling, (size[0], size[1]))[0]
 
@@ -77,13 +78,13 @@ def _(grad, input, argmax, norm, groups, window, size):
     return empty_nchw(grad, (*grad.shape[:2], *size))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     input, *pooling, _, _ = inputs
     ctx.arguments = (*pooling, input.shape[2:])
     ctx.save_for_backward(input if pooling[0] else None, output[1])
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     dx = _lrn_max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.arguments)
     return dx, None, None, None, None, None
 
@@ -91,9 +92,7 @@ def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor |
 _lrn_max_pool2d.register_autograd(_differentiate, setup_context=_save)
 
 
-def _check_window(
-    input: torch.Tensor, kernel_size: int, stride: int, ceil_mode: bool
-) -> tuple[int, int]:
+def _check_window(input: Tensor, kernel_size: int, stride: int, ceil_mode: bool) -> tuple[int, int]:
     """Check the arguments of pooling; return the size of its output."""
     check_tensor("input", input)
     is_maps = input.dim() == 4 and input.shape[1] > 0
@@ -118,7 +117,7 @@ def _check_lrn(channels: int, size: int, alpha: float, beta: float, k: float, gr
 
 
 def lrn_max_pool2d(
-    input: torch.Tensor,
+    input: Tensor,
     size: int = 5,
     alpha: float = 1e-4,
     beta: float = 0.75,
@@ -128,7 +127,7 @@ def lrn_max_pool2d(
     stride: int = 2,
     ceil_mode: bool = False,
     signed: bool = True,
-) -> torch.Tensor:
+) -> Tensor:
     """Local response normalisation across channels, then max-pooling, in one pass.
 
         max over each window of  x[i] * (k + alpha / size * sum_{j near i} x[j]^2) ^ -beta
@@ -162,8 +161,8 @@ def lrn_max_pool2d(
 
 
 def max_pool2d(
-    input: torch.Tensor, kernel_size: int = 3, stride: int = 2, ceil_mode: bool = False
-) -> torch.Tensor:
+    input: Tensor, kernel_size: int = 3, stride: int = 2, ceil_mode: bool = False
+) -> Tensor:
     """Max-pooling: the maximum over each kernel_size x kernel_size window of pixels.
 
     Args:
@@ -189,7 +188,7 @@ def channel_groups(channels: int) -> int:
     return next(g for g in range(1, channels + 1) if channels % g == 0 and channels // g <= 256)
 
 
-def _apply(input: torch.Tensor, pooling: Pooling, pooled: tuple[int, int]) -> torch.Tensor:
+def _apply(input: Tensor, pooling: Pooling, pooled: tuple[int, int]) -> Tensor:
     (wide,), (norm, groups, window) = interpretable(input), pooling
     save = wide.requires_grad and torch.is_grad_enabled()
     numbers = [] if norm is None else list(map(float, norm))

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastalex_kernels.common.backend import interpreted
 from fastalex_kernels.common.epilogue import epilogue_backward
@@ -201,7 +202,7 @@ def _lrn_max_pool2d_bwd_kernel(
 
 
 def _options(
-    x: torch.Tensor, rows: int, pooling: Pooling, warps: int, kernel: str, sizes: tuple[int, ...]
+    x: Tensor, rows: int, pooling: Pooling, warps: int, kernel: str, sizes: tuple[int, ...]
 ) -> dict[str, Any]:
     """Constants and block of a kernel that goes over so many rows of maps like x [..., G*C]."""
     norm, groups, window = pooling
@@ -221,8 +222,8 @@ def _options(
 
 
 def lrn_max_pool2d_forward(
-    x: torch.Tensor, pooling: Pooling, size: tuple[int, int], save: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, pooling: Pooling, size: tuple[int, int], save: bool
+) -> tuple[Tensor, Tensor]:
     """y [N, G*C, P, Q] and argmax [P, Q, N, G*C] of x [H, W, N, G*C].
 
     Both are HWNC in memory; argmax is empty unless ``save``.
@@ -243,14 +244,14 @@ def lrn_max_pool2d_forward(
 
 
 def lrn_max_pool2d_backward(
-    x: torch.Tensor | None,
-    dy: torch.Tensor,
-    argmax: torch.Tensor,
+    x: Tensor | None,
+    dy: Tensor,
+    argmax: Tensor,
     pooling: Pooling,
     size: tuple[int, int],
     mask: bool = False,
-    y: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """dx [N, G*C, H, W] of dy and argmax [P, Q, N, G*C]; x is the forward's input, for LRN.
 
     With ``mask`` a ReLU made the forward's input, and its backward is done here, too: dx is the
