@@ -74,44 +74,55 @@ class Variant:
     bias_weight_decay: bool = True
 
 
-_CONV1 = Convolution(96, 11, stride=4, pool=True)
-_CONV2 = Convolution(256, 5, padding=2, groups=2, pool=True)
+# P§3.3 prints alpha = 1e-4 undivided, which is 5e-4 before a division by the window's 5.
+_PAPER_NORM = ResponseNorm(k=2.0, alpha=5e-4, groups=2)
+_NORM_145 = ResponseNorm(k=2.0, alpha=1e-4, groups=2)
+_SPATIAL_145 = ResponseNorm(k=1.0, alpha=1e-3)
+_CAFFE_NORM = ResponseNorm(k=1.0, alpha=1e-4)
+_FULL = FullyConnected(4096, bias=1.0)
+_CAFFE_FULL = FullyConnected(4096, weight_std=0.005, bias=0.1)
+_OWT_FULL = FullyConnected(4096, weight_std=None)
 
-
-def _two_towers(
-    *,
-    norm: ResponseNorm,
-    ceil_mode: bool,
-    bias: float = 1.0,
-    late_std: float = 0.01,
-    hidden_std: float = 0.01,
-    relu_after_pool: bool = False,
-    spatial_norm: ResponseNorm | None = None,
-) -> tuple[tuple[Convolution, ...], tuple[FullyConnected, ...]]:
-    """The layers of P§3.5, with what the published copies change."""
-    convolutions = (
-        replace(_CONV1, ceil_mode=ceil_mode, norm=norm, relu_after_pool=relu_after_pool),
-        replace(_CONV2, bias=bias, norm=norm, spatial_norm=spatial_norm),
-        Convolution(384, 3, padding=1, weight_std=late_std),
-        Convolution(384, 3, padding=1, groups=2, weight_std=late_std, bias=bias),
-        Convolution(256, 3, padding=1, groups=2, weight_std=late_std, bias=bias, pool=True),
-    )
-    hidden = FullyConnected(4096, weight_std=hidden_std, bias=bias)
-    return convolutions, (hidden, hidden, FullyConnected(None))
-
-
-_PAPER = _two_towers(norm=ResponseNorm(k=2.0, alpha=5e-4, groups=2), ceil_mode=True)
-_SOURCE2012 = _two_towers(
-    norm=ResponseNorm(k=2.0, alpha=1e-4, groups=2),
-    ceil_mode=True,
-    late_std=0.03,
-    relu_after_pool=True,
-    spatial_norm=ResponseNorm(k=1.0, alpha=1e-3),
+_PAPER = Variant(
+    "paper",
+    (
+        Convolution(96, 11, stride=4, ceil_mode=True, norm=_PAPER_NORM, pool=True),
+        Convolution(256, 5, padding=2, groups=2, bias=1.0, norm=_PAPER_NORM, pool=True),
+        Convolution(384, 3, padding=1),
+        Convolution(384, 3, padding=1, groups=2, bias=1.0),
+        Convolution(256, 3, padding=1, groups=2, bias=1.0, pool=True),
+    ),
+    (_FULL, _FULL, FullyConnected(None)),
+    towers=2,
 )
-_CAFFE = _two_towers(
-    norm=ResponseNorm(k=1.0, alpha=1e-4), ceil_mode=False, bias=0.1, hidden_std=0.005
+_conv1, _conv2, *_late = _PAPER.convolutions
+_SOURCE2012 = replace(
+    _PAPER,
+    name="source2012",
+    convolutions=(
+        replace(_conv1, norm=_NORM_145, relu_after_pool=True),
+        replace(_conv2, norm=_NORM_145, spatial_norm=_SPATIAL_145),
+        *(replace(convolution, weight_std=0.03) for convolution in _late),
+    ),
+    bias_lr_multiplier=2.0,
+    bias_weight_decay=False,
 )
-_OWT = (
+_CAFFE = Variant(
+    "caffe",
+    (
+        Convolution(96, 11, stride=4, norm=_CAFFE_NORM, pool=True),
+        Convolution(256, 5, padding=2, groups=2, bias=0.1, norm=_CAFFE_NORM, pool=True),
+        Convolution(384, 3, padding=1),
+        Convolution(384, 3, padding=1, groups=2, bias=0.1),
+        Convolution(256, 3, padding=1, groups=2, bias=0.1, pool=True),
+    ),
+    (_CAFFE_FULL, _CAFFE_FULL, FullyConnected(None)),
+    image_size=227,
+    bias_lr_multiplier=2.0,
+    bias_weight_decay=False,
+)
+_OWT = Variant(
+    "owt",
     (
         Convolution(64, 11, stride=4, padding=2, weight_std=None, pool=True),
         Convolution(192, 5, padding=2, weight_std=None, pool=True),
@@ -119,27 +130,13 @@ _OWT = (
         Convolution(256, 3, padding=1, weight_std=None),
         Convolution(256, 3, padding=1, weight_std=None, pool=True),
     ),
-    (FullyConnected(4096, None), FullyConnected(4096, None), FullyConnected(None, None)),
+    (_OWT_FULL, _OWT_FULL, FullyConnected(None, weight_std=None)),
+    pool_ceil_mode=False,
+    dropout_on_input=True,
 )
-
-VARIANTS: dict[str, Variant] = {
-    # P§3.3 prints alpha = 1e-4 undivided, which is 5e-4 before a division by the window's 5.
-    "paper": Variant("paper", *_PAPER, towers=2),
-    "source2012": Variant(
-        "source2012", *_SOURCE2012, towers=2, bias_lr_multiplier=2.0, bias_weight_decay=False
-    ),
-    "caffe": Variant(
-        "caffe", *_CAFFE, image_size=227, bias_lr_multiplier=2.0, bias_weight_decay=False
-    ),
-    "owt": Variant("owt", *_OWT, pool_ceil_mode=False, dropout_on_input=True),
-}
+VARIANTS = {variant.name: variant for variant in (_PAPER, _SOURCE2012, _CAFFE, _OWT)}
 
 # Nets that others published weights of, to be converted and used, which no recipe trains.
 # Source: BVLC models/bvlc_reference_caffenet.
-FOREIGN: dict[str, Variant] = {
-    "caffenet": replace(
-        VARIANTS["caffe"],
-        name="caffenet",
-        convolutions=tuple(replace(c, norm_after_pool=True) for c in _CAFFE[0]),
-    )
-}
+_CAFFENET = tuple(replace(c, norm_after_pool=True) for c in _CAFFE.convolutions)
+FOREIGN = {"caffenet": replace(_CAFFE, name="caffenet", convolutions=_CAFFENET)}

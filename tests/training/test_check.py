@@ -132,7 +132,7 @@ def test_right_kernels_stay(clean: list[float]) -> None:
 
 FAULTS: dict[str, tuple[Any, str, str, str, dict[str, str]]] = {
     "wrong tap": (
-        conv2d, "_conv2d_relu_fwd_kernel", "(tap * W_TAP", "(tap // 2 * W_TAP",
+        conv2d, "_conv2d_relu_fwd_kernel", "(tap * (G", "(tap // 2 * (G",
         {"conv1": "forward: output", "conv2": "forward: output"},
     ),
     "dropped tail": (

@@ -93,7 +93,7 @@ def _finish(
 @triton.jit
 def _conv2d_relu_fwd_kernel(
     x_ptr,  # [H, W, N, G * C]
-    w_ptr,  # [R, S, ...]: element (tap, g, c, k) at tap * W_TAP + g * W_GROUP + c * W_C + k * W_K
+    w_ptr,  # [R, S, C, G * K], of the input gradient [R, S, K, G * C]
     b_ptr,  # [G * K], read where HAS_BIAS
     y_ptr,  # [P, Q, N, G * K]
     mask_ptr,  # as y, read where MASK
@@ -110,10 +110,6 @@ def _conv2d_relu_fwd_kernel(
     S: tl.constexpr,
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
-    W_TAP: tl.constexpr,
-    W_GROUP: tl.constexpr,
-    W_C: tl.constexpr,
-    W_K: tl.constexpr,
     REVERSE: tl.constexpr,  # take the taps in reverse order: the input gradient
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
@@ -129,6 +125,9 @@ def _conv2d_relu_fwd_kernel(
     N_BLOCKS: tl.constexpr = (K + BLOCK_N + TAIL_N - 1) // (BLOCK_N + TAIL_N)
     C_EVEN: tl.constexpr = C % (BLOCK_K + TAIL_K) == 0
     W_EVEN: tl.constexpr = C_EVEN and K % (BLOCK_N + TAIL_N) == 0
+    W_GROUP: tl.constexpr = C if REVERSE else K
+    W_C: tl.constexpr = 1 if REVERSE else G * K
+    W_K: tl.constexpr = G * C if REVERSE else 1
     pid = tl.program_id(0)
     g = tl.program_id(1)
     # Rows that need every tap first, the lighter ones of the borders at the end.
@@ -181,7 +180,7 @@ def _conv2d_relu_fwd_kernel(
     for _ in range(steps):
         shift = ((r * W + s) * N).to(tl.int64) * (G * C) + c
         tap = R * S - 1 - (r * S + s) if REVERSE else r * S + s
-        w_tap = w_ptr + (tap * W_TAP + c * W_C)
+        w_tap = w_ptr + (tap * (G * C * K) + c * W_C)
         mask_k = offs_k < C - c
         inside = mask_m
         if not ONE_PIXEL:
@@ -386,11 +385,7 @@ def _convolve(
         options: dict[str, Any] = {}
     else:
         kernel, operands = _conv2d_relu_fwd_kernel, (x, w)
-        w_c, w_k = (1, columns) if reverse else (columns, 1)
-        options = {
-            "W_TAP": rows * columns, "W_GROUP": columns // groups, "W_C": w_c, "W_K": w_k,
-            "ONE_PIXEL": one_pixel, "PRECISION": dot_precision(x, name),
-        }  # fmt: skip
+        options = {"ONE_PIXEL": one_pixel, "PRECISION": dot_precision(x, name)}
     launch(
         kernel, grid, *operands, *(y if t is None else t for t in (bias, y, mask, sums)),
         N, H, W, P, Q, G=groups, C=C, K=K, R=R, S=S, PAD_H=pad[0], PAD_W=pad[1],
