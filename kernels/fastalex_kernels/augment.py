@@ -281,7 +281,7 @@ def augment_forward(
     """
     (N, H, W, _), (mean, scale, centred) = images.shape, norm
     if images.numel() % 8 or not aligned(images):
-        words = images.new_empty(images.numel() + 7)  # all of the last 8 bytes can be read
+        words = images.new_zeros(images.numel() + 7)  # all of the last 8 bytes can be read
         call(words[: images.numel()].view(images.shape).copy_, images)
         images = words
     if conv1 is None:
