@@ -107,7 +107,7 @@ class AlexNet(nn.Module):
         self.check_image_size(images.shape[2], images.shape[3])
 
     def fused(self) -> AlexNet:
-        """The same net on fused kernels; the parameters are shared, not copied.
+        """``unfused`` undone: the same net on fused kernels, with the same parameters.
 
         Raises:
             ValueError: where a layer was changed in a way that the fused net can't take over.

@@ -268,16 +268,10 @@ def augment_forward(
     dtype: torch.dtype,
     conv1: tuple[Padding, int] | None = None,
 ) -> Tensor:
-    """The kernel's output: NHWC, or the blocks of 4 x 4 pixels that a convolution reads.
+    """``augment`` of contiguous tensors, ``mirrors`` uint8, into [N, size, size, 3].
 
-    Args:
-        images, colors, norm, size, dtype: as of ``augment``; tensors are contiguous.
-        crops: with ``mirrors`` of uint8.
-        conv1: padding and kernel size of a convolution with stride 4. Blocks behind the last that
-            its windows reach are left out, as a stride leaves lines out.
-
-    Returns:
-        [N, size, size, 3], or [P, Q, N, 48].
+    Where ``conv1`` gives padding and kernel size of a convolution with stride 4, into the blocks
+    that it reads, [P, Q, N, 48], without those behind the last that its windows reach.
     """
     (N, H, W, _), (mean, scale, centred) = images.shape, norm
     if images.numel() % 8 or not aligned(images):
@@ -297,12 +291,10 @@ def augment_forward(
     launch(
         _augment_kernel, (triton.cdiv(P * Q, items) * N,), images, *crops,
         *(images if x is None else x for x in (colors, mean, scale)), out, N, H=H, W=W, SIZE=size,
-        P=P, Q=Q, WIDTH=width, PAD_TOP=top, PAD_LEFT=left,
-        COLUMNS=16 if conv1 is None else BLOCK,
+        P=P, Q=Q, WIDTH=width, PAD_TOP=top, PAD_LEFT=left, COLUMNS=16 if conv1 is None else BLOCK,
         HAS_COLORS=colors is not None, HAS_MEAN=mean is not None and mean.dim() == 1,
-        HAS_MEAN_IMAGE=mean is not None and mean.dim() == 3,
-        CENTRED=centred, HAS_SCALE=scale is not None, ITEMS=items, num_warps=4,
-        counted=max(P * Q, H * W * 3),
+        HAS_MEAN_IMAGE=mean is not None and mean.dim() == 3, CENTRED=centred,
+        HAS_SCALE=scale is not None, ITEMS=items, num_warps=4, counted=max(P * Q, H * W * 3),
     )  # fmt: skip
     return out
 

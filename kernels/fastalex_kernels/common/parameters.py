@@ -40,18 +40,12 @@ def norm_of(numbers: Sequence[float]) -> Norm:
 
 
 class Dropout(NamedTuple):
-    """What is dropped of rows of features, and how what is kept is scaled.
+    """What is dropped of rows of features, and how what is kept is scaled."""
 
-    Args:
-        p: probability that an element is dropped; results are divided by 1 - p.
-        rng: int64 tensor (seed, offset); None drops nothing.
-        row_offset, feature_offset: where the block lies in the whole batch and layer.
-    """
-
-    p: float = 0.0
-    rng: torch.Tensor | None = None
-    row_offset: int = 0
-    feature_offset: int = 0
+    p: float = 0.0  # probability that an element is dropped; results are divided by 1 - p
+    rng: torch.Tensor | None = None  # int64 (seed, offset); None drops nothing
+    row_offset: int = 0  # where the block lies in the whole batch
+    feature_offset: int = 0  # and in the whole layer
 
 
 NO_DROPOUT = Dropout()

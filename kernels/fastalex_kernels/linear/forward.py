@@ -186,20 +186,12 @@ def product_tile(
 
 
 class Epilogue(NamedTuple):
-    """What is done to the sums [M, N] of a product before they are stored.
+    """What is done to the sums [M, N] of a product before they are stored, in this order."""
 
-    Args:
-        bias: [N], added.
-        relu: whether negative values become zero.
-        dropout: what is dropped, and the scale of the rest.
-        mask: [M, N], contiguous, the output of a ReLU whose gradient the result is: it is zero
-            where this is.
-    """
-
-    bias: Tensor | None = None
+    bias: Tensor | None = None  # [N], added
     relu: bool = False
     dropout: Dropout = NO_DROPOUT
-    mask: Tensor | None = None
+    mask: Tensor | None = None  # [M, N], the output of a ReLU: the result is zero where this is
 
     def tensors(self, a: Tensor) -> list[Tensor]:
         """Bias, counter and mask, ``a`` in the place of what is not read."""
