@@ -99,6 +99,14 @@ class Augment:
         crops = kernels.Crops(tops, lefts, mirrors)
         return kernels.augment(images, crops, colors, self.norm, self.size, dtype)
 
+    def crop(
+        self, images: torch.Tensor, top: int, left: int, mirrored: bool = False
+    ) -> torch.Tensor:
+        """The same crop of every image, else as a call."""
+        count = (len(images),)
+        tops, lefts = (images.new_full(count, place, dtype=torch.int32) for place in (top, left))
+        return self(images, tops, lefts, images.new_full(count, mirrored, dtype=torch.bool))
+
 
 @dataclass(frozen=True)
 class ColorNoise:

@@ -25,12 +25,7 @@ _DEFAULT = ("lrn", "overlap", HALF, "tower-traffic", "conv3", "conv4", "conv5") 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit code. 0: all are trained. 1: one failed. 2: nothing could begin. 130: Ctrl-C; the
-        same command goes on with what is not finished.
-    """
+    """Run the command line; returns the exit code, after a failed training that one's."""
     options, rest = _parser().parse_known_args(arguments)
     left = "give the same command again to go on"
     return guarded("ablate", lambda: _run(options, rest), left)

@@ -1,17 +1,12 @@
-"""The paper's figures drawn from arrays, and written as PNG and PDF.
-
-matplotlib is imported when the first figure is made, for it is an extra. Nothing is shown on a
-screen: figures are made without pyplot and rendered by Agg.
-"""
+"""The paper's figures drawn from arrays with matplotlib, and written as PNG and PDF."""
 
 from __future__ import annotations
 
 import itertools
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,18 +26,40 @@ _BLUE, _ORANGE = "#2f5d9b", "#c8641e"
 Weights = npt.NDArray[np.float32]
 
 
+class Prediction(NamedTuple):
+    """A picture, uint8 [D, D, 3], its class, if known, and the most probable ones, best first."""
+
+    pixels: Pixels
+    label: str | None
+    guesses: list[tuple[str, float]]
+
+
+class Neighbours(NamedTuple):
+    """One picture and those nearest to it; pixels are uint8 [D, D, 3]."""
+
+    pixels: Pixels
+    label: str
+    nearest: list[tuple[Pixels, str]]
+
+
+class Curves(NamedTuple):
+    """A run's records of steps and of epochs, as in ``metrics.jsonl``, each in order."""
+
+    steps: list[dict[str, Any]]
+    epochs: list[dict[str, Any]]
+
+
 def save_figure(figure: Any, stem: Path) -> list[Path]:
     """Write ``stem`` with .png and .pdf added, each atomically; returns the two paths."""
-    paths = []
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf")]
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, for both
-    for kind in ("png", "pdf"):
-        path = stem.with_name(f"{stem.name}.{kind}")
+    for path in paths:
+        kind = path.suffix[1:]
         # Without a date the same figure is the same file.
         metadata = {"CreationDate": None} if kind == "pdf" else {}
         with replacing(path) as temporary:
             figure.savefig(temporary, format=kind, metadata=metadata)
-        paths.append(path)
     return paths
 
 
@@ -59,15 +76,14 @@ def kernel_grid(kernels: Weights, columns: int = _COLUMNS) -> Pixels:
     Returns:
         uint8 [rows * (k + 1) + 1, columns * (k + 1) + 1, 3].
     """
-    count, _, side, _ = kernels.shape
-    rows = -(-count // columns)
-    grid: Pixels = np.full((rows * (side + 1) + 1, columns * (side + 1) + 1, 3), 255, np.uint8)
-    for i, kernel in enumerate(kernels):
-        largest = float(np.abs(kernel).max()) or 1.0
-        tile = np.rint(127.5 + 127.5 * kernel.transpose(1, 2, 0).astype(np.float64) / largest)
-        top, left = (n * (side + 1) + 1 for n in divmod(i, columns))
-        grid[top : top + side, left : left + side] = tile.astype(np.uint8)
-    return grid
+    white = {"constant_values": 255}
+    largest = np.abs(kernels).max((1, 2, 3), keepdims=True).astype(np.float64)
+    tiles = np.rint(127.5 + 127.5 * kernels / np.where(largest == 0, 1, largest))
+    tiles = np.pad(tiles, ((0, -len(tiles) % columns), (0, 0), (1, 0), (1, 0)), **white)
+    _, _, side, _ = tiles.shape
+    grid = tiles.reshape(-1, columns, 3, side, side).transpose(0, 3, 1, 4, 2)
+    grid = grid.reshape(-1, columns * side, 3).astype(np.uint8)
+    return np.pad(grid, ((0, 1), (0, 1), (0, 0)), **white)
 
 
 def draw_kernels(kernels: Weights, towers: int, scale: int = KERNEL_SCALE) -> Any:
@@ -79,9 +95,6 @@ def draw_kernels(kernels: Weights, towers: int, scale: int = KERNEL_SCALE) -> An
         kernels: float32 [n, 3, k, k].
         towers: blocks to draw them in, of n / towers each.
         scale: pixels for each weight.
-
-    Returns:
-        The figure.
     """
     # Weights repeated here, so that no renderer has a pixel to choose.
     blocks = [
@@ -103,32 +116,10 @@ def draw_kernels(kernels: Weights, towers: int, scale: int = KERNEL_SCALE) -> An
     return figure
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What a net said of one picture.
-
-    Attributes:
-        pixels: uint8 [D, D, 3].
-        label: the correct class, if known.
-        guesses: the most probable classes and their probabilities, best first.
-    """
-
-    pixels: Pixels
-    label: str | None
-    guesses: list[tuple[str, float]]
-
-
 def draw_predictions(predictions: Sequence[Prediction], columns: int = 4) -> Any:
     """Pictures, each with its correct label and bars of the most probable, as in Figure 4, left.
 
-    The bar of the correct label is red.
-
-    Args:
-        predictions: at least one.
-        columns: pictures in a row.
-
-    Returns:
-        The figure.
+    The bar of the correct label is red. ``columns`` pictures stand in a row.
     """
     columns = min(columns, len(predictions))
     rows = -(-len(predictions) // columns)
@@ -164,25 +155,10 @@ def _bars(axes: Any, prediction: Prediction, width: float) -> None:
         axes.text(0.02, place, text, va=va, fontsize=_NAME, linespacing=1.0)
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """One picture and those nearest to it; pixels are uint8 [D, D, 3]."""
-
-    pixels: Pixels
-    label: str
-    nearest: list[tuple[Pixels, str]]
-
-
 def draw_neighbours(rows: Sequence[Neighbours]) -> Any:
     """A picture in the first column and those nearest to it beside it, as in Figure 4, right.
 
-    The name of another class than the first column's is red.
-
-    Args:
-        rows: at least one, each with the same number of neighbours.
-
-    Returns:
-        The figure.
+    The name of another class than the first column's is red. Each row has as many neighbours.
     """
     side, columns = 0.9, 1 + len(rows[0].nearest)
     names = [name for row in rows for name in (row.label, *(name for _, name in row.nearest))]
@@ -201,29 +177,15 @@ def draw_neighbours(rows: Sequence[Neighbours]) -> Any:
     return figure
 
 
-@dataclass(frozen=True)
-class Curves:
-    """A run's records of steps and of epochs, as in ``metrics.jsonl``, each in order."""
-
-    steps: list[dict[str, Any]]
-    epochs: list[dict[str, Any]]
-
-
 def draw_curves(curves: Curves) -> Any:
     """Training and validation loss, and validation errors, over the steps of a run.
 
     Dotted lines are where the learning rate fell to a half of what it had been, or less.
-
-    Args:
-        curves: with at least one step or epoch.
-
-    Returns:
-        The figure.
     """
     figure = new_figure(6.9, 2.6)
     figure.set_layout_engine("constrained", w_pad=0.1)
     left, right = figure.subplots(1, 2)
-    steps, ends = ([record["step"] for record in some] for some in (curves.steps, curves.epochs))
+    steps, ends = ([record["step"] for record in some] for some in curves)
     dots: dict[str, Any] = {"clip_on": False, "zorder": 3, "linewidth": 0.9}
     if len(ends) < _DOTTED:
         dots |= {"marker": "o", "markersize": 2.5}
@@ -238,8 +200,7 @@ def draw_curves(curves: Curves) -> Any:
     pairs = itertools.pairwise(curves.steps)
     drops = [before["step"] for before, after in pairs if after["lr"] <= before["lr"] / 2]
     for axes in (left, right):
-        axes.set_xlabel("step")
-        axes.set_xlim(0, max([*steps, *ends]) * 1.02)
+        axes.set(xlabel="step", xlim=(0, max([*steps, *ends]) * 1.02))
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e4e4e4", linewidth=0.5)

@@ -9,10 +9,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,22 +22,19 @@ from fastalex.data import (
     VAL_COUNT,
     FolderImages,
     ImageDataset,
-    Normalization,
     PackedImages,
     SyntheticImages,
     decode_size,
 )
 from fastalex.data.augment import Augment
-from fastalex.data.base import MAX_IMAGE_SIZE, Pixels, map_ahead
+from fastalex.data.base import Pixels, map_ahead
 from fastalex.data.datasets import describe
 from fastalex.data.decode import read_image, try_read
 from fastalex.data.folder import class_folders
 from fastalex.data.packed import is_packed
 from fastalex.data.synthetic import Split
-from fastalex.model.alexnet import AlexNet
-from fastalex.training.autograd_step import computing
+from fastalex.evaluation.pretrained import load_net
 from fastalex.training.validation import TOP as TOP
-from fastalex.training.weights import load_mean_image, load_model
 
 CROPS = (1, 10)
 _NAMED = 3  # classes that a message names
@@ -47,54 +42,41 @@ _NAMED = 3  # classes that a message names
 Labels = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Member:
-    """One net of an ensemble and the file it came from."""
-
-    path: Path
-    model: AlexNet
-    metadata: dict[str, Any]
-    normalization: Normalization
-
-    def precision(self, device: torch.device) -> AbstractContextManager[None]:
-        """A context in which the net computes as it was trained; on a CPU in float32."""
-        name = self.metadata.get("precision", "float32")
-        return computing(name if device.type == "cuda" else "float32", device)
-
-
 class Ensemble:
     """Nets of the same classes and image size whose probabilities are averaged; often just one.
 
     Args:
-        members: at least one, on one device, in evaluation mode.
+        paths: of their weights files, at least one.
+        device: where they compute; None is the first GPU, or the CPU where there is none.
 
     Raises:
-        ValueError: where two differ in classes or image size, or one's metadata lack something.
+        ValueError: for a file that ``load_net`` refuses, and where two differ in classes or image
+            size.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.members = list(members)
-        first = self.members[0]
-        self.classes: list[str] = first.metadata["classes"]
-        self.image_size: int = first.metadata["image_size"]
-        self.seed: int = first.metadata.get("seed", 0)
-        self.device = next(first.model.parameters()).device
-        for other in self.members[1:]:
-            self._check_alike(first, other)
-        self._augments = [
-            Augment(member.normalization, self.image_size, self.device) for member in self.members
-        ]
-
-    @classmethod
-    def load(cls, paths: Sequence[Path], device: torch.device | None = None) -> Ensemble:
-        """The nets of weights files; None is the first GPU, or the CPU where there is none.
-
-        Raises:
-            ValueError: for a file that ``load_model`` refuses, and as the class says.
-        """
+    def __init__(self, paths: Sequence[Path], device: torch.device | None = None) -> None:
         if device is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return cls([_load(path, device) for path in paths])
+        self.device = device
+        self.members = [load_net(path) for path in paths]
+        first = self.members[0].metadata
+        self.classes: list[str] = first["classes"]
+        self.image_size: int = first["image_size"]
+        self.seed: int = first.get("seed", 0)
+        for path, model, metadata, _ in self.members:
+            differ, size = "", metadata["image_size"]
+            if metadata["classes"] != self.classes:
+                names = str(paths[0]), str(path)
+                differ = f"classes: {_difference(self.classes, metadata['classes'], *names)}"
+            elif size != self.image_size:
+                differ = f"image size: {self.image_size} and {size}"
+            if differ:
+                both = f"{paths[0]} and {path}"
+                raise ValueError(f"--weights: {both} can't be averaged, they differ in {differ}")
+            model.to(device)
+        self._augments = [
+            Augment(member.normalization, self.image_size, device) for member in self.members
+        ]
 
     @torch.no_grad()
     def probabilities(self, pixels: Pixels, crops: int = 1) -> torch.Tensor:
@@ -117,7 +99,7 @@ class Ensemble:
         places = crop_places(images.shape[1] - self.image_size, crops)
         for member, augment in zip(self.members, self._augments, strict=True):
             for place in places:
-                crop = cut(augment, images, *place)
+                crop = augment.crop(images, *place)
                 with member.precision(self.device):
                     logits = member.model(crop)
                 softmax = logits.double().softmax(1)
@@ -141,67 +123,9 @@ class Ensemble:
         member = self.members[0]
         images = torch.from_numpy(pixels).to(self.device)
         (place,) = crop_places(images.shape[1] - self.image_size, 1)
-        model = member.model
         with member.precision(self.device):
-            maps = model.forward_features(cut(self._augments[0], images, *place))
-            return model.forward_head(maps, pre_logits=True).float().cpu()
-
-    def _check_alike(self, first: Member, other: Member) -> None:
-        names = str(first.path), str(other.path)
-        classes, size = other.metadata["classes"], other.metadata["image_size"]
-        what = ""
-        if classes != self.classes:
-            what = f"classes: {_difference(self.classes, classes, *names)}"
-        elif size != self.image_size:
-            what = f"image size: {self.image_size} and {size}"
-        if what:
-            raise ValueError(
-                f"--weights: {' and '.join(names)} can't be averaged, they differ in {what}"
-            )
-
-
-def _load(path: Path, device: torch.device) -> Member:
-    model, metadata = load_model(path)
-    for key in ("classes", "image_size", "normalization"):
-        if key not in metadata:
-            raise ValueError(f"{path}: its metadata lack {key!r}")
-    _check_metadata(path, metadata, model)
-    try:
-        normalization = Normalization.from_dict(metadata["normalization"], load_mean_image(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return Member(path, model.to(device), metadata, normalization)
-
-
-def _check_metadata(path: Path, metadata: dict[str, Any], model: AlexNet) -> None:
-    """Raise ValueError where classes, image size or seed are not what a net has."""
-    classes, size, seed = metadata["classes"], metadata["image_size"], metadata.get("seed", 0)
-    count, least = metadata["num_classes"], model.smallest_image_size()
-    names = classes if isinstance(classes, list) else []
-    wrong = ""
-    if len(names) != count or not all(isinstance(name, str) for name in names):
-        wrong = f"classes: expected {count} names, got {_shown(classes)}"
-    elif type(size) is not int or not least <= size <= MAX_IMAGE_SIZE:
-        wrong = f"image_size: expected {least} to {MAX_IMAGE_SIZE}, got {_shown(size)}"
-    elif type(seed) is not int or seed < 0:
-        wrong = f"seed: expected a number of at least 0, got {_shown(seed)}"
-    if wrong:
-        raise ValueError(f"{path}: {wrong}")
-
-
-def _shown(value: object) -> str:
-    return f"{len(value)} of them" if isinstance(value, list) else repr(value)[:50]
-
-
-def cut(
-    augment: Augment, images: torch.Tensor, top: int, left: int, mirrored: bool
-) -> torch.Tensor:
-    """The same crop of every image, normalised."""
-    count = (len(images),)
-    tops, lefts, mirrors = (
-        images.new_full(count, v, dtype=torch.int32) for v in (top, left, mirrored)
-    )
-    return augment(images, tops, lefts, mirrors.bool())
+            maps = member.model.forward_features(self._augments[0].crop(images, *place))
+            return member.model.forward_head(maps, pre_logits=True).float().cpu()
 
 
 def crop_places(spare: int, crops: int) -> list[tuple[int, int, bool]]:
@@ -291,21 +215,18 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 1,
 ) -> Scores:
-    """What ``ensemble`` says of every image of ``dataset``.
+    """What ``ensemble`` says of every image of ``dataset``, which has its classes.
 
     Args:
         ensemble: the nets.
-        dataset: labelled images with the ensemble's classes.
+        dataset: labelled images.
         crops: 1 or 10; see ``Ensemble.probabilities``.
         batch_size: images read at a time; each crop of them is one pass through a net.
         workers: threads that read ahead.
     """
-    ranked = [
-        rank_classes(ensemble.probabilities(pixels, crops))
-        for pixels in read_batches(
-            dataset, range(len(dataset)), ensemble.image_size, batch_size, workers, "Evaluating"
-        )
-    ]
+    indices = range(len(dataset))
+    batches = read_batches(dataset, indices, ensemble.image_size, "Evaluating", batch_size, workers)
+    ranked = [rank_classes(ensemble.probabilities(pixels, crops)) for pixels in batches]
     return Scores(ensemble.classes, np.asarray(dataset.labels), np.concatenate(ranked))
 
 
@@ -313,9 +234,9 @@ def read_batches(
     dataset: ImageDataset,
     indices: Iterable[int],
     image_size: int,
-    batch_size: int,
-    workers: int,
     what: str,
+    batch_size: int = 64,
+    workers: int = 1,
 ) -> Iterator[Pixels]:
     """uint8 [n, D, D, 3] of the images of ``dataset``, in order, counted by a bar."""
     indices, side = list(indices), decode_size(image_size)
@@ -330,12 +251,11 @@ def read_batches(
             bar.update(len(pixels))
 
 
-def read_files(paths: Sequence[Path], size: int, workers: int = 1) -> Iterator[Pixels | str]:
+def read_files(paths: Sequence[Path], size: int) -> list[Pixels | str]:
     """The centre square of each image file, uint8 [size, size, 3], or why it can't be read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
-        read = lambda path: try_read(read_image, path, size)  # noqa: E731
-        yield from map_ahead(read, paths, workers, 2 * workers)
+        return [try_read(read_image, path, size) for path in paths]
 
 
 def open_dataset(data: Path | None, part: Split, ensemble: Ensemble) -> ImageDataset:
@@ -354,31 +274,27 @@ def open_dataset(data: Path | None, part: Split, ensemble: Ensemble) -> ImageDat
         ValueError: where the classes are not the ensemble's, or nothing can be read.
     """
     classes, side = ensemble.classes, decode_size(ensemble.image_size)
-    where = "the built-in set (name images with --data)" if data is None else str(data)
-    dataset: ImageDataset
+    where, dataset = str(data), None
     if data is None:
+        where = "the built-in set (name images with --data)"
         count = TRAIN_COUNT if part == "train" else VAL_COUNT
         dataset = SyntheticImages(part, count, ensemble.seed)
-        found = dataset.classes
     elif is_packed(data):
         dataset = PackedImages(data, part)
+    if dataset is not None:
         found = dataset.classes
     else:
         found = class_folders(data / "train") if (data / "train").is_dir() else classes
-        _check_classes(where, found, classes)
+    if found != classes:
+        difference = _difference(found, classes, where, "the weights")
+        raise ValueError(f"the classes of {where} are not those of the weights: {difference}")
+    if dataset is None:
         unchecked = () if part == "train" else None
         dataset = FolderImages(data / part, classes, side, unchecked)
-    _check_classes(where, found, classes)
     if part == "val":
         for line in describe([dataset], side):
             print(line, file=sys.stderr)
     return dataset
-
-
-def _check_classes(where: str, found: list[str], classes: list[str]) -> None:
-    if found != classes:
-        difference = _difference(found, classes, where, "the weights")
-        raise ValueError(f"the classes of {where} are not those of the weights: {difference}")
 
 
 def _difference(a: Sequence[str], b: Sequence[str], a_name: str, b_name: str) -> str:

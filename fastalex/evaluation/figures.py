@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,15 +27,10 @@ from fastalex.evaluation.ensemble import (
 
 _PICTURES, _QUERIES, _NEAREST = 8, 5, 6  # as in Figure 4
 _SHOWN = 224  # side in pixels at which images are drawn
-_BATCH = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit code. 0: drawn. 2: something was wrong, one line on stderr says what. 130: Ctrl-C.
-    """
+    """Run the command line; returns the exit code: 2 where something could not be drawn."""
     options = _parser().parse_args(arguments)
     return guarded("figures", lambda: _run(options), "figures named above are whole")
 
@@ -65,7 +61,7 @@ def _parser() -> Parser:
 def _run(options: argparse.Namespace) -> int:
     new_figure(1, 1)  # before any work: matplotlib may be missing
     check_output("--output", options.output, folder=True)
-    ensemble = Ensemble.load([options.weights])
+    ensemble = Ensemble([options.weights])
     metrics = options.metrics or options.weights.parent / "metrics.jsonl"
     curves = read_metrics(metrics) if options.metrics or metrics.is_file() else None
     given = options.images and predict_files(ensemble, options.images)
@@ -79,10 +75,8 @@ def _run(options: argparse.Namespace) -> int:
     save(draw_first_layer(ensemble), "conv1")
     save(drawing.draw_predictions(given or predict_some(ensemble, dataset)), "predictions")
     gallery = open_dataset(options.data, "train", ensemble)
-    save(
-        drawing.draw_neighbours(find_neighbours(ensemble, dataset, gallery, options.gallery)),
-        "neighbours",
-    )
+    neighbours = find_neighbours(ensemble, dataset, gallery, options.gallery)
+    save(drawing.draw_neighbours(neighbours), "neighbours")
     if curves is not None:
         save(drawing.draw_curves(curves), "curves")
     return 0
@@ -97,13 +91,12 @@ def draw_first_layer(ensemble: Ensemble) -> Any:
 
 
 def predict_files(ensemble: Ensemble, paths: Sequence[Path]) -> list[drawing.Prediction]:
-    """What the net says of image files.
+    """What the net says of image files; a folder of a class's name tells the correct one.
 
     Raises:
         ValueError: for one that can't be read.
     """
-    sides = decode_size(ensemble.image_size), _SHOWN
-    small, large = (list(read_files(paths, side)) for side in sides)
+    small, large = (read_files(paths, side) for side in (decode_size(ensemble.image_size), _SHOWN))
     for path, pixels in zip(paths, small, strict=True):
         if isinstance(pixels, str):
             raise ValueError(f"{path}: {pixels}")
@@ -117,22 +110,19 @@ def predict_some(ensemble: Ensemble, dataset: ImageDataset) -> list[drawing.Pred
     chosen = spread(dataset, _PICTURES)
     sides = decode_size(ensemble.image_size), _SHOWN
     small, large = ([dataset.image(i, side) for i in chosen] for side in sides)
-    return _predictions(
-        ensemble, small, large, [ensemble.classes[dataset.labels[i]] for i in chosen]
-    )
+    labels = [ensemble.classes[dataset.labels[i]] for i in chosen]
+    return _predictions(ensemble, small, large, labels)
 
 
 def _predictions(
     ensemble: Ensemble, small: Sequence[Any], large: Sequence[Any], labels: Sequence[str | None]
 ) -> list[drawing.Prediction]:
     probabilities = ensemble.probabilities(np.stack(small), crops=10)
-    found = []
-    for row, ranked, pixels, label in zip(
-        probabilities, rank_classes(probabilities), large, labels, strict=True
-    ):
-        guesses = [(ensemble.classes[i], float(row[i])) for i in ranked.tolist()]
-        found.append(drawing.Prediction(pixels, label, guesses))
-    return found
+    guesses = [
+        [(ensemble.classes[i], float(row[i])) for i in ranked.tolist()]
+        for row, ranked in zip(probabilities, rank_classes(probabilities), strict=True)
+    ]
+    return list(map(drawing.Prediction, large, labels, guesses))
 
 
 def find_neighbours(
@@ -170,7 +160,7 @@ def ensemble_features(
     ensemble: Ensemble, dataset: ImageDataset, indices: Sequence[int], what: str
 ) -> torch.Tensor:
     """float32 [len(indices), 4096]: the last hidden layer's activations."""
-    batches = read_batches(dataset, indices, ensemble.image_size, _BATCH, 1, what)
+    batches = read_batches(dataset, indices, ensemble.image_size, what)
     return torch.cat([ensemble.features(pixels) for pixels in batches])
 
 
@@ -179,8 +169,8 @@ def spread(dataset: ImageDataset, count: int) -> list[int]:
     labels = np.unique(dataset.labels)
     chosen = labels[np.arange(min(count, len(labels))) * len(labels) // min(count, len(labels))]
     by_class = [np.flatnonzero(dataset.labels == label) for label in chosen]
-    ranks = range(max(map(len, by_class)))
-    return [int(mine[rank]) for rank in ranks for mine in by_class if rank < len(mine)][:count]
+    ranks = itertools.zip_longest(*by_class)
+    return [int(index) for rank in ranks for index in rank if index is not None][:count]
 
 
 def read_metrics(path: Path) -> drawing.Curves:
@@ -191,12 +181,9 @@ def read_metrics(path: Path) -> drawing.Curves:
     """
     found: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "epoch": {}}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        for record in map(json.loads, lines):
+        for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             if record.get("kind") in found:
                 found[record["kind"]][int(record["step"])] = record
-    except FileNotFoundError as error:
-        raise ValueError(f"--metrics {path}: no such file") from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"--metrics {path}: not the metrics of a run ({error})") from error
     steps, epochs = ([records[n] for n in sorted(records)] for records in found.values())

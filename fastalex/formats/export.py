@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
-import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from fastalex._version import __version__
 from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.common.files import replacing
 from fastalex.data import Normalization, decode_size
+from fastalex.evaluation.pretrained import load_net
 from fastalex.formats.onnx_graph import Pixels, build
 from fastalex.model.ablations import split_name
 from fastalex.model.alexnet import AlexNet
-from fastalex.training.weights import load_mean_image, load_model
 
 _TO = {
     "onnx": "for ONNX Runtime and others, LRN as ONNX's own",
@@ -36,11 +33,7 @@ _WITH_PIXELS = ("onnx", "pt2")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit code. 0: written. 2: it could not be, one line on stderr says why. 130: Ctrl-C.
-    """
+    """Run the command line; returns the exit code: 2 where no file could be written."""
     options = _parser().parse_args(arguments)
     return guarded("export", lambda: _run(options))
 
@@ -74,17 +67,8 @@ def _run(options: argparse.Namespace) -> int:
     check_output("--output", options.output)
     if options.preprocess and options.to not in _WITH_PIXELS:
         raise ValueError(f"--preprocess: a file of {options.to} holds no graph: leave it out")
-    net, metadata = load_model(options.weights)
-    for key in ("classes", "image_size", "normalization"):
-        if key not in metadata:
-            raise ValueError(f"{options.weights}: its metadata lack {key!r}")
+    _, net, metadata, scale = load_net(options.weights)
     size: int = metadata["image_size"]
-    try:
-        net.check_image_size(size, size)
-        scale = Normalization.from_dict(metadata["normalization"], load_mean_image(options.weights))
-        pixels = _pixels(scale, size)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{options.weights}: {error}") from error
     if options.to == "torchvision" and split_name(net.variant.name) != ("owt", (), False):
         raise ValueError(
             f"--to torchvision: its alexnet is variant owt, and this is {net.variant.name}; "
@@ -97,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
         "normalization": json.dumps(metadata["normalization"]),
     }
     unfused = net.unfused().requires_grad_(False)
-    given = pixels if options.preprocess else None
+    given = _pixels(scale, size) if options.preprocess else None
     with replacing(options.output) as temporary:
         if options.to == "onnx":
             temporary.write_bytes(build(unfused, size, given, about).SerializeToString())
@@ -106,7 +90,7 @@ def _run(options: argparse.Namespace) -> int:
         elif options.to == "torchvision":
             torch.save(dict(unfused.state_dict()), temporary)
         else:
-            _save_safetensors(temporary, unfused, about)
+            save_file(dict(unfused.state_dict()), temporary, {"format": "pt", **about})
     print(f"{options.to}: {options.output}\n{_describe(scale, size, options)}")
     return 0
 
@@ -170,27 +154,8 @@ def _program(net: AlexNet, size: int, pixels: Pixels | None, about: dict[str, st
         sides = [torch.export.Dim(name, min=2) for name in ("height", "width")]
         shapes |= {1: sides[0], 2: sides[1]}
     file = io.BytesIO()
-    with _quiet():
+    with warnings.catch_warnings():  # torch's, about itself
+        warnings.simplefilter("ignore")
         program = torch.export.export(module.eval(), (images,), dynamic_shapes=(shapes,))
         torch.export.save(program, file, extra_files={"fastalex.json": json.dumps(about)})
     return file.getvalue()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warnings about itself."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-
-
-def _save_safetensors(path: Path, net: AlexNet, about: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
-
-    save_file(dict(net.state_dict()), path, {"format": "pt", **about})

@@ -41,15 +41,6 @@ class _Unpickler(pickle.Unpickler):
         raise ValueError(f"it asks for {module}.{name}, which is not run"[:200])
 
 
-def _load(data: memoryview) -> Any:
-    try:
-        return _Unpickler(io.BytesIO(data), encoding="latin1").load()
-    except ValueError:
-        raise
-    except Exception as error:  # whatever a damaged pickle makes of numpy
-        raise ValueError(f"a damaged pickle ({type(error).__name__})") from error
-
-
 def read_cuda_convnet(data: memoryview) -> ForeignNet:
     """The layers of a checkpoint of the authors' program, two towers put together.
 
@@ -57,25 +48,20 @@ def read_cuda_convnet(data: memoryview) -> ForeignNet:
     are called alike but for a last ``a`` or ``b``.
 
     Raises:
-        ValueError: where the file is no such checkpoint, or asks for anything to be run.
+        Exception: where the file is no such checkpoint, or asks for anything to be run.
 
     Source: S:layer.py, WeightLayerParser; S:layers/layers-145.cfg.
     """
-    file = _load(data)
-    try:
-        found = file["model_state"]["layers"]
-        found = list(found.values()) if isinstance(found, dict) else found
-        named = {str(layer["name"]): layer for layer in found}
-        reads = {name: [str(i) for i in layer.get("inputs", [])] for name, layer in named.items()}
-        order = list(graphlib.TopologicalSorter(reads).static_order())
-        halves: dict[str, list[str]] = {}
-        for name in order:
-            if name in named and "weights" in named[name]:
-                tower = name[-1] in "ab" and {name[:-1] + "a", name[:-1] + "b"} <= set(named)
-                halves.setdefault(name[:-1] if tower else name, []).append(name)
-        layers = [_together([named[n] for n in sorted(names)]) for names in halves.values()]
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"a pickle, but not a checkpoint of cuda-convnet ({error!r})") from error
+    found = _Unpickler(io.BytesIO(data), encoding="latin1").load()["model_state"]["layers"]
+    found = list(found.values()) if isinstance(found, dict) else found
+    named = {str(layer["name"]): layer for layer in found}
+    reads = {name: [str(i) for i in layer.get("inputs", [])] for name, layer in named.items()}
+    halves: dict[str, list[str]] = {}
+    for name in graphlib.TopologicalSorter(reads).static_order():
+        if name in named and "weights" in named[name]:
+            tower = name[-1] in "ab" and {name[:-1] + "a", name[:-1] + "b"} <= set(named)
+            halves.setdefault(name[:-1] if tower else name, []).append(name)
+    layers = [_together([named[n] for n in sorted(names)]) for names in halves.values()]
     return ForeignNet("cuda-convnet checkpoint", layers, "source2012")
 
 
@@ -112,35 +98,29 @@ def read_npy(data: memoryview) -> ForeignNet:
     maps as [height, width, channels].
 
     Raises:
-        ValueError: where the file is another, or asks for anything to be run.
+        Exception: where the file is another, or asks for anything to be run.
     """
     file = io.BytesIO(data)
-    try:
-        major, _ = np.lib.format.read_magic(file)
-        headers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-        _, _, dtype = headers[major](file)
-    except Exception as error:  # its header is Python, of which numpy evaluates literals
-        raise ValueError(f"a damaged npy file ({type(error).__name__})") from error
+    major, _ = np.lib.format.read_magic(file)
+    headers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    _, _, dtype = headers[major](file)
     if not dtype.hasobject:
         raise ValueError("an array of numbers, not a net; is it for --mean?")
-    value = _load(data[file.tell() :])
-    try:
-        found = value if isinstance(value, dict) else value.item()
-        layers: list[tuple[Array, Array]] = []
-        for name in sorted(found):  # conv1 ... conv5, fc6, fc7, fc8
-            weight, bias = map(np.asarray, found[name])
-            if weight.dtype.kind != "f" or bias.dtype.kind != "f":
-                raise ValueError(f"{str(name)[:40]!r}: not floating-point numbers")
-            if weight.ndim == 4:
-                channels = weight.shape[3]
-                weight = weight.transpose(3, 2, 0, 1)
-            elif len(layers) and layers[-1][0].ndim == 4:
-                side = round((len(weight) / channels) ** 0.5)
-                weight = weight.reshape(side, side, channels, -1).transpose(3, 2, 0, 1)
-                weight = weight.reshape(len(weight), -1)
-            else:
-                weight = weight.T
-            layers.append((weight, bias))
-    except (AttributeError, TypeError, UnboundLocalError) as error:
-        raise ValueError("an array of objects, but not a net of caffe-tensorflow") from error
+    found = _Unpickler(file, encoding="latin1").load()
+    found = found if isinstance(found, dict) else found.item()
+    layers: list[tuple[Array, Array]] = []
+    for name in sorted(found):  # conv1 ... conv5, fc6, fc7, fc8
+        weight, bias = map(np.asarray, found[name])
+        if weight.dtype.kind != "f" or bias.dtype.kind != "f":
+            raise ValueError(f"{str(name)[:40]!r}: not floating-point numbers")
+        if weight.ndim == 4:
+            channels = weight.shape[3]
+            weight = weight.transpose(3, 2, 0, 1)
+        elif layers and layers[-1][0].ndim == 4:
+            side = round((len(weight) / channels) ** 0.5)
+            weight = weight.reshape(side, side, channels, -1).transpose(3, 2, 0, 1)
+            weight = weight.reshape(len(weight), -1)
+        else:
+            weight = weight.T
+        layers.append((weight, bias))
     return ForeignNet("caffe-tensorflow's npy", layers, "caffe", bgr=True)

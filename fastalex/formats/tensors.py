@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from fastalex.formats.layers import ForeignNet
 
@@ -21,7 +21,7 @@ def read_torch(path: Path, data: memoryview) -> ForeignNet:
     """The layers of a file of ``torch.save``; of its pickle nothing but tensors is made.
 
     Raises:
-        ValueError: where the file is damaged, holds more than tensors, or where its name carries a
+        Exception: where the file is damaged, holds more than tensors, or where its name carries a
             checksum that it has not.
     """
     match = _HASH.search(path.name)
@@ -29,11 +29,7 @@ def read_torch(path: Path, data: memoryview) -> ForeignNet:
         digest = hashlib.sha256(data).hexdigest()
         if not digest.startswith(match[1]):
             raise ValueError(f"its SHA-256 begins {digest[:8]}, its name says {match[1]}: damaged")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, with texts of many lines
-        reason = "damaged, or it holds more than tensors, which is not run"
-        raise ValueError(f"{reason} ({type(error).__name__})") from error
+    found = torch.load(path, map_location="cpu", weights_only=True)
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
@@ -44,17 +40,13 @@ def read_safetensors(path: Path) -> ForeignNet:
     """The layers of a safetensors file.
 
     Raises:
-        ValueError: where it is damaged, or has other tensors than torchvision's alexnet.
+        Exception: where it is damaged, or has other tensors than torchvision's alexnet.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if "fastalex" in metadata:
-                raise ValueError("already weights of fastalex's: give them to the commands")
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise ValueError(f"damaged, or not a safetensors file ({error})") from error
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if "fastalex" in metadata:
+            raise ValueError("already weights of fastalex's: give them to the commands")
+        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     return _net("safetensors", tensors, path).told(metadata)
 
 

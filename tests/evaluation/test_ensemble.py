@@ -85,7 +85,7 @@ def test_probabilities_are_those_of_a_crop_at_a_time(
         drawn = np.random.default_rng(1).uniform(0, 255, pixels.shape[1:]).astype(np.float32)
         image = MeanImage.of(drawn, len(drawn), mean == "centre")
         path = random_weights(tmp_path / "w", 0, image)
-    found = Ensemble.load([path]).probabilities(pixels, crops).numpy()
+    found = Ensemble([path]).probabilities(pixels, crops).numpy()
     expected = np.stack([_slow(path, image, crops) for image in pixels])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert found.std(0).max() > 1e-3  # the images differ
@@ -93,8 +93,8 @@ def test_probabilities_are_those_of_a_crop_at_a_time(
 
 def test_an_ensemble_is_the_mean_of_its_softmaxes(folder: Path, pixels: np.ndarray) -> None:
     paths = [folder / "a", folder / "b"]
-    each = [Ensemble.load([path]).probabilities(pixels) for path in paths]
-    torch.testing.assert_close(Ensemble.load(paths).probabilities(pixels), sum(each) / 2)
+    each = [Ensemble([path]).probabilities(pixels) for path in paths]
+    torch.testing.assert_close(Ensemble(paths).probabilities(pixels), sum(each) / 2)
     assert not torch.allclose(*each)
 
 
@@ -109,8 +109,8 @@ def test_on_a_gpu_a_net_computes_as_it_was_trained(
         seen.append(name)
         return nullcontext()
 
-    monkeypatch.setattr("fastalex.evaluation.ensemble.computing", computing)
-    ensemble = Ensemble.load([weights], torch.device("cpu"))
+    monkeypatch.setattr("fastalex.evaluation.pretrained.computing", computing)
+    ensemble = Ensemble([weights], torch.device("cpu"))
     assert len(ensemble.probabilities(pixels)) == len(pixels)
     with ensemble.members[0].precision(torch.device(device)):
         assert seen == ["float32", expected]
@@ -183,7 +183,7 @@ def test_what_is_to_be_said_of_a_packed_set_is_said_once(
     folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     pack(folder / "data", tmp_path / "set", 50, 1, quiet=True)
-    ensemble = Ensemble.load([folder / "a"])
+    ensemble = Ensemble([folder / "a"])
     counts = [len(open_dataset(tmp_path / "set", part, ensemble)) for part in ("val", "train")]
     assert counts == [2 * len(CLASSES), 3 * len(CLASSES)]
     expected = f"Images packed at 50 pixels are resized to {decode_size(SIZE)} as they are read\n"
@@ -284,7 +284,7 @@ def test_the_conv1_figure_holds_exactly_the_kernels(tmp_path: Path) -> None:
 
 
 def test_neighbours_are_the_nearest_by_features(folder: Path) -> None:
-    ensemble = Ensemble.load([folder / "a"])
+    ensemble = Ensemble([folder / "a"])
     val, train = (FolderImages(folder / "data" / part) for part in ("val", "train"))
     side = decode_size(SIZE)
     rows = figures.find_neighbours(ensemble, val, train, 1000)
@@ -314,7 +314,7 @@ def test_a_part_of_the_gallery_holds_every_class(monkeypatch: Patch) -> None:
 
 
 def test_features_are_what_the_last_layer_reads(folder: Path, pixels: np.ndarray) -> None:
-    ensemble = Ensemble.load([folder / "a"])
+    ensemble = Ensemble([folder / "a"])
     last = ensemble.members[0].model.classifier[6]
     with torch.no_grad():
         found = last(ensemble.features(pixels)).double().softmax(1)
@@ -325,7 +325,7 @@ def test_given_images_take_their_label_from_their_folder(folder: Path, tmp_path:
     stray = tmp_path / "stray.png"
     red = folder / "data" / "val" / "red" / "0.png"
     stray.write_bytes(red.read_bytes())
-    found = figures.predict_files(Ensemble.load([folder / "a"]), [red, stray])
+    found = figures.predict_files(Ensemble([folder / "a"]), [red, stray])
     assert [p.label for p in found] == ["red", None]
     assert found[0].guesses == found[1].guesses
     assert np.array_equal(found[0].pixels, read_image(red, 224))

@@ -111,7 +111,7 @@ def test_neighbours_of_another_class_are_red() -> None:
 )
 def test_kernels_stand_by_tower(tmp_path: Path, variant: str, towers: int) -> None:
     weights = random_weights(tmp_path / "a", 0, variant=variant)
-    figure = figures.draw_first_layer(Ensemble.load([weights]))
+    figure = figures.draw_first_layer(Ensemble([weights]))
     names = [text.get_text() for text in figure.texts]
     assert names == [f"tower {number + 1}" for number in range(towers)]
     assert len(figure.axes) == max(1, towers)

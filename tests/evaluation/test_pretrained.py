@@ -28,7 +28,7 @@ def test_a_loaded_net_names_an_image_as_evaluation_does(
     pixels = np.random.default_rng(0).uniform(0, 255, (side, side, 3)).astype(np.float32)
     random_weights(weights, 1, MeanImage.of(pixels, side, False) if mean_image else None)
     path = _pictures.save(tmp_path / "p.png", _pictures.smooth(90, 70))
-    expected = Ensemble.load([weights]).probabilities(read_image(path, side)[None], 1)
+    expected = Ensemble([weights]).probabilities(read_image(path, side)[None], 1)
     net = fastalex.load(weights, fused=fused)
     assert (net.is_fused, net.training, net.classes) == (fused, False, CLASSES)
     with Image.open(path) as image:

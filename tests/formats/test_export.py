@@ -61,7 +61,7 @@ def _pictures(folder: Path, size: tuple[int, int] = (400, 310)) -> tuple[list[Pa
 
 def _expected(weights: Path, paths: list[Path]) -> tuple[torch.Tensor, npt.NDArray[np.float32]]:
     """What evaluation says of the centre crops, as softmax, and the images that the net got."""
-    ensemble, kept = Ensemble.load([weights]), []
+    ensemble, kept = Ensemble([weights]), []
     model = ensemble.members[0].model
     model.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].clone()))
     side = round(ensemble.image_size * 256 / 224)
