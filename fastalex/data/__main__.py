@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastalex.common.command_line import Parser, guarded
-from fastalex.data.base import printable
 from fastalex.data.pack import LEFT_OUT, ODD, SIZE, VAL_SPLIT, pack
 from fastalex.data.packed import MAX_SIZE, verify
 from fastalex.data.photos import write_photos
@@ -84,9 +83,9 @@ def _pack(options: argparse.Namespace) -> int:
     return 0
 
 
-def _list(files: list[tuple[str, str]], what: str, table: Path) -> None:
+def _list(files: list[list[str]], what: str, table: Path) -> None:
     for file, remark in files[:_NAMED]:
-        print(f"{printable(file)}: {what}: {remark}", file=sys.stderr)
+        print(f"{file}: {what}: {remark}", file=sys.stderr)
     if len(files) > _NAMED:
         print(f"{len(files) - _NAMED:,} more {what}, see {table}", file=sys.stderr)
 

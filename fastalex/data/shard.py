@@ -11,13 +11,11 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -33,7 +31,6 @@ from fastalex.data.decode import read_whole, try_read
 from fastalex.data.normalization import Moments
 from fastalex.data.packed import HEADER, WORK, crc32, shard_header, shard_path
 
-_SECONDS = 60.0  # between two reports of progress where there is no terminal
 _BLOCK = 1 << 18  # bytes that Pillow reads or copies out at a time: all of an image of 256 pixels
 # Once a piece of so many was freed, glibc keeps what is freed, up to twice that, instead of giving
 # it back and faulting it in again with each image. Source: mallopt(3).
@@ -45,34 +42,18 @@ class PackingStopped(KeyboardInterrupt):
 
 
 class Record(NamedTuple):
-    """What became of one file.
-
-    Attributes:
-        file: path below the source folder.
-        checksum: CRC-32 of the pixels; None where the file was left out.
-        remark: why it was left out, or what is odd about it.
-    """
+    """What became of one file below the source folder: left out if it has no CRC-32 of pixels."""
 
     file: str
     checksum: int | None
-    remark: str | None
+    remark: str | None  # why it was left out, or what is odd about it
 
 
-@dataclass(frozen=True)
-class Shard:
-    """What goes into one shard.
-
-    Attributes:
-        source: the folder that the paths in ``files`` are below.
-        root: the packed set.
-        part: "train" or "val".
-        number: of the shard in its part.
-        files: every image file of the shard, readable or not.
-        size: side in pixels of the packed images.
-    """
+class Shard(NamedTuple):
+    """What goes into shard ``number`` of a part: files below ``source``, at ``size`` pixels."""
 
     source: Path
-    root: Path
+    root: Path  # of the packed set
     part: str
     number: int
     files: list[str]
@@ -118,24 +99,23 @@ def pack_shards(shards: list[Shard], workers: int | None, quiet: bool) -> int:
     total, wanted = (sum(len(shard.files) for shard in some) for some in (shards, missing))
     decoded = 0
     tqdm.set_lock(threading.RLock())  # its own is the system's, and a killed process leaves it
-    shown = {} if sys.stderr.isatty() else {"delay": _SECONDS, "mininterval": _SECONDS}
     bar = tqdm(
-        desc="Packing",
-        total=total,
-        initial=total - wanted,
-        unit=" images",
-        disable=quiet,
-        **shown,
+        desc="Packing", total=total, initial=total - wanted, unit=" images", disable=quiet or None
     )
     try:
         with bar, packing_pool(min(workers or cores(), len(missing))) as pool:
             for future in as_completed([pool.submit(decode_shard, shard) for shard in missing]):
                 decoded += future.result()
                 bar.update(future.result())
-    except (Exception, KeyboardInterrupt) as error:
+    except (BrokenProcessPool, OSError, EOFError, KeyboardInterrupt) as error:
         kept = f"{total - wanted + decoded:,} of {total:,} files are done"
         kept += ", the same command goes on from there"
-        raise _explained(error, shards[0].root, kept) from error
+        if isinstance(error, KeyboardInterrupt):
+            raise PackingStopped(f"interrupted; {kept}") from error
+        if isinstance(error, BrokenProcessPool | ConnectionError | EOFError):
+            raise DataError(f"a process was killed, perhaps for want of memory; {kept}") from error
+        why = (error.strerror or str(error)).lower()
+        raise DataError(f"{shards[0].root}: {why}; {kept}") from error
     return decoded
 
 
@@ -163,16 +143,6 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _explained(error: BaseException, root: Path, kept: str) -> BaseException:
-    if isinstance(error, KeyboardInterrupt):
-        return PackingStopped(f"interrupted; {kept}")
-    if isinstance(error, BrokenProcessPool | ConnectionError | EOFError):
-        return DataError(f"a process was killed, perhaps for want of memory; {kept}")
-    if isinstance(error, OSError):
-        return DataError(f"{root}: {(error.strerror or str(error)).lower()}; {kept}")
-    return error
 
 
 @contextlib.contextmanager
