@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -90,22 +90,21 @@ class ImageDataset(Protocol):
 
 
 class ImageCache:
-    """Decoded images kept in memory, by index and size, up to a number of bytes."""
+    """Decoded images kept in memory, by a key and their size, up to a number of bytes."""
 
     def __init__(self, limit: int = CACHE_BYTES) -> None:
         self._free = limit
-        self._images: dict[tuple[int, int], Pixels] = {}
+        self._images: dict[tuple[Hashable, int], Pixels] = {}
         self._lock = threading.Lock()
 
-    def get(self, index: int, size: int) -> Pixels | None:
-        return self._images.get((index, size))
+    def get(self, key: Hashable, size: int) -> Pixels | None:
+        return self._images.get((key, size))
 
-    def put(self, index: int, image: Pixels) -> None:
-        key = index, len(image)
+    def put(self, key: Hashable, image: Pixels) -> None:
         with self._lock:
-            if key not in self._images and image.nbytes <= self._free:
+            if (key, len(image)) not in self._images and image.nbytes <= self._free:
                 self._free -= image.nbytes
-                self._images[key] = image
+                self._images[key, len(image)] = image
 
 
 def map_ahead(

@@ -7,11 +7,10 @@ import functools
 import hashlib
 import json
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import PIL
@@ -21,14 +20,12 @@ from tqdm import tqdm
 from fastalex.common.files import replacing
 from fastalex.data.base import CACHE_BYTES, DataError, ImageCache, Pixels, map_ahead
 from fastalex.data.decode import FORMATS, PASSING, read_image, read_upright, try_read, why
-from fastalex.data.fingerprint import digest
 
 T = TypeVar("T")
 
 CHECKED = ".fastalex-check.json"
-_FORMAT = f"fastalex-check-2, Pillow {PIL.__version__}"  # another decoder may read other files
+_FORMAT = f"fastalex-check-3, Pillow {PIL.__version__}"  # another decoder may read other files
 _STATS = 512  # files looked at by one thread before another takes over
-_SAVE_SECONDS = 60  # between two times that what was found is kept
 _CHECK_SIZE = 64  # side at which a file is decoded only to see whether it can be
 
 
@@ -68,23 +65,25 @@ class FolderImages:
     ) -> None:
         found = class_folders(root, classes)
         self.classes = found if classes is None else list(classes)
-        self._root = root
         self._cache = ImageCache(cache_bytes)
-        self._checked: _Checked | None = None
         paths = [path for name in found for path in image_files(root / name)]
         if unreadable is None:
-            self._checked = _Checked(root)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
-                self.unreadable = self._check(self._checked, paths, size, quiet)
-        else:
-            here = f"{root}{os.sep}"
-            self.unreadable = [(file, why) for file, why in unreadable if file.startswith(here)]
+                unreadable = self._check(root, paths, size, quiet)
+        here = f"{root}{os.sep}"
+        self.unreadable = [(file, why) for file, why in unreadable if file.startswith(here)]
         bad = {path for path, _ in self.unreadable}
         self._paths = [path for path in paths if str(path) not in bad]
         number = {name: index for index, name in enumerate(self.classes)}
         self.labels = np.array([number[path.parent.name] for path in self._paths], np.int64)
-        self._require_images(found)
+        for name in set(found) - {path.parent.name for path in self._paths}:
+            reasons = [why for file, why in self.unreadable if Path(file).parent == root / name]
+            detail = f" ({len(reasons)} can't be: {reasons[0]})" if reasons else ""
+            raise DataError(
+                f"{root / name}: no image that can be read{detail}; "
+                "put images there or remove the folder"
+            )
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -98,10 +97,11 @@ class FolderImages:
         Raises:
             DataError: where a file that could be read before can't be any more.
         """
-        image = self._cache.get(index, size)
+        path = self._paths[index]
+        image = self._cache.get(path, size)
         if image is None:
-            image = self._read(read_image, index, size)
-            self._cache.put(index, image)
+            image = _read(read_image, path, size)
+            self._cache.put(path, image)
         return image
 
     def whole(self, index: int, size: int) -> Image.Image:
@@ -110,128 +110,80 @@ class FolderImages:
         Raises:
             DataError: as ``image``.
         """
-        return self._read(lambda path, _: read_upright(path), index, size)
+        return _read(lambda path, _: read_upright(path), self._paths[index], size)
 
     def keys(self) -> list[tuple[str, int]]:
-        return [(os.path.basename(path), size) for path, size, _ in self._files]
-
-    def recall(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What ``measure`` returned when it was last called for these very files, or returns now.
-
-        Args:
-            name: of what is measured.
-            measure: returns something that JSON can hold.
-        """
-        if self._checked is None:
-            return measure()
-        values, files = self._checked.values, digest(self._files)
-        if values.get("files") != files:
-            values.clear()
-            values["files"] = files
-        if name not in values:
-            values[name] = measure()
-            self._checked.save()
-        return values[name]
-
-    @functools.cached_property
-    def _files(self) -> list[tuple[str, int, int]]:
-        """Path below the folder, bytes and time of change of each file."""
-        return stat_files(self._paths)
-
-    def _read(self, read: Callable[[Path, int], T], index: int, size: int) -> T:
-        result = try_read(read, self._paths[index], size)
-        if isinstance(result, str):
-            raise DataError(f"{self.name(index)}: can't be read any more: {result}")
-        return result
+        return [(os.path.basename(path), size) for path, size, _ in stat_files(self._paths)]
 
     def _check(
-        self, checked: _Checked, paths: list[Path], size: int | None, quiet: bool
+        self, root: Path, paths: list[Path], size: int | None, quiet: bool
     ) -> list[tuple[str, str]]:
-        """Decode every file not known yet, keep what fits in memory, return what can't be read."""
-        keys = [_key(file) for file in stat_files(paths)]
-        known = {key: checked.reasons[key] for key in keys if key in checked.reasons}
-        new = [path for path, key in zip(paths, keys, strict=True) if key not in known]
-        workers, side = min(16, os.cpu_count() or 1), _CHECK_SIZE if size is None else size
-        read = functools.partial(try_read, read_image, size=side)
-        results = map_ahead(read, new, workers, 4 * workers)
-        bar = tqdm(results, f"Reading {self._root}", len(new), disable=quiet or None, delay=0.5)
-        decoded = iter(bar)
-        bad: list[tuple[str, str]] = []
-        saved = time.monotonic()
+        """Decode every file not known yet, keep what fits in memory, return what can't be read.
+
+        A file is known by its path below the folder, its size and its time of change.
+        """
+        keys, kept = [_key(file) for file in stat_files(paths)], _recall(root)
+        known = {key: kept[key] for key in keys if key in kept}
+        new = [(path, key) for path, key in zip(paths, keys, strict=True) if key not in known]
+        workers = min(16, os.cpu_count() or 1)
+        read = functools.partial(try_read, read_image, size=_CHECK_SIZE if size is None else size)
+        results = map_ahead(read, [path for path, _ in new], workers, 4 * workers)
+        bar = tqdm(results, f"Reading {root}", len(new), disable=quiet or None, delay=0.5)
         try:
-            for index, (path, key) in enumerate(zip(paths, keys, strict=True)):
-                if key not in known:
-                    result = next(decoded)
-                    known[key] = result if isinstance(result, str) else ""
-                    if size is not None and not isinstance(result, str):
-                        self._cache.put(index - len(bad), result)
-                    if time.monotonic() - saved > _SAVE_SECONDS:
-                        checked.keep(known)
-                        saved = time.monotonic()
-                if known[key]:
-                    bad.append((str(path), known[key]))
+            for (path, key), result in zip(new, bar, strict=True):
+                known[key] = result if isinstance(result, str) else ""
+                if size is not None and not isinstance(result, str):
+                    self._cache.put(path, result)
         finally:  # Ctrl-C too
             if new:
-                checked.keep(known)
-        return bad
-
-    def _require_images(self, found: list[str]) -> None:
-        counts = np.bincount(self.labels, minlength=len(self.classes))
-        for name in found:
-            if counts[self.classes.index(name)]:
-                continue
-            folder = self._root / name
-            reasons = [why for file, why in self.unreadable if Path(file).parent == folder]
-            detail = f" ({len(reasons)} can't be: {reasons[0]})" if reasons else ""
-            raise DataError(
-                f"{folder}: no image that can be read{detail}; "
-                "put images there or remove the folder"
-            )
+                _keep(root, known)
+        return [
+            (str(path), known[key]) for path, key in zip(paths, keys, strict=True) if known[key]
+        ]
 
 
-class _Checked:
-    """Which files of a folder were found readable, so that no start decodes them all again.
+def _read(read: Callable[[Path, int], T], path: Path, size: int) -> T:
+    result = try_read(read, path, size)
+    if isinstance(result, str):
+        raise DataError(f"{path}: can't be read any more: {result}")
+    return result
 
-    A file is known by its path below the folder, its size and its time of change. What is known is
-    kept in ``.fastalex-check.json`` in the folder or, where that can't be written, in the user's
-    cache directory. A damaged file, or another version's, only costs the time of a check.
 
-    Attributes:
-        reasons: by a key of the file, why it can't be read; empty where it can.
-        values: whatever was measured on the files, by a name; JSON.
+def _places(root: Path) -> list[Path]:
+    """Where it is kept which files of a folder can be read: in it or, if it takes no file, here."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:16]
+    return [root / CHECKED, cache / "fastalex" / f"check-{name}.json"]
+
+
+def _recall(root: Path) -> dict[str, str]:
+    """By a key of each file that was looked at, why it can't be read; empty where it can.
+
+    A damaged file, or another version's, only costs the time of a check.
     """
+    reasons: dict[str, str] = {}
+    for place in _places(root):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            known = json.loads(place.read_text(encoding="utf-8"))
+            if known["format"] == _FORMAT:
+                reasons |= {str(key): str(why) for key, why in known["files"].items()}
+    return reasons
 
-    def __init__(self, root: Path) -> None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-        name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:16]
-        self._places = [root / CHECKED, cache / "fastalex" / f"check-{name}.json"]
-        self.reasons: dict[str, str] = {}
-        self.values: dict[str, Any] = {}
-        for place in self._places:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                known = json.loads(place.read_text(encoding="utf-8"))
-                if known["format"] == _FORMAT:
-                    self.reasons |= {str(key): str(why) for key, why in known["files"].items()}
-                    self.values |= known["values"]
 
-    def keep(self, reasons: Mapping[str, str]) -> None:
-        """Keep what is known of these files, and of no others, for the next time.
+def _keep(root: Path, reasons: Mapping[str, str]) -> None:
+    """Write what is known of these files, and of no others, to the first place that takes it.
 
-        What may be another day's is not: that a file was not there, or memory short.
-        """
-        self.reasons = {key: why for key, why in reasons.items() if why not in PASSING}
-        self.save()
-
-    def save(self) -> None:
-        """Write what is known to the first place that takes it; to none, if there is none."""
-        known = {"format": _FORMAT, "files": self.reasons, "values": self.values}
-        for place in self._places:
-            with contextlib.suppress(OSError):
-                if place.name != CHECKED:
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(place) as temporary:
-                    temporary.write_text(json.dumps(known), encoding="utf-8")
-                return
+    What may be another day's is not kept: that a file was not there, or memory short.
+    """
+    lasting = {key: why for key, why in reasons.items() if why not in PASSING}
+    for place in _places(root):
+        with contextlib.suppress(OSError):
+            if place.name != CHECKED:
+                place.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(place) as temporary:
+                known = {"format": _FORMAT, "files": lasting}
+                temporary.write_text(json.dumps(known), encoding="utf-8")
+            return
 
 
 def _key(file: tuple[str, int, int]) -> str:

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from fastalex.data.base import ImageDataset, Pixels
-from fastalex.data.folder import FolderImages
 
 NORMALIZATIONS = {
     "unit": "zero mean and unit variance of each channel, measured on the training images",
@@ -128,10 +127,16 @@ class Normalization:
             The normalisation that gives these images zero mean and unit variance in each channel;
             a channel that never varies is left at its scale.
         """
-        if isinstance(dataset, FolderImages):  # a file is slow to decode
-            name = f"mean and deviation of {sample} images at {size} pixels"
-            return cls.from_dict(dataset.recall(name, lambda: _measure(dataset, size, sample)))
-        return cls.from_dict(_measure(dataset, size, sample))
+        count = min(sample, len(dataset))
+        edges = np.arange(count + 1) * len(dataset) // count
+        chosen = np.random.default_rng(0).integers(edges[:-1], edges[1:])
+        moments = Moments(size)
+        for index in chosen.tolist():
+            moments.add(dataset.image(index, size))
+        mean, covariance = moments.mean_and_covariance()
+        std = np.sqrt(np.maximum(covariance.diagonal(), 0.0))
+        std[std < 0.5] = 1.0  # half a grey level: nothing but rounding
+        return cls(tuple(mean.tolist()), tuple(std.tolist()))
 
     def scaled(self, kind: str, mean_image: MeanImage | None = None) -> Normalization:
         """Another normalisation of the images that this one was measured on.
@@ -174,12 +179,11 @@ class Normalization:
             mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
             about = values.get("mean_image") or {}
             centred, sha256 = bool(about.get("centred")), about.get("sha256")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"normalization: expected mean and std, got {values!r}") from error
-        if len(mean) != 3 or len(std) != 3:
+        except (KeyError, TypeError, ValueError, AttributeError):
+            mean = std = ()
+        finite = all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)
+        if len(mean) != 3 or len(std) != 3 or not finite:
             raise ValueError(f"normalization: expected mean and std, got {values!r}")
-        if not (all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)):
-            raise ValueError(f"normalization: expected finite mean, positive std, got {values!r}")
         if not about:
             return cls(mean, std)
         if mean_image is None:
@@ -194,17 +198,3 @@ class Normalization:
 IMAGENET = Normalization(
     mean=(0.485 * 255, 0.456 * 255, 0.406 * 255), std=(0.229 * 255, 0.224 * 255, 0.225 * 255)
 )
-
-
-def _measure(dataset: ImageDataset, size: int, sample: int) -> dict[str, list[float]]:
-    """Mean and standard deviation of each channel, see ``Normalization.measure``."""
-    count = min(sample, len(dataset))
-    edges = np.arange(count + 1) * len(dataset) // count
-    chosen = np.random.default_rng(0).integers(edges[:-1], edges[1:])
-    moments = Moments(size)
-    for index in chosen.tolist():
-        moments.add(dataset.image(index, size))
-    mean, covariance = moments.mean_and_covariance()
-    std = np.sqrt(np.maximum(covariance.diagonal(), 0.0))
-    std[std < 0.5] = 1.0  # half a grey level: nothing but rounding
-    return {"mean": mean.tolist(), "std": std.tolist()}

@@ -17,21 +17,11 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from fastalex.data import (
-    TRAIN_COUNT,
-    VAL_COUNT,
-    FolderImages,
-    ImageDataset,
-    PackedImages,
-    SyntheticImages,
-    decode_size,
-)
+from fastalex.data import ImageDataset, decode_size
 from fastalex.data.augment import Augment
 from fastalex.data.base import Pixels, map_ahead
-from fastalex.data.datasets import describe
+from fastalex.data.datasets import class_names, describe, open_part
 from fastalex.data.decode import read_image, try_read
-from fastalex.data.folder import class_folders
-from fastalex.data.packed import is_packed
 from fastalex.data.synthetic import Split
 from fastalex.evaluation.pretrained import load_net
 from fastalex.training.validation import TOP as TOP
@@ -110,15 +100,9 @@ class Ensemble:
 
     @torch.no_grad()
     def features(self, pixels: Pixels) -> torch.Tensor:
-        """The last hidden layer's activations of the centre crop, by the first net.
+        """float32 [n, 4096] on the CPU: fc7's output after ReLU for the centre crops (P§6.1).
 
-        Args:
-            pixels: as for ``probabilities``.
-
-        Returns:
-            float32 [n, 4096] on the CPU: fc7's output after ReLU.
-
-        Source: P§6.1.
+        It is the first net's; ``pixels`` as for ``probabilities``.
         """
         member = self.members[0]
         images = torch.from_numpy(pixels).to(self.device)
@@ -129,19 +113,13 @@ class Ensemble:
 
 
 def crop_places(spare: int, crops: int) -> list[tuple[int, int, bool]]:
-    """The centre, or the four corners, the centre, and the mirror image of each.
+    """Of each crop the first row, the first column, and whether it is mirrored left to right.
 
-    Args:
-        spare: by how many pixels an image is larger than a crop.
-        crops: 1 or 10.
-
-    Returns:
-        Of each crop the first row, the first column, and whether it is mirrored left to right.
+    One is the centre; ten are the four corners, the centre, and the mirror image of each (P§4.1).
+    An image is larger than a crop by ``spare`` pixels.
 
     Raises:
         ValueError: for another number of crops.
-
-    Source: P§4.1.
     """
     if crops not in CROPS:
         raise ValueError(f"crops: expected 1 or 10, got {crops!r}")
@@ -153,16 +131,9 @@ def crop_places(spare: int, crops: int) -> list[tuple[int, int, bool]]:
 
 
 def rank_classes(probabilities: torch.Tensor, top: int = TOP) -> Labels:
-    """The ``top`` most probable classes of each row, best first; of equal ones the first.
+    """int64 [n, top]: the most probable classes of each row, best first; of equal ones the first.
 
     A fixed rule for ties, so that a net which says the same of every class gets no credit by luck.
-
-    Args:
-        probabilities: [n, classes].
-        top: how many, or all where there are fewer classes.
-
-    Returns:
-        int64 [n, min(top, classes)].
     """
     order = probabilities.sort(dim=1, descending=True, stable=True).indices
     ranked: Labels = order[:, :top].numpy()
@@ -217,12 +188,8 @@ def evaluate(
 ) -> Scores:
     """What ``ensemble`` says of every image of ``dataset``, which has its classes.
 
-    Args:
-        ensemble: the nets.
-        dataset: labelled images.
-        crops: 1 or 10; see ``Ensemble.probabilities``.
-        batch_size: images read at a time; each crop of them is one pass through a net.
-        workers: threads that read ahead.
+    ``batch_size`` images are read at a time by ``workers`` threads; each crop of them is one pass
+    through a net.
     """
     indices = range(len(dataset))
     batches = read_batches(dataset, indices, ensemble.image_size, "Evaluating", batch_size, workers)
@@ -273,27 +240,15 @@ def open_dataset(data: Path | None, part: Split, ensemble: Ensemble) -> ImageDat
     Raises:
         ValueError: where the classes are not the ensemble's, or nothing can be read.
     """
-    classes, side = ensemble.classes, decode_size(ensemble.image_size)
-    where, dataset = str(data), None
-    if data is None:
-        where = "the built-in set (name images with --data)"
-        count = TRAIN_COUNT if part == "train" else VAL_COUNT
-        dataset = SyntheticImages(part, count, ensemble.seed)
-    elif is_packed(data):
-        dataset = PackedImages(data, part)
-    if dataset is not None:
-        found = dataset.classes
-    else:
-        found = class_folders(data / "train") if (data / "train").is_dir() else classes
-    if found != classes:
-        difference = _difference(found, classes, where, "the weights")
+    where = "the built-in set (name images with --data)" if data is None else str(data)
+    classes, found = ensemble.classes, class_names(data)
+    if found not in (None, classes):
+        difference = _difference(found or [], classes, where, "the weights")
         raise ValueError(f"the classes of {where} are not those of the weights: {difference}")
-    if dataset is None:
-        unchecked = () if part == "train" else None
-        dataset = FolderImages(data / part, classes, side, unchecked)
-    if part == "val":
-        for line in describe([dataset], side):
-            print(line, file=sys.stderr)
+    side, unchecked = decode_size(ensemble.image_size), () if part == "train" else None
+    dataset = open_part(data, part, ensemble.seed, side, classes, unchecked)
+    for line in describe([dataset], side) if part == "val" else ():
+        print(line, file=sys.stderr)
     return dataset
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastalex.common.command_line import Parser, check_output, guarded
-from fastalex.common.figures import new_figure
+from fastalex.common.figures import DPI, new_figure
+from fastalex.common.files import replacing
 from fastalex.data import ImageDataset, decode_size
 from fastalex.data.base import Pixels
-from fastalex.evaluation import drawing
 from fastalex.evaluation.ensemble import (
     Ensemble,
     open_dataset,
@@ -27,6 +29,35 @@ from fastalex.evaluation.ensemble import (
 
 _PICTURES, _QUERIES, _NEAREST = 8, 5, 6  # as in Figure 4
 _SHOWN = 224  # side in pixels at which images are drawn
+_COLUMNS = 16  # kernels in a row, as in Figure 3
+_LINES = 3  # of a name
+_TITLE, _NAME, _SMALL = 7.5, 6.5, 5.5  # points
+_DOTTED = 40  # epochs up to which each is marked
+_GREY, _RED, _DARK_RED = "#b8c4d6", "#e07a6a", "#c0392b"
+_BLUE, _ORANGE = "#2f5d9b", "#c8641e"
+
+
+class Prediction(NamedTuple):
+    """A picture, uint8 [D, D, 3], its class, if known, and the most probable ones, best first."""
+
+    pixels: Pixels
+    label: str | None
+    guesses: list[tuple[str, float]]
+
+
+class Neighbours(NamedTuple):
+    """One picture and those nearest to it; pixels are uint8 [D, D, 3]."""
+
+    pixels: Pixels
+    label: str
+    nearest: list[tuple[Pixels, str]]
+
+
+class Curves(NamedTuple):
+    """A run's records of steps and of epochs, as in ``metrics.jsonl``, each in order."""
+
+    steps: list[dict[str, Any]]
+    epochs: list[dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,16 +101,19 @@ def _run(options: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)
 
     def save(figure: Any, name: str) -> None:
-        print(", ".join(map(str, drawing.save_figure(figure, output / name))), flush=True)
+        print(", ".join(map(str, save_figure(figure, output / name))), flush=True)
 
     save(draw_first_layer(ensemble), "conv1")
-    save(drawing.draw_predictions(given or predict_some(ensemble, dataset)), "predictions")
+    save(draw_predictions(given or predict_some(ensemble, dataset)), "predictions")
     gallery = open_dataset(options.data, "train", ensemble)
     neighbours = find_neighbours(ensemble, dataset, gallery, options.gallery)
-    save(drawing.draw_neighbours(neighbours), "neighbours")
+    save(draw_neighbours(neighbours), "neighbours")
     if curves is not None:
-        save(drawing.draw_curves(curves), "curves")
+        save(draw_curves(curves), "curves")
     return 0
+
+
+# What is drawn
 
 
 def draw_first_layer(ensemble: Ensemble) -> Any:
@@ -87,15 +121,11 @@ def draw_first_layer(ensemble: Ensemble) -> Any:
     model = ensemble.members[0].model
     weight: torch.Tensor = model.get_parameter("features.0.weight")
     kernels = weight.detach().float().cpu().numpy()
-    return drawing.draw_kernels(kernels, model.variant.convolutions[1].groups)
+    return draw_kernels(kernels, model.variant.convolutions[1].groups)
 
 
-def predict_files(ensemble: Ensemble, paths: Sequence[Path]) -> list[drawing.Prediction]:
-    """What the net says of image files; a folder of a class's name tells the correct one.
-
-    Raises:
-        ValueError: for one that can't be read.
-    """
+def predict_files(ensemble: Ensemble, paths: Sequence[Path]) -> list[Prediction]:
+    """What the net says of image files; a folder of a class's name tells the correct one."""
     small, large = (read_files(paths, side) for side in (decode_size(ensemble.image_size), _SHOWN))
     for path, pixels in zip(paths, small, strict=True):
         if isinstance(pixels, str):
@@ -105,7 +135,7 @@ def predict_files(ensemble: Ensemble, paths: Sequence[Path]) -> list[drawing.Pre
     return _predictions(ensemble, small, large, labels)
 
 
-def predict_some(ensemble: Ensemble, dataset: ImageDataset) -> list[drawing.Prediction]:
+def predict_some(ensemble: Ensemble, dataset: ImageDataset) -> list[Prediction]:
     """What the net says of a few images, of as many classes as possible."""
     chosen = spread(dataset, _PICTURES)
     sides = decode_size(ensemble.image_size), _SHOWN
@@ -116,25 +146,19 @@ def predict_some(ensemble: Ensemble, dataset: ImageDataset) -> list[drawing.Pred
 
 def _predictions(
     ensemble: Ensemble, small: Sequence[Any], large: Sequence[Any], labels: Sequence[str | None]
-) -> list[drawing.Prediction]:
+) -> list[Prediction]:
     probabilities = ensemble.probabilities(np.stack(small), crops=10)
     guesses = [
         [(ensemble.classes[i], float(row[i])) for i in ranked.tolist()]
         for row, ranked in zip(probabilities, rank_classes(probabilities), strict=True)
     ]
-    return list(map(drawing.Prediction, large, labels, guesses))
+    return list(map(Prediction, large, labels, guesses))
 
 
 def find_neighbours(
     ensemble: Ensemble, dataset: ImageDataset, gallery: ImageDataset, limit: int
-) -> list[drawing.Neighbours]:
-    """For a few images of ``dataset``, those of ``gallery`` with the nearest fc7 features.
-
-    Args:
-        ensemble: its first net gives the features.
-        dataset: where the images come from, one of each class.
-        gallery: where the neighbours are sought.
-        limit: at most this many of the gallery are looked at, drawn at random.
+) -> list[Neighbours]:
+    """For a few images of ``dataset``, the nearest of ``limit`` of ``gallery``, drawn at random.
 
     Source: P§6.1: the smallest Euclidean distance between 4096-dimensional activations.
     """
@@ -152,7 +176,7 @@ def find_neighbours(
     found = []
     for query, row in zip(queries, distances.argsort(dim=1, stable=True), strict=True):
         nearest = [shown(gallery, candidates[n]) for n in row[:_NEAREST].tolist()]
-        found.append(drawing.Neighbours(*shown(dataset, query), nearest))
+        found.append(Neighbours(*shown(dataset, query), nearest))
     return found
 
 
@@ -173,12 +197,8 @@ def spread(dataset: ImageDataset, count: int) -> list[int]:
     return [int(index) for rank in ranks for index in rank if index is not None][:count]
 
 
-def read_metrics(path: Path) -> drawing.Curves:
-    """The curves of a metrics.jsonl; of a step or epoch written twice the later record counts.
-
-    Raises:
-        ValueError: where it can't be read, or holds no record of a step or an epoch.
-    """
+def read_metrics(path: Path) -> Curves:
+    """The curves of a metrics.jsonl; of a step or epoch written twice the later record counts."""
     found: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "epoch": {}}
     try:
         for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
@@ -190,4 +210,178 @@ def read_metrics(path: Path) -> drawing.Curves:
     steps = [record for record in steps if record["loss"] is not None]
     if not steps and not epochs:
         raise ValueError(f"--metrics {path}: no step and no epoch recorded in it")
-    return drawing.Curves(steps, epochs)
+    return Curves(steps, epochs)
+
+
+# How it is drawn
+
+
+def save_figure(figure: Any, stem: Path) -> list[Path]:
+    """Write ``stem`` with .png and .pdf added, each atomically; returns the two paths."""
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf")]
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, for both
+    for path in paths:
+        kind = path.suffix[1:]
+        # Without a date the same figure is the same file.
+        metadata = {"CreationDate": None} if kind == "pdf" else {}
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=kind, metadata=metadata)
+    return paths
+
+
+def kernel_grid(kernels: npt.NDArray[np.float32], columns: int = _COLUMNS) -> Pixels:
+    """Kernels, float32 [n, 3, k, k], as coloured tiles with a white line of one pixel around each.
+
+    Each is scaled by its own largest weight: zero is grey 128, the largest weight is 0 or 255.
+    Returns uint8 [rows * (k + 1) + 1, columns * (k + 1) + 1, 3].
+    """
+    side = kernels.shape[-1] + 1
+    largest = np.abs(kernels).max((1, 2, 3), keepdims=True).astype(np.float64)
+    tiles = np.rint(127.5 + 127.5 * kernels / np.where(largest == 0, 1, largest))
+    rows = -(-len(tiles) // columns)
+    grid: Pixels = np.full((rows * side + 1, columns * side + 1, 3), 255, np.uint8)
+    for number, tile in enumerate(tiles.transpose(0, 2, 3, 1)):
+        top, left = (place * side + 1 for place in divmod(number, columns))
+        grid[top : top + side - 1, left : left + side - 1] = tile
+    return grid
+
+
+def draw_kernels(kernels: npt.NDArray[np.float32], towers: int, scale: int = 8) -> Any:
+    """The first layer's kernels, float32 [n, 3, k, k], tower by tower, as in Figure 3.
+
+    A weight is a square of ``scale`` x ``scale`` pixels of the PNG, without any smoothing.
+    """
+    # Weights repeated here, so that no renderer has a pixel to choose.
+    blocks = [
+        kernel_grid(block).repeat(scale, 0).repeat(scale, 1) for block in np.split(kernels, towers)
+    ]
+    tall, wide = blocks[0].shape[:2]
+    edge, gap, margin = 2 * scale, 4 * scale, (10 * scale if towers > 1 else 2 * scale)
+    width, height = margin + wide + edge, towers * (tall + gap) - gap + 2 * edge
+    figure = new_figure(width / DPI, height / DPI)
+    for number, block in enumerate(blocks):
+        bottom = height - edge - tall - number * (tall + gap)
+        place = (margin / width, bottom / height, wide / width, tall / height)
+        axes = figure.add_axes(place, xticks=[], yticks=[], frame_on=False)
+        axes.imshow(block, interpolation="none", aspect="auto")
+        if towers > 1:
+            across, up = margin / 2 / width, (bottom + tall / 2) / height
+            style = {"rotation": 90, "ha": "center", "va": "center"}
+            figure.text(across, up, f"tower {number + 1}", **style)
+    return figure
+
+
+def draw_predictions(predictions: Sequence[Prediction], columns: int = 4) -> Any:
+    """Pictures, each with its correct label and bars of the most probable, as in Figure 4, left.
+
+    The bar of the correct label is red. ``columns`` pictures stand in a row.
+    """
+    columns = min(columns, len(predictions))
+    rows = -(-len(predictions) // columns)
+    wide, bars = 1.7, max(len(p.guesses) for p in predictions)
+    names = [_wrapped(name, wide, _NAME) for p in predictions for name, _ in p.guesses]
+    titles = [_wrapped(p.label or "", wide, _TITLE) for p in predictions]
+    below = bars * (0.03 + 0.105 * _lines(names))
+    tall = wide + below + 0.12 + 0.12 * _lines(titles)
+    figure = new_figure(columns * (wide + 0.08), rows * tall)
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03)
+    grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[wide, below] * rows)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for i, (prediction, title) in enumerate(zip(predictions, titles, strict=True)):
+        row, column = divmod(i, columns)
+        picture, chart = grid[2 * row : 2 * row + 2, column]
+        _show(picture, prediction.pixels)
+        picture.set_xlabel(title, fontsize=_TITLE, linespacing=1.0, fontweight="bold")
+        _bars(chart, prediction, wide)
+    return figure
+
+
+def _bars(axes: Any, prediction: Prediction, width: float) -> None:
+    names, shares = zip(*prediction.guesses, strict=True)
+    places = range(len(names))
+    colours = [_RED if name == prediction.label else _GREY for name in names]
+    axes.set(frame_on=True, xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xticks=[], yticks=[])
+    axes.set_axis_on()
+    axes.barh(places, shares, height=0.86, color=colours)
+    for place, name in zip(places, names, strict=True):
+        text = _wrapped(name, width, _NAME)
+        va = "center" if "\n" in text else "center_baseline"
+        axes.text(0.02, place, text, va=va, fontsize=_NAME, linespacing=1.0)
+
+
+def draw_neighbours(rows: Sequence[Neighbours]) -> Any:
+    """A picture in the first column and those nearest to it beside it, as in Figure 4, right.
+
+    The name of another class than the first column's is red. Each row has as many neighbours.
+    """
+    side, columns = 0.9, 1 + len(rows[0].nearest)
+    names = [name for row in rows for name in (row.label, *(name for _, name in row.nearest))]
+    tall = side + 0.08 + 0.09 * _lines(_wrapped(name, side, _SMALL) for name in names)
+    figure = new_figure(columns * (side + 0.05), len(rows) * tall + 0.2)
+    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02)
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for row, line in zip(rows, grid, strict=True):
+        for axes, (pixels, name) in zip(line, [(row.pixels, row.label), *row.nearest], strict=True):
+            _show(axes, pixels)
+            color = "black" if name == row.label else _DARK_RED
+            text = _wrapped(name, side, _SMALL)
+            axes.set_xlabel(text, fontsize=_SMALL, linespacing=1.0, color=color)
+    for axes, what in zip(grid[0], ("test image", "nearest training images"), strict=False):
+        axes.set_title(what, loc="left", fontsize=_TITLE, fontweight="bold")
+    return figure
+
+
+def draw_curves(curves: Curves) -> Any:
+    """Training and validation loss, and validation errors, over the steps of a run.
+
+    Dotted lines are where the learning rate fell to a half of what it had been, or less.
+    """
+    figure = new_figure(6.9, 2.6)
+    figure.set_layout_engine("constrained", w_pad=0.1)
+    left, right = figure.subplots(1, 2)
+    steps, ends = ([record["step"] for record in some] for some in curves)
+    dots: dict[str, Any] = {"clip_on": False, "zorder": 3, "linewidth": 0.9}
+    if len(ends) < _DOTTED:
+        dots |= {"marker": "o", "markersize": 2.5}
+    losses, validated = [r["loss"] for r in curves.steps], [r["val_loss"] for r in curves.epochs]
+    left.plot(steps, losses, color=_BLUE, label="training", linewidth=0.9)
+    left.plot(ends, validated, color=_ORANGE, label="validation", **dots)
+    left.set_ylabel("loss (nats)")
+    for top, colour in ((1, _BLUE), (5, _ORANGE)):
+        errors = [100 * (1 - record[f"top{top}"]) for record in curves.epochs]
+        right.plot(ends, errors, color=colour, label=f"top-{top}, validation", **dots)
+    right.set_ylabel("error (%)")
+    pairs = itertools.pairwise(curves.steps)
+    drops = [before["step"] for before, after in pairs if after["lr"] <= before["lr"] / 2]
+    for axes in (left, right):
+        axes.set(xlabel="step", xlim=(0, max([*steps, *ends]) * 1.02))
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e4e4e4", linewidth=0.5)
+        axes.set_axisbelow(True)
+        for step in drops:
+            axes.axvline(step, color="#888888", linewidth=0.6, linestyle=":")
+        axes.legend(frameon=False)
+    return figure
+
+
+def _show(axes: Any, pixels: Pixels) -> None:
+    axes.set_axis_on()
+    axes.imshow(pixels, interpolation="antialiased")
+    axes.set(xticks=[], yticks=[])
+
+
+def _wrapped(text: str, inches: float, points: float) -> str:
+    """``text`` with spaces for underscores, in lines of a width; a letter is 0.58 of its size wide.
+
+    Only what is left after ``_LINES`` lines is cut.
+    """
+    room = int(inches * 72 / (0.58 * points))
+    lines = textwrap.wrap(text.replace("_", " "), room, max_lines=_LINES, placeholder="…")
+    return "\n".join(lines)
+
+
+def _lines(texts: Iterable[str]) -> int:
+    return max(text.count("\n") for text in texts) + 1

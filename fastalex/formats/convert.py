@@ -139,7 +139,7 @@ def read_foreign(path: Path) -> ForeignNet:
         OSError: where it can't be read.
     """
     try:
-        return _read(path, memoryview(np.memmap(path, np.uint8, "r")))
+        return _read(path, np.memmap(path, np.uint8, "r").data)
     except (ValueError, OSError):
         raise
     except Exception as error:  # whatever a damaged file makes of numpy, torch, safetensors, onnx
@@ -184,7 +184,7 @@ def _classes(path: Path | None, net: ForeignNet, count: int) -> list[str]:
 
 def _read_mean(path: Path, bgr: bool) -> npt.NDArray[np.float64]:
     """The mean of a file, RGB, as [3] or [3, D, D]."""
-    data = memoryview(np.memmap(path, np.uint8, "r"))
+    data = np.memmap(path, np.uint8, "r").data
     numpy = bytes(data[:6]) == _NPY
     mean: npt.NDArray[Any] = np.load(path, allow_pickle=False) if numpy else read_blob(data)
     mean = mean[0] if mean.ndim == 4 and len(mean) == 1 else mean

@@ -18,7 +18,7 @@ from PIL import Image
 from fastalex.data import FolderImages, MeanImage, SyntheticImages, decode_size
 from fastalex.data.decode import read_image
 from fastalex.data.pack import pack
-from fastalex.evaluation import drawing, evaluate, figures, predict
+from fastalex.evaluation import evaluate, figures, predict
 from fastalex.evaluation.ensemble import Ensemble, Scores, crop_places, open_dataset, rank_classes
 from fastalex.evaluation.published import RESULTS, is_imagenet
 from fastalex.training.weights import load_mean_image, load_model
@@ -265,7 +265,7 @@ def test_figures_are_pictures_of_the_right_size(
 
 def test_the_conv1_figure_holds_exactly_the_kernels(tmp_path: Path) -> None:
     kernels = np.random.default_rng(0).normal(size=(96, 3, 11, 11)).astype(np.float32)
-    paths = drawing.save_figure(drawing.draw_kernels(kernels, towers=2, scale=4), tmp_path / "k")
+    paths = figures.save_figure(figures.draw_kernels(kernels, towers=2, scale=4), tmp_path / "k")
     with Image.open(paths[0]) as image:
         page = np.asarray(image.convert("RGB"))
     # Where every row or column of a block begins: found from the picture, not from the code.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from fastalex.evaluation import drawing, figures
+from fastalex.evaluation import figures
 from fastalex.evaluation.ensemble import Ensemble
 from tests._nets import random_weights
 
@@ -41,7 +41,7 @@ def test_dotted_lines_are_where_the_rate_fell_and_errors_are_percentages() -> No
     rates = [0.1, 0.1, 0.05, 0.045, 0.0045]
     steps = [_step(i, 1.0, rate) for i, rate in enumerate(rates, 1)]
     epoch = {"step": 5, "val_loss": 0.9, "top1": 0.6, "top5": 0.9}
-    losses, errors = drawing.draw_curves(drawing.Curves(steps, [epoch])).axes
+    losses, errors = figures.draw_curves(figures.Curves(steps, [epoch])).axes
     for axes in (losses, errors):
         dotted = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
         assert dotted == [2, 4]
@@ -53,7 +53,7 @@ def test_dotted_lines_are_where_the_rate_fell_and_errors_are_percentages() -> No
 def test_the_bar_of_the_correct_class_is_red_and_as_long_as_it_is_probable() -> None:
     pixels = np.zeros((4, 4, 3), np.uint8)
     guesses = [("cat", 0.6), ("dog", 0.3), ("cow", 0.1)]
-    figure = drawing.draw_predictions([drawing.Prediction(pixels, "dog", guesses)])
+    figure = figures.draw_predictions([figures.Prediction(pixels, "dog", guesses)])
     picture, bars = figure.axes
     assert [bar.get_width() for bar in bars.patches] == [0.6, 0.3, 0.1]
     colours = [to_hex(bar.get_facecolor()) for bar in bars.patches]
@@ -70,7 +70,7 @@ FERRET = "black-footed ferret, ferret, Mustela nigripes"
 def test_long_names_are_whole_and_stay_in_their_place() -> None:
     pixels = np.zeros((4, 4, 3), np.uint8)
     guesses = [(FERRET, 0.6), ("dog", 0.3), (FERRET, 0.1)]
-    figure = drawing.draw_predictions([drawing.Prediction(pixels, FERRET, guesses)])
+    figure = figures.draw_predictions([figures.Prediction(pixels, FERRET, guesses)])
     figure.draw_without_rendering()
     picture, bars = figure.axes
     for text in (picture.xaxis.label, *bars.texts):
@@ -86,8 +86,8 @@ def test_long_names_are_whole_and_stay_in_their_place() -> None:
     assert frame.y1 < title.y0
     assert title.y1 < picture.get_window_extent().y0
 
-    row = drawing.Neighbours(pixels, FERRET, [(pixels, FERRET)])
-    figure = drawing.draw_neighbours([row, row])
+    row = figures.Neighbours(pixels, FERRET, [(pixels, FERRET)])
+    figure = figures.draw_neighbours([row, row])
     figure.draw_without_rendering()
     names = [axes.xaxis.label for axes in figure.axes]
     assert [name.get_text().replace("\n", " ") for name in names] == [FERRET] * 4
@@ -98,8 +98,8 @@ def test_long_names_are_whole_and_stay_in_their_place() -> None:
 
 def test_neighbours_of_another_class_are_red() -> None:
     pixels = np.zeros((4, 4, 3), np.uint8)
-    row = drawing.Neighbours(pixels, "cat", [(pixels, "cat"), (pixels, "dog")])
-    names = [axes.xaxis.label for axes in drawing.draw_neighbours([row]).axes]
+    row = figures.Neighbours(pixels, "cat", [(pixels, "cat"), (pixels, "dog")])
+    names = [axes.xaxis.label for axes in figures.draw_neighbours([row]).axes]
     assert [name.get_text() for name in names] == ["cat", "cat", "dog"]
     colours = [to_hex(name.get_color()) for name in names]
     assert colours[:2] == ["#000000"] * 2
