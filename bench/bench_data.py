@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             noise = random.normal(0, 12, (FILE[1], FILE[0], 3))
             pixels = np.clip(np.asarray(picture(random, *FILE)) + noise, 0, 255)
             Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i:03d}.jpg", quality=95)
-    pack(root / "source", root / "set", PACKED, 1, quiet=True)
+    pack(root / "source", root / "set", PACKED, 1)
     return root
 
 
@@ -144,7 +144,7 @@ def test_loading(benchmark: Any, report: Report, folder: Path, one_thread: None,
     if kind == "packed":
         source: Any = PackedImages(folder / "set", "train")
     else:
-        source = FolderImages(folder / "source" / "train", unreadable=[], quiet=True)
+        source = FolderImages(folder / "source" / "train", unreadable=[])
     augmentation = "crop" if kind == "packed" else "resized"
     batches = Batches(source, 32, Transform(CROP, IMAGENET, augmentation), 0, train=True)
 

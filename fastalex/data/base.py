@@ -114,13 +114,7 @@ def map_ahead(
 
     An exception of ``function`` is raised here, at its item's turn. However the iteration ends (at
     the last item, by an exception, by Ctrl-C, or dropped half-way), work not begun is cancelled
-    and the threads have ended when this returns.
-
-    Args:
-        function: called once for each item; must be safe to call from several threads.
-        items: what to map; drawn from no further than ``ahead`` items before they are needed.
-        workers: number of threads; 0 calls ``function`` here, when its result is asked for.
-        ahead: how many items may be under way or waiting to be taken.
+    and the threads have ended when this returns. With 0 workers ``function`` is called here.
     """
     if workers == 0:
         yield from map(function, items)

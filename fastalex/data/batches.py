@@ -7,8 +7,7 @@ on changes what is seen. Batches are bytes; the device augments them.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -28,7 +27,6 @@ from fastalex.data.base import DataError, ImageDataset, Pixels, decode_size, map
 from fastalex.data.normalization import Normalization
 from fastalex.data.packed import PackedImages
 
-_ALIGNMENT = 64  # bytes
 _ORDER, _CROPS, _COLORS, _BOXES = 0, 1, 2, 3  # the streams of an epoch
 _CROP_WORDS = 3  # random 64-bit words for a sample: top, left, mirror
 _COLOR_WORDS = 4
@@ -85,7 +83,6 @@ class Transform(NamedTuple):
 
     Attributes:
         image_size: side in pixels of the images the net gets.
-        normalization: of the pixels.
         augmentation: of training, one of ``fastalex.data.augment.AUGMENTATIONS``.
         noise: of the colours, where ``augmentation`` has any.
         device: where batches are augmented; None is the CPU.
@@ -119,9 +116,9 @@ class Batches:
     Validation: the centre crop of the same decoded image, in the dataset's order; the last batch
     may be short.
 
-    With ``replicas`` r, ``batch_size`` is the size of the whole batch, and replica ``rank`` gets
-    samples ``[rank * n // r, (rank + 1) * n // r)`` of a batch of n: none at all in a short
-    validation batch of fewer than r samples, so that all replicas take the same number of steps.
+    Replica ``rank`` of r gets samples ``[rank * n // r, (rank + 1) * n // r)`` of a batch of n:
+    none at all in a short validation batch of fewer than r samples, so that all replicas take the
+    same number of steps.
 
     Args:
         dataset: where the images come from.
@@ -151,8 +148,7 @@ class Batches:
     ) -> None:
         image_size, normalization, augmentation, noise, device = transform
         at_least = {"batch_size": (batch_size, 1), "image_size": (image_size, 1), "seed": (seed, 0)}
-        at_least |= {"replicas": (share.replicas, 1), "workers": (workers, 0)}
-        for name, (value, least) in at_least.items():
+        for name, (value, least) in (at_least | {"workers": (workers, 0)}).items():
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         if batch_size % share.replicas:
@@ -187,7 +183,8 @@ class Batches:
             raise ValueError(f"epoch: expected at least 0, got {epoch}")
         if not 0 <= start <= len(self):
             raise ValueError(f"start: expected 0 to {len(self)}, got {start}")
-        order, drawn = self._order(epoch), [*self._crops(epoch)]
+        tops, lefts, mirrors = self._crops(epoch)
+        order, drawn = self._order(epoch), [tops, lefts, mirrors.astype(bool)]
         if self.augmentation == "full":
             drawn.append(self._noise.draw(self._words(epoch, _COLORS, _COLOR_WORDS)))
         shares = (self._indices(order, batch) for batch in range(start, len(self)))
@@ -209,10 +206,9 @@ class Batches:
             return np.repeat(centre, len(self.dataset), 1)
         words = self._words(epoch, _CROPS, _CROP_WORDS)
         ranges = np.array([spare + 1, spare + 1, 2], np.uint64)
-        crops = np.ascontiguousarray((words % ranges).T, np.int32)
         if self.augmentation == "resized":
-            crops[:2] = 0
-        return crops
+            ranges[:2] = 1
+        return np.ascontiguousarray((words % ranges).T, np.int32)
 
     def _words(self, epoch: int, stream: int, words: int) -> npt.NDArray[np.uint64]:
         # Raw words, because numpy may change what its distributions make of them.
@@ -230,17 +226,16 @@ class Batches:
         self, epoch: int, indices: npt.NDArray[np.int64], drawn: list[npt.NDArray[Any]]
     ) -> Batch:
         """One batch; ``drawn`` has tops, lefts, mirrors and colours, if any, of all samples."""
-        count, side = len(indices), self._side
-        parts = [((count, side, side, 3), torch.uint8), ((count,), torch.int64)]
-        parts += [((count,), torch.int32)] * 2 + [((count,), torch.bool)]
-        parts += [((count, 3), torch.float32)] * (len(drawn) - 3)
-        images, *others = one_buffer(parts)
+        pinned = torch.cuda.is_available()  # then a copy to it goes on beside the step before
+        shape = (len(indices), self._side, self._side, 3)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
         read = self._part if self.augmentation == "resized" else self._whole
         for out, index in zip(images.numpy(), indices.tolist(), strict=True):
             read(epoch, index, out)
-        for tensor, values in zip(others, [self.dataset.labels, *drawn], strict=True):
-            tensor.numpy()[:] = values[indices]
-        labels, *inputs = others
+        rows = [torch.from_numpy(values[indices]) for values in (self.dataset.labels, *drawn)]
+        labels, *inputs = (
+            torch.empty(row.shape, dtype=row.dtype, pin_memory=pinned).copy_(row) for row in rows
+        )
         return Batch(images, labels, torch.from_numpy(indices), *inputs)
 
     def _whole(self, epoch: int, index: int, out: Pixels) -> None:
@@ -254,20 +249,3 @@ class Batches:
         stream = np.random.Philox(np.random.SeedSequence([self.seed, epoch, _BOXES]))
         words = stream.advance(index * _BOX_COUNTERS).random_raw(BOX_WORDS)
         out[:] = resized_crop(self.dataset, index, words, decode_size(self.image_size), self._side)
-
-
-def one_buffer(parts: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
-    """Uninitialised tensors of these shapes and dtypes, one behind the other in memory.
-
-    Where there is a GPU the memory is page-locked, so that a copy to the device is quicker and,
-    with ``non_blocking=True``, goes on beside the step before.
-    """
-    counts = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
-    places = [-(-count // _ALIGNMENT) * _ALIGNMENT for count in counts]
-    pinned = torch.cuda.is_available()
-    memory = torch.empty(sum(places), dtype=torch.uint8, pin_memory=pinned)
-    pieces = torch.split(memory, places)
-    return [
-        piece[:count].view(dtype).view(shape)
-        for piece, count, (shape, dtype) in zip(pieces, counts, parts, strict=True)
-    ]

@@ -44,7 +44,7 @@ def open_datasets(
     size = None if image_size is None else decode_size(image_size)
     classes = None if data is None or is_packed(data) else _check_layout(data)
     parts: tuple[Split, ...] = ("train", "val")
-    train, val = (open_part(data, part, seed, size, classes, unreadable, quiet) for part in parts)
+    train, val = (open_part(data, part, seed, size, classes, unreadable) for part in parts)
     if data is not None and not quiet:
         lines = describe([train, val], size)
         missing = sorted(set(train.classes) - {val.classes[label] for label in set(val.labels)})
@@ -65,7 +65,6 @@ def open_part(
     size: int | None,
     classes: list[str] | None,
     unreadable: Iterable[tuple[str, str]] | None,
-    quiet: bool = False,
 ) -> ImageDataset:
     """The training or the validation images; see ``open_datasets`` and ``FolderImages``."""
     if data is None:
@@ -73,7 +72,7 @@ def open_part(
     if is_packed(data):
         return PackedImages(data, part)
     limit = CACHE_BYTES if part == "train" else CACHE_BYTES // 4
-    return FolderImages(data / part, classes, size, unreadable, quiet, limit)
+    return FolderImages(data / part, classes, size, unreadable, limit)
 
 
 def class_names(data: Path | None) -> list[str] | None:

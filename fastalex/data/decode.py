@@ -83,9 +83,6 @@ def read_whole(path: Path, size: int) -> tuple[Pixels, str | None]:
     Returns:
         uint8 [size, size, 3] RGB, and a remark: a format that is not the suffix's, CMYK, more than
         8 bits, several pictures, an extreme size or shape; None for an ordinary file.
-
-    Raises:
-        Exception: as ``read_image``.
     """
     with _opened(path) as image:
         _require_memory(image, image.width * image.height)
@@ -97,9 +94,6 @@ def read_upright(path: Path) -> Image.Image:
     """All of an image file, RGB, converted and turned as by ``read_image``.
 
     One of more than 16 million pixels is reduced to fewer, by a whole number.
-
-    Raises:
-        Exception: as ``read_image``.
     """
     with _opened(path) as image:
         shrink = _shrink(image)
@@ -154,12 +148,9 @@ def _draft(image: ImageFile.ImageFile, size: tuple[int, int]) -> None:
 
 
 def _require_memory(image: Any, whole: int, decoded: int | None = None) -> None:
-    """Raise ValueError where decoding would take too much.
+    """Raise ValueError where decoding takes too much memory.
 
-    Args:
-        image: of which only the header is read.
-        whole: pixels in the file.
-        decoded: pixels that its decoder returns; None is all of them.
+    The file has ``whole`` pixels, of which its decoder returns ``decoded``, or all.
     """
     length = Path(image.filename).stat().st_size
     needed = _pixel_bytes(image) * (whole if decoded is None else decoded) + length
@@ -233,26 +224,18 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _remark(image: ImageFile.ImageFile, suffix: str, size: int, deep: bool) -> str | None:
-    remarks = []
     kind = "JPEG" if image.format == "MPO" else image.format  # what some cameras write
-    if kind != FORMATS.get(suffix, kind):
-        remarks.append(f"{kind} under the name of a {FORMATS[suffix]}")
-    if image.mode == "CMYK":
-        remarks.append("CMYK")
-    if deep:
-        remarks.append("16 bits a channel, of which 8 are kept")
-    if _pictures(image) > 1:
-        remarks.append(f"the first of {_pictures(image)} pictures")
+    pictures = _or_one(lambda: getattr(image, "n_frames", 1))
     (width, height), (short, long) = image.size, sorted(image.size)
-    if size > _EXTREME * short:
-        remarks.append(f"{width} x {height} pixels, enlarged")
-    if long > _EXTREME * short:
-        remarks.append(f"{width} x {height} pixels, nearly all outside the centre")
-    return "; ".join(remarks) or None
-
-
-def _pictures(image: Image.Image) -> int:
-    return _or_one(lambda: getattr(image, "n_frames", 1))
+    remarks = {
+        f"{kind} under the name of a {FORMATS.get(suffix)}": kind != FORMATS.get(suffix, kind),
+        "CMYK": image.mode == "CMYK",
+        "16 bits a channel, of which 8 are kept": deep,
+        f"the first of {pictures} pictures": pictures > 1,
+        f"{width} x {height} pixels, enlarged": size > _EXTREME * short,
+        f"{width} x {height} pixels, nearly all outside the centre": long > _EXTREME * short,
+    }
+    return "; ".join(remark for remark, holds in remarks.items() if holds) or None
 
 
 def _orientation(image: Image.Image) -> int:

@@ -43,7 +43,6 @@ class FolderImages:
         size: the side that ``image`` will be asked for, if known: the first decoding then serves.
         unreadable: what this attribute was when the folder was opened before, with or without
             files of other folders; no file is decoded to find out again.
-        quiet: show no progress bar. It appears, on stderr, only on a terminal.
         cache_bytes: limit of the memory.
 
     Attributes:
@@ -60,7 +59,6 @@ class FolderImages:
         classes: list[str] | None = None,
         size: int | None = None,
         unreadable: Iterable[tuple[str, str]] | None = None,
-        quiet: bool = False,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         found = class_folders(root, classes)
@@ -70,7 +68,7 @@ class FolderImages:
         if unreadable is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
-                unreadable = self._check(root, paths, size, quiet)
+                unreadable = self._check(root, paths, size)
         here = f"{root}{os.sep}"
         self.unreadable = [(file, why) for file, why in unreadable if file.startswith(here)]
         bad = {path for path, _ in self.unreadable}
@@ -115,9 +113,7 @@ class FolderImages:
     def keys(self) -> list[tuple[str, int]]:
         return [(os.path.basename(path), size) for path, size, _ in stat_files(self._paths)]
 
-    def _check(
-        self, root: Path, paths: list[Path], size: int | None, quiet: bool
-    ) -> list[tuple[str, str]]:
+    def _check(self, root: Path, paths: list[Path], size: int | None) -> list[tuple[str, str]]:
         """Decode every file not known yet, keep what fits in memory, return what can't be read.
 
         A file is known by its path below the folder, its size and its time of change.
@@ -128,7 +124,7 @@ class FolderImages:
         workers = min(16, os.cpu_count() or 1)
         read = functools.partial(try_read, read_image, size=_CHECK_SIZE if size is None else size)
         results = map_ahead(read, [path for path, _ in new], workers, 4 * workers)
-        bar = tqdm(results, f"Reading {root}", len(new), disable=quiet or None, delay=0.5)
+        bar = tqdm(results, f"Reading {root}", len(new), disable=None, delay=0.5)
         try:
             for (path, key), result in zip(new, bar, strict=True):
                 known[key] = result if isinstance(result, str) else ""

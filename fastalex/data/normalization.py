@@ -31,7 +31,6 @@ class Moments:
     """First and second moments of the pixels of images, as exact sums: the same in whatever order.
 
     Attributes:
-        images: how many.
         pixels: uint32 [size, size, 3], the sum of each pixel; uint64 once merged.
         products: float64 [3, 3], the sum over all pixels of the products of two channels.
     """
@@ -68,9 +67,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class MeanImage:
-    """What is subtracted from images pixel by pixel, on the scale 0 to 255.
-
-    Two are equal where their pixels are.
+    """What is subtracted from images pixel by pixel, on the scale 0 to 255; equal by its pixels.
 
     Attributes:
         pixels: float32 [D, D, 3], of the side at which images are decoded.
@@ -101,12 +98,7 @@ class MeanImage:
 
 @dataclass(frozen=True)
 class Normalization:
-    """x -> (x - mean) / std per channel, on pixels from 0 to 255.
-
-    Attributes:
-        mean, std: of each channel.
-        mean_image: what is subtracted instead of ``mean``; None where that is subtracted.
-    """
+    """x -> (x - mean) / std per channel, on pixels from 0 to 255, or less a mean image instead."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -114,18 +106,11 @@ class Normalization:
 
     @classmethod
     def measure(cls, dataset: ImageDataset, size: int, sample: int = 1000) -> Normalization:
-        """Mean and standard deviation of the pixels of a sample of ``dataset``.
+        """What gives the images of ``dataset``, decoded at ``size``, zero mean and unit variance.
 
-        Args:
-            dataset: the training images.
-            size: side in pixels at which they are decoded.
-            sample: at most this many images are looked at: one of each of as many equal parts,
-                drawn at random, but always the same. So every class has its fair share, whether
-                a dataset keeps classes together or in turn; evenly spaced ones could miss some.
-
-        Returns:
-            The normalisation that gives these images zero mean and unit variance in each channel;
-            a channel that never varies is left at its scale.
+        A channel that never varies is left at its scale. At most ``sample`` images are looked at:
+        one of each of as many equal parts, drawn at random, but always the same. So every class has
+        its fair share, whether a dataset keeps classes together or in turn.
         """
         count = min(sample, len(dataset))
         edges = np.arange(count + 1) * len(dataset) // count
@@ -139,12 +124,9 @@ class Normalization:
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
 
     def scaled(self, kind: str, mean_image: MeanImage | None = None) -> Normalization:
-        """Another normalisation of the images that this one was measured on.
+        """Another normalisation, of ``NORMALIZATIONS``, of the images this one was measured on.
 
-        Args:
-            kind: one of ``NORMALIZATIONS``.
-            mean_image: of the images, for the kinds that subtract it; None subtracts the mean of
-                each channel in its place.
+        Without a ``mean_image`` the kinds that subtract one subtract the mean of each channel.
         """
         if kind == "imagenet":
             return IMAGENET
@@ -165,11 +147,7 @@ class Normalization:
     def from_dict(
         cls, values: dict[str, Any], mean_image: FloatPixels | None = None
     ) -> Normalization:
-        """The inverse of ``to_dict``.
-
-        Args:
-            values: what ``to_dict`` returned.
-            mean_image: float32 [D, D, 3], the pixels of the mean image, if there is one.
+        """The inverse of ``to_dict``, with the pixels of the mean image, if there is one.
 
         Raises:
             ValueError: unless both entries hold three numbers and every std is positive, or where

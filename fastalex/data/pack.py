@@ -62,7 +62,6 @@ def pack(
     size: int = SIZE,
     workers: int | None = None,
     val_split: float | None = None,
-    quiet: bool = False,
 ) -> Packed:
     """Make the packed set ``root`` from the images of ``source``, or go on making it.
 
@@ -74,7 +73,6 @@ def pack(
         size: side in pixels of the packed images.
         workers: processes at work at a time; None is one for each core that this one may use.
         val_split: see ``find_images``.
-        quiet: show no progress.
 
     Raises:
         DataError: one line on what is wrong, and what of an interrupted work is kept.
@@ -103,7 +101,7 @@ def pack(
         for part in parts:
             (root / part).mkdir(exist_ok=True)
         started = time.monotonic()
-        decoded = pack_shards(shards, workers, quiet)
+        decoded = pack_shards(shards, workers)
         seconds = time.monotonic() - started
         try:
             _finish(classes, shards, plan)
@@ -122,10 +120,8 @@ def find_images(
 ) -> tuple[list[str], dict[str, list[str]]]:
     """List ``source/train/CLASS/*`` and ``source/val/CLASS/*``, or ``source/CLASS/*``.
 
-    Args:
-        source: the folder.
-        val_split: share of each class's images, evenly spaced, that become validation images
-            where the folder has none apart; None is a tenth.
+    Where the folder has no validation images apart, ``val_split`` of each class's, evenly spaced,
+    become them; None is a tenth.
 
     Returns:
         The classes, sorted, and the files of "train" and of "val", if any, as paths below the
@@ -146,8 +142,7 @@ def find_images(
         raise DataError(f"--val-split {val_split}: {val} has the validation images")
     root = train if train.is_dir() else source
     classes = class_folders(root)
-    share = VAL_SPLIT if val_split is None else val_split
-    share = 0.0 if val.is_dir() else share
+    share = 0.0 if val.is_dir() else VAL_SPLIT if val_split is None else val_split
     parts: dict[str, list[str]] = {"train": [], "val": []}
     for name in classes:
         for i, file in enumerate(_files_of_class(source, root / name)):
@@ -166,10 +161,10 @@ def _files_of_class(source: Path, folder: Path) -> list[str]:
 
 
 def _is_whole(root: Path, plan: dict[str, Any]) -> bool:
-    """Whether the very set is there already.
+    """Whether the very set is there already; an unfinished one of the same images is none.
 
     Raises:
-        DataError: where anything else is there, but for an unfinished packing of the same images.
+        DataError: where anything else is there.
     """
     if root.exists() and not root.is_dir():
         raise DataError(f"{root}: not a folder; name a new one")

@@ -47,12 +47,7 @@ MAX_SIZE = 1024  # side in pixels
 
 
 class PackedImages:
-    """The images of one part of a packed set.
-
-    Args:
-        root: the packed set.
-        part: "train" or "val".
-        check_shards: whether to look at the length and the header of each file of images.
+    """The images of one part, "train" or "val", of the packed set ``root``.
 
     Attributes:
         size: side in pixels at which the images are packed.
@@ -61,7 +56,8 @@ class PackedImages:
         mean_image: float32 [size, size, 3], the mean of the training images (P§2).
 
     Raises:
-        DataError: where the set is unfinished, damaged, or lacks the part.
+        DataError: where the set is unfinished, damaged, or lacks the part; whether each file of
+            images is as long as it has to be is left out without ``check_shards``.
     """
 
     def __init__(self, root: Path, part: str, check_shards: bool = True) -> None:
@@ -86,7 +82,7 @@ class PackedImages:
         self._checksums = self._array(f"{part}/checksums.npy", np.uint32)
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return len(self._checksums)
 
     def name(self, index: int) -> str:
         """The path of the file that the image was decoded from."""
@@ -115,11 +111,7 @@ class PackedImages:
         return self._array("mean.npy", np.float32, (self.size, self.size, 3))
 
     def read(self, index: int, out: Pixels) -> Pixels:
-        """Read an image at the packed size into ``out``, uint8 [size, size, 3], contiguous.
-
-        Raises:
-            DataError: as ``image``.
-        """
+        """Read an image at the packed size into ``out``, uint8 [size, size, 3], contiguous."""
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
         number = bisect.bisect_right(self._starts, index) - 1
@@ -143,13 +135,13 @@ class PackedImages:
         lines = []
         try:
             self._check_shard(number)
+            for index in range(self._starts[number], self._starts[number + 1]):
+                try:
+                    self._packed(index)
+                except DataError as error:
+                    lines.append(str(error))
         except DataError as error:
             return [str(error)]
-        for index in range(self._starts[number], self._starts[number + 1]):
-            try:
-                self._packed(index)
-            except DataError as error:
-                lines.append(str(error))
         return lines
 
     def _packed(self, index: int) -> Pixels:
@@ -170,7 +162,7 @@ class PackedImages:
             array = np.load(path, mmap_mode="r")  # no more than the file has
         except Exception as error:  # its header is Python, of which numpy evaluates literals
             raise DataError(f"{path}: not an array; pack the set again") from error
-        if array.shape != (shape or (len(self),)) or array.dtype != kind:
+        if array.shape != (shape or (sum(self.shards),)) or array.dtype != kind:
             raise DataError(f"{path}: of another type or shape than the set; pack it again")
         return np.array(array)
 
@@ -204,11 +196,7 @@ def is_packed(folder: Path) -> bool:
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """What ``packed.json`` says.
-
-    Raises:
-        DataError: where there is none, or it is damaged.
-    """
+    """What ``packed.json`` says; raises DataError where there is none, or it is damaged."""
     path = root / MANIFEST
     if not path.is_file():
         if (root / WORK).is_dir():
@@ -242,13 +230,13 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
         and set(parts) <= {"train", "val"}
         and all(type(count) is int and 0 <= count < 1 << 40 for count in [*counts, size])
         and 1 <= size <= MAX_SIZE
-        and np.isfinite(np.array(manifest["covariance"], np.float64).reshape(3, 3)).all()
+        and bool(np.isfinite(np.array(manifest["covariance"], np.float64).reshape(3, 3)).all())
         and isinstance(manifest["source"], str)
         and isinstance(manifest["files"], dict)
     )
 
 
-def verify(root: Path, workers: int, quiet: bool = False) -> tuple[int, list[str]]:
+def verify(root: Path, workers: int) -> tuple[int, list[str]]:
     """Read the whole set and compare it with its checksums.
 
     Returns:
@@ -263,7 +251,7 @@ def verify(root: Path, workers: int, quiet: bool = False) -> tuple[int, list[str
     parts = [PackedImages(root, part, check_shards=False) for part in manifest["parts"]]
     shards = [(images, number) for images in parts for number in range(len(images.shards))]
     found = map_ahead(lambda shard: shard[0].damage(shard[1]), shards, workers, 2 * workers)
-    bar = tqdm(found, f"Verifying {root}", len(shards), disable=quiet or None, unit="shard")
+    bar = tqdm(found, f"Verifying {root}", len(shards), disable=None, unit="shard")
     return sum(map(len, parts)), [line for lines in bar for line in lines]
 
 

@@ -80,28 +80,19 @@ class Shard(NamedTuple):
         return records, moments
 
 
-def pack_shards(shards: list[Shard], workers: int | None, quiet: bool) -> int:
-    """Make every shard that is not done, in a few processes.
-
-    Args:
-        shards: what to make.
-        workers: how many processes; None is one for each core that this process may use.
-        quiet: show no progress.
-
-    Returns:
-        How many files were decoded.
+def pack_shards(shards: list[Shard], workers: int | None) -> int:
+    """Make every shard that is not done, and return how many files were decoded.
 
     Raises:
-        DataError: where a process ended or could not go on; says what is kept.
+        DataError: where one of the ``workers``, processes, ended or could not go on; says what is
+            kept.
         PackingStopped: likewise, after Ctrl-C.
     """
     missing = [shard for shard in shards if not shard.is_done()]
     total, wanted = (sum(len(shard.files) for shard in some) for some in (shards, missing))
     decoded = 0
     tqdm.set_lock(threading.RLock())  # its own is the system's, and a killed process leaves it
-    bar = tqdm(
-        desc="Packing", total=total, initial=total - wanted, unit=" images", disable=quiet or None
-    )
+    bar = tqdm(desc="Packing", total=total, initial=total - wanted, unit=" images", disable=None)
     try:
         with bar, packing_pool(min(workers or cores(), len(missing))) as pool:
             for future in as_completed([pool.submit(decode_shard, shard) for shard in missing]):

@@ -13,7 +13,7 @@ from typing import Any
 from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.common.interrupts import INTERRUPTED
 from fastalex.common.tables import table
-from fastalex.evaluation.published import is_imagenet
+from fastalex.evaluation.evaluate import is_imagenet
 from fastalex.model.ablations import ABLATIONS, LOSSES, edit
 from fastalex.model.variants import VARIANTS
 from fastalex.training.options import parse_arguments

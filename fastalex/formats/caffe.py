@@ -58,11 +58,7 @@ def is_caffe(file: Message) -> bool:
 
 
 def read_caffe(file: Message) -> ForeignNet:
-    """The layers of a caffemodel; where it normalises behind the pooling, it is CaffeNet.
-
-    Raises:
-        ValueError: where the file is damaged.
-    """
+    """The layers of a caffemodel; where it normalises behind the pooling, it is CaffeNet."""
     layers: list[tuple[Array, Array]] = []
     norms = []
     for number, (_, kind, blobs) in ((_OLD_LAYERS, _OLD_LAYER), (_LAYERS, _LAYER)):
@@ -80,11 +76,7 @@ def read_caffe(file: Message) -> ForeignNet:
 
 
 def read_blob(data: memoryview) -> Array:
-    """The numbers of a BlobProto in its shape.
-
-    Raises:
-        ValueError: where there are more or fewer than its shape says.
-    """
+    """The numbers of a BlobProto in its shape, which has to have as many."""
     blob = read_message(data)
     if shape := _bytes(blob, 7):
         dims = _numbers(read_message(shape[-1]).get(1, []))

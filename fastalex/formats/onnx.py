@@ -13,12 +13,7 @@ NEEDED = "ONNX files need onnx: pip install 'fastalex[export]'"
 
 
 def read_onnx(data: memoryview) -> ForeignNet:
-    """The layers of an ONNX file, as its Conv and Gemm nodes hold them.
-
-    Raises:
-        Exception: where the file is damaged, keeps its weights elsewhere or is quantised, and
-            where onnx is not installed.
-    """
+    """The layers of an ONNX file, as its Conv and Gemm nodes hold them."""
     try:
         import onnx
     except ImportError as error:

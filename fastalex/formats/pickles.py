@@ -1,7 +1,7 @@
 """Nets that were pickled: cuda-convnet's checkpoints and caffe-tensorflow's ``.npy``.
 
 A pickle is a program. Of what it may call, only numpy's arrays are there; everything else is
-refused before it is called.
+refused before it is called. The readers raise whatever a file of another kind makes of them.
 """
 
 from __future__ import annotations
@@ -46,9 +46,6 @@ def read_cuda_convnet(data: memoryview) -> ForeignNet:
 
     A layer's weight is [inputs, outputs], one for each layer that it reads; the halves of a layer
     are called alike but for a last ``a`` or ``b``.
-
-    Raises:
-        Exception: where the file is no such checkpoint, or asks for anything to be run.
 
     Source: S:layer.py, WeightLayerParser; S:layers/layers-145.cfg.
     """
@@ -96,9 +93,6 @@ def read_npy(data: memoryview) -> ForeignNet:
 
     Convolutions are [height, width, inputs, outputs], the others [inputs, outputs], and fc6 reads
     maps as [height, width, channels].
-
-    Raises:
-        Exception: where the file is another, or asks for anything to be run.
     """
     file = io.BytesIO(data)
     major, _ = np.lib.format.read_magic(file)

@@ -20,9 +20,7 @@ _PARAMETER = re.compile(r"(features|classifier)\.(\d+)\.(weight|bias)")
 def read_torch(path: Path, data: memoryview) -> ForeignNet:
     """The layers of a file of ``torch.save``; of its pickle nothing but tensors is made.
 
-    Raises:
-        Exception: where the file is damaged, holds more than tensors, or where its name carries a
-            checksum that it has not.
+    A checksum in its name has to be its own.
     """
     match = _HASH.search(path.name)
     if match:
@@ -37,11 +35,7 @@ def read_torch(path: Path, data: memoryview) -> ForeignNet:
 
 
 def read_safetensors(path: Path) -> ForeignNet:
-    """The layers of a safetensors file.
-
-    Raises:
-        Exception: where it is damaged, or has other tensors than torchvision's alexnet.
-    """
+    """The layers of a safetensors file with torchvision's names."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if "fastalex" in metadata:

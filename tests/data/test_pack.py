@@ -259,11 +259,11 @@ def test_what_is_done_is_not_done_again_and_leftovers_go(
         else:  # all shards, and no manifest
             patched.setattr("fastalex.data.pack._finish", stopped)
         with pytest.raises(PackingStopped):
-            pack(made.source, root, SIDE, workers=1, quiet=True)
+            pack(made.source, root, SIDE, workers=1)
     done = shards_done(root)
     for name in ("packing/train-00000.journal", "train/.x.npy.7.tmp"):
         (root / name).write_text("left")
-    packed = pack(made.source, root, SIDE, workers=1, quiet=True)
+    packed = pack(made.source, root, SIDE, workers=1)
     assert packed.decoded <= FILES - 24 * done
     assert (packed.decoded == 0) == (leave == 5)
     assert contents(root) == contents(made.root)
@@ -451,7 +451,7 @@ def test_files_of_every_name_are_packed_or_named(tmp_path: Path, capsys: Capture
     (source / "b" / "loop.png").symlink_to(source / "b" / "loop.png")
     (source / "b" / "dangling.png").symlink_to(tmp_path / "nowhere")
     (source / "loop").symlink_to(source / "loop")
-    packed = pack(source, tmp_path / "set", 16, 1, 0.0, quiet=True)
+    packed = pack(source, tmp_path / "set", 16, 1, 0.0)
     images = PackedImages(tmp_path / "set", "train")
     found = {Path(images.name(i)).name for i in range(len(images))}
     assert {f"{name}.png" for name in names} <= found
@@ -491,7 +491,7 @@ def test_a_share_of_each_class_becomes_the_validation_images(
     tmp_path: Path, split: float | None, kept: int
 ) -> None:
     source = small(tmp_path / "source", count=20)
-    packed = pack(source, tmp_path / "set", 8, 2, split, quiet=True)
+    packed = pack(source, tmp_path / "set", 8, 2, split)
     assert packed.counts.get("val", 0) == 2 * kept
     names = {}
     for part in packed.counts:

@@ -20,7 +20,7 @@ from fastalex.data.decode import read_image
 from fastalex.data.pack import pack
 from fastalex.evaluation import evaluate, figures, predict
 from fastalex.evaluation.ensemble import Ensemble, Scores, crop_places, open_dataset, rank_classes
-from fastalex.evaluation.published import RESULTS, is_imagenet
+from fastalex.evaluation.evaluate import RESULTS, is_imagenet
 from fastalex.training.weights import load_mean_image, load_model
 from tests._nets import CLASSES, SIZE, random_weights
 from tests._types import Capture, Patch
@@ -169,7 +169,7 @@ def test_a_packed_set_is_evaluated_as_its_folder_is(
     folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     from_folder = _json(folder, capsys)
-    pack(folder / "data", tmp_path / "data", decode_size(SIZE), 1, quiet=True)
+    pack(folder / "data", tmp_path / "data", decode_size(SIZE), 1)
     arguments = ["--weights", str(folder / "a"), "--data", str(tmp_path / "data"), "--json"]
     assert evaluate.main(arguments) == 0
     out, err = capsys.readouterr()
@@ -182,7 +182,7 @@ def test_a_packed_set_is_evaluated_as_its_folder_is(
 def test_what_is_to_be_said_of_a_packed_set_is_said_once(
     folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    pack(folder / "data", tmp_path / "set", 50, 1, quiet=True)
+    pack(folder / "data", tmp_path / "set", 50, 1)
     ensemble = Ensemble([folder / "a"])
     counts = [len(open_dataset(tmp_path / "set", part, ensemble)) for part in ("val", "train")]
     assert counts == [2 * len(CLASSES), 3 * len(CLASSES)]
