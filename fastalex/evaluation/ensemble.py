@@ -7,7 +7,6 @@ are normalised, and the names of the classes.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from fastalex.data import ImageDataset, decode_size
 from fastalex.data.augment import Augment
 from fastalex.data.base import Pixels, map_ahead
 from fastalex.data.datasets import class_names, describe, open_part
-from fastalex.data.decode import read_image, try_read
 from fastalex.data.synthetic import Split
 from fastalex.evaluation.pretrained import load_net
 from fastalex.training.validation import TOP as TOP
@@ -216,13 +214,6 @@ def read_batches(
         for pixels in map_ahead(load, starts, workers, 2 * workers):
             yield pixels
             bar.update(len(pixels))
-
-
-def read_files(paths: Sequence[Path], size: int) -> list[Pixels | str]:
-    """The centre square of each image file, uint8 [size, size, 3], or why it can't be read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
-        return [try_read(read_image, path, size) for path in paths]
 
 
 def open_dataset(data: Path | None, part: Split, ensemble: Ensemble) -> ImageDataset:

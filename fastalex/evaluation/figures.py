@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,29 +18,21 @@ from fastalex.common.figures import DPI, new_figure
 from fastalex.common.files import replacing
 from fastalex.data import ImageDataset, decode_size
 from fastalex.data.base import Pixels
-from fastalex.evaluation.ensemble import (
-    Ensemble,
-    open_dataset,
-    rank_classes,
-    read_batches,
-    read_files,
-)
+from fastalex.evaluation.ensemble import Ensemble, open_dataset, rank_classes, read_batches
 
 _PICTURES, _QUERIES, _NEAREST = 8, 5, 6  # as in Figure 4
 _SHOWN = 224  # side in pixels at which images are drawn
 _COLUMNS = 16  # kernels in a row, as in Figure 3
 _LINES = 3  # of a name
 _TITLE, _NAME, _SMALL = 7.5, 6.5, 5.5  # points
-_DOTTED = 40  # epochs up to which each is marked
 _GREY, _RED, _DARK_RED = "#b8c4d6", "#e07a6a", "#c0392b"
-_BLUE, _ORANGE = "#2f5d9b", "#c8641e"
 
 
 class Prediction(NamedTuple):
-    """A picture, uint8 [D, D, 3], its class, if known, and the most probable ones, best first."""
+    """A picture, uint8 [D, D, 3], its class, and the most probable ones, best first."""
 
     pixels: Pixels
-    label: str | None
+    label: str
     guesses: list[tuple[str, float]]
 
 
@@ -51,13 +42,6 @@ class Neighbours(NamedTuple):
     pixels: Pixels
     label: str
     nearest: list[tuple[Pixels, str]]
-
-
-class Curves(NamedTuple):
-    """A run's records of steps and of epochs, as in ``metrics.jsonl``, each in order."""
-
-    steps: list[dict[str, Any]]
-    epochs: list[dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,19 +54,12 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m fastalex.figures",
         usage="%(prog)s --weights W [--data DIR] [--output DIR] [options]",
-        description="Draw, as PNG and PDF: conv1's kernels (Figure 3), predictions and nearest "
-        "neighbours (Figure 4), and a run's curves.",
+        description="Draw, as PNG and PDF, conv1's kernels (Figure 3), predictions and nearest "
+        "neighbours (Figure 4).",
     )
     parser.add_path("--weights", "weights file", "W", required=True)
     text = "folder of images, as for training (default: the built-in set)"
     parser.add_path("--data", text, "DIR")
-    text = (
-        "files to show predictions of; where its folder bears the name of a class, that is the "
-        f"correct one (default: {_PICTURES} validation images)"
-    )
-    parser.add_path("--images", text, "IMAGE", nargs="+")
-    text = "a run's metrics.jsonl (default: the one beside the weights, if there is one)"
-    parser.add_path("--metrics", text, "FILE")
     text = "training images, drawn at random, among which neighbours are sought"
     parser.add_count("--gallery", text, 2000)
     parser.add_path("--output", "where they go", "DIR", default=Path("figures"))
@@ -93,23 +70,17 @@ def _run(options: argparse.Namespace) -> int:
     new_figure(1, 1)  # before any work: matplotlib may be missing
     check_output("--output", options.output, folder=True)
     ensemble = Ensemble([options.weights])
-    metrics = options.metrics or options.weights.parent / "metrics.jsonl"
-    curves = read_metrics(metrics) if options.metrics or metrics.is_file() else None
-    given = options.images and predict_files(ensemble, options.images)
     dataset = open_dataset(options.data, "val", ensemble)
-    output: Path = options.output
-    output.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
 
     def save(figure: Any, name: str) -> None:
-        print(", ".join(map(str, save_figure(figure, output / name))), flush=True)
+        print(", ".join(map(str, save_figure(figure, options.output / name))), flush=True)
 
     save(draw_first_layer(ensemble), "conv1")
-    save(draw_predictions(given or predict_some(ensemble, dataset)), "predictions")
+    save(draw_predictions(predict_some(ensemble, dataset)), "predictions")
     gallery = open_dataset(options.data, "train", ensemble)
     neighbours = find_neighbours(ensemble, dataset, gallery, options.gallery)
     save(draw_neighbours(neighbours), "neighbours")
-    if curves is not None:
-        save(draw_curves(curves), "curves")
     return 0
 
 
@@ -124,35 +95,16 @@ def draw_first_layer(ensemble: Ensemble) -> Any:
     return draw_kernels(kernels, model.variant.convolutions[1].groups)
 
 
-def predict_files(ensemble: Ensemble, paths: Sequence[Path]) -> list[Prediction]:
-    """What the net says of image files; a folder of a class's name tells the correct one."""
-    small, large = (read_files(paths, side) for side in (decode_size(ensemble.image_size), _SHOWN))
-    for path, pixels in zip(paths, small, strict=True):
-        if isinstance(pixels, str):
-            raise ValueError(f"{path}: {pixels}")
-    names = [path.absolute().parent.name for path in paths]
-    labels = [name if name in ensemble.classes else None for name in names]
-    return _predictions(ensemble, small, large, labels)
-
-
 def predict_some(ensemble: Ensemble, dataset: ImageDataset) -> list[Prediction]:
     """What the net says of a few images, of as many classes as possible."""
-    chosen = spread(dataset, _PICTURES)
-    sides = decode_size(ensemble.image_size), _SHOWN
-    small, large = ([dataset.image(i, side) for i in chosen] for side in sides)
-    labels = [ensemble.classes[dataset.labels[i]] for i in chosen]
-    return _predictions(ensemble, small, large, labels)
-
-
-def _predictions(
-    ensemble: Ensemble, small: Sequence[Any], large: Sequence[Any], labels: Sequence[str | None]
-) -> list[Prediction]:
-    probabilities = ensemble.probabilities(np.stack(small), crops=10)
-    guesses = [
-        [(ensemble.classes[i], float(row[i])) for i in ranked.tolist()]
-        for row, ranked in zip(probabilities, rank_classes(probabilities), strict=True)
-    ]
-    return list(map(Prediction, large, labels, guesses))
+    chosen, side = spread(dataset, _PICTURES), decode_size(ensemble.image_size)
+    probabilities = ensemble.probabilities(np.stack([dataset.image(i, side) for i in chosen]), 10)
+    found = []
+    for index, row, ranked in zip(chosen, probabilities, rank_classes(probabilities), strict=True):
+        guesses = [(ensemble.classes[i], float(row[i])) for i in ranked.tolist()]
+        label = ensemble.classes[dataset.labels[index]]
+        found.append(Prediction(dataset.image(index, _SHOWN), label, guesses))
+    return found
 
 
 def find_neighbours(
@@ -195,22 +147,6 @@ def spread(dataset: ImageDataset, count: int) -> list[int]:
     by_class = [np.flatnonzero(dataset.labels == label) for label in chosen]
     ranks = itertools.zip_longest(*by_class)
     return [int(index) for rank in ranks for index in rank if index is not None][:count]
-
-
-def read_metrics(path: Path) -> Curves:
-    """The curves of a metrics.jsonl; of a step or epoch written twice the later record counts."""
-    found: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "epoch": {}}
-    try:
-        for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            if record.get("kind") in found:
-                found[record["kind"]][int(record["step"])] = record
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"--metrics {path}: not the metrics of a run ({error})") from error
-    steps, epochs = ([records[n] for n in sorted(records)] for records in found.values())
-    steps = [record for record in steps if record["loss"] is not None]
-    if not steps and not epochs:
-        raise ValueError(f"--metrics {path}: no step and no epoch recorded in it")
-    return Curves(steps, epochs)
 
 
 # How it is drawn
@@ -281,7 +217,7 @@ def draw_predictions(predictions: Sequence[Prediction], columns: int = 4) -> Any
     rows = -(-len(predictions) // columns)
     wide, bars = 1.7, max(len(p.guesses) for p in predictions)
     names = [_wrapped(name, wide, _NAME) for p in predictions for name, _ in p.guesses]
-    titles = [_wrapped(p.label or "", wide, _TITLE) for p in predictions]
+    titles = [_wrapped(p.label, wide, _TITLE) for p in predictions]
     below = bars * (0.03 + 0.105 * _lines(names))
     tall = wide + below + 0.12 + 0.12 * _lines(titles)
     figure = new_figure(columns * (wide + 0.08), rows * tall)
@@ -330,40 +266,6 @@ def draw_neighbours(rows: Sequence[Neighbours]) -> Any:
             axes.set_xlabel(text, fontsize=_SMALL, linespacing=1.0, color=color)
     for axes, what in zip(grid[0], ("test image", "nearest training images"), strict=False):
         axes.set_title(what, loc="left", fontsize=_TITLE, fontweight="bold")
-    return figure
-
-
-def draw_curves(curves: Curves) -> Any:
-    """Training and validation loss, and validation errors, over the steps of a run.
-
-    Dotted lines are where the learning rate fell to a half of what it had been, or less.
-    """
-    figure = new_figure(6.9, 2.6)
-    figure.set_layout_engine("constrained", w_pad=0.1)
-    left, right = figure.subplots(1, 2)
-    steps, ends = ([record["step"] for record in some] for some in curves)
-    dots: dict[str, Any] = {"clip_on": False, "zorder": 3, "linewidth": 0.9}
-    if len(ends) < _DOTTED:
-        dots |= {"marker": "o", "markersize": 2.5}
-    losses, validated = [r["loss"] for r in curves.steps], [r["val_loss"] for r in curves.epochs]
-    left.plot(steps, losses, color=_BLUE, label="training", linewidth=0.9)
-    left.plot(ends, validated, color=_ORANGE, label="validation", **dots)
-    left.set_ylabel("loss (nats)")
-    for top, colour in ((1, _BLUE), (5, _ORANGE)):
-        errors = [100 * (1 - record[f"top{top}"]) for record in curves.epochs]
-        right.plot(ends, errors, color=colour, label=f"top-{top}, validation", **dots)
-    right.set_ylabel("error (%)")
-    pairs = itertools.pairwise(curves.steps)
-    drops = [before["step"] for before, after in pairs if after["lr"] <= before["lr"] / 2]
-    for axes in (left, right):
-        axes.set(xlabel="step", xlim=(0, max([*steps, *ends]) * 1.02))
-        axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e4e4e4", linewidth=0.5)
-        axes.set_axisbelow(True)
-        for step in drops:
-            axes.axvline(step, color="#888888", linewidth=0.6, linestyle=":")
-        axes.legend(frameon=False)
     return figure
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from fastalex.common.command_line import REFUSED, Parser, guarded
 from fastalex.data import decode_size
-from fastalex.data.base import printable
-from fastalex.evaluation.ensemble import CROPS, TOP, Ensemble, rank_classes, read_files
+from fastalex.data.base import Pixels, printable
+from fastalex.data.decode import read_image, try_read
+from fastalex.evaluation.ensemble import CROPS, TOP, Ensemble, rank_classes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +37,13 @@ def _parser() -> Parser:
     parser.add_choice("--crops", CROPS, 10, text)
     parser.add_count("--batch-size", "images in a pass through the net", 32)
     return parser
+
+
+def read_files(paths: Sequence[Path], size: int) -> list[Pixels | str]:
+    """The centre square of each image file, uint8 [size, size, 3], or why it can't be read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
+        return [try_read(read_image, path, size) for path in paths]
 
 
 def _run(options: argparse.Namespace) -> int:

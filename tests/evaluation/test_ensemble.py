@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from fastalex.data import FolderImages, MeanImage, SyntheticImages, decode_size
-from fastalex.data.decode import read_image
 from fastalex.data.pack import pack
 from fastalex.evaluation import evaluate, figures, predict
 from fastalex.evaluation.ensemble import Ensemble, Scores, crop_places, open_dataset, rank_classes
@@ -234,11 +233,6 @@ def test_data_of_other_classes_are_refused(folder: Path, tmp_path: Path, capsys:
 # Figures.
 
 matplotlib = pytest.importorskip("matplotlib")
-METRICS = [
-    {"kind": "step", "step": 1, "loss": 2.0, "lr": 0.1},
-    {"kind": "epoch", "step": 2, "val_loss": 1.0, "top1": 0.5, "top5": 0.9},
-    {"kind": "step", "step": 2, "loss": 1.0, "lr": 0.01},
-]
 
 
 def test_figures_are_pictures_of_the_right_size(
@@ -246,13 +240,10 @@ def test_figures_are_pictures_of_the_right_size(
 ) -> None:
     for name, rows in (("_PICTURES", 4), ("_QUERIES", 1)):  # one row each
         monkeypatch.setattr(figures, name, rows)
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text("".join(json.dumps(record) + "\n" for record in METRICS))
     out = tmp_path / "out"
     arguments = ["--weights", str(folder / "a"), "--data", str(folder / "data")]
-    arguments += ["--metrics", str(metrics), "--output", str(out)]
-    assert figures.main(arguments) == 0
-    names = ["conv1", "curves", "neighbours", "predictions"]
+    assert figures.main([*arguments, "--output", str(out)]) == 0
+    names = ["conv1", "neighbours", "predictions"]
     kinds = [f"{name}.{kind}" for name in names for kind in ("pdf", "png")]
     assert sorted(p.name for p in out.iterdir()) == kinds
     for name in names:
@@ -319,28 +310,6 @@ def test_features_are_what_the_last_layer_reads(folder: Path, pixels: np.ndarray
     with torch.no_grad():
         found = last(ensemble.features(pixels)).double().softmax(1)
     torch.testing.assert_close(found, ensemble.probabilities(pixels, 1))
-
-
-def test_given_images_take_their_label_from_their_folder(folder: Path, tmp_path: Path) -> None:
-    stray = tmp_path / "stray.png"
-    red = folder / "data" / "val" / "red" / "0.png"
-    stray.write_bytes(red.read_bytes())
-    found = figures.predict_files(Ensemble([folder / "a"]), [red, stray])
-    assert [p.label for p in found] == ["red", None]
-    assert found[0].guesses == found[1].guesses
-    assert np.array_equal(found[0].pixels, read_image(red, 224))
-
-
-@pytest.mark.parametrize("text", ["{broken", '{"kind": "note"}\n', "[1]\n"])
-def test_metrics_that_are_none_are_refused(
-    folder: Path, tmp_path: Path, text: str, capsys: Capture
-) -> None:
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text(text)
-    arguments = ["--weights", str(folder / "a"), "--metrics", str(metrics)]
-    assert figures.main([*arguments, "--output", str(tmp_path / "out")]) == 2
-    assert "--metrics" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_without_matplotlib_one_line_says_what_to_install(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,39 +14,6 @@ from fastalex.evaluation.ensemble import Ensemble
 from tests._nets import random_weights
 
 pytest.importorskip("matplotlib")
-
-
-def _step(step: int, loss: float | None, lr: float = 0.1) -> dict[str, object]:
-    return {"kind": "step", "step": step, "loss": loss, "lr": lr}
-
-
-def test_curves_are_the_last_records_in_order(tmp_path: Path) -> None:
-    records = [
-        _step(20, 2.0),
-        _step(10, 3.0),
-        _step(30, None),  # nothing was finite
-        {"kind": "epoch", "step": 15, "val_loss": 2.5, "top1": 0.25, "top5": 0.75},
-        {"kind": "note", "step": 16},
-        _step(20, 1.0, 0.01),  # a run without checkpoints that was begun again
-    ]
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    curves = figures.read_metrics(path)
-    assert [(r["step"], r["loss"], r["lr"]) for r in curves.steps] == [(10, 3, 0.1), (20, 1, 0.01)]
-    assert curves.epochs == [records[3]]
-
-
-def test_dotted_lines_are_where_the_rate_fell_and_errors_are_percentages() -> None:
-    rates = [0.1, 0.1, 0.05, 0.045, 0.0045]
-    steps = [_step(i, 1.0, rate) for i, rate in enumerate(rates, 1)]
-    epoch = {"step": 5, "val_loss": 0.9, "top1": 0.6, "top5": 0.9}
-    losses, errors = figures.draw_curves(figures.Curves(steps, [epoch])).axes
-    for axes in (losses, errors):
-        dotted = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
-        assert dotted == [2, 4]
-    plotted = {line.get_label(): list(line.get_ydata()) for line in errors.lines}
-    assert plotted["top-1, validation"] == pytest.approx([40.0])
-    assert plotted["top-5, validation"] == pytest.approx([10.0])
 
 
 def test_the_bar_of_the_correct_class_is_red_and_as_long_as_it_is_probable() -> None:

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from fastalex import AlexNet
 from fastalex.data import Normalization
 from fastalex.data.normalization import MeanImage
-from fastalex.evaluation.ensemble import Ensemble, read_files
+from fastalex.evaluation.ensemble import Ensemble
+from fastalex.evaluation.predict import read_files
 from fastalex.formats import convert
 from fastalex.formats.export import main
 from fastalex.model.variants import FOREIGN, VARIANTS
