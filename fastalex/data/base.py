@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -36,6 +37,13 @@ def decode_size(image_size: int) -> int:
 
 class DataError(ValueError):
     """The data given can't be trained on; the message is one line that says what to do."""
+
+
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def printable(name: str) -> str:
@@ -109,7 +117,7 @@ class ImageCache:
 
 def map_ahead(
     function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """``map(function, items)``, in order, by ``workers`` threads and up to ``ahead`` items early.
 
     An exception of ``function`` is raised here, at its item's turn. However the iteration ends (at

@@ -1,33 +1,48 @@
-"""Pack a folder of images: each is decoded once, by as many processes as there are cores.
+"""Pack a folder of images: each is decoded once, by as many threads as there are cores.
 
-Shards that are done are kept, so that the same command goes on after any kind of end (see
-``shard``). The manifest, which makes a set whole, is written last.
+A shard is done once its record is there, which is written last. Shards that are done are kept, so
+that the same command goes on after any kind of end; one that was under way is made anew. The
+manifest, which makes a set whole, is written at the very end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import io
+import itertools
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from fastalex.common.command_line import check_output
 from fastalex.common.files import is_temporary, replacing
-from fastalex.data.base import DataError, printable
+from fastalex.data.base import DataError, Pixels, cores, map_ahead, printable
+from fastalex.data.decode import read_whole, try_read
 from fastalex.data.fingerprint import digest
 from fastalex.data.folder import class_folders, image_files, stat_files
 from fastalex.data.normalization import Moments
-from fastalex.data.packed import FORMAT, MANIFEST, WORK, file_digest, read_manifest
-from fastalex.data.shard import Record, Shard, pack_shards
+from fastalex.data.packed import (
+    FORMAT,
+    HEADER,
+    MANIFEST,
+    WORK,
+    crc32,
+    file_digest,
+    read_manifest,
+    shard_header,
+    shard_path,
+)
 
 SIZE = 256  # P§2
 _SHARD_IMAGES = 1024  # 200 MB at 256 pixels
@@ -38,20 +53,76 @@ ODD, LEFT_OUT = "odd.tsv", "left_out.tsv"
 _ANOTHER = "holds a packed set of other images, or of another size; name a new folder"
 
 
-class Packed(NamedTuple):
-    """What a packing made.
+Decoded = tuple[Pixels, str | None] | str  # with what is odd about it; or why it can't be read
 
-    Attributes:
-        counts: images by part.
-        left_out: (path, reason) of each file that could not be read, as a line can hold them.
-        odd: (path, remark) of packed ones that may not be what they seem.
-        decoded: files that were decoded now; the others were done before.
-        seconds: for these.
-    """
+
+class PackingStopped(KeyboardInterrupt):
+    """Ctrl-C; the message says what is kept."""
+
+
+class Record(NamedTuple):
+    """What became of one file below the source folder: left out if it has no CRC-32 of pixels."""
+
+    file: str
+    checksum: int | None
+    remark: str | None  # why it was left out, or what is odd about it
+
+
+class Shard(NamedTuple):
+    """What goes into shard ``number`` of a part: files below ``source``, at ``size`` pixels."""
+
+    source: Path
+    root: Path  # of the packed set
+    part: str
+    number: int
+    files: list[str]
+    size: int
+
+    @property
+    def path(self) -> Path:
+        return shard_path(self.root, self.part, self.number)
+
+    @property
+    def record(self) -> Path:
+        return self.root / WORK / f"{self.part}-{self.number:05d}.npz"
+
+    def is_done(self) -> bool:
+        return self.record.exists() and self.path.exists()
+
+    def write(self, images: Iterable[Decoded]) -> None:
+        """Write the shard and, last, what became of each file and the sums of the pixels."""
+        records: list[Record] = []
+        moments = Moments(self.size)
+        with replacing(self.path) as temporary, open(temporary, "wb") as pixels:
+            pixels.seek(HEADER)
+            for file, decoded in zip(self.files, images, strict=True):
+                if isinstance(decoded, str):
+                    records.append(Record(file, None, decoded))
+                    continue
+                image, remark = decoded
+                pixels.write(image.data)
+                moments.add(image)
+                records.append(Record(file, crc32(image.data), remark))
+            pixels.seek(0)
+            pixels.write(shard_header(moments.images, self.size))
+        text = np.frombuffer(json.dumps(records).encode(), np.uint8)
+        with replacing(self.record) as temporary, open(temporary, "wb") as record:
+            np.savez(record, records=text, pixels=moments.pixels, products=moments.products)
+
+    def recorded(self) -> tuple[list[Record], Moments]:
+        """What ``write`` noted."""
+        moments = Moments(self.size)
+        with np.load(self.record) as saved:
+            records = [Record(*values) for values in json.loads(saved["records"].tobytes())]
+            moments.images = sum(record.checksum is not None for record in records)
+            moments.pixels, moments.products = saved["pixels"], saved["products"]
+        return records, moments
+
+
+class Packed(NamedTuple):
+    """What a packing made: images by part; files decoded now, in ``seconds``, and not before."""
 
     counts: dict[str, int]
-    left_out: list[list[str]]
-    odd: list[list[str]]
     decoded: int
     seconds: float
 
@@ -71,7 +142,7 @@ def pack(
         source: ``train/CLASS/*`` and ``val/CLASS/*``, or ``CLASS/*``.
         root: a new or empty folder, or an unfinished packing of the same images.
         size: side in pixels of the packed images.
-        workers: processes at work at a time; None is one for each core that this one may use.
+        workers: images decoded at a time; None is one for each core that this process may use.
         val_split: see ``find_images``.
 
     Raises:
@@ -95,13 +166,13 @@ def pack(
     existed = root.exists()
     (root / WORK).mkdir(parents=True, exist_ok=True)
     with _alone(root):
-        for path in filter(is_temporary, root.rglob("*")):  # of killed processes
+        for path in filter(is_temporary, root.rglob("*")):  # of a killed process
             path.unlink()
         _save(root / WORK / "plan.json", json.dumps(plan).encode())
         for part in parts:
             (root / part).mkdir(exist_ok=True)
         started = time.monotonic()
-        decoded = pack_shards(shards, workers)
+        decoded = pack_shards(shards, workers or cores())
         seconds = time.monotonic() - started
         try:
             _finish(classes, shards, plan)
@@ -113,6 +184,35 @@ def pack(
             raise
     shutil.rmtree(root / WORK)
     return _summary(root, decoded, seconds)
+
+
+def pack_shards(shards: list[Shard], workers: int) -> int:
+    """Make every shard that is not done, and return how many files were decoded.
+
+    Raises:
+        DataError: where one can't be written; says what is kept.
+        PackingStopped: likewise, after Ctrl-C.
+    """
+    missing = [shard for shard in shards if not shard.is_done()]
+    total, wanted = (sum(len(shard.files) for shard in some) for some in (shards, missing))
+    paths = [shard.source / file for shard in missing for file in shard.files]
+    read = functools.partial(try_read, read_whole, size=shards[0].size)
+    images = map_ahead(read, paths, workers, 4 * workers)
+    start = total - wanted
+    shown = iter(tqdm(images, "Packing", total, initial=start, unit=" images", disable=None))
+    try:
+        with contextlib.closing(images), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
+            for shard in missing:
+                shard.write(itertools.islice(shown, len(shard.files)))
+    except (OSError, KeyboardInterrupt) as error:
+        done = sum(len(shard.files) for shard in shards if shard.is_done())
+        kept = f"{done:,} of {total:,} files are done, the same command goes on from there"
+        if isinstance(error, KeyboardInterrupt):
+            raise PackingStopped(f"interrupted; {kept}") from error
+        why = (error.strerror or str(error)).lower()
+        raise DataError(f"{shards[0].root}: {why}; {kept}") from error
+    return wanted
 
 
 def find_images(
@@ -284,9 +384,4 @@ def _table(records: list[Record]) -> bytes:
 
 def _summary(root: Path, decoded: int, seconds: float) -> Packed:
     parts = read_manifest(root)["parts"]
-    counts = {part: about["images"] for part, about in parts.items()}
-    left_out, odd = (
-        [line.split("\t") for line in (root / name).read_text(encoding="utf-8").splitlines()]
-        for name in (LEFT_OUT, ODD)
-    )
-    return Packed(counts, left_out, odd, decoded, seconds)
+    return Packed({part: about["images"] for part, about in parts.items()}, decoded, seconds)
