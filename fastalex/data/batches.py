@@ -23,7 +23,7 @@ from fastalex.data.augment import (
     ColorNoise,
     resized_crop,
 )
-from fastalex.data.base import DataError, ImageDataset, Pixels, decode_size, map_ahead
+from fastalex.data.base import ImageDataset, Pixels, decode_size, map_ahead
 from fastalex.data.normalization import Normalization
 from fastalex.data.packed import PackedImages
 
@@ -37,23 +37,16 @@ _BOX_COUNTERS = -(-BOX_WORDS // 4)  # Philox makes four words of each count
 class Batch:
     """Images as bytes and what augmentation is to do to them, drawn on the CPU.
 
-    Attributes:
-        images: uint8 [n, D, D, 3], RGB; like all below but the indices in page-locked memory where
-            there is a GPU.
-        labels: int64 [n].
-        indices: int64 [n], which samples of the dataset these are; always on the CPU.
-        tops, lefts: int32 [n], the first row and column of each crop.
-        mirrors: bool [n], which crops are mirrored left to right.
-        colors: float32 [n, 3], what is added to the pixels of each image, 0 to 255; or None.
+    All but the indices lie in page-locked memory where there is a GPU.
     """
 
-    images: torch.Tensor
-    labels: torch.Tensor
-    indices: torch.Tensor
-    tops: torch.Tensor
-    lefts: torch.Tensor
-    mirrors: torch.Tensor
-    colors: torch.Tensor | None = None
+    images: torch.Tensor  # uint8 [n, D, D, 3], RGB
+    labels: torch.Tensor  # int64 [n]
+    indices: torch.Tensor  # int64 [n], which samples of the dataset these are; always on the CPU
+    tops: torch.Tensor  # int32 [n], the first row of each crop
+    lefts: torch.Tensor  # int32 [n], its first column
+    mirrors: torch.Tensor  # bool [n], which crops are mirrored left to right
+    colors: torch.Tensor | None = None  # float32 [n, 3], added to an image's pixels, 0 to 255
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
@@ -66,10 +59,7 @@ class Batch:
         return replace(self, **{n: torch.empty_like(x, device=device) for n, x in self._moved()})
 
     def copy_to(self, place: Batch) -> Batch:
-        """This batch, copied into the memory of ``place``.
-
-        The host does not wait for the copy of page-locked memory.
-        """
+        """This batch, copied into the memory of ``place``; the host does not wait for it."""
         for name, x in self._moved():
             getattr(place, name).copy_(x, non_blocking=True)
         return replace(place, indices=self.indices)
@@ -79,20 +69,13 @@ class Batch:
 
 
 class Transform(NamedTuple):
-    """What becomes of an image on its way to the net.
+    """What becomes of an image on its way to the net."""
 
-    Attributes:
-        image_size: side in pixels of the images the net gets.
-        augmentation: of training, one of ``fastalex.data.augment.AUGMENTATIONS``.
-        noise: of the colours, where ``augmentation`` has any.
-        device: where batches are augmented; None is the CPU.
-    """
-
-    image_size: int
+    image_size: int  # side in pixels of the images the net gets
     normalization: Normalization
-    augmentation: str = "crop"
-    noise: ColorNoise = PUBLISHED_NOISE
-    device: torch.device | None = None
+    augmentation: str = "crop"  # of training, one of AUGMENTATIONS
+    noise: ColorNoise = PUBLISHED_NOISE  # of the colours, where the augmentation has any
+    device: torch.device | None = None  # where batches are augmented; None is the CPU
 
 
 class Share(NamedTuple):
@@ -147,21 +130,24 @@ class Batches:
         workers: int = 0,
     ) -> None:
         image_size, normalization, augmentation, noise, device = transform
-        at_least = {"batch_size": (batch_size, 1), "image_size": (image_size, 1), "seed": (seed, 0)}
-        for name, (value, least) in (at_least | {"workers": (workers, 0)}).items():
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
-        if batch_size % share.replicas:
-            raise ValueError(
-                f"batch_size: expected a multiple of replicas={share.replicas}, got {batch_size}"
-            )
-        if not 0 <= share.rank < share.replicas:
-            raise ValueError(f"rank: expected 0 to {share.replicas - 1}, got {share.rank}")
-        if augmentation not in AUGMENTATIONS:
-            known = ", ".join(AUGMENTATIONS)
-            raise ValueError(f"augmentation: expected one of {known}, got {augmentation!r}")
-        if len(dataset) == 0:
-            raise DataError("dataset: expected at least one image, got none")
+        rank, replicas = share
+        checks = {
+            f"batch_size: expected at least 1, got {batch_size}": batch_size >= 1,
+            f"image_size: expected at least 1, got {image_size}": image_size >= 1,
+            f"seed: expected at least 0, got {seed}": seed >= 0,
+            f"workers: expected at least 0, got {workers}": workers >= 0,
+            f"batch_size: expected a multiple of replicas={replicas}, got {batch_size}": (
+                batch_size % replicas == 0
+            ),
+            f"rank: expected 0 to {replicas - 1}, got {rank}": 0 <= rank < replicas,
+            f"augmentation: expected one of {', '.join(AUGMENTATIONS)}, got {augmentation!r}": (
+                augmentation in AUGMENTATIONS
+            ),
+            "dataset: expected at least one image, got none": len(dataset) > 0,
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise ValueError(message)
         self.dataset, self.batch_size, self.image_size = dataset, batch_size, image_size
         self.seed, self.train, self.share, self.workers = seed, train, share, workers
         self.augmentation = augmentation if train else "none"

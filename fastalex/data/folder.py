@@ -90,11 +90,7 @@ class FolderImages:
         return str(self._paths[index])
 
     def image(self, index: int, size: int) -> Pixels:
-        """uint8 [size, size, 3], RGB; see ``fastalex.data.decode.read_image``.
-
-        Raises:
-            DataError: where a file that could be read before can't be any more.
-        """
+        """uint8 [size, size, 3], RGB, by ``read_image``; DataError where it can't be any more."""
         path = self._paths[index]
         image = self._cache.get(path, size)
         if image is None:
@@ -103,11 +99,7 @@ class FolderImages:
         return image
 
     def whole(self, index: int, size: int) -> Image.Image:
-        """Every pixel of the file, RGB and upright; decoded anew each time.
-
-        Raises:
-            DataError: as ``image``.
-        """
+        """Every pixel of the file, RGB and upright; decoded anew each time."""
         return _read(lambda path, _: read_upright(path), self._paths[index], size)
 
     def keys(self) -> list[tuple[str, int]]:
@@ -217,9 +209,6 @@ def image_files(folder: Path) -> list[Path]:
     """The files of ``folder`` that are named like images, by name; hidden ones are ignored.
 
     Links that lead nowhere are among them, for someone to hear of them.
-
-    Raises:
-        DataError: where the folder can't be read.
     """
     try:
         with os.scandir(folder) as entries:

@@ -267,11 +267,7 @@ def shard_header(count: int, size: int) -> bytes:
 
 
 def file_digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _checked(root: Path, name: str, manifest: dict[str, Any]) -> Path:

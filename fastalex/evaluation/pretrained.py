@@ -22,12 +22,7 @@ from fastalex.training.weights import load_mean_image, load_model
 
 
 class Transforms:
-    """What evaluation does to an image before the net gets it: resize, centre crop, normalise.
-
-    Args:
-        normalization: of the net.
-        image_size: of the net, in pixels.
-    """
+    """What evaluation does to an image before the net gets it: resize, centre crop, normalise."""
 
     def __init__(self, normalization: Normalization, image_size: int) -> None:
         self.image_size = image_size
@@ -38,9 +33,6 @@ class Transforms:
 
         Args:
             image: Pillow's, of any mode, or uint8 [height, width, 3] or [height, width].
-
-        Raises:
-            TypeError: for an array that does not hold bytes.
         """
         if not isinstance(image, Image.Image):
             if image.dtype != np.uint8:
@@ -129,12 +121,8 @@ def alexnet(
         pretrained: a weights file, as for ``load``; its net is returned, in evaluation mode.
         num_classes: outputs, 1000 if there is no file; of another number than the file's, the last
             layer is new.
-        dropout: of a net without a file.
-        variant: of a net without a file.
+        dropout, variant: of a net without a file.
         fused: as for ``AlexNet``.
-
-    Raises:
-        ValueError: for an argument out of range, and as ``load``.
     """
     if pretrained is None:
         return AlexNet(1000 if num_classes is None else num_classes, dropout, variant, fused)

@@ -28,7 +28,6 @@ _TO = {
     "torchvision": "a .pth that torchvision's alexnet loads (variant owt)",
     "safetensors": "the tensors under torchvision's names",
 }
-_WITH_PIXELS = ("onnx", "pt2")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,10 +47,8 @@ def _parser() -> Parser:
     )
     text = "model.safetensors of a run, or what fastalex.convert wrote"
     parser.add_path("--weights", text, "W", required=True)
-    parser.add_argument(
-        "--to", choices=tuple(_TO), required=True,
-        help="; ".join(f"{name}: {text}" for name, text in _TO.items()),
-    )  # fmt: skip
+    text = "; ".join(f"{name}: {text}" for name, text in _TO.items())
+    parser.add_argument("--to", choices=tuple(_TO), required=True, help=text)
     parser.add_path("--output", "the file to write", "F", required=True)
     text = (
         "onnx and pt2: take uint8 images [N, height, width, 3], RGB, of any size, and resize, crop "
@@ -63,7 +60,7 @@ def _parser() -> Parser:
 
 def _run(options: argparse.Namespace) -> int:
     check_output("--output", options.output)
-    if options.preprocess and options.to not in _WITH_PIXELS:
+    if options.preprocess and options.to not in ("onnx", "pt2"):
         raise ValueError(f"--preprocess: a file of {options.to} holds no graph: leave it out")
     _, net, metadata, scale = load_net(options.weights)
     size: int = metadata["image_size"]
@@ -89,7 +86,9 @@ def _run(options: argparse.Namespace) -> int:
             torch.save(dict(unfused.state_dict()), temporary)
         else:
             save_file(dict(unfused.state_dict()), temporary, {"format": "pt", **about})
-    print(f"{options.to}: {options.output}\n{_describe(scale, size, options)}")
+    pixels = "uint8 [N, height, width, 3], RGB"
+    print(f"{options.to}: {options.output}")
+    print(f"input: {pixels if options.preprocess else _describe(scale, size)}")
     return 0
 
 
@@ -103,15 +102,12 @@ def _pixels(scale: Normalization, size: int) -> Pixels:
     return Pixels(side, mean, np.array(scale.std, np.float32)[:, None, None])
 
 
-def _describe(scale: Normalization, size: int, options: argparse.Namespace) -> str:
-    """What the file's net has to be given."""
-    if options.preprocess:
-        return "input: uint8 [N, height, width, 3], RGB"
-    mean = " ".join(f"{value:.2f}" for value in scale.mean)
-    mean = "the mean image" if scale.mean_image is not None else mean
-    std = " ".join(f"{value:.2f}" for value in scale.std)
+def _describe(scale: Normalization, size: int) -> str:
+    """What the file's net has to be given by its caller."""
+    mean, std = (" ".join(f"{value:.2f}" for value in some) for some in (scale.mean, scale.std))
+    less = "the mean image" if scale.mean_image is not None else mean
     return (
-        f"input: float32 [N, 3, {size}, {size}], RGB from 0 to 255, less {mean}, divided by {std}: "
+        f"float32 [N, 3, {size}, {size}], RGB from 0 to 255, less {less}, divided by {std}: "
         f"the shorter side resized to {decode_size(size)}, the centre cut out"
     )
 
@@ -122,9 +118,7 @@ class _FromPixels(nn.Module):
     def __init__(self, net: AlexNet, pixels: Pixels, size: int) -> None:
         super().__init__()
         self.net, self.side, self.size = net, pixels.decode_size, size
-        self.mean, self.std = (
-            nn.Buffer(torch.from_numpy(values)) for values in (pixels.mean, pixels.std)
-        )
+        self.mean, self.std = map(nn.Buffer, map(torch.from_numpy, pixels[1:]))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[1], images.shape[2]
