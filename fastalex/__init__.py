@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 from fastalex._version import __version__
 
 if TYPE_CHECKING:
-    from fastalex.evaluation.pretrained import alexnet, load
+    from fastalex.evaluation.pretrained import load
     from fastalex.model.alexnet import AlexNet
 
-__all__ = ["AlexNet", "__version__", "alexnet", "load"]
+__all__ = ["AlexNet", "__version__", "load"]
 
-_PRETRAINED = "fastalex.evaluation.pretrained"
-_PLACES = {"AlexNet": "fastalex.model.alexnet", "alexnet": _PRETRAINED, "load": _PRETRAINED}
+_PLACES = {"AlexNet": "fastalex.model.alexnet", "load": "fastalex.evaluation.pretrained"}
 
 
 def __getattr__(name: str) -> Any:

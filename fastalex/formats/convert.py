@@ -147,7 +147,7 @@ def read_foreign(path: Path) -> ForeignNet:
 def _read(path: Path, data: memoryview) -> ForeignNet:
     start = bytes(data[:32])
     if start[:4] == b"PK\x03\x04" or start[2:].startswith(_TORCH_PICKLE):
-        return read_torch(path, data)
+        return read_torch(path)
     if start[8:9] == b"{":
         return read_safetensors(path)
     if start.startswith(_NPY):

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from fastalex.common.command_line import Parser, check_output, guarded
@@ -26,7 +25,6 @@ _TO = {
     "onnx": "for ONNX Runtime and others, LRN as ONNX's own",
     "pt2": "a program of torch.export, which runs where fastalex is not installed",
     "torchvision": "a .pth that torchvision's alexnet loads (variant owt)",
-    "safetensors": "the tensors under torchvision's names",
 }
 
 
@@ -82,10 +80,8 @@ def _run(options: argparse.Namespace) -> int:
             temporary.write_bytes(build(unfused, size, given, about).SerializeToString())
         elif options.to == "pt2":
             temporary.write_bytes(_program(unfused, size, given, about))
-        elif options.to == "torchvision":
-            torch.save(dict(unfused.state_dict()), temporary)
         else:
-            save_file(dict(unfused.state_dict()), temporary, {"format": "pt", **about})
+            torch.save(dict(unfused.state_dict()), temporary)
     pixels = "uint8 [N, height, width, 3], RGB"
     print(f"{options.to}: {options.output}")
     print(f"input: {pixels if options.preprocess else _describe(scale, size)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,20 +12,11 @@ from safetensors import safe_open
 
 from fastalex.formats.layers import ForeignNet
 
-_HASH = re.compile(r"-([0-9a-f]{8,64})\.[^.]+$")  # as in alexnet-owt-7be5be79.pth
 _PARAMETER = re.compile(r"(features|classifier)\.(\d+)\.(weight|bias)")
 
 
-def read_torch(path: Path, data: memoryview) -> ForeignNet:
-    """The layers of a file of ``torch.save``; of its pickle nothing but tensors is made.
-
-    A checksum in its name has to be its own.
-    """
-    match = _HASH.search(path.name)
-    if match:
-        digest = hashlib.sha256(data).hexdigest()
-        if not digest.startswith(match[1]):
-            raise ValueError(f"its SHA-256 begins {digest[:8]}, its name says {match[1]}: damaged")
+def read_torch(path: Path) -> ForeignNet:
+    """The layers of a file of ``torch.save``; of its pickle nothing but tensors is made."""
     found = torch.load(path, map_location="cpu", weights_only=True)
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):

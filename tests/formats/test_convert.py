@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -95,20 +94,6 @@ def test_the_variant_is_told_by_file_or_shapes_or_asked_for() -> None:
 def test_files_of_caffe_say_which_variant_they_are(name: str, variant: str, tmp_path: Path) -> None:
     net = read_foreign(_file(name, tmp_path)[0])
     assert (net.variant, net.bgr) == (variant, True)
-
-
-def test_a_checksum_in_the_name_is_checked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, net = _file("torchvision", tmp_path)
-    good = tmp_path / f"alexnet-owt-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth"
-    bad = tmp_path / "alexnet-owt-7be5be79.pth"
-    for copy in (good, bad):
-        copy.write_bytes(path.read_bytes())
-    options = ["--output", str(tmp_path / "w"), "--variant", net.variant.name]
-    assert main([str(good), *options]) == 0
-    assert main([str(bad), *options]) == 2
-    assert "its name says 7be5be79: damaged" in capsys.readouterr().err
 
 
 def test_classes_mean_and_channels_are_taken(tmp_path: Path) -> None:
