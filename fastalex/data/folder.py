@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import PIL
@@ -25,7 +25,6 @@ T = TypeVar("T")
 
 CHECKED = ".fastalex-check.json"
 _FORMAT = f"fastalex-check-3, Pillow {PIL.__version__}"  # another decoder may read other files
-_STATS = 512  # files looked at by one thread before another takes over
 _CHECK_SIZE = 64  # side at which a file is decoded only to see whether it can be
 
 
@@ -64,18 +63,19 @@ class FolderImages:
         found = class_folders(root, classes)
         self.classes = found if classes is None else list(classes)
         self._cache = ImageCache(cache_bytes)
-        paths = [path for name in found for path in image_files(root / name)]
+        files = [file for name in found for file in image_files(root / name)]
         if unreadable is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
-                unreadable = self._check(root, paths, size)
+                unreadable = self._check(root, files, size)
         here = f"{root}{os.sep}"
         self.unreadable = [(file, why) for file, why in unreadable if file.startswith(here)]
         bad = {path for path, _ in self.unreadable}
-        self._paths = [path for path in paths if str(path) not in bad]
+        self._files = [file for file in files if str(file.path) not in bad]
         number = {name: index for index, name in enumerate(self.classes)}
-        self.labels = np.array([number[path.parent.name] for path in self._paths], np.int64)
-        for name in set(found) - {path.parent.name for path in self._paths}:
+        of_class = [file.path.parent.name for file in self._files]
+        self.labels = np.array([number[name] for name in of_class], np.int64)
+        for name in set(found) - set(of_class):
             reasons = [why for file, why in self.unreadable if Path(file).parent == root / name]
             detail = f" ({len(reasons)} can't be: {reasons[0]})" if reasons else ""
             raise DataError(
@@ -84,14 +84,14 @@ class FolderImages:
             )
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._files)
 
     def name(self, index: int) -> str:
-        return str(self._paths[index])
+        return str(self._files[index].path)
 
     def image(self, index: int, size: int) -> Pixels:
         """uint8 [size, size, 3], RGB, by ``read_image``; DataError where it can't be any more."""
-        path = self._paths[index]
+        path = self._files[index].path
         image = self._cache.get(path, size)
         if image is None:
             image = _read(read_image, path, size)
@@ -100,34 +100,32 @@ class FolderImages:
 
     def whole(self, index: int, size: int) -> Image.Image:
         """Every pixel of the file, RGB and upright; decoded anew each time."""
-        return _read(lambda path, _: read_upright(path), self._paths[index], size)
+        return _read(lambda path, _: read_upright(path), self._files[index].path, size)
 
     def keys(self) -> list[tuple[str, int]]:
-        return [(os.path.basename(path), size) for path, size, _ in stat_files(self._paths)]
+        return [(file.path.name, file.size) for file in self._files]
 
-    def _check(self, root: Path, paths: list[Path], size: int | None) -> list[tuple[str, str]]:
+    def _check(self, root: Path, files: list[ImageFile], size: int | None) -> list[tuple[str, str]]:
         """Decode every file not known yet, keep what fits in memory, return what can't be read.
 
         A file is known by its path below the folder, its size and its time of change.
         """
-        keys, kept = [_key(file) for file in stat_files(paths)], _recall(root)
-        known = {key: kept[key] for key in keys if key in kept}
-        new = [(path, key) for path, key in zip(paths, keys, strict=True) if key not in known]
+        keys, kept = {file.path: _key(file) for file in files}, _recall(root)
+        known = {key: kept[key] for key in keys.values() if key in kept}
+        new = [path for path, key in keys.items() if key not in known]
         workers = min(16, os.cpu_count() or 1)
         read = functools.partial(try_read, read_image, size=_CHECK_SIZE if size is None else size)
-        results = map_ahead(read, [path for path, _ in new], workers, 4 * workers)
+        results = map_ahead(read, new, workers, 4 * workers)
         bar = tqdm(results, f"Reading {root}", len(new), disable=None, delay=0.5)
         try:
-            for (path, key), result in zip(new, bar, strict=True):
-                known[key] = result if isinstance(result, str) else ""
+            for path, result in zip(new, bar, strict=True):
+                known[keys[path]] = result if isinstance(result, str) else ""
                 if size is not None and not isinstance(result, str):
                     self._cache.put(path, result)
         finally:  # Ctrl-C too
             if new:
                 _keep(root, known)
-        return [
-            (str(path), known[key]) for path, key in zip(paths, keys, strict=True) if known[key]
-        ]
+        return [(str(path), known[key]) for path, key in keys.items() if known[key]]
 
 
 def _read(read: Callable[[Path, int], T], path: Path, size: int) -> T:
@@ -174,8 +172,9 @@ def _keep(root: Path, reasons: Mapping[str, str]) -> None:
             return
 
 
-def _key(file: tuple[str, int, int]) -> str:
-    text = "\0".join(map(str, file)).encode(errors="surrogateescape")
+def _key(file: ImageFile) -> str:
+    name = f"{file.path.parent.name}/{file.path.name}"
+    text = f"{name}\0{file.size}\0{file.changed}".encode(errors="surrogateescape")
     return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
@@ -205,39 +204,33 @@ def class_folders(root: Path, known: list[str] | None = None) -> list[str]:
     return names
 
 
-def image_files(folder: Path) -> list[Path]:
+class ImageFile(NamedTuple):
+    """A file that is named like an image, its bytes and its time of change; -1 of a dead link."""
+
+    path: Path
+    size: int
+    changed: int
+
+
+def image_files(folder: Path) -> list[ImageFile]:
     """The files of ``folder`` that are named like images, by name; hidden ones are ignored.
 
     Links that lead nowhere are among them, for someone to hear of them.
     """
     try:
         with os.scandir(folder) as entries:
-            names = [
-                entry.name
-                for entry in entries
-                if entry.is_file(follow_symlinks=False) or entry.is_symlink()
-            ]
+            found = [entry for entry in entries if _is_image(entry)]
     except OSError as error:
         raise DataError(f"{folder}: {why(error)}") from error
-    return [
-        folder / name
-        for name in sorted(names)
-        if os.path.splitext(name)[1].lower() in FORMATS and not name.startswith(".")
-    ]
-
-
-def stat_files(paths: list[Path]) -> list[tuple[str, int, int]]:
-    """Of each file class and name, bytes and time of its change; -1 where it is not there."""
-
-    def stat(path: Path) -> tuple[str, int, int]:
-        name, size, time = f"{path.parent.name}/{path.name}", -1, -1
+    files = []
+    for entry in sorted(found, key=lambda entry: entry.name):
+        size, changed = -1, -1
         with contextlib.suppress(OSError):
-            found = os.stat(path)
-            size, time = found.st_size, found.st_mtime_ns
-        return name, size, time
+            size, changed = entry.stat().st_size, entry.stat().st_mtime_ns
+        files.append(ImageFile(folder / entry.name, size, changed))
+    return files
 
-    # A network's disks answer many questions at a time.
-    some = [paths[start : start + _STATS] for start in range(0, len(paths), _STATS)]
-    return [
-        one for many in map_ahead(lambda part: list(map(stat, part)), some, 16, 64) for one in many
-    ]
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    named = os.path.splitext(entry.name)[1].lower() in FORMATS and not entry.name.startswith(".")
+    return named and (entry.is_file(follow_symlinks=False) or entry.is_symlink())

@@ -30,7 +30,7 @@ from fastalex.common.files import is_temporary, replacing
 from fastalex.data.base import DataError, Pixels, cores, map_ahead, printable
 from fastalex.data.decode import read_whole, try_read
 from fastalex.data.fingerprint import digest
-from fastalex.data.folder import class_folders, image_files, stat_files
+from fastalex.data.folder import ImageFile, class_folders, image_files
 from fastalex.data.normalization import Moments
 from fastalex.data.packed import (
     FORMAT,
@@ -152,10 +152,11 @@ def pack(
     source, root = Path(os.path.realpath(source)), Path(os.path.realpath(root))  # of loops too
     if source == root or source in root.parents:
         raise DataError(f"{root}: lies in the folder that is packed; name one outside {source}")
-    classes, parts = find_images(source, val_split)
-    sizes = {
-        part: [size for _, size, _ in stat_files([source / file for file in files])]
-        for part, files in parts.items()
+    classes, found = find_images(source, val_split)
+    sizes = {part: [file.size for file in files] for part, files in found.items()}
+    parts = {
+        part: [file.path.relative_to(source).as_posix() for file in files]
+        for part, files in found.items()
     }
     plan = {"format": FORMAT, "size": size, "files": digest([parts, sizes])}
     if _is_whole(root, plan):
@@ -217,15 +218,14 @@ def pack_shards(shards: list[Shard], workers: int) -> int:
 
 def find_images(
     source: Path, val_split: float | None = None
-) -> tuple[list[str], dict[str, list[str]]]:
+) -> tuple[list[str], dict[str, list[ImageFile]]]:
     """List ``source/train/CLASS/*`` and ``source/val/CLASS/*``, or ``source/CLASS/*``.
 
     Where the folder has no validation images apart, ``val_split`` of each class's, evenly spaced,
     become them; None is a tenth.
 
     Returns:
-        The classes, sorted, and the files of "train" and of "val", if any, as paths below the
-        folder.
+        The classes, sorted, and the files of "train" and of "val", if any.
 
     Raises:
         DataError: where the folder has another layout, or a class has no image file.
@@ -243,21 +243,21 @@ def find_images(
     root = train if train.is_dir() else source
     classes = class_folders(root)
     share = 0.0 if val.is_dir() else VAL_SPLIT if val_split is None else val_split
-    parts: dict[str, list[str]] = {"train": [], "val": []}
+    parts: dict[str, list[ImageFile]] = {"train": [], "val": []}
     for name in classes:
-        for i, file in enumerate(_files_of_class(source, root / name)):
+        for i, file in enumerate(_files_of_class(root / name)):
             kept = math.floor((i + 1) * share) > math.floor(i * share)
             parts["val" if kept else "train"].append(file)
     for name in class_folders(val, classes) if val.is_dir() else ():
-        parts["val"] += _files_of_class(source, val / name)
+        parts["val"] += _files_of_class(val / name)
     return classes, {part: files for part, files in parts.items() if files}
 
 
-def _files_of_class(source: Path, folder: Path) -> list[str]:
+def _files_of_class(folder: Path) -> list[ImageFile]:
     files = image_files(folder)
     if not files:
         raise DataError(f"{folder}: no image in it; put some there or remove the folder")
-    return [file.relative_to(source).as_posix() for file in files]
+    return files
 
 
 def _is_whole(root: Path, plan: dict[str, Any]) -> bool:
