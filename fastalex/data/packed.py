@@ -183,7 +183,7 @@ def _read_at(path: str, place: int, out: Pixels) -> int:
     data, found = out.reshape(-1).data, 0
     file = os.open(path, os.O_RDONLY)
     try:
-        while more := os.preadv(file, [data[found:]], place + found):
+        while found < len(data) and (more := os.preadv(file, [data[found:]], place + found)):
             found += more
     finally:
         os.close(file)

@@ -17,9 +17,9 @@ from fastalex.data.base import MAX_IMAGE_SIZE, printable
 from fastalex.data.folder import class_folders
 from fastalex.data.normalization import IMAGENET
 from fastalex.formats.caffe import is_caffe, read_blob, read_caffe, read_message
+from fastalex.formats.cuda_convnet import read_cuda_convnet
 from fastalex.formats.layers import ForeignNet, find_variant, state_dict
 from fastalex.formats.onnx import read_onnx
-from fastalex.formats.pickles import read_cuda_convnet, read_npy
 from fastalex.formats.tensors import read_safetensors, read_torch
 from fastalex.model.ablations import get_variant, split_name
 from fastalex.model.alexnet import AlexNet
@@ -27,7 +27,6 @@ from fastalex.training.weights import save_weights
 
 # Of ILSVRC 2012, RGB: what Caffe's ilsvrc_2012_mean.npy averages to over its pixels.
 _MEAN = (122.6789, 116.6688, 104.0070)
-_NPY = b"\x93NUMPY"
 _IR_VERSION, _GRAPH = 1, 7  # the fields that an ONNX file begins with
 _TORCH_PICKLE = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save began with before 1.6
 
@@ -45,7 +44,7 @@ def _parser() -> Parser:
         description="Make a weights file, which evaluate, predict, figures, export and "
         "train --init-from take, of an AlexNet that another program trained: torchvision's .pth, "
         "a safetensors file with its names, BVLC's or CaffeNet's .caffemodel, an .onnx file, "
-        "caffe-tensorflow's .npy, or a checkpoint of cuda-convnet. Nothing in the file is run.",
+        "or a checkpoint of cuda-convnet. Nothing in the file is run.",
         epilog="docs/weights.md says what is done to the weights of each format.",
     )
     parser.add_path("file", "what the other program wrote", "FILE")
@@ -150,8 +149,6 @@ def _read(path: Path, data: memoryview) -> ForeignNet:
         return read_torch(path)
     if start[8:9] == b"{":
         return read_safetensors(path)
-    if start.startswith(_NPY):
-        return read_npy(data)
     if start[:1] == b"\x80" and bytes(data[-1:]) == b".":
         return read_cuda_convnet(data)
     try:
@@ -183,7 +180,7 @@ def _classes(path: Path | None, net: ForeignNet, count: int) -> list[str]:
 def _read_mean(path: Path, bgr: bool) -> npt.NDArray[np.float64]:
     """The mean of a file, RGB, as [3] or [3, D, D]."""
     data = np.memmap(path, np.uint8, "r").data
-    numpy = bytes(data[:6]) == _NPY
+    numpy = bytes(data[:6]) == b"\x93NUMPY"
     mean: npt.NDArray[Any] = np.load(path, allow_pickle=False) if numpy else read_blob(data)
     mean = mean[0] if mean.ndim == 4 and len(mean) == 1 else mean
     if mean.ndim == 3 and len(mean) != 3:

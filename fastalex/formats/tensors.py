@@ -27,11 +27,10 @@ def read_torch(path: Path) -> ForeignNet:
 def read_safetensors(path: Path) -> ForeignNet:
     """The layers of a safetensors file with torchvision's names."""
     with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if "fastalex" in metadata:
+        if "fastalex" in (file.metadata() or {}):
             raise ValueError("already weights of fastalex's: give them to the commands")
         tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    return _net("safetensors", tensors, path).told(metadata)
+    return _net("safetensors", tensors, path)
 
 
 def _net(kind: str, tensors: Any, path: Path) -> ForeignNet:

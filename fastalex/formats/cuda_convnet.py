@@ -1,7 +1,7 @@
-"""Nets that were pickled: cuda-convnet's checkpoints and caffe-tensorflow's ``.npy``.
+"""Checkpoints of cuda-convnet, which are pickles.
 
 A pickle is a program. Of what it may call, only numpy's arrays are there; everything else is
-refused before it is called. The readers raise whatever a file of another kind makes of them.
+refused before it is called. The reader raises whatever a file of another kind makes of it.
 """
 
 from __future__ import annotations
@@ -86,35 +86,3 @@ def _matrix(value: Any) -> Array:
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.ndim != 2:
         raise ValueError("weights that are no matrix of floating-point numbers")
     return value
-
-
-def read_npy(data: memoryview) -> ForeignNet:
-    """The layers of ``bvlc_alexnet.npy``, as caffe-tensorflow wrote it: a dict in an array.
-
-    Convolutions are [height, width, inputs, outputs], the others [inputs, outputs], and fc6 reads
-    maps as [height, width, channels].
-    """
-    file = io.BytesIO(data)
-    major, _ = np.lib.format.read_magic(file)
-    headers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-    _, _, dtype = headers[major](file)
-    if not dtype.hasobject:
-        raise ValueError("an array of numbers, not a net; is it for --mean?")
-    found = _Unpickler(file, encoding="latin1").load()
-    found = found if isinstance(found, dict) else found.item()
-    layers: list[tuple[Array, Array]] = []
-    for name in sorted(found):  # conv1 ... conv5, fc6, fc7, fc8
-        weight, bias = map(np.asarray, found[name])
-        if weight.dtype.kind != "f" or bias.dtype.kind != "f":
-            raise ValueError(f"{str(name)[:40]!r}: not floating-point numbers")
-        if weight.ndim == 4:
-            channels = weight.shape[3]
-            weight = weight.transpose(3, 2, 0, 1)
-        elif layers and layers[-1][0].ndim == 4:
-            side = round((len(weight) / channels) ** 0.5)
-            weight = weight.reshape(side, side, channels, -1).transpose(3, 2, 0, 1)
-            weight = weight.reshape(len(weight), -1)
-        else:
-            weight = weight.T
-        layers.append((weight, bias))
-    return ForeignNet("caffe-tensorflow's npy", layers, "caffe", bgr=True)
