@@ -10,8 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.common.files import replacing
@@ -49,7 +47,7 @@ def _parser() -> Parser:
     parser.add_argument("--to", choices=tuple(_TO), required=True, help=text)
     parser.add_path("--output", "the file to write", "F", required=True)
     text = (
-        "onnx and pt2: take uint8 images [N, height, width, 3], RGB, of any size, and resize, crop "
+        "onnx: take uint8 images [N, height, width, 3], RGB, of any size, and resize, crop "
         "and normalise them in the graph (default: float32 [N, 3, S, S], normalised by the caller)"
     )
     parser.add_flag("--preprocess", text)
@@ -58,8 +56,8 @@ def _parser() -> Parser:
 
 def _run(options: argparse.Namespace) -> int:
     check_output("--output", options.output)
-    if options.preprocess and options.to not in ("onnx", "pt2"):
-        raise ValueError(f"--preprocess: a file of {options.to} holds no graph: leave it out")
+    if options.preprocess and options.to != "onnx":
+        raise ValueError(f"--preprocess: only an ONNX graph holds it; leave it out of {options.to}")
     _, net, metadata, scale = load_net(options.weights)
     size: int = metadata["image_size"]
     if options.to == "torchvision" and split_name(net.variant.name) != ("owt", (), False):
@@ -74,17 +72,16 @@ def _run(options: argparse.Namespace) -> int:
         "normalization": json.dumps(metadata["normalization"]),
     }
     unfused = net.unfused().requires_grad_(False)
-    given = _pixels(scale, size) if options.preprocess else None
     with replacing(options.output) as temporary:
         if options.to == "onnx":
-            temporary.write_bytes(build(unfused, size, given, about).SerializeToString())
+            pixels = _pixels(scale, size) if options.preprocess else None
+            temporary.write_bytes(build(unfused, size, pixels, about).SerializeToString())
         elif options.to == "pt2":
-            temporary.write_bytes(_program(unfused, size, given, about))
+            temporary.write_bytes(_program(unfused, size, about))
         else:
             torch.save(dict(unfused.state_dict()), temporary)
-    pixels = "uint8 [N, height, width, 3], RGB"
-    print(f"{options.to}: {options.output}")
-    print(f"input: {pixels if options.preprocess else _describe(scale, size)}")
+    given = "uint8 [N, height, width, 3], RGB" if options.preprocess else _describe(scale, size)
+    print(f"{options.to}: {options.output}\ninput: {given}")
     return 0
 
 
@@ -108,42 +105,13 @@ def _describe(scale: Normalization, size: int) -> str:
     )
 
 
-class _FromPixels(nn.Module):
-    """The net behind what fastalex's own commands do to an image."""
-
-    def __init__(self, net: AlexNet, pixels: Pixels, size: int) -> None:
-        super().__init__()
-        self.net, self.side, self.size = net, pixels.decode_size, size
-        self.mean, self.std = map(nn.Buffer, map(torch.from_numpy, pixels[1:]))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        height, width = images.shape[1], images.shape[2]
-        short = torch.sym_min(height, width)  # type: ignore[no-untyped-call]
-        # Indices and no slices, of which a program would ask whether they are the whole image.
-        places = torch.arange(short, device=images.device)
-        square = images.index_select(1, places + (height - short) // 2)
-        square = square.index_select(2, places + (width - short) // 2).permute(0, 3, 1, 2)
-        resized = square.float()
-        for sides in ((short, self.side), (self.side, self.side)):  # rounded twice, as Pillow does
-            resized = F.interpolate(resized, sides, mode="bilinear", antialias=True).round()
-        start = (self.side - self.size) // 2
-        part = resized[:, :, start : start + self.size, start : start + self.size]
-        return self.net((part - self.mean) / self.std)  # type: ignore[no-any-return]
-
-
-def _program(net: AlexNet, size: int, pixels: Pixels | None, about: dict[str, str]) -> bytes:
+def _program(net: AlexNet, size: int, about: dict[str, str]) -> bytes:
     """A program of torch.export for any batch, as torch.export.save writes it."""
-    batch = torch.export.Dim("batch")
-    module: nn.Module = net
-    images, shapes = torch.zeros(2, 3, size, size), {0: batch}
-    if pixels is not None:
-        module = _FromPixels(net, pixels, size)
-        images = torch.zeros(2, 300, 260, 3, dtype=torch.uint8)
-        sides = [torch.export.Dim(name, min=2) for name in ("height", "width")]
-        shapes |= {1: sides[0], 2: sides[1]}
+    shapes = ({0: torch.export.Dim("batch")},)
     file = io.BytesIO()
     with warnings.catch_warnings():  # torch's, about itself
         warnings.simplefilter("ignore")
-        program = torch.export.export(module.eval(), (images,), dynamic_shapes=(shapes,))
+        images = torch.zeros(2, 3, size, size)
+        program = torch.export.export(net, (images,), dynamic_shapes=shapes)
         torch.export.save(program, file, extra_files={"fastalex.json": json.dumps(about)})
     return file.getvalue()
