@@ -15,7 +15,7 @@ _PLACES = {"AlexNet": "fastalex.model.alexnet", "load": "fastalex.evaluation.pre
 
 
 def __getattr__(name: str) -> Any:
-    """A name when it is asked for: a process that packs images starts without torch."""
+    """A name when it is asked for: packing starts without torch."""
     if name in _PLACES:
         return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

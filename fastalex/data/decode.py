@@ -16,25 +16,22 @@ from fastalex.data.base import Pixels, retrying
 
 T = TypeVar("T")
 
-# What a file of each suffix, in lower case, is expected to hold.
-FORMATS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".jfif": "JPEG",
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".gif": "GIF",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".ppm": "PPM",
-    ".pgm": "PPM",
+_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm"),
 }
+# What a file of each suffix, in lower case, is expected to hold.
+FORMATS = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes}
 _NO_MEMORY = "not enough memory to decode it"
 # What ``why`` says of a disk, a network or a machine, and not of a file.
 PASSING = frozenset({_NO_MEMORY, *(os.strerror(code).lower() for code in errno.errorcode)})
 # The only decoders that a file reaches, whatever its name: others start programs (EPS) or are rare.
-_DECODERS = tuple(dict.fromkeys(FORMATS.values()))
+_DECODERS = tuple(_SUFFIXES)
 _MEMORY = 360_000_000  # bytes that decoding one file may take
 _MOST_BYTES = _MEMORY // 3  # of a file: some decoders hold it twice
 _MOST_WHOLE = 1 << 24  # pixels of what `read_upright` returns

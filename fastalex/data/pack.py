@@ -47,17 +47,12 @@ from fastalex.data.packed import (
 SIZE = 256  # P§2
 _SHARD_IMAGES = 1024  # 200 MB at 256 pixels
 _LEAST_SHARD_IMAGES = 64
-_SHARDS = 64  # that many at least, if they do not get too small, for as many processes
+_SHARDS = 64  # that many at least, if they do not get too small, for as little lost work
 VAL_SPLIT = 0.1  # of the images of each class, where there is no folder of validation images
 ODD, LEFT_OUT = "odd.tsv", "left_out.tsv"
 _ANOTHER = "holds a packed set of other images, or of another size; name a new folder"
 
-
 Decoded = tuple[Pixels, str | None] | str  # with what is odd about it; or why it can't be read
-
-
-class PackingStopped(KeyboardInterrupt):
-    """Ctrl-C; the message says what is kept."""
 
 
 class Record(NamedTuple):
@@ -147,7 +142,7 @@ def pack(
 
     Raises:
         DataError: one line on what is wrong, and what of an interrupted work is kept.
-        PackingStopped: likewise, after Ctrl-C.
+        KeyboardInterrupt: likewise, after Ctrl-C.
     """
     source, root = Path(os.path.realpath(source)), Path(os.path.realpath(root))  # of loops too
     if source == root or source in root.parents:
@@ -192,7 +187,7 @@ def pack_shards(shards: list[Shard], workers: int) -> int:
 
     Raises:
         DataError: where one can't be written; says what is kept.
-        PackingStopped: likewise, after Ctrl-C.
+        KeyboardInterrupt: likewise, after Ctrl-C.
     """
     missing = [shard for shard in shards if not shard.is_done()]
     total, wanted = (sum(len(shard.files) for shard in some) for some in (shards, missing))
@@ -210,7 +205,7 @@ def pack_shards(shards: list[Shard], workers: int) -> int:
         done = sum(len(shard.files) for shard in shards if shard.is_done())
         kept = f"{done:,} of {total:,} files are done, the same command goes on from there"
         if isinstance(error, KeyboardInterrupt):
-            raise PackingStopped(f"interrupted; {kept}") from error
+            raise KeyboardInterrupt(f"interrupted; {kept}") from error
         why = (error.strerror or str(error)).lower()
         raise DataError(f"{shards[0].root}: {why}; {kept}") from error
     return wanted
@@ -282,7 +277,7 @@ def _is_whole(root: Path, plan: dict[str, Any]) -> bool:
 
 
 def _shards(source: Path, parts: dict[str, list[str]], root: Path, size: int) -> list[Shard]:
-    """The work, cut by the number of images alone: any number of processes makes the same set."""
+    """The work, cut by the number of images alone: any number of threads makes the same set."""
     total = sum(map(len, parts.values()))
     length = min(_SHARD_IMAGES, max(_LEAST_SHARD_IMAGES, total // _SHARDS))
     return [

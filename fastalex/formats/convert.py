@@ -168,10 +168,8 @@ def _classes(path: Path | None, net: ForeignNet, count: int) -> list[str]:
     elif path.is_dir():
         names = class_folders(path)
     else:
-        try:
+        with _named(f"--classes {path}"):
             names = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--classes {path}: can't be read: {error}") from error
     if len(names) != count:
         raise ValueError(f"--classes: the net has {count} outputs, there are {len(names)} names")
     return names

@@ -23,7 +23,7 @@ from fastalex.data.__main__ import main
 from fastalex.data.base import printable
 from fastalex.data.datasets import open_datasets
 from fastalex.data.normalization import Moments
-from fastalex.data.pack import PackingStopped, Shard, pack
+from fastalex.data.pack import Shard, pack
 from tests import _commands
 from tests._packing import ODD, UNREADABLE, oracle, write_folder
 from tests._pictures import save, smooth
@@ -259,7 +259,7 @@ def test_what_is_done_is_not_done_again_and_leftovers_go(
             patched.setattr(Shard, "write", stop)
         else:  # all shards, and no manifest
             patched.setattr("fastalex.data.pack._finish", stopped)
-        with pytest.raises(PackingStopped):
+        with pytest.raises(KeyboardInterrupt):
             pack(made.source, root, SIDE, workers=1)
     done = shards_done(root)
     for name in ("packing/train-00000.journal", "train/.x.npy.7.tmp"):
@@ -319,7 +319,7 @@ def test_free_space_counts_what_is_packed_already(tmp_path: Path, monkeypatch: P
     with pytest.raises(DataError, match="are free"):
         pack(source, root)
     (root / "packing" / "train-00000.pixels").write_bytes(bytes(2 << 20))
-    with pytest.raises(PackingStopped):
+    with pytest.raises(KeyboardInterrupt):
         pack(source, root)
 
 
@@ -363,7 +363,7 @@ def test_a_set_of_other_images_is_left_alone(
 
 
 def stopped(*_: object) -> int:
-    raise PackingStopped("stopped")
+    raise KeyboardInterrupt("stopped")
 
 
 def in_use(source: Path, root: Path) -> None:
