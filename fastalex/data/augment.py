@@ -81,17 +81,15 @@ class Augment:
         mirrors: torch.Tensor,
         colors: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The batch as images.
+        """The batch as images, [n, 3, size, size], stored channels last.
+
+        They are float32, or under autocast its dtype, as the first layer would round them.
 
         Args:
             images: uint8 [n, D, D, 3].
             tops, lefts: int32 or int64 [n], the first row and column of each crop.
             mirrors: bool [n], which crops are mirrored left to right.
             colors: float32 [n, 3], added to every pixel of an image, 0 to 255; or None.
-
-        Returns:
-            [n, 3, size, size], stored channels last; float32, or under autocast its dtype, as the
-            first layer would round it.
         """
         kind = images.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32

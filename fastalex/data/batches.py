@@ -114,9 +114,6 @@ class Batches:
 
     Attributes:
         augment: makes of a batch, on its device, what the net gets: ``augment(*batch.inputs)``.
-
-    Raises:
-        ValueError: for an argument out of its range.
     """
 
     def __init__(

@@ -29,13 +29,12 @@ def open_datasets(
     Files that can't be read, and classes with nothing to validate on, are named on stderr.
 
     Args:
-        data: a folder with ``train/CLASS/*`` and ``val/CLASS/*``, or one that ``python -m
-            fastalex.data pack`` made; None is the built-in set.
+        data: a folder with ``train/CLASS/*`` and ``val/CLASS/*``, or a packed set; None is the
+            built-in set.
         seed: of the built-in set.
         image_size: the net's, if known; then each file is decoded once instead of twice.
         unreadable: ``[*train.unreadable, *val.unreadable]`` of an earlier opening of the same
-            folder, so that several processes agree on what is left out and only one decodes
-            everything to find it.
+            folder, so that several processes agree on what is left out and one alone looks.
         quiet: write nothing to stderr.
 
     Raises:

@@ -59,11 +59,7 @@ def read_image(path: Path, size: int) -> Pixels:
     an animation the first picture is taken.
 
     Only the formats in ``FORMATS`` are decoded, and no file that would take more than 400 MB: its
-    header tells the size before anything is decoded.
-
-    Raises:
-        Exception: what Pillow raises for a file it can't decode to the last row, and ValueError for
-            one too large; ``why`` words it.
+    header tells the size. What Pillow raises for a file that it can't decode, ``why`` words.
     """
     with _opened(path) as image:
         # A JPEG is decoded at a half, quarter or eighth where that is still no smaller than asked.

@@ -32,17 +32,15 @@ class FolderImages:
     """The images ``root/CLASS/*``: classes by name, and the images of each by file name.
 
     Every file is decoded once to find those that can't be (cut short, empty, no image), which are
-    left out; what was found is kept, so that later only files that are new or changed are decoded
-    for it. Images are kept in memory at the size asked for, as far as ``cache_bytes`` go. Hidden
-    files, other types and sub-folders of a class are ignored.
+    left out; later only files that are new or changed are decoded for it. Images are kept in memory
+    at the size asked for, as far as ``cache_bytes`` go. Hidden files, other types and sub-folders
+    of a class are ignored.
 
     Args:
-        root: the folder.
         classes: the names that labels index; None takes the sub-folders' names.
         size: the side that ``image`` will be asked for, if known: the first decoding then serves.
         unreadable: what this attribute was when the folder was opened before, with or without
             files of other folders; no file is decoded to find out again.
-        cache_bytes: limit of the memory.
 
     Attributes:
         unreadable: (path, reason) of each file left out.
@@ -179,11 +177,7 @@ def _key(file: ImageFile) -> str:
 
 
 def class_folders(root: Path, known: list[str] | None = None) -> list[str]:
-    """Names of the sub-folders of ``root``, sorted.
-
-    Raises:
-        DataError: where there are none, or one is not among the ``known`` classes, if given.
-    """
+    """Names of the sub-folders of ``root``, sorted; of no class that is not ``known``, if given."""
     try:
         with os.scandir(root) as entries:
             names = sorted(

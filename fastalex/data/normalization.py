@@ -150,8 +150,7 @@ class Normalization:
         """The inverse of ``to_dict``, with the pixels of the mean image, if there is one.
 
         Raises:
-            ValueError: unless both entries hold three numbers and every std is positive, or where
-                the mean image is missing or another one.
+            ValueError: for anything else, and where the mean image is missing or another one.
         """
         try:
             mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))

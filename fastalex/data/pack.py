@@ -131,14 +131,12 @@ def pack(
 ) -> Packed:
     """Make the packed set ``root`` from the images of ``source``, or go on making it.
 
-    The shorter side of an image becomes ``size``, and the middle of the longer one is kept (P§2).
+    The shorter side of an image becomes ``size`` pixels, and the middle of the longer one is kept
+    (P§2). ``workers`` images are decoded at a time; None is one for each core.
 
     Args:
-        source: ``train/CLASS/*`` and ``val/CLASS/*``, or ``CLASS/*``.
+        source: ``train/CLASS/*`` and ``val/CLASS/*``, or ``CLASS/*``; see ``find_images``.
         root: a new or empty folder, or an unfinished packing of the same images.
-        size: side in pixels of the packed images.
-        workers: images decoded at a time; None is one for each core that this process may use.
-        val_split: see ``find_images``.
 
     Raises:
         DataError: one line on what is wrong, and what of an interrupted work is kept.
@@ -217,10 +215,7 @@ def find_images(
     """List ``source/train/CLASS/*`` and ``source/val/CLASS/*``, or ``source/CLASS/*``.
 
     Where the folder has no validation images apart, ``val_split`` of each class's, evenly spaced,
-    become them; None is a tenth.
-
-    Returns:
-        The classes, sorted, and the files of "train" and of "val", if any.
+    become them; None is a tenth. Returns the classes, sorted, and the files of each part.
 
     Raises:
         DataError: where the folder has another layout, or a class has no image file.
@@ -256,11 +251,7 @@ def _files_of_class(folder: Path) -> list[ImageFile]:
 
 
 def _is_whole(root: Path, plan: dict[str, Any]) -> bool:
-    """Whether the very set is there already; an unfinished one of the same images is none.
-
-    Raises:
-        DataError: where anything else is there.
-    """
+    """Whether the very set is there, whole; DataError where another one or anything else is."""
     if root.exists() and not root.is_dir():
         raise DataError(f"{root}: not a folder; name a new one")
     if (root / MANIFEST).exists():

@@ -89,11 +89,7 @@ class PackedImages:
         return str(Path(self._manifest["source"], self._names[index]))
 
     def image(self, index: int, size: int) -> Pixels:
-        """uint8 [size, size, 3], RGB; resized where it is packed at another size.
-
-        Raises:
-            DataError: where the file is cut short, damaged or can't be read.
-        """
+        """uint8 [size, size, 3], RGB; resized where it is packed at another size."""
         packed = self._packed(index)
         if size == self.size:
             return packed
@@ -237,10 +233,7 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
 
 
 def verify(root: Path, workers: int) -> tuple[int, list[str]]:
-    """Read the whole set and compare it with its checksums.
-
-    Returns:
-        How many images were compared, and what is damaged: a line for each image or file.
+    """How many images a set has, and a line for each image or file that is damaged.
 
     Raises:
         DataError: where the set is not whole, or its index is damaged.

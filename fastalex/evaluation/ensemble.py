@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +31,9 @@ Labels = npt.NDArray[np.int64]
 
 
 class Ensemble:
-    """Nets of the same classes and image size whose probabilities are averaged; often just one.
+    """Nets of weights files whose probabilities are averaged; often just one.
 
-    Args:
-        paths: of their weights files, at least one.
-        device: where they compute; None is the first GPU, or the CPU where there is none.
+    They compute on ``device``; None is the first GPU, or the CPU where there is none.
 
     Raises:
         ValueError: for a file that ``load_net`` refuses, and where two differ in classes or image
@@ -68,14 +66,11 @@ class Ensemble:
 
     @torch.no_grad()
     def probabilities(self, pixels: Pixels, crops: int = 1) -> torch.Tensor:
-        """The mean over nets and crops of the softmax.
+        """The mean over nets and crops of the softmax, float64 [n, classes] on the CPU.
 
         Args:
             pixels: uint8 [n, D, D, 3] with D = ``decode_size(image_size)``, RGB.
             crops: 1, the centre; 10, the four corners, the centre, and their mirror images.
-
-        Returns:
-            float64 [n, classes] on the CPU; each row sums to 1.
 
         Raises:
             ValueError: where a net's output is not finite, naming its file.
@@ -138,19 +133,12 @@ def rank_classes(probabilities: torch.Tensor, top: int = TOP) -> Labels:
     return ranked
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What a net said of labelled images.
+class Scores(NamedTuple):
+    """What a net said of labelled images."""
 
-    Attributes:
-        classes: names, by label.
-        labels: int64 [n], the correct classes.
-        ranked: int64 [n, 5], the most probable ones, best first; fewer columns for fewer classes.
-    """
-
-    classes: list[str]
-    labels: Labels
-    ranked: Labels
+    classes: list[str]  # names, by label
+    labels: Labels  # [n], the correct classes
+    ranked: Labels  # [n, 5], the most probable ones, best first; fewer for fewer classes
 
     @property
     def top1(self) -> float:
@@ -217,19 +205,11 @@ def read_batches(
 
 
 def open_dataset(data: Path | None, part: Split, ensemble: Ensemble) -> ImageDataset:
-    """One part of a data set whose classes are those of ``ensemble``.
+    """The "train" or the "val" part of a data set, whose classes have to be those of ``ensemble``.
 
-    Only that part of a folder is opened, and of training images no file is decoded yet. What a
+    ``data`` is a folder or a packed set; None is the built-in set, drawn with the seed of the first
+    net. Only that part of a folder is opened, and of training images no file is decoded yet. What a
     user should know of validation images is said on stderr.
-
-    Args:
-        data: a folder of images or a packed set; None is the built-in set, drawn with the seed of
-            the first net.
-        part: "train" or "val".
-        ensemble: whose classes and image size count.
-
-    Raises:
-        ValueError: where the classes are not the ensemble's, or nothing can be read.
     """
     where = "the built-in set (name images with --data)" if data is None else str(data)
     classes, found = ensemble.classes, class_names(data)

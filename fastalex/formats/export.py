@@ -8,14 +8,13 @@ import json
 import warnings
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.common.files import replacing
 from fastalex.data import Normalization, decode_size
 from fastalex.evaluation.pretrained import load_net
-from fastalex.formats.onnx_graph import Pixels, build
+from fastalex.formats.onnx_graph import build
 from fastalex.model.ablations import split_name
 from fastalex.model.alexnet import AlexNet
 
@@ -74,7 +73,7 @@ def _run(options: argparse.Namespace) -> int:
     unfused = net.unfused().requires_grad_(False)
     with replacing(options.output) as temporary:
         if options.to == "onnx":
-            pixels = _pixels(scale, size) if options.preprocess else None
+            pixels = scale if options.preprocess else None
             temporary.write_bytes(build(unfused, size, pixels, about).SerializeToString())
         elif options.to == "pt2":
             temporary.write_bytes(_program(unfused, size, about))
@@ -83,16 +82,6 @@ def _run(options: argparse.Namespace) -> int:
     given = "uint8 [N, height, width, 3], RGB" if options.preprocess else _describe(scale, size)
     print(f"{options.to}: {options.output}\ninput: {given}")
     return 0
-
-
-def _pixels(scale: Normalization, size: int) -> Pixels:
-    side = decode_size(size)
-    mean = np.array(scale.mean, np.float32)[:, None, None]
-    if scale.mean_image is not None:  # of the centre crop the centre is subtracted
-        start = (len(scale.mean_image.pixels) - size) // 2
-        part = scale.mean_image.pixels[start : start + size, start : start + size]
-        mean = np.ascontiguousarray(part.transpose(2, 0, 1))
-    return Pixels(side, mean, np.array(scale.std, np.float32)[:, None, None])
 
 
 def _describe(scale: Normalization, size: int) -> str:

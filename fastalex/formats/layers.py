@@ -84,12 +84,13 @@ def state_dict(net: ForeignNet, variant: str) -> dict[str, torch.Tensor]:
 
 
 def _fits(net: ForeignNet, variant: str) -> bool:
-    arrays = [array.shape for layer in net.layers for array in layer]
-    expected = list(_shapes(net, variant).values())
-    # They may differ in axes of one element.
-    return [[n for n in shape if n != 1] for shape in arrays] == [
-        [n for n in shape if n != 1] for shape in expected
-    ]
+    """Whether the shapes are the variant's but for axes of one element."""
+    shapes = [array.shape for layer in net.layers for array in layer]
+    ours, theirs = (
+        [[n for n in shape if n != 1] for shape in some]
+        for some in (_shapes(net, variant).values(), shapes)
+    )
+    return ours == theirs
 
 
 def _shapes(net: ForeignNet, variant: str) -> dict[str, tuple[int, ...]]:

@@ -1,14 +1,11 @@
-"""ONNX files: the weights of the convolutions and products, and what the LRN between them is."""
+"""ONNX files: the weights of the convolutions and products."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from fastalex.formats.layers import Array, ForeignNet
 
-# k and alpha of the local response norms.
-_NORMS = {(1.0, 1e-4): "caffe", (2.0, 5e-4): "paper", (2.0, 1e-4): "source2012"}
 NEEDED = "ONNX files need onnx: pip install 'fastalex[export]'"
 
 
@@ -25,17 +22,15 @@ def read_onnx(data: memoryview) -> ForeignNet:
     for node in graph.node:
         if node.op_type in ("Conv", "Gemm"):
             weight, bias = (_array(tensors, node, index) for index in (1, 2))
-            if node.op_type == "Gemm" and not _attribute(node, "transB", 0):
+            if node.op_type == "Gemm" and not _is_transposed(node):
                 weight = weight.T
             layers.append((weight, bias))
     producer = model.producer_name[:40]
-    return ForeignNet(
-        f"ONNX of {producer!r}",
-        layers,
-        _variant(graph.node),
-        bgr="caffe" in producer.lower(),
-        image_size=_image_size(graph, set(tensors)),
-    ).told({pair.key: pair.value for pair in model.metadata_props})
+    caffe, size = "caffe" in producer.lower(), _image_size(graph, set(tensors))
+    first = next((node.op_type for node in graph.node if node.op_type in ("LRN", "MaxPool")), "")
+    variant = {"LRN": "caffe", "MaxPool": "caffenet"}.get(first) if caffe else None
+    net = ForeignNet(f"ONNX of {producer!r}", layers, variant, bgr=caffe, image_size=size)
+    return net.told({pair.key: pair.value for pair in model.metadata_props})
 
 
 def _array(tensors: dict[str, Any], node: Any, index: int) -> Array:
@@ -52,26 +47,8 @@ def _array(tensors: dict[str, Any], node: Any, index: int) -> Array:
     return values
 
 
-def _attribute(node: Any, name: str, default: float) -> Any:
-    from onnx import helper
-
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
-
-
-def _variant(nodes: Any) -> str | None:
-    """What the norms say; None where there are none."""
-    places = [node for node in nodes if node.op_type in ("LRN", "MaxPool")]
-    norms = [node for node in places if node.op_type == "LRN"]
-    if not norms:
-        return None
-    if places[0].op_type == "MaxPool":
-        return "caffenet"
-    k, alpha = _attribute(norms[0], "bias", 1.0), _attribute(norms[0], "alpha", 1e-4)
-    for numbers, variant in _NORMS.items():
-        pairs = zip((k, alpha), numbers, strict=True)
-        if all(math.isclose(ours, theirs, rel_tol=1e-5) for ours, theirs in pairs):
-            return variant
-    raise ValueError(f"its LRN has k {k:g} and alpha {alpha:g}, as no published AlexNet has")
+def _is_transposed(node: Any) -> bool:
+    return any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
 
 
 def _image_size(graph: Any, initializers: set[str]) -> int | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastalex.data import Normalization, decode_size
 from fastalex.formats.onnx import NEEDED
 from fastalex.model.alexnet import AlexNet
 from fastalex.model.layers import SpatialResponseNorm
@@ -20,21 +20,12 @@ _OPSET = 18  # the first whose Resize smooths what it shrinks
 _IR_VERSION = 8  # which runtimes from 2022 on read
 
 
-class Pixels(NamedTuple):
-    """What is done to bytes: the centre square resized to ``decode_size``, (pixels - mean) / std.
+def build(
+    net: AlexNet, image_size: int, scale: Normalization | None, metadata: Mapping[str, str]
+) -> Any:
+    """The graph of an unfused net in evaluation mode, an onnx.ModelProto with ``metadata_props``.
 
-    ``mean`` is float32 [3, 1, 1] or [3, S, S], ``std`` [3, 1, 1], on pixels of 0 to 255.
-    """
-
-    decode_size: int
-    mean: npt.NDArray[np.float32]
-    std: npt.NDArray[np.float32]
-
-
-def build(net: AlexNet, image_size: int, pixels: Pixels | None, metadata: Mapping[str, str]) -> Any:
-    """The graph of an unfused net in evaluation mode, an onnx.ModelProto.
-
-    Its input ``images`` is float32 [N, 3, S, S], normalised, or with ``pixels`` uint8 [N, height,
+    Its input ``images`` is float32 [N, 3, S, S], normalised, or with ``scale`` uint8 [N, height,
     width, 3] of any height and width; its output is ``logits`` [N, classes].
 
     Raises:
@@ -48,9 +39,9 @@ def build(net: AlexNet, image_size: int, pixels: Pixels | None, metadata: Mappin
     graph = _Graph()
     kind: int = TensorProto.FLOAT
     shape: list[int | str] = ["N", 3, image_size, image_size]
-    if pixels is not None:
+    if scale is not None:
         kind, shape = TensorProto.UINT8, ["N", "height", "width", 3]
-        graph.preprocess(pixels, image_size)
+        graph.preprocess(scale, image_size)
     side = image_size
     for name, layer in net.named_modules():
         if name == "classifier":
@@ -181,7 +172,7 @@ class _Graph:
         ]
         self.halves("Gemm", stored, transB=1)
 
-    def preprocess(self, pixels: Pixels, image_size: int) -> None:
+    def preprocess(self, scale: Normalization, image_size: int) -> None:
         """Bytes [N, height, width, 3] to normalised images, as fastalex's own commands do it."""
         sides = self.add("Shape", start=1, end=3)
         short = self.add("ReduceMin", source=sides, keepdims=1)
@@ -191,13 +182,18 @@ class _Graph:
         axes = self.store("height and width", np.array([1, 2]))
         self.add("Slice", first, last, axes, source="images")
         square = self.add("Transpose", perm=[0, 3, 1, 2])
-        sizes = self.store("decoded", np.array([3, pixels.decode_size, pixels.decode_size]))
+        side = decode_size(image_size)
+        sizes = self.store("decoded", np.array([3, side, side]))
         count = self.add("Shape", start=0, end=1)
         sizes = self.add("Concat", sizes, source=count, axis=0)
         self.add("Resize", "", "", sizes, source=square, mode="linear", antialias=1)
-        start = (pixels.decode_size - image_size) // 2
+        start = (side - image_size) // 2
         bounds = {"start": [start] * 2, "end": [start + image_size] * 2, "last axes": [2, 3]}
         self.add("Slice", *(self.store(name, np.array(v)) for name, v in bounds.items()))
         self.add("Cast", to=1)  # float32
-        self.add("Sub", self.store("mean", pixels.mean))
-        self.add("Div", self.store("std", pixels.std))
+        mean, std = (np.array(x, np.float32)[:, None, None] for x in (scale.mean, scale.std))
+        if scale.mean_image is not None:  # of the centre crop the centre is subtracted
+            centre = slice(start, start + image_size)
+            mean = scale.mean_image.pixels[centre, centre].transpose(2, 0, 1)
+        self.add("Sub", self.store("mean", mean))
+        self.add("Div", self.store("std", std))
