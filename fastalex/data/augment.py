@@ -106,14 +106,10 @@ class Augment:
 
 
 class ColorNoise(NamedTuple):
-    """The principal components of the pixels of a data set, on the scale 0 to 255.
+    """The principal components of the pixels of a data set, on the scale 0 to 255."""
 
-    ``std`` are the square roots of the covariance's eigenvalues, ``vectors`` its eigenvectors as
-    columns.
-    """
-
-    std: npt.NDArray[np.float64]  # [3]
-    vectors: npt.NDArray[np.float64]  # [3, 3]
+    std: npt.NDArray[np.float64]  # [3], square roots of the covariance's eigenvalues
+    vectors: npt.NDArray[np.float64]  # [3, 3], its eigenvectors as columns
 
     @classmethod
     def measured(cls, covariance: npt.NDArray[np.float64]) -> ColorNoise:
@@ -128,9 +124,7 @@ class ColorNoise(NamedTuple):
 
         sum over i of alpha_i s_i p_i, alpha normal of deviation .1, s the square root of an
         eigenvalue of the covariance of the pixels and p its eigenvector. The paper prints the
-        eigenvalue itself; its authors' program takes the root, as here.
-
-        Source: P§4.1; S:convdata_jpeg.py.
+        eigenvalue itself; its authors' program takes the root (S:convdata_jpeg.py), as here.
         """
         uniforms = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # never 0
         radius, angle = np.sqrt(-2 * np.log(uniforms[:, :2])), 2 * np.pi * uniforms[:, 2:]
@@ -153,8 +147,6 @@ PUBLISHED_NOISE = ColorNoise(
     ),
 )
 
-
-# Random parts of an image at one size, as torchvision's RandomResizedCrop draws them
 
 SCALES = (0.08, 1.0)  # share of the image's area
 RATIOS = (3 / 4, 4 / 3)  # width to height

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 import threading
@@ -83,17 +84,11 @@ class ImageDataset(Protocol):
         ...
 
     def whole(self, index: int, size: int) -> Image.Image:
-        """All there is of the image, RGB, for parts of it to be cut out.
-
-        ``size`` is the side for an image that has no size of its own.
-        """
+        """All of the image, RGB; ``size`` is the side of one that has no size of its own."""
         ...
 
     def keys(self) -> Iterable[tuple[Any, ...]]:
-        """What tells each image from others, in order, without decoding it; JSON can hold it.
-
-        Of a file its name and size, of a packed image its name and checksum.
-        """
+        """Of each image what tells it from others without decoding it, as JSON can hold it."""
         ...
 
 
@@ -127,7 +122,7 @@ def map_ahead(
     if workers == 0:
         yield from map(function, items)
         return
-    pool = ThreadPoolExecutor(workers, "fastalex-data", _take_device, _device())
+    pool = ThreadPoolExecutor(workers, "fastalex-data", _same_gpu())
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
@@ -140,14 +135,9 @@ def map_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _device() -> tuple[int, ...]:
-    """The GPU of this thread, of which a process knows only if it uses one; empty where none."""
+def _same_gpu() -> Callable[[], None] | None:
+    """What has another thread use the GPU of this one, if this process uses any."""
     torch: Any = sys.modules.get("torch")  # packing does without it
-    used = torch is not None and torch.cuda.is_initialized()
-    return (torch.cuda.current_device(),) if used else ()
-
-
-def _take_device(*device: int) -> None:
-    """Use the GPU that the thread uses which started this one, not the first."""
-    if device:
-        sys.modules["torch"].cuda.set_device(device[0])
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return functools.partial(torch.cuda.set_device, torch.cuda.current_device())

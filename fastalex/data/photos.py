@@ -24,7 +24,6 @@ from fastalex.data.base import DataError
 CROPS = (240, 40)  # of each photograph, to train and to validate on
 _SMALLEST, _LARGEST = 128, 256  # side of a crop
 _QUALITY = 92
-MANIFEST = "manifest.json"
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 # The middle of a picture of 512 x 512, and the four sides around it.
@@ -133,7 +132,7 @@ def _write_crops(folder: Path, pictures: Path, counts: tuple[int, int]) -> int:
                     crops.append({"file": file, "photo": photo.name, "box": box})
                     bar.update()
     manifest = {"photos": [photo._asdict() for photo in PHOTOS], "crops": crops}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return len(crops)
 
 

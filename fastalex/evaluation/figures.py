@@ -84,9 +84,6 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-# What is drawn
-
-
 def draw_first_layer(ensemble: Ensemble) -> Any:
     """Conv1's kernels of the first net, in as many blocks as conv2 has groups."""
     model = ensemble.members[0].model
@@ -147,9 +144,6 @@ def spread(dataset: ImageDataset, count: int) -> list[int]:
     by_class = [np.flatnonzero(dataset.labels == label) for label in chosen]
     ranks = itertools.zip_longest(*by_class)
     return [int(index) for rank in ranks for index in rank if index is not None][:count]
-
-
-# How it is drawn
 
 
 def save_figure(figure: Any, stem: Path) -> list[Path]:

@@ -93,8 +93,8 @@ def _check(metadata: dict[str, Any], model: AlexNet) -> None:
 def load(path: str | os.PathLike[str], fused: bool = True) -> AlexNet:
     """The net of a weights file, evaluating, on the CPU.
 
-    Its ``transforms`` makes an input of a Pillow image or an array of bytes, its ``classes`` are the
-    names of its outputs.
+    Its ``transforms`` makes an input of a Pillow image or an array of bytes, and its ``classes``
+    are the names of its outputs.
 
     Args:
         path: model.safetensors of a run, or what ``python -m fastalex.convert`` wrote.

@@ -53,12 +53,10 @@ def read_message(data: memoryview) -> Message:
     return fields
 
 
-def is_caffe(file: Message) -> bool:
-    return _LAYERS in file or _OLD_LAYERS in file
-
-
 def read_caffe(file: Message) -> ForeignNet:
     """The layers of a caffemodel; where it normalises behind the pooling, it is CaffeNet."""
+    if not {_OLD_LAYERS, _LAYERS} & set(file):
+        raise ValueError("of no known format: --help lists them")
     layers: list[tuple[Array, Array]] = []
     norms = []
     for number, (_, kind, blobs) in ((_OLD_LAYERS, _OLD_LAYER), (_LAYERS, _LAYER)):

@@ -16,7 +16,7 @@ from fastalex.data import MeanImage, Normalization, decode_size
 from fastalex.data.base import MAX_IMAGE_SIZE, printable
 from fastalex.data.folder import class_folders
 from fastalex.data.normalization import IMAGENET
-from fastalex.formats.caffe import is_caffe, read_blob, read_caffe, read_message
+from fastalex.formats.caffe import read_blob, read_caffe, read_message
 from fastalex.formats.cuda_convnet import read_cuda_convnet
 from fastalex.formats.layers import ForeignNet, find_variant, state_dict
 from fastalex.formats.onnx import read_onnx
@@ -157,9 +157,7 @@ def _read(path: Path, data: memoryview) -> ForeignNet:
         raise ValueError(f"damaged, or of no known format ({error})") from error
     if _IR_VERSION in file and _GRAPH in file:
         return read_onnx(data)
-    if is_caffe(file):
-        return read_caffe(file)
-    raise ValueError("of no known format: --help lists them")
+    return read_caffe(file)
 
 
 def _classes(path: Path | None, net: ForeignNet, count: int) -> list[str]:

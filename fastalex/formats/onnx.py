@@ -22,7 +22,8 @@ def read_onnx(data: memoryview) -> ForeignNet:
     for node in graph.node:
         if node.op_type in ("Conv", "Gemm"):
             weight, bias = (_array(tensors, node, index) for index in (1, 2))
-            if node.op_type == "Gemm" and not _is_transposed(node):
+            transposed = any(a.name == "transB" and a.i for a in node.attribute)
+            if node.op_type == "Gemm" and not transposed:
                 weight = weight.T
             layers.append((weight, bias))
     producer = model.producer_name[:40]
@@ -45,10 +46,6 @@ def _array(tensors: dict[str, Any], node: Any, index: int) -> Array:
     if values.dtype.kind != "f":
         raise ValueError(f"{name[:40]!r}: {values.dtype} is not float16, 32 or 64")
     return values
-
-
-def _is_transposed(node: Any) -> bool:
-    return any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
 
 
 def _image_size(graph: Any, initializers: set[str]) -> int | None:
