@@ -22,11 +22,10 @@ import torch
 from PIL import Image
 
 from fastalex.data import FolderImages, PackedImages
+from fastalex.data.base import cores
 from fastalex.data.batches import Batches, Transform
 from fastalex.data.normalization import IMAGENET
 from fastalex.data.pack import pack
-from fastalex.data.packed import WORK
-from fastalex.data.shard import Shard, cores, packing_pool
 from fastalex.training.validation import fetch
 from fastalex.tuning.train_steps import Training, train_step
 from tests._packing import picture
@@ -39,7 +38,7 @@ from .bench_step import BATCH
 pytestmark = pytest.mark.benchmark(timer=time.perf_counter)
 
 IMAGES = 64
-SHARDS = 4  # for each process, of 64 images, the smallest that files are cut into
+SHARDS = 4  # for each core, of 64 images, the smallest that files are cut into
 FILE, PACKED, CROP = (500, 375), 256, 224  # pixels; an ordinary file of ImageNet is 500 x 375
 ROUNDS = 7
 _declared: list[torch.library.Library] = []
@@ -57,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             noise = random.normal(0, 12, (FILE[1], FILE[0], 3))
             pixels = np.clip(np.asarray(picture(random, *FILE)) + noise, 0, 255)
             Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i:03d}.jpg", quality=95)
-    pack(root / "source", root / "set", PACKED, 1, quiet=True)
+    pack(root / "source", root / "set", PACKED, 1)
     return root
 
 
@@ -69,42 +68,34 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("processes", ["others", "same"])
-def test_packing(
-    benchmark: Any, report: Report, folder: Path, tmp_path: Path, processes: str
-) -> None:
-    """As many processes at work on each side as there are cores, all of them started before.
-
-    Pillow works in processes of its own, as it is; and in the same as packing, which keep freed
-    memory instead of giving it back to the system and faulting it in again with each image.
-    """
-    workers = cores()
-    source = folder / "source"
-    paths = sorted(source.glob("train/*/*.jpg"))
-    files = [path.relative_to(source).as_posix() for path in paths]
-    count = SHARDS * workers
-    parts = [(paths * count)[i::workers] for i in range(workers)]
-    root = tmp_path / "set"
+def test_packing(benchmark: Any, report: Report, folder: Path, tmp_path: Path) -> None:
+    """Every core at work on each side: ours in threads, Pillow in processes started before."""
+    workers, source, root = cores(), tmp_path / "source", tmp_path / "set"
+    paths = sorted((folder / "source").glob("train/*/*.jpg"))
+    (source / "a").mkdir(parents=True)
+    for i in range(SHARDS * workers):
+        for path in paths:
+            (source / "a" / f"{i:03d}-{path.name}").hardlink_to(path)
+    many = sorted((source / "a").iterdir())
+    parts = [many[i::workers] for i in range(workers)]
     cpu: dict[str, list[float]] = {"ours": [], "theirs": []}
-    shards = [Shard(source, root, "train", i, files, PACKED) for i in range(count)]
 
     def ours() -> None:
         shutil.rmtree(root, ignore_errors=True)
-        for name in ("train", WORK):
-            (root / name).mkdir(parents=True)
-        cpu["ours"].append(sum(packing.map(_packing.pack, shards)))
+        started = time.process_time()
+        pack(source, root, PACKED, workers, 0.0)
+        cpu["ours"].append(time.process_time() - started)
 
     def theirs() -> None:
-        cpu["theirs"].append(sum(decoding.map(_packing.decode, parts, repeat(PACKED))))
+        cpu["theirs"].append(sum(others.map(_packing.decode, parts, repeat(PACKED))))
 
     context = multiprocessing.get_context("forkserver")
-    with packing_pool(workers) as packing, ProcessPoolExecutor(workers, context) as others:
-        decoding = packing if processes == "same" else others
+    with ProcessPoolExecutor(workers, context) as others:
         ours()
-        for shard in shards:
-            for found, path in zip(np.load(shard.path), paths, strict=True):
-                expected = np.asarray(_packing.square(path, PACKED))
-                np.testing.assert_array_equal(found, expected)
+        images = PackedImages(root, "train")
+        for i, path in enumerate(paths):
+            expected = np.asarray(_packing.square(path, PACKED))
+            np.testing.assert_array_equal(images.image(i, PACKED), expected)
         times = take_turns(benchmark, ours, theirs, ROUNDS, time.perf_counter)
     if times is None:
         return
@@ -113,13 +104,13 @@ def test_packing(
         benchmark,
         "data",
         times,
-        Images(len(paths) * count),
+        Images(len(many)),
         layer="pack",
         direction="packing",
-        against="pillow" if processes == "others" else "pillow same",
-        batch=len(paths) * count,
+        against="pillow",
+        batch=len(many),
         dtype="uint8",
-        processes=workers,
+        threads=workers,
         file_bytes=sum(path.stat().st_size for path in paths) // IMAGES,
         **ratios("wall", times.ours, times.theirs),
         **ratios("cpu", timed["ours"], timed["theirs"]),
@@ -144,7 +135,7 @@ def test_loading(benchmark: Any, report: Report, folder: Path, one_thread: None,
     if kind == "packed":
         source: Any = PackedImages(folder / "set", "train")
     else:
-        source = FolderImages(folder / "source" / "train", unreadable=[], quiet=True)
+        source = FolderImages(folder / "source" / "train", unreadable=[])
     augmentation = "crop" if kind == "packed" else "resized"
     batches = Batches(source, 32, Transform(CROP, IMAGENET, augmentation), 0, train=True)
 

@@ -142,7 +142,7 @@ def test_the_model_knows_nothing_of_processes() -> None:
 
 ROOMS = {  # a module imports from its own room and from rooms before it
     "fastalex": [
-        "common", "model", "data", "distributed", "training", "formats", "evaluation", "inspection",
+        "common", "model", "data", "distributed", "training", "evaluation", "formats", "inspection",
         "tuning",
     ],
     "fastalex_kernels": [

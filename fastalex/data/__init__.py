@@ -1,6 +1,6 @@
 """Labelled images, packing, augmentation, and the batches a net is trained on.
 
-What is named here needs no torch, so that the processes that pack images start without it.
+What is named here needs no torch, so that packing starts without it.
 ``batches``, ``augment`` and ``datasets`` do need it.
 """
 

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastalex.common.command_line import Parser, guarded
-from fastalex.data.base import printable
+from fastalex.data.base import cores
 from fastalex.data.pack import LEFT_OUT, ODD, SIZE, VAL_SPLIT, pack
 from fastalex.data.packed import MAX_SIZE, verify
 from fastalex.data.photos import write_photos
-from fastalex.data.shard import cores
 
 _NAMED = 10  # files named before the rest are only counted
 
@@ -70,13 +69,13 @@ def _parser() -> Parser:
 def _pack(options: argparse.Namespace) -> int:
     folder: Path = options.folder
     packed = pack(options.source, folder, options.size, options.workers, options.val_split)
-    _list(packed.odd, "packed", folder / ODD)
-    _list(packed.left_out, "left out", folder / LEFT_OUT)
+    _list(folder / ODD, "packed")
+    left_out = _list(folder / LEFT_OUT, "left out")
     kinds = {"train": "training", "val": "validation"}
     counts = " and ".join(f"{count:,} {kinds[part]}" for part, count in packed.counts.items())
     where = shlex.quote(str(folder))
     there = "are in" if packed.decoded else "were already in"
-    print(f"{counts} images {there} {where}, {len(packed.left_out):,} files left out")
+    print(f"{counts} images {there} {where}, {left_out:,} files left out")
     if packed.decoded:
         rate = packed.decoded / packed.seconds
         print(f"{packed.decoded:,} files in {packed.seconds:.1f} s, {rate:,.0f} images/s")
@@ -84,11 +83,14 @@ def _pack(options: argparse.Namespace) -> int:
     return 0
 
 
-def _list(files: list[tuple[str, str]], what: str, table: Path) -> None:
-    for file, remark in files[:_NAMED]:
-        print(f"{printable(file)}: {what}: {remark}", file=sys.stderr)
-    if len(files) > _NAMED:
-        print(f"{len(files) - _NAMED:,} more {what}, see {table}", file=sys.stderr)
+def _list(table: Path, what: str) -> int:
+    """Name the first files of a table of a set; returns how many there are."""
+    lines = table.read_text(encoding="utf-8").splitlines()
+    for line in lines[:_NAMED]:
+        print(line.replace("\t", f": {what}: ", 1), file=sys.stderr)
+    if len(lines) > _NAMED:
+        print(f"{len(lines) - _NAMED:,} more {what}, see {table}", file=sys.stderr)
+    return len(lines)
 
 
 def _verify(options: argparse.Namespace) -> int:

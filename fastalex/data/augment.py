@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,15 +45,14 @@ class Augment:
 
     No value of its arguments is read by the host, so that a CUDA graph can hold a call.
 
-    Attributes:
-        size: as given.
-        norm: what ``fastalex_kernels.augment`` takes under this name.
-
     Args:
         normalization: mean and deviation; its mean image, if any, has the side of the images.
         size: side in pixels of what comes out.
         device: of the batches.
         colored: whether batches have colour noise.
+
+    Attributes:
+        norm: what ``fastalex_kernels.augment`` takes under this name.
 
     Raises:
         ValueError: where the mean image is smaller than ``size``.
@@ -82,35 +81,35 @@ class Augment:
         mirrors: torch.Tensor,
         colors: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The batch as images.
+        """The batch as images, [n, 3, size, size], stored channels last.
+
+        They are float32, or under autocast its dtype, as the first layer would round them.
 
         Args:
             images: uint8 [n, D, D, 3].
             tops, lefts: int32 or int64 [n], the first row and column of each crop.
             mirrors: bool [n], which crops are mirrored left to right.
             colors: float32 [n, 3], added to every pixel of an image, 0 to 255; or None.
-
-        Returns:
-            [n, 3, size, size], stored channels last; float32, or under autocast its dtype, as the
-            first layer would round it.
         """
         kind = images.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         crops = kernels.Crops(tops, lefts, mirrors)
         return kernels.augment(images, crops, colors, self.norm, self.size, dtype)
 
+    def crop(
+        self, images: torch.Tensor, top: int, left: int, mirrored: bool = False
+    ) -> torch.Tensor:
+        """The same crop of every image, else as a call."""
+        count = (len(images),)
+        tops, lefts = (images.new_full(count, place, dtype=torch.int32) for place in (top, left))
+        return self(images, tops, lefts, images.new_full(count, mirrored, dtype=torch.bool))
 
-@dataclass(frozen=True)
-class ColorNoise:
-    """The principal components of the pixels of a data set, on the scale 0 to 255.
 
-    Attributes:
-        std: float64 [3], the square roots of the covariance's eigenvalues.
-        vectors: float64 [3, 3], its eigenvectors as columns.
-    """
+class ColorNoise(NamedTuple):
+    """The principal components of the pixels of a data set, on the scale 0 to 255."""
 
-    std: npt.NDArray[np.float64]
-    vectors: npt.NDArray[np.float64]
+    std: npt.NDArray[np.float64]  # [3], square roots of the covariance's eigenvalues
+    vectors: npt.NDArray[np.float64]  # [3, 3], its eigenvectors as columns
 
     @classmethod
     def measured(cls, covariance: npt.NDArray[np.float64]) -> ColorNoise:
@@ -121,16 +120,11 @@ class ColorNoise:
         return cls(np.sqrt(np.maximum(values, 0)), vectors * np.sign(largest))
 
     def draw(self, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float32]:
-        """float32 [N, 3]: what P§4.1 adds to the pixels of each image.
+        """float32 [N, 3]: what P§4.1 adds to the pixels of each image, of words [N, 4] of 64 bits.
 
         sum over i of alpha_i s_i p_i, alpha normal of deviation .1, s the square root of an
         eigenvalue of the covariance of the pixels and p its eigenvector. The paper prints the
-        eigenvalue itself; its authors' program takes the root, as here.
-
-        Args:
-            words: [N, 4], any 64 bits each.
-
-        Source: P§4.1; S:convdata_jpeg.py.
+        eigenvalue itself; its authors' program takes the root (S:convdata_jpeg.py), as here.
         """
         uniforms = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # never 0
         radius, angle = np.sqrt(-2 * np.log(uniforms[:, :2])), 2 * np.pi * uniforms[:, 2:]
@@ -154,8 +148,6 @@ PUBLISHED_NOISE = ColorNoise(
 )
 
 
-# Random parts of an image at one size, as torchvision's RandomResizedCrop draws them
-
 SCALES = (0.08, 1.0)  # share of the image's area
 RATIOS = (3 / 4, 4 / 3)  # width to height
 _BOX_TRIES = 10
@@ -163,14 +155,11 @@ BOX_WORDS = 2 * _BOX_TRIES + 2  # random 64-bit words for a box
 
 
 def draw_box(words: npt.NDArray[np.uint64], width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a part of an image, in pixels.
+    """Left, top, right and bottom of a part of an image of so many pixels.
 
-    Its area is uniform in ``SCALES`` and the logarithm of its shape in ``RATIOS``. What does not
-    fit is drawn again; after ten tries it is the largest centre part of a shape within ``RATIOS``.
-
-    Args:
-        words: [BOX_WORDS], any 64 bits each.
-        width, height: of the image in pixels.
+    Its area is uniform in ``SCALES`` and the logarithm of its shape in ``RATIOS``, as the ``words``
+    [BOX_WORDS] of 64 bits say. What does not fit is drawn again; after ten tries it is the largest
+    centre part of a shape within ``RATIOS``.
 
     Source: torchvision's transforms.RandomResizedCrop, get_params.
     """
@@ -192,14 +181,9 @@ def draw_box(words: npt.NDArray[np.uint64], width: int, height: int) -> tuple[in
 def resized_crop(
     dataset: ImageDataset, index: int, words: npt.NDArray[np.uint64], side: int, size: int
 ) -> Pixels:
-    """A random part of an image, uint8 [size, size, 3].
+    """A random part of an image, uint8 [size, size, 3]; ``words`` decide it, see ``draw_box``.
 
-    Args:
-        dataset: whose image it is.
-        index: of the image.
-        words: decide the part, see ``draw_box``.
-        side: what an image is decoded at that has no size of its own.
-        size: side in pixels of what is returned.
+    ``side`` is what an image is decoded at that has no size of its own.
     """
     whole = dataset.whole(index, side)
     # Cut first: resizing a box of a larger image would mix in what is around it.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import functools
+import os
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -36,6 +38,13 @@ def decode_size(image_size: int) -> int:
 
 class DataError(ValueError):
     """The data given can't be trained on; the message is one line that says what to do."""
+
+
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def printable(name: str) -> str:
@@ -75,58 +84,45 @@ class ImageDataset(Protocol):
         ...
 
     def whole(self, index: int, size: int) -> Image.Image:
-        """All there is of the image, RGB, for parts of it to be cut out.
-
-        ``size`` is the side for an image that has no size of its own.
-        """
+        """All of the image, RGB; ``size`` is the side of one that has no size of its own."""
         ...
 
     def keys(self) -> Iterable[tuple[Any, ...]]:
-        """What tells each image from others, in order, without decoding it; JSON can hold it.
-
-        Of a file its name and size, of a packed image its name and checksum.
-        """
+        """Of each image what tells it from others without decoding it, as JSON can hold it."""
         ...
 
 
 class ImageCache:
-    """Decoded images kept in memory, by index and size, up to a number of bytes."""
+    """Decoded images kept in memory, by a key and their size, up to a number of bytes."""
 
     def __init__(self, limit: int = CACHE_BYTES) -> None:
         self._free = limit
-        self._images: dict[tuple[int, int], Pixels] = {}
+        self._images: dict[tuple[Hashable, int], Pixels] = {}
         self._lock = threading.Lock()
 
-    def get(self, index: int, size: int) -> Pixels | None:
-        return self._images.get((index, size))
+    def get(self, key: Hashable, size: int) -> Pixels | None:
+        return self._images.get((key, size))
 
-    def put(self, index: int, image: Pixels) -> None:
-        key = index, len(image)
+    def put(self, key: Hashable, image: Pixels) -> None:
         with self._lock:
-            if key not in self._images and image.nbytes <= self._free:
+            if (key, len(image)) not in self._images and image.nbytes <= self._free:
                 self._free -= image.nbytes
-                self._images[key] = image
+                self._images[key, len(image)] = image
 
 
 def map_ahead(
     function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """``map(function, items)``, in order, by ``workers`` threads and up to ``ahead`` items early.
 
     An exception of ``function`` is raised here, at its item's turn. However the iteration ends (at
     the last item, by an exception, by Ctrl-C, or dropped half-way), work not begun is cancelled
-    and the threads have ended when this returns.
-
-    Args:
-        function: called once for each item; must be safe to call from several threads.
-        items: what to map; drawn from no further than ``ahead`` items before they are needed.
-        workers: number of threads; 0 calls ``function`` here, when its result is asked for.
-        ahead: how many items may be under way or waiting to be taken.
+    and the threads have ended when this returns. With 0 workers ``function`` is called here.
     """
     if workers == 0:
         yield from map(function, items)
         return
-    pool = ThreadPoolExecutor(workers, "fastalex-data", _take_device, _device())
+    pool = ThreadPoolExecutor(workers, "fastalex-data", _same_gpu())
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
@@ -139,14 +135,9 @@ def map_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _device() -> tuple[int, ...]:
-    """The GPU of this thread, of which a process knows only if it uses one; empty where none."""
+def _same_gpu() -> Callable[[], None] | None:
+    """What has another thread use the GPU of this one, if this process uses any."""
     torch: Any = sys.modules.get("torch")  # packing does without it
-    used = torch is not None and torch.cuda.is_initialized()
-    return (torch.cuda.current_device(),) if used else ()
-
-
-def _take_device(*device: int) -> None:
-    """Use the GPU that the thread uses which started this one, not the first."""
-    if device:
-        sys.modules["torch"].cuda.set_device(device[0])
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return functools.partial(torch.cuda.set_device, torch.cuda.current_device())

@@ -7,8 +7,7 @@ on changes what is seen. Batches are bytes; the device augments them.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,11 +23,10 @@ from fastalex.data.augment import (
     ColorNoise,
     resized_crop,
 )
-from fastalex.data.base import DataError, ImageDataset, Pixels, decode_size, map_ahead
+from fastalex.data.base import ImageDataset, Pixels, decode_size, map_ahead
 from fastalex.data.normalization import Normalization
 from fastalex.data.packed import PackedImages
 
-_ALIGNMENT = 64  # bytes
 _ORDER, _CROPS, _COLORS, _BOXES = 0, 1, 2, 3  # the streams of an epoch
 _CROP_WORDS = 3  # random 64-bit words for a sample: top, left, mirror
 _COLOR_WORDS = 4
@@ -39,23 +37,16 @@ _BOX_COUNTERS = -(-BOX_WORDS // 4)  # Philox makes four words of each count
 class Batch:
     """Images as bytes and what augmentation is to do to them, drawn on the CPU.
 
-    Attributes:
-        images: uint8 [n, D, D, 3], RGB; like all below but the indices in page-locked memory where
-            there is a GPU.
-        labels: int64 [n].
-        indices: int64 [n], which samples of the dataset these are; always on the CPU.
-        tops, lefts: int32 [n], the first row and column of each crop.
-        mirrors: bool [n], which crops are mirrored left to right.
-        colors: float32 [n, 3], what is added to the pixels of each image, 0 to 255; or None.
+    All but the indices lie in page-locked memory where there is a GPU.
     """
 
-    images: torch.Tensor
-    labels: torch.Tensor
-    indices: torch.Tensor
-    tops: torch.Tensor
-    lefts: torch.Tensor
-    mirrors: torch.Tensor
-    colors: torch.Tensor | None = None
+    images: torch.Tensor  # uint8 [n, D, D, 3], RGB
+    labels: torch.Tensor  # int64 [n]
+    indices: torch.Tensor  # int64 [n], which samples of the dataset these are; always on the CPU
+    tops: torch.Tensor  # int32 [n], the first row of each crop
+    lefts: torch.Tensor  # int32 [n], its first column
+    mirrors: torch.Tensor  # bool [n], which crops are mirrored left to right
+    colors: torch.Tensor | None = None  # float32 [n, 3], added to an image's pixels, 0 to 255
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
@@ -68,10 +59,7 @@ class Batch:
         return replace(self, **{n: torch.empty_like(x, device=device) for n, x in self._moved()})
 
     def copy_to(self, place: Batch) -> Batch:
-        """This batch, copied into the memory of ``place``.
-
-        The host does not wait for the copy of page-locked memory.
-        """
+        """This batch, copied into the memory of ``place``; the host does not wait for it."""
         for name, x in self._moved():
             getattr(place, name).copy_(x, non_blocking=True)
         return replace(place, indices=self.indices)
@@ -81,21 +69,13 @@ class Batch:
 
 
 class Transform(NamedTuple):
-    """What becomes of an image on its way to the net.
+    """What becomes of an image on its way to the net."""
 
-    Attributes:
-        image_size: side in pixels of the images the net gets.
-        normalization: of the pixels.
-        augmentation: of training, one of ``fastalex.data.augment.AUGMENTATIONS``.
-        noise: of the colours, where ``augmentation`` has any.
-        device: where batches are augmented; None is the CPU.
-    """
-
-    image_size: int
+    image_size: int  # side in pixels of the images the net gets
     normalization: Normalization
-    augmentation: str = "crop"
-    noise: ColorNoise = PUBLISHED_NOISE
-    device: torch.device | None = None
+    augmentation: str = "crop"  # of training, one of AUGMENTATIONS
+    noise: ColorNoise = PUBLISHED_NOISE  # of the colours, where the augmentation has any
+    device: torch.device | None = None  # where batches are augmented; None is the CPU
 
 
 class Share(NamedTuple):
@@ -119,9 +99,9 @@ class Batches:
     Validation: the centre crop of the same decoded image, in the dataset's order; the last batch
     may be short.
 
-    With ``replicas`` r, ``batch_size`` is the size of the whole batch, and replica ``rank`` gets
-    samples ``[rank * n // r, (rank + 1) * n // r)`` of a batch of n: none at all in a short
-    validation batch of fewer than r samples, so that all replicas take the same number of steps.
+    Replica ``rank`` of r gets samples ``[rank * n // r, (rank + 1) * n // r)`` of a batch of n:
+    none at all in a short validation batch of fewer than r samples, so that all replicas take the
+    same number of steps.
 
     Args:
         dataset: where the images come from.
@@ -134,9 +114,6 @@ class Batches:
 
     Attributes:
         augment: makes of a batch, on its device, what the net gets: ``augment(*batch.inputs)``.
-
-    Raises:
-        ValueError: for an argument out of its range.
     """
 
     def __init__(
@@ -150,22 +127,24 @@ class Batches:
         workers: int = 0,
     ) -> None:
         image_size, normalization, augmentation, noise, device = transform
-        at_least = {"batch_size": (batch_size, 1), "image_size": (image_size, 1), "seed": (seed, 0)}
-        at_least |= {"replicas": (share.replicas, 1), "workers": (workers, 0)}
-        for name, (value, least) in at_least.items():
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
-        if batch_size % share.replicas:
-            raise ValueError(
-                f"batch_size: expected a multiple of replicas={share.replicas}, got {batch_size}"
-            )
-        if not 0 <= share.rank < share.replicas:
-            raise ValueError(f"rank: expected 0 to {share.replicas - 1}, got {share.rank}")
-        if augmentation not in AUGMENTATIONS:
-            known = ", ".join(AUGMENTATIONS)
-            raise ValueError(f"augmentation: expected one of {known}, got {augmentation!r}")
-        if len(dataset) == 0:
-            raise DataError("dataset: expected at least one image, got none")
+        rank, replicas = share
+        checks = {
+            f"batch_size: expected at least 1, got {batch_size}": batch_size >= 1,
+            f"image_size: expected at least 1, got {image_size}": image_size >= 1,
+            f"seed: expected at least 0, got {seed}": seed >= 0,
+            f"workers: expected at least 0, got {workers}": workers >= 0,
+            f"batch_size: expected a multiple of replicas={replicas}, got {batch_size}": (
+                batch_size % replicas == 0
+            ),
+            f"rank: expected 0 to {replicas - 1}, got {rank}": 0 <= rank < replicas,
+            f"augmentation: expected one of {', '.join(AUGMENTATIONS)}, got {augmentation!r}": (
+                augmentation in AUGMENTATIONS
+            ),
+            "dataset: expected at least one image, got none": len(dataset) > 0,
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise ValueError(message)
         self.dataset, self.batch_size, self.image_size = dataset, batch_size, image_size
         self.seed, self.train, self.share, self.workers = seed, train, share, workers
         self.augmentation = augmentation if train else "none"
@@ -187,7 +166,8 @@ class Batches:
             raise ValueError(f"epoch: expected at least 0, got {epoch}")
         if not 0 <= start <= len(self):
             raise ValueError(f"start: expected 0 to {len(self)}, got {start}")
-        order, drawn = self._order(epoch), [*self._crops(epoch)]
+        tops, lefts, mirrors = self._crops(epoch)
+        order, drawn = self._order(epoch), [tops, lefts, mirrors.astype(bool)]
         if self.augmentation == "full":
             drawn.append(self._noise.draw(self._words(epoch, _COLORS, _COLOR_WORDS)))
         shares = (self._indices(order, batch) for batch in range(start, len(self)))
@@ -209,10 +189,9 @@ class Batches:
             return np.repeat(centre, len(self.dataset), 1)
         words = self._words(epoch, _CROPS, _CROP_WORDS)
         ranges = np.array([spare + 1, spare + 1, 2], np.uint64)
-        crops = np.ascontiguousarray((words % ranges).T, np.int32)
         if self.augmentation == "resized":
-            crops[:2] = 0
-        return crops
+            ranges[:2] = 1
+        return np.ascontiguousarray((words % ranges).T, np.int32)
 
     def _words(self, epoch: int, stream: int, words: int) -> npt.NDArray[np.uint64]:
         # Raw words, because numpy may change what its distributions make of them.
@@ -230,17 +209,16 @@ class Batches:
         self, epoch: int, indices: npt.NDArray[np.int64], drawn: list[npt.NDArray[Any]]
     ) -> Batch:
         """One batch; ``drawn`` has tops, lefts, mirrors and colours, if any, of all samples."""
-        count, side = len(indices), self._side
-        parts = [((count, side, side, 3), torch.uint8), ((count,), torch.int64)]
-        parts += [((count,), torch.int32)] * 2 + [((count,), torch.bool)]
-        parts += [((count, 3), torch.float32)] * (len(drawn) - 3)
-        images, *others = one_buffer(parts)
+        pinned = torch.cuda.is_available()  # then a copy to it goes on beside the step before
+        shape = (len(indices), self._side, self._side, 3)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
         read = self._part if self.augmentation == "resized" else self._whole
         for out, index in zip(images.numpy(), indices.tolist(), strict=True):
             read(epoch, index, out)
-        for tensor, values in zip(others, [self.dataset.labels, *drawn], strict=True):
-            tensor.numpy()[:] = values[indices]
-        labels, *inputs = others
+        rows = [torch.from_numpy(values[indices]) for values in (self.dataset.labels, *drawn)]
+        labels, *inputs = (
+            torch.empty(row.shape, dtype=row.dtype, pin_memory=pinned).copy_(row) for row in rows
+        )
         return Batch(images, labels, torch.from_numpy(indices), *inputs)
 
     def _whole(self, epoch: int, index: int, out: Pixels) -> None:
@@ -254,20 +232,3 @@ class Batches:
         stream = np.random.Philox(np.random.SeedSequence([self.seed, epoch, _BOXES]))
         words = stream.advance(index * _BOX_COUNTERS).random_raw(BOX_WORDS)
         out[:] = resized_crop(self.dataset, index, words, decode_size(self.image_size), self._side)
-
-
-def one_buffer(parts: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
-    """Uninitialised tensors of these shapes and dtypes, one behind the other in memory.
-
-    Where there is a GPU the memory is page-locked, so that a copy to the device is quicker and,
-    with ``non_blocking=True``, goes on beside the step before.
-    """
-    counts = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
-    places = [-(-count // _ALIGNMENT) * _ALIGNMENT for count in counts]
-    pinned = torch.cuda.is_available()
-    memory = torch.empty(sum(places), dtype=torch.uint8, pin_memory=pinned)
-    pieces = torch.split(memory, places)
-    return [
-        piece[:count].view(dtype).view(shape)
-        for piece, count, (shape, dtype) in zip(pieces, counts, parts, strict=True)
-    ]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastalex.data.augment import PUBLISHED_NOISE, ColorNoise
 from fastalex.data.base import CACHE_BYTES, DataError, ImageDataset, decode_size, printable
 from fastalex.data.folder import FolderImages, class_folders
 from fastalex.data.normalization import MEAN_IMAGES, MeanImage
-from fastalex.data.packed import PackedImages, is_packed
-from fastalex.data.synthetic import TRAIN_COUNT, VAL_COUNT, SyntheticImages
+from fastalex.data.packed import PackedImages, is_packed, read_manifest
+from fastalex.data.synthetic import TRAIN_COUNT, VAL_COUNT, Split, SyntheticImages
 
 _NAMED = 10  # unreadable files named before the rest are only counted
 _LAYOUT = "images go in train/CLASS and val/CLASS"
@@ -29,32 +29,22 @@ def open_datasets(
     Files that can't be read, and classes with nothing to validate on, are named on stderr.
 
     Args:
-        data: a folder with ``train/CLASS/*`` and ``val/CLASS/*``, or one that ``python -m
-            fastalex.data pack`` made; None is the built-in set.
+        data: a folder with ``train/CLASS/*`` and ``val/CLASS/*``, or a packed set; None is the
+            built-in set.
         seed: of the built-in set.
         image_size: the net's, if known; then each file is decoded once instead of twice.
         unreadable: ``[*train.unreadable, *val.unreadable]`` of an earlier opening of the same
-            folder, so that several processes agree on what is left out and only one decodes
-            everything to find it.
+            folder, so that several processes agree on what is left out and one alone looks.
         quiet: write nothing to stderr.
 
     Raises:
         DataError: one line on what is missing from the folder.
     """
-    if data is None:
-        return SyntheticImages("train", TRAIN_COUNT, seed), SyntheticImages("val", VAL_COUNT, seed)
     size = None if image_size is None else decode_size(image_size)
-    train: PackedImages | FolderImages
-    val: PackedImages | FolderImages
-    if is_packed(data):
-        train, val = PackedImages(data, "train"), PackedImages(data, "val")
-    else:
-        classes = _check_layout(data)
-        train, val = (
-            FolderImages(data / part, classes, size, unreadable, quiet, limit)
-            for part, limit in (("train", CACHE_BYTES), ("val", CACHE_BYTES // 4))
-        )
-    if not quiet:
+    classes = None if data is None or is_packed(data) else _check_layout(data)
+    parts: tuple[Split, ...] = ("train", "val")
+    train, val = (open_part(data, part, seed, size, classes, unreadable) for part in parts)
+    if data is not None and not quiet:
         lines = describe([train, val], size)
         missing = sorted(set(train.classes) - {val.classes[label] for label in set(val.labels)})
         if missing:
@@ -67,13 +57,34 @@ def open_datasets(
     return train, val
 
 
-def describe(datasets: Sequence[ImageDataset], size: int | None) -> list[str]:
-    """Lines on what a user should know: files left out, images packed at another size.
+def open_part(
+    data: Path | None,
+    part: Split,
+    seed: int,
+    size: int | None,
+    classes: list[str] | None,
+    unreadable: Iterable[tuple[str, str]] | None,
+) -> ImageDataset:
+    """The training or the validation images; see ``open_datasets`` and ``FolderImages``."""
+    if data is None:
+        return SyntheticImages(part, TRAIN_COUNT if part == "train" else VAL_COUNT, seed)
+    if is_packed(data):
+        return PackedImages(data, part)
+    limit = CACHE_BYTES if part == "train" else CACHE_BYTES // 4
+    return FolderImages(data / part, classes, size, unreadable, limit)
 
-    Args:
-        datasets: of one folder or packed set.
-        size: the side in pixels that images will be asked for, if known.
-    """
+
+def class_names(data: Path | None) -> list[str] | None:
+    """The classes, before any image is read; None for a folder without training images."""
+    if data is None:
+        return SyntheticImages("train", 0).classes
+    if is_packed(data):
+        return list(read_manifest(data)["classes"])
+    return class_folders(data / "train") if (data / "train").is_dir() else None
+
+
+def describe(datasets: Sequence[ImageDataset], size: int | None) -> list[str]:
+    """Lines on files left out, and on images packed at another size than they are asked for."""
     bad = [file for dataset in datasets for file in getattr(dataset, "unreadable", [])]
     lines = [f"{printable(path)}: left out: {reason}" for path, reason in bad[:_NAMED]]
     if bad:
@@ -105,15 +116,10 @@ def color_noise(dataset: ImageDataset, kind: str) -> ColorNoise:
 
 
 def mean_image(dataset: ImageDataset, kind: str, side: int) -> MeanImage | None:
-    """The mean of the training images at ``side`` pixels, if ``kind`` subtracts it.
-
-    Args:
-        dataset: the training images; only those of a packed set have a mean image.
-        kind: one of ``fastalex.data.normalization.NORMALIZATIONS``.
-        side: at which the images are decoded.
+    """The mean of a packed set's training images at ``side`` pixels, if ``kind`` subtracts it.
 
     Raises:
-        DataError: where the packed set's is damaged.
+        DataError: where it is damaged.
     """
     if kind not in MEAN_IMAGES or not isinstance(dataset, PackedImages):
         return None

@@ -16,25 +16,22 @@ from fastalex.data.base import Pixels, retrying
 
 T = TypeVar("T")
 
-# What a file of each suffix, in lower case, is expected to hold.
-FORMATS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".jfif": "JPEG",
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".gif": "GIF",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".ppm": "PPM",
-    ".pgm": "PPM",
+_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm"),
 }
+# What a file of each suffix, in lower case, is expected to hold.
+FORMATS = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes}
 _NO_MEMORY = "not enough memory to decode it"
 # What ``why`` says of a disk, a network or a machine, and not of a file.
 PASSING = frozenset({_NO_MEMORY, *(os.strerror(code).lower() for code in errno.errorcode)})
 # The only decoders that a file reaches, whatever its name: others start programs (EPS) or are rare.
-_DECODERS = tuple(dict.fromkeys(FORMATS.values()))
+_DECODERS = tuple(_SUFFIXES)
 _MEMORY = 360_000_000  # bytes that decoding one file may take
 _MOST_BYTES = _MEMORY // 3  # of a file: some decoders hold it twice
 _MOST_WHOLE = 1 << 24  # pixels of what `read_upright` returns
@@ -62,11 +59,7 @@ def read_image(path: Path, size: int) -> Pixels:
     an animation the first picture is taken.
 
     Only the formats in ``FORMATS`` are decoded, and no file that would take more than 400 MB: its
-    header tells the size before anything is decoded.
-
-    Raises:
-        Exception: what Pillow raises for a file it can't decode to the last row, and ValueError for
-            one too large; ``why`` words it.
+    header tells the size. What Pillow raises for a file that it can't decode, ``why`` words.
     """
     with _opened(path) as image:
         # A JPEG is decoded at a half, quarter or eighth where that is still no smaller than asked.
@@ -83,9 +76,6 @@ def read_whole(path: Path, size: int) -> tuple[Pixels, str | None]:
     Returns:
         uint8 [size, size, 3] RGB, and a remark: a format that is not the suffix's, CMYK, more than
         8 bits, several pictures, an extreme size or shape; None for an ordinary file.
-
-    Raises:
-        Exception: as ``read_image``.
     """
     with _opened(path) as image:
         _require_memory(image, image.width * image.height)
@@ -97,9 +87,6 @@ def read_upright(path: Path) -> Image.Image:
     """All of an image file, RGB, converted and turned as by ``read_image``.
 
     One of more than 16 million pixels is reduced to fewer, by a whole number.
-
-    Raises:
-        Exception: as ``read_image``.
     """
     with _opened(path) as image:
         shrink = _shrink(image)
@@ -154,12 +141,9 @@ def _draft(image: ImageFile.ImageFile, size: tuple[int, int]) -> None:
 
 
 def _require_memory(image: Any, whole: int, decoded: int | None = None) -> None:
-    """Raise ValueError where decoding would take too much.
+    """Raise ValueError where decoding takes too much memory.
 
-    Args:
-        image: of which only the header is read.
-        whole: pixels in the file.
-        decoded: pixels that its decoder returns; None is all of them.
+    The file has ``whole`` pixels, of which its decoder returns ``decoded``, or all.
     """
     length = Path(image.filename).stat().st_size
     needed = _pixel_bytes(image) * (whole if decoded is None else decoded) + length
@@ -233,26 +217,18 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _remark(image: ImageFile.ImageFile, suffix: str, size: int, deep: bool) -> str | None:
-    remarks = []
     kind = "JPEG" if image.format == "MPO" else image.format  # what some cameras write
-    if kind != FORMATS.get(suffix, kind):
-        remarks.append(f"{kind} under the name of a {FORMATS[suffix]}")
-    if image.mode == "CMYK":
-        remarks.append("CMYK")
-    if deep:
-        remarks.append("16 bits a channel, of which 8 are kept")
-    if _pictures(image) > 1:
-        remarks.append(f"the first of {_pictures(image)} pictures")
+    pictures = _or_one(lambda: getattr(image, "n_frames", 1))
     (width, height), (short, long) = image.size, sorted(image.size)
-    if size > _EXTREME * short:
-        remarks.append(f"{width} x {height} pixels, enlarged")
-    if long > _EXTREME * short:
-        remarks.append(f"{width} x {height} pixels, nearly all outside the centre")
-    return "; ".join(remarks) or None
-
-
-def _pictures(image: Image.Image) -> int:
-    return _or_one(lambda: getattr(image, "n_frames", 1))
+    remarks = {
+        f"{kind} under the name of a {FORMATS.get(suffix)}": kind != FORMATS.get(suffix, kind),
+        "CMYK": image.mode == "CMYK",
+        "16 bits a channel, of which 8 are kept": deep,
+        f"the first of {pictures} pictures": pictures > 1,
+        f"{width} x {height} pixels, enlarged": size > _EXTREME * short,
+        f"{width} x {height} pixels, nearly all outside the centre": long > _EXTREME * short,
+    }
+    return "; ".join(remark for remark, holds in remarks.items() if holds) or None
 
 
 def _orientation(image: Image.Image) -> int:

@@ -31,9 +31,7 @@ def contents(dataset: ImageDataset) -> Contents:
 def describe_changes(before: Mapping[str, Sequence[Any]], now: Contents) -> str:
     """What changed between two ``contents``, in a few words; empty where nothing did.
 
-    Args:
-        before: an earlier one, which may have been through JSON.
-        now: today's.
+    ``before`` may have been through JSON.
     """
     lines = [f"class {name!r} is gone" for name in before if name not in now]
     lines += [f"class {name!r} is new" for name in now if name not in before]

@@ -7,11 +7,10 @@ import functools
 import hashlib
 import json
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import PIL
@@ -21,14 +20,11 @@ from tqdm import tqdm
 from fastalex.common.files import replacing
 from fastalex.data.base import CACHE_BYTES, DataError, ImageCache, Pixels, map_ahead
 from fastalex.data.decode import FORMATS, PASSING, read_image, read_upright, try_read, why
-from fastalex.data.fingerprint import digest
 
 T = TypeVar("T")
 
 CHECKED = ".fastalex-check.json"
-_FORMAT = f"fastalex-check-2, Pillow {PIL.__version__}"  # another decoder may read other files
-_STATS = 512  # files looked at by one thread before another takes over
-_SAVE_SECONDS = 60  # between two times that what was found is kept
+_FORMAT = f"fastalex-check-3, Pillow {PIL.__version__}"  # another decoder may read other files
 _CHECK_SIZE = 64  # side at which a file is decoded only to see whether it can be
 
 
@@ -36,18 +32,15 @@ class FolderImages:
     """The images ``root/CLASS/*``: classes by name, and the images of each by file name.
 
     Every file is decoded once to find those that can't be (cut short, empty, no image), which are
-    left out; what was found is kept, so that later only files that are new or changed are decoded
-    for it. Images are kept in memory at the size asked for, as far as ``cache_bytes`` go. Hidden
-    files, other types and sub-folders of a class are ignored.
+    left out; later only files that are new or changed are decoded for it. Images are kept in memory
+    at the size asked for, as far as ``cache_bytes`` go. Hidden files, other types and sub-folders
+    of a class are ignored.
 
     Args:
-        root: the folder.
         classes: the names that labels index; None takes the sub-folders' names.
         size: the side that ``image`` will be asked for, if known: the first decoding then serves.
         unreadable: what this attribute was when the folder was opened before, with or without
             files of other folders; no file is decoded to find out again.
-        quiet: show no progress bar. It appears, on stderr, only on a terminal.
-        cache_bytes: limit of the memory.
 
     Attributes:
         unreadable: (path, reason) of each file left out.
@@ -63,188 +56,128 @@ class FolderImages:
         classes: list[str] | None = None,
         size: int | None = None,
         unreadable: Iterable[tuple[str, str]] | None = None,
-        quiet: bool = False,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         found = class_folders(root, classes)
         self.classes = found if classes is None else list(classes)
-        self._root = root
         self._cache = ImageCache(cache_bytes)
-        self._checked: _Checked | None = None
-        paths = [path for name in found for path in image_files(root / name)]
+        files = [file for name in found for file in image_files(root / name)]
         if unreadable is None:
-            self._checked = _Checked(root)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
-                self.unreadable = self._check(self._checked, paths, size, quiet)
-        else:
-            here = f"{root}{os.sep}"
-            self.unreadable = [(file, why) for file, why in unreadable if file.startswith(here)]
+                unreadable = self._check(root, files, size)
+        here = f"{root}{os.sep}"
+        self.unreadable = [(file, why) for file, why in unreadable if file.startswith(here)]
         bad = {path for path, _ in self.unreadable}
-        self._paths = [path for path in paths if str(path) not in bad]
+        self._files = [file for file in files if str(file.path) not in bad]
         number = {name: index for index, name in enumerate(self.classes)}
-        self.labels = np.array([number[path.parent.name] for path in self._paths], np.int64)
-        self._require_images(found)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def name(self, index: int) -> str:
-        return str(self._paths[index])
-
-    def image(self, index: int, size: int) -> Pixels:
-        """uint8 [size, size, 3], RGB; see ``fastalex.data.decode.read_image``.
-
-        Raises:
-            DataError: where a file that could be read before can't be any more.
-        """
-        image = self._cache.get(index, size)
-        if image is None:
-            image = self._read(read_image, index, size)
-            self._cache.put(index, image)
-        return image
-
-    def whole(self, index: int, size: int) -> Image.Image:
-        """Every pixel of the file, RGB and upright; decoded anew each time.
-
-        Raises:
-            DataError: as ``image``.
-        """
-        return self._read(lambda path, _: read_upright(path), index, size)
-
-    def keys(self) -> list[tuple[str, int]]:
-        return [(os.path.basename(path), size) for path, size, _ in self._files]
-
-    def recall(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What ``measure`` returned when it was last called for these very files, or returns now.
-
-        Args:
-            name: of what is measured.
-            measure: returns something that JSON can hold.
-        """
-        if self._checked is None:
-            return measure()
-        values, files = self._checked.values, digest(self._files)
-        if values.get("files") != files:
-            values.clear()
-            values["files"] = files
-        if name not in values:
-            values[name] = measure()
-            self._checked.save()
-        return values[name]
-
-    @functools.cached_property
-    def _files(self) -> list[tuple[str, int, int]]:
-        """Path below the folder, bytes and time of change of each file."""
-        return stat_files(self._paths)
-
-    def _read(self, read: Callable[[Path, int], T], index: int, size: int) -> T:
-        result = try_read(read, self._paths[index], size)
-        if isinstance(result, str):
-            raise DataError(f"{self.name(index)}: can't be read any more: {result}")
-        return result
-
-    def _check(
-        self, checked: _Checked, paths: list[Path], size: int | None, quiet: bool
-    ) -> list[tuple[str, str]]:
-        """Decode every file not known yet, keep what fits in memory, return what can't be read."""
-        keys = [_key(file) for file in stat_files(paths)]
-        known = {key: checked.reasons[key] for key in keys if key in checked.reasons}
-        new = [path for path, key in zip(paths, keys, strict=True) if key not in known]
-        workers, side = min(16, os.cpu_count() or 1), _CHECK_SIZE if size is None else size
-        read = functools.partial(try_read, read_image, size=side)
-        results = map_ahead(read, new, workers, 4 * workers)
-        bar = tqdm(results, f"Reading {self._root}", len(new), disable=quiet or None, delay=0.5)
-        decoded = iter(bar)
-        bad: list[tuple[str, str]] = []
-        saved = time.monotonic()
-        try:
-            for index, (path, key) in enumerate(zip(paths, keys, strict=True)):
-                if key not in known:
-                    result = next(decoded)
-                    known[key] = result if isinstance(result, str) else ""
-                    if size is not None and not isinstance(result, str):
-                        self._cache.put(index - len(bad), result)
-                    if time.monotonic() - saved > _SAVE_SECONDS:
-                        checked.keep(known)
-                        saved = time.monotonic()
-                if known[key]:
-                    bad.append((str(path), known[key]))
-        finally:  # Ctrl-C too
-            if new:
-                checked.keep(known)
-        return bad
-
-    def _require_images(self, found: list[str]) -> None:
-        counts = np.bincount(self.labels, minlength=len(self.classes))
-        for name in found:
-            if counts[self.classes.index(name)]:
-                continue
-            folder = self._root / name
-            reasons = [why for file, why in self.unreadable if Path(file).parent == folder]
+        of_class = [file.path.parent.name for file in self._files]
+        self.labels = np.array([number[name] for name in of_class], np.int64)
+        for name in set(found) - set(of_class):
+            reasons = [why for file, why in self.unreadable if Path(file).parent == root / name]
             detail = f" ({len(reasons)} can't be: {reasons[0]})" if reasons else ""
             raise DataError(
-                f"{folder}: no image that can be read{detail}; "
+                f"{root / name}: no image that can be read{detail}; "
                 "put images there or remove the folder"
             )
 
+    def __len__(self) -> int:
+        return len(self._files)
 
-class _Checked:
-    """Which files of a folder were found readable, so that no start decodes them all again.
+    def name(self, index: int) -> str:
+        return str(self._files[index].path)
 
-    A file is known by its path below the folder, its size and its time of change. What is known is
-    kept in ``.fastalex-check.json`` in the folder or, where that can't be written, in the user's
-    cache directory. A damaged file, or another version's, only costs the time of a check.
+    def image(self, index: int, size: int) -> Pixels:
+        """uint8 [size, size, 3], RGB, by ``read_image``; DataError where it can't be any more."""
+        path = self._files[index].path
+        image = self._cache.get(path, size)
+        if image is None:
+            image = _read(read_image, path, size)
+            self._cache.put(path, image)
+        return image
 
-    Attributes:
-        reasons: by a key of the file, why it can't be read; empty where it can.
-        values: whatever was measured on the files, by a name; JSON.
-    """
+    def whole(self, index: int, size: int) -> Image.Image:
+        """Every pixel of the file, RGB and upright; decoded anew each time."""
+        return _read(lambda path, _: read_upright(path), self._files[index].path, size)
 
-    def __init__(self, root: Path) -> None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-        name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:16]
-        self._places = [root / CHECKED, cache / "fastalex" / f"check-{name}.json"]
-        self.reasons: dict[str, str] = {}
-        self.values: dict[str, Any] = {}
-        for place in self._places:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                known = json.loads(place.read_text(encoding="utf-8"))
-                if known["format"] == _FORMAT:
-                    self.reasons |= {str(key): str(why) for key, why in known["files"].items()}
-                    self.values |= known["values"]
+    def keys(self) -> list[tuple[str, int]]:
+        return [(file.path.name, file.size) for file in self._files]
 
-    def keep(self, reasons: Mapping[str, str]) -> None:
-        """Keep what is known of these files, and of no others, for the next time.
+    def _check(self, root: Path, files: list[ImageFile], size: int | None) -> list[tuple[str, str]]:
+        """Decode every file not known yet, keep what fits in memory, return what can't be read.
 
-        What may be another day's is not: that a file was not there, or memory short.
+        A file is known by its path below the folder, its size and its time of change.
         """
-        self.reasons = {key: why for key, why in reasons.items() if why not in PASSING}
-        self.save()
+        keys, kept = {file.path: _key(file) for file in files}, _recall(root)
+        known = {key: kept[key] for key in keys.values() if key in kept}
+        new = [path for path, key in keys.items() if key not in known]
+        workers = min(16, os.cpu_count() or 1)
+        read = functools.partial(try_read, read_image, size=_CHECK_SIZE if size is None else size)
+        results = map_ahead(read, new, workers, 4 * workers)
+        bar = tqdm(results, f"Reading {root}", len(new), disable=None, delay=0.5)
+        try:
+            for path, result in zip(new, bar, strict=True):
+                known[keys[path]] = result if isinstance(result, str) else ""
+                if size is not None and not isinstance(result, str):
+                    self._cache.put(path, result)
+        finally:  # Ctrl-C too
+            if new:
+                _keep(root, known)
+        return [(str(path), known[key]) for path, key in keys.items() if known[key]]
 
-    def save(self) -> None:
-        """Write what is known to the first place that takes it; to none, if there is none."""
-        known = {"format": _FORMAT, "files": self.reasons, "values": self.values}
-        for place in self._places:
-            with contextlib.suppress(OSError):
-                if place.name != CHECKED:
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(place) as temporary:
-                    temporary.write_text(json.dumps(known), encoding="utf-8")
-                return
+
+def _read(read: Callable[[Path, int], T], path: Path, size: int) -> T:
+    result = try_read(read, path, size)
+    if isinstance(result, str):
+        raise DataError(f"{path}: can't be read any more: {result}")
+    return result
 
 
-def _key(file: tuple[str, int, int]) -> str:
-    text = "\0".join(map(str, file)).encode(errors="surrogateescape")
+def _places(root: Path) -> list[Path]:
+    """Where it is kept which files of a folder can be read: in it or, if it takes no file, here."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:16]
+    return [root / CHECKED, cache / "fastalex" / f"check-{name}.json"]
+
+
+def _recall(root: Path) -> dict[str, str]:
+    """By a key of each file that was looked at, why it can't be read; empty where it can.
+
+    A damaged file, or another version's, only costs the time of a check.
+    """
+    reasons: dict[str, str] = {}
+    for place in _places(root):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            known = json.loads(place.read_text(encoding="utf-8"))
+            if known["format"] == _FORMAT:
+                reasons |= {str(key): str(why) for key, why in known["files"].items()}
+    return reasons
+
+
+def _keep(root: Path, reasons: Mapping[str, str]) -> None:
+    """Write what is known of these files, and of no others, to the first place that takes it.
+
+    What may be another day's is not kept: that a file was not there, or memory short.
+    """
+    lasting = {key: why for key, why in reasons.items() if why not in PASSING}
+    for place in _places(root):
+        with contextlib.suppress(OSError):
+            if place.name != CHECKED:
+                place.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(place) as temporary:
+                known = {"format": _FORMAT, "files": lasting}
+                temporary.write_text(json.dumps(known), encoding="utf-8")
+            return
+
+
+def _key(file: ImageFile) -> str:
+    name = f"{file.path.parent.name}/{file.path.name}"
+    text = f"{name}\0{file.size}\0{file.changed}".encode(errors="surrogateescape")
     return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def class_folders(root: Path, known: list[str] | None = None) -> list[str]:
-    """Names of the sub-folders of ``root``, sorted.
-
-    Raises:
-        DataError: where there are none, or one is not among the ``known`` classes, if given.
-    """
+    """Names of the sub-folders of ``root``, sorted; of no class that is not ``known``, if given."""
     try:
         with os.scandir(root) as entries:
             names = sorted(
@@ -265,42 +198,33 @@ def class_folders(root: Path, known: list[str] | None = None) -> list[str]:
     return names
 
 
-def image_files(folder: Path) -> list[Path]:
+class ImageFile(NamedTuple):
+    """A file that is named like an image, its bytes and its time of change; -1 of a dead link."""
+
+    path: Path
+    size: int
+    changed: int
+
+
+def image_files(folder: Path) -> list[ImageFile]:
     """The files of ``folder`` that are named like images, by name; hidden ones are ignored.
 
     Links that lead nowhere are among them, for someone to hear of them.
-
-    Raises:
-        DataError: where the folder can't be read.
     """
     try:
         with os.scandir(folder) as entries:
-            names = [
-                entry.name
-                for entry in entries
-                if entry.is_file(follow_symlinks=False) or entry.is_symlink()
-            ]
+            found = [entry for entry in entries if _is_image(entry)]
     except OSError as error:
         raise DataError(f"{folder}: {why(error)}") from error
-    return [
-        folder / name
-        for name in sorted(names)
-        if os.path.splitext(name)[1].lower() in FORMATS and not name.startswith(".")
-    ]
-
-
-def stat_files(paths: list[Path]) -> list[tuple[str, int, int]]:
-    """Of each file class and name, bytes and time of its change; -1 where it is not there."""
-
-    def stat(path: Path) -> tuple[str, int, int]:
-        name, size, time = f"{path.parent.name}/{path.name}", -1, -1
+    files = []
+    for entry in sorted(found, key=lambda entry: entry.name):
+        size, changed = -1, -1
         with contextlib.suppress(OSError):
-            found = os.stat(path)
-            size, time = found.st_size, found.st_mtime_ns
-        return name, size, time
+            size, changed = entry.stat().st_size, entry.stat().st_mtime_ns
+        files.append(ImageFile(folder / entry.name, size, changed))
+    return files
 
-    # A network's disks answer many questions at a time.
-    some = [paths[start : start + _STATS] for start in range(0, len(paths), _STATS)]
-    return [
-        one for many in map_ahead(lambda part: list(map(stat, part)), some, 16, 64) for one in many
-    ]
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    named = os.path.splitext(entry.name)[1].lower() in FORMATS and not entry.name.startswith(".")
+    return named and (entry.is_file(follow_symlinks=False) or entry.is_symlink())

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from fastalex.data.base import ImageDataset, Pixels
-from fastalex.data.folder import FolderImages
 
 NORMALIZATIONS = {
     "unit": "zero mean and unit variance of each channel, measured on the training images",
@@ -32,7 +31,6 @@ class Moments:
     """First and second moments of the pixels of images, as exact sums: the same in whatever order.
 
     Attributes:
-        images: how many.
         pixels: uint32 [size, size, 3], the sum of each pixel; uint64 once merged.
         products: float64 [3, 3], the sum over all pixels of the products of two channels.
     """
@@ -69,9 +67,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class MeanImage:
-    """What is subtracted from images pixel by pixel, on the scale 0 to 255.
-
-    Two are equal where their pixels are.
+    """What is subtracted from images pixel by pixel, on the scale 0 to 255; equal by its pixels.
 
     Attributes:
         pixels: float32 [D, D, 3], of the side at which images are decoded.
@@ -102,12 +98,7 @@ class MeanImage:
 
 @dataclass(frozen=True)
 class Normalization:
-    """x -> (x - mean) / std per channel, on pixels from 0 to 255.
-
-    Attributes:
-        mean, std: of each channel.
-        mean_image: what is subtracted instead of ``mean``; None where that is subtracted.
-    """
+    """x -> (x - mean) / std per channel, on pixels from 0 to 255, or less a mean image instead."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -115,31 +106,27 @@ class Normalization:
 
     @classmethod
     def measure(cls, dataset: ImageDataset, size: int, sample: int = 1000) -> Normalization:
-        """Mean and standard deviation of the pixels of a sample of ``dataset``.
+        """What gives the images of ``dataset``, decoded at ``size``, zero mean and unit variance.
 
-        Args:
-            dataset: the training images.
-            size: side in pixels at which they are decoded.
-            sample: at most this many images are looked at: one of each of as many equal parts,
-                drawn at random, but always the same. So every class has its fair share, whether
-                a dataset keeps classes together or in turn; evenly spaced ones could miss some.
-
-        Returns:
-            The normalisation that gives these images zero mean and unit variance in each channel;
-            a channel that never varies is left at its scale.
+        A channel that never varies is left at its scale. At most ``sample`` images are looked at:
+        one of each of as many equal parts, drawn at random, but always the same. So every class has
+        its fair share, whether a dataset keeps classes together or in turn.
         """
-        if isinstance(dataset, FolderImages):  # a file is slow to decode
-            name = f"mean and deviation of {sample} images at {size} pixels"
-            return cls.from_dict(dataset.recall(name, lambda: _measure(dataset, size, sample)))
-        return cls.from_dict(_measure(dataset, size, sample))
+        count = min(sample, len(dataset))
+        edges = np.arange(count + 1) * len(dataset) // count
+        chosen = np.random.default_rng(0).integers(edges[:-1], edges[1:])
+        moments = Moments(size)
+        for index in chosen.tolist():
+            moments.add(dataset.image(index, size))
+        mean, covariance = moments.mean_and_covariance()
+        std = np.sqrt(np.maximum(covariance.diagonal(), 0.0))
+        std[std < 0.5] = 1.0  # half a grey level: nothing but rounding
+        return cls(tuple(mean.tolist()), tuple(std.tolist()))
 
     def scaled(self, kind: str, mean_image: MeanImage | None = None) -> Normalization:
-        """Another normalisation of the images that this one was measured on.
+        """Another normalisation, of ``NORMALIZATIONS``, of the images this one was measured on.
 
-        Args:
-            kind: one of ``NORMALIZATIONS``.
-            mean_image: of the images, for the kinds that subtract it; None subtracts the mean of
-                each channel in its place.
+        Without a ``mean_image`` the kinds that subtract one subtract the mean of each channel.
         """
         if kind == "imagenet":
             return IMAGENET
@@ -160,26 +147,20 @@ class Normalization:
     def from_dict(
         cls, values: dict[str, Any], mean_image: FloatPixels | None = None
     ) -> Normalization:
-        """The inverse of ``to_dict``.
-
-        Args:
-            values: what ``to_dict`` returned.
-            mean_image: float32 [D, D, 3], the pixels of the mean image, if there is one.
+        """The inverse of ``to_dict``, with the pixels of the mean image, if there is one.
 
         Raises:
-            ValueError: unless both entries hold three numbers and every std is positive, or where
-                the mean image is missing or another one.
+            ValueError: for anything else, and where the mean image is missing or another one.
         """
         try:
             mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
             about = values.get("mean_image") or {}
             centred, sha256 = bool(about.get("centred")), about.get("sha256")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"normalization: expected mean and std, got {values!r}") from error
-        if len(mean) != 3 or len(std) != 3:
+        except (KeyError, TypeError, ValueError, AttributeError):
+            mean = std = ()
+        finite = all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)
+        if len(mean) != 3 or len(std) != 3 or not finite:
             raise ValueError(f"normalization: expected mean and std, got {values!r}")
-        if not (all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)):
-            raise ValueError(f"normalization: expected finite mean, positive std, got {values!r}")
         if not about:
             return cls(mean, std)
         if mean_image is None:
@@ -194,17 +175,3 @@ class Normalization:
 IMAGENET = Normalization(
     mean=(0.485 * 255, 0.456 * 255, 0.406 * 255), std=(0.229 * 255, 0.224 * 255, 0.225 * 255)
 )
-
-
-def _measure(dataset: ImageDataset, size: int, sample: int) -> dict[str, list[float]]:
-    """Mean and standard deviation of each channel, see ``Normalization.measure``."""
-    count = min(sample, len(dataset))
-    edges = np.arange(count + 1) * len(dataset) // count
-    chosen = np.random.default_rng(0).integers(edges[:-1], edges[1:])
-    moments = Moments(size)
-    for index in chosen.tolist():
-        moments.add(dataset.image(index, size))
-    mean, covariance = moments.mean_and_covariance()
-    std = np.sqrt(np.maximum(covariance.diagonal(), 0.0))
-    std[std < 0.5] = 1.0  # half a grey level: nothing but rounding
-    return {"mean": mean.tolist(), "std": std.tolist()}

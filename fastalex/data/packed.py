@@ -22,7 +22,6 @@ import hashlib
 import itertools
 import json
 import os
-import tokenize
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -45,16 +44,10 @@ MANIFEST = "packed.json"
 WORK = "packing"  # the folder of what an unfinished set needs besides
 HEADER = 128  # bytes of a shard's .npy header
 MAX_SIZE = 1024  # side in pixels
-INDEX = ("labels.npy", "checksums.npy", "names.json")
 
 
 class PackedImages:
-    """The images of one part of a packed set.
-
-    Args:
-        root: the packed set.
-        part: "train" or "val".
-        check_shards: whether to look at the length and the header of each file of images.
+    """The images of one part, "train" or "val", of the packed set ``root``.
 
     Attributes:
         size: side in pixels at which the images are packed.
@@ -63,7 +56,8 @@ class PackedImages:
         mean_image: float32 [size, size, 3], the mean of the training images (P§2).
 
     Raises:
-        DataError: where the set is unfinished, damaged, or lacks the part.
+        DataError: where the set is unfinished, damaged, or lacks the part; whether each file of
+            images is as long as it has to be is left out without ``check_shards``.
     """
 
     def __init__(self, root: Path, part: str, check_shards: bool = True) -> None:
@@ -72,7 +66,6 @@ class PackedImages:
             raise DataError(f"{root}: no {part} images in this packed set; pack it again with some")
         self.classes: list[str] = manifest["classes"]
         self.size: int = manifest["size"]
-        self.unreadable: list[tuple[str, str]] = []  # left out when the set was packed
         self.covariance = np.array(manifest["covariance"])
         self._root, self._part = root, part
         self.shards: list[int] = manifest["parts"][part]["shards"]
@@ -80,30 +73,23 @@ class PackedImages:
         self._paths = [str(shard_path(root, part, i)) for i in range(len(self.shards))]
         for number in range(len(self.shards) if check_shards else 0):
             self._check_shard(number)
-        shape = (self._starts[-1],)
-        self.labels: npt.NDArray[np.int64] = load_array(
-            root, f"{part}/labels.npy", manifest, np.int64, shape
-        )
+        self.labels: npt.NDArray[np.int64] = self._array(f"{part}/labels.npy", np.int64)
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise DataError(
                 f"{root / part / 'labels.npy'}: expected labels from 0 to {len(self.classes) - 1}, "
                 f"got {self.labels.min()} to {self.labels.max()}; pack the set again"
             )
-        self._checksums = load_array(root, f"{part}/checksums.npy", manifest, np.uint32, shape)
+        self._checksums = self._array(f"{part}/checksums.npy", np.uint32)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._checksums)
 
     def name(self, index: int) -> str:
         """The path of the file that the image was decoded from."""
         return str(Path(self._manifest["source"], self._names[index]))
 
     def image(self, index: int, size: int) -> Pixels:
-        """uint8 [size, size, 3], RGB; resized where it is packed at another size.
-
-        Raises:
-            DataError: where the file is cut short, damaged or can't be read.
-        """
+        """uint8 [size, size, 3], RGB; resized where it is packed at another size."""
         packed = self._packed(index)
         if size == self.size:
             return packed
@@ -118,18 +104,10 @@ class PackedImages:
 
     @functools.cached_property
     def mean_image(self) -> npt.NDArray[np.float32]:
-        shape = (self.size, self.size, 3)
-        mean: npt.NDArray[np.float32] = load_array(
-            self._root, "mean.npy", self._manifest, np.float32, shape
-        )
-        return mean
+        return self._array("mean.npy", np.float32, (self.size, self.size, 3))
 
     def read(self, index: int, out: Pixels) -> Pixels:
-        """Read an image at the packed size into ``out``, uint8 [size, size, 3], contiguous.
-
-        Raises:
-            DataError: as ``image``.
-        """
+        """Read an image at the packed size into ``out``, uint8 [size, size, 3], contiguous."""
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
         number = bisect.bisect_right(self._starts, index) - 1
@@ -148,20 +126,41 @@ class PackedImages:
             )
         return out
 
+    def damage(self, number: int) -> list[str]:
+        """A line for a shard that is cut short, or for each of its images that has changed."""
+        lines = []
+        try:
+            self._check_shard(number)
+            for index in range(self._starts[number], self._starts[number + 1]):
+                try:
+                    self._packed(index)
+                except DataError as error:
+                    lines.append(str(error))
+        except DataError as error:
+            return [str(error)]
+        return lines
+
     def _packed(self, index: int) -> Pixels:
         return self.read(index, np.empty((self.size, self.size, 3), np.uint8))
 
     @functools.cached_property
     def _names(self) -> list[str]:
-        path = self._root / self._part / "names.json"
+        path = _checked(self._root, f"{self._part}/names.json", self._manifest)
+        names: list[str] = json.loads(path.read_text(encoding="ascii"))
+        return names
+
+    def _array(
+        self, name: str, kind: type[np.generic], shape: tuple[int, ...] | None = None
+    ) -> npt.NDArray[Any]:
+        """An array of the set, one element for each image unless ``shape`` says otherwise."""
+        path = _checked(self._root, name, self._manifest)
         try:
-            names = json.loads(path.read_text(encoding="ascii"))
-        except (ValueError, RecursionError):
-            names = None
-        found: list[str] = names if isinstance(names, list) else []
-        if len(found) != len(self) or not all(isinstance(name, str) for name in found):
-            raise DataError(f"{path}: not the names of {len(self)} images; pack the set again")
-        return found
+            array = np.load(path, mmap_mode="r")  # no more than the file has
+        except Exception as error:  # its header is Python, of which numpy evaluates literals
+            raise DataError(f"{path}: not an array; pack the set again") from error
+        if array.shape != (shape or (sum(self.shards),)) or array.dtype != kind:
+            raise DataError(f"{path}: of another type or shape than the set; pack it again")
+        return np.array(array)
 
     def _check_shard(self, number: int) -> None:
         path, count = Path(self._paths[number]), self.shards[number]
@@ -174,27 +173,13 @@ class PackedImages:
             if file.read(HEADER) != shard_header(count, self.size):
                 raise DataError(f"{path}: its header is damaged; copy the set or pack it again")
 
-    def damage(self, number: int) -> list[str]:
-        """A line for a shard that is cut short, or for each of its images that has changed."""
-        lines = []
-        try:
-            self._check_shard(number)
-        except DataError as error:
-            return [str(error)]
-        for index in range(self._starts[number], self._starts[number + 1]):
-            try:
-                self._packed(index)
-            except DataError as error:
-                lines.append(str(error))
-        return lines
-
 
 def _read_at(path: str, place: int, out: Pixels) -> int:
     """Fill ``out`` from a place in a file; returns how many bytes there were."""
     data, found = out.reshape(-1).data, 0
     file = os.open(path, os.O_RDONLY)
     try:
-        while more := os.preadv(file, [data[found:]], place + found):
+        while found < len(data) and (more := os.preadv(file, [data[found:]], place + found)):
             found += more
     finally:
         os.close(file)
@@ -207,11 +192,7 @@ def is_packed(folder: Path) -> bool:
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """What ``packed.json`` says.
-
-    Raises:
-        DataError: where there is none, or it is damaged.
-    """
+    """What ``packed.json`` says; raises DataError where there is none, or it is damaged."""
     path = root / MANIFEST
     if not path.is_file():
         if (root / WORK).is_dir():
@@ -226,55 +207,45 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise DataError(f"{path}: expected format {FORMAT!r}, got {manifest.get('format')!r}")
     if checksum != digest(manifest):
         raise DataError(f"{path}: damaged, it does not match its checksum; pack the set again")
-    if not _is_sound(manifest):
+    try:
+        sound = _is_sound(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        sound = False
+    if not sound:
         raise DataError(f"{path}: sizes, counts or classes that no set has; pack it again")
     return manifest
 
 
 def _is_sound(manifest: dict[str, Any]) -> bool:
     """Whether sizes, counts and classes are what ``pack`` writes; a checksum stops no author."""
-    try:
-        classes, size, parts = manifest["classes"], manifest["size"], manifest["parts"]
-        counts = [count for part in parts.values() for count in part["shards"]]
-        covariance = np.array(manifest["covariance"], np.float64)
-        mean = np.array(manifest["channel_mean"], np.float64)
-        return (
-            all(isinstance(name, str) for name in classes)
-            and 0 < len(classes) == len(set(classes))
-            and set(parts) <= {"train", "val"}
-            and all(type(count) is int and 0 <= count < 1 << 40 for count in [*counts, size])
-            and 1 <= size <= MAX_SIZE
-            and all(sum(part["shards"]) == part["images"] for part in parts.values())
-            and (mean.shape, covariance.shape) == ((3,), (3, 3))
-            and bool(np.isfinite(mean).all() and np.isfinite(covariance).all())
-            and isinstance(manifest["source"], str)
-            and isinstance(manifest["files"], dict)
-        )
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return False
+    classes, size, parts = (manifest[key] for key in ("classes", "size", "parts"))
+    counts = [count for part in parts.values() for count in part["shards"]]
+    return (
+        all(isinstance(name, str) for name in classes)
+        and 0 < len(classes) == len(set(classes))
+        and set(parts) <= {"train", "val"}
+        and all(type(count) is int and 0 <= count < 1 << 40 for count in [*counts, size])
+        and 1 <= size <= MAX_SIZE
+        and bool(np.isfinite(np.array(manifest["covariance"], np.float64).reshape(3, 3)).all())
+        and isinstance(manifest["source"], str)
+        and isinstance(manifest["files"], dict)
+    )
 
 
-def verify(root: Path, workers: int, quiet: bool = False) -> tuple[int, list[str]]:
-    """Read the whole set and compare it with its checksums.
-
-    Returns:
-        How many images were compared, and what is damaged: a line for each image or file.
+def verify(root: Path, workers: int) -> tuple[int, list[str]]:
+    """How many images a set has, and a line for each image or file that is damaged.
 
     Raises:
         DataError: where the set is not whole, or its index is damaged.
     """
     manifest = read_manifest(root)
     for name in manifest["files"]:
-        _check_file(root, name, manifest)
+        _checked(root, name, manifest)
     parts = [PackedImages(root, part, check_shards=False) for part in manifest["parts"]]
     shards = [(images, number) for images in parts for number in range(len(images.shards))]
     found = map_ahead(lambda shard: shard[0].damage(shard[1]), shards, workers, 2 * workers)
-    total, damaged = sum(map(len, parts)), []
-    with tqdm(desc=f"Verifying {root}", total=total, disable=quiet or None, unit="image") as bar:
-        for (images, number), lines in zip(shards, found, strict=True):
-            damaged += lines
-            bar.update(images.shards[number])
-    return total, damaged
+    bar = tqdm(found, f"Verifying {root}", len(shards), disable=None, unit="shard")
+    return sum(map(len, parts)), [line for lines in bar for line in lines]
 
 
 def shard_path(root: Path, part: str, number: int) -> Path:
@@ -289,34 +260,14 @@ def shard_header(count: int, size: int) -> bytes:
 
 
 def file_digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def load_array(
-    root: Path, name: str, manifest: dict[str, Any], kind: type[np.generic], shape: tuple[int, ...]
-) -> npt.NDArray[Any]:
-    """An array of a set.
-
-    Raises:
-        DataError: where it is missing, damaged, or of another type or shape.
-    """
-    _check_file(root, name, manifest)
-    try:
-        array = np.lib.format.open_memmap(root / name, mode="r")  # no more than the file has
-    except (ValueError, TypeError, EOFError, OverflowError, SyntaxError, tokenize.TokenError) as e:
-        raise DataError(f"{root / name}: not an array; pack the set again") from e
-    if array.shape != shape or array.dtype != kind:
-        raise DataError(f"{root / name}: of another type or shape than the set; pack it again")
-    return np.array(array)
-
-
-def _check_file(root: Path, name: str, manifest: dict[str, Any]) -> None:
+def _checked(root: Path, name: str, manifest: dict[str, Any]) -> Path:
+    """The path of a file of the set, which is there and has its checksum."""
     path = root / name
     if not path.is_file():
         raise DataError(f"{path}: missing from the packed set; pack it again")
     if file_digest(path) != manifest["files"].get(name):
         raise DataError(f"{path}: damaged, it does not match its checksum; pack the set again")
+    return path

@@ -24,19 +24,6 @@ from fastalex.data.base import DataError
 CROPS = (240, 40)  # of each photograph, to train and to validate on
 _SMALLEST, _LARGEST = 128, 256  # side of a crop
 _QUALITY = 92
-MANIFEST = "manifest.json"
-README = "README.txt"
-
-_ABOUT = f"""\
-Crops of photographs, for training and validating an image classifier.
-A class is one photograph; its training and validation crops share no pixel.
-{MANIFEST} has the box (left, top, right, bottom) of each crop.
-
-The photographs are those that scikit-image ships in its package. Each was given to the
-public domain by its author or publisher, as scikit-image documents:
-
-"""
-
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 # The middle of a picture of 512 x 512, and the four sides around it.
@@ -97,18 +84,12 @@ PHOTOS = (
 def write_photos(folder: Path, counts: tuple[int, int] = CROPS) -> int:
     """Write ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg`` to ``folder``, all of it or nothing.
 
-    Beside them stand ``manifest.json``, each crop's box in its photograph, and ``README.txt``,
-    the authors and licences.
-
-    Args:
-        folder: made here; may exist if it is empty.
-        counts: training and validation crops of each photograph.
-
-    Returns:
-        How many crops were written.
+    Beside them stands ``manifest.json``: author and licence of each photograph, and each crop's box
+    (left, top, right, bottom) in it. Returns how many crops were written, ``counts`` of each
+    photograph to train and to validate on.
 
     Raises:
-        DataError: where ``folder`` is in use, or scikit-image or one of its pictures is missing.
+        DataError: where ``folder`` is in use, or scikit-image is missing.
     """
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -131,14 +112,7 @@ def _pictures_folder() -> Path:
     found = importlib.util.find_spec("skimage")
     if found is None or not found.submodule_search_locations:
         raise DataError('scikit-image is missing; run: pip install "fastalex[photos]"')
-    folder = Path(found.submodule_search_locations[0]) / "data"
-    missing = [photo.file for photo in PHOTOS if not (folder / photo.file).is_file()]
-    if missing:
-        raise DataError(
-            f"{folder}: {missing[0]} is missing; "
-            'run: pip install --force-reinstall "scikit-image>=0.22"'
-        )
-    return folder
+    return Path(found.submodule_search_locations[0]) / "data"
 
 
 def _write_crops(folder: Path, pictures: Path, counts: tuple[int, int]) -> int:
@@ -158,9 +132,7 @@ def _write_crops(folder: Path, pictures: Path, counts: tuple[int, int]) -> int:
                     crops.append({"file": file, "photo": photo.name, "box": box})
                     bar.update()
     manifest = {"photos": [photo._asdict() for photo in PHOTOS], "crops": crops}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    credits = [f"{photo.name}: {photo.credit}\n{photo.source}\n" for photo in PHOTOS]
-    (folder / README).write_text(_ABOUT + "".join(credits), encoding="utf-8")
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return len(crops)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fastalex.data.base import CACHE_BYTES, ImageCache, Pixels
+from fastalex.data.base import ImageCache, Pixels
 
 TRAIN_COUNT = 3000
 VAL_COUNT = 500
@@ -35,17 +35,14 @@ class SyntheticImages:
         split: "train" or "val"; the same index is another picture in each.
         count: how many images.
         seed: another seed draws other images; not negative.
-        cache_bytes: images drawn once are kept in memory up to this limit.
     """
 
-    def __init__(
-        self, split: Split, count: int, seed: int = 0, cache_bytes: int = CACHE_BYTES
-    ) -> None:
+    def __init__(self, split: Split, count: int, seed: int = 0) -> None:
         self.split = split
         self.seed = seed
         self.classes = list(_FIGURES)
         self.labels = np.arange(count) % len(self.classes)
-        self._cache = ImageCache(cache_bytes)
+        self._cache = ImageCache()
 
     def __len__(self) -> int:
         return len(self.labels)

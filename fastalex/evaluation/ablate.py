@@ -13,7 +13,7 @@ from typing import Any
 from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.common.interrupts import INTERRUPTED
 from fastalex.common.tables import table
-from fastalex.evaluation.published import is_imagenet
+from fastalex.evaluation.evaluate import is_imagenet
 from fastalex.model.ablations import ABLATIONS, LOSSES, edit
 from fastalex.model.variants import VARIANTS
 from fastalex.training.options import parse_arguments
@@ -25,12 +25,7 @@ _DEFAULT = ("lrn", "overlap", HALF, "tower-traffic", "conv3", "conv4", "conv5") 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit code. 0: all are trained. 1: one failed. 2: nothing could begin. 130: Ctrl-C; the
-        same command goes on with what is not finished.
-    """
+    """Run the command line; returns the exit code, after a failed training that one's."""
     options, rest = _parser().parse_known_args(arguments)
     left = "give the same command again to go on"
     return guarded("ablate", lambda: _run(options, rest), left)
@@ -78,9 +73,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         if code:
             print(f"ablate: error: training {name} ended with code {code}", file=sys.stderr)
             return code
-    print()
-    for line in report(options.output, names):
-        print(line)
+    print("", *report(options.output, names), sep="\n")
     return 0
 
 
@@ -92,12 +85,7 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def report(output: Path, names: Sequence[str]) -> list[str]:
-    """The table of finished runs: validation errors, what each edit cost, and what was published.
-
-    Args:
-        output: holds a run's folder for each of ``names``, the whole net's first.
-        names: ``"whole"`` and edits.
-    """
+    """The table of the runs in ``output``, the whole net first: errors, and those published."""
     rows = [["", "", "error", "error", "lost", "lost", "published", "published"]]
     rows += [["net", "parameters", *["top-1", "top-5"] * 3]]
     first: dict[str, Any] = {}
@@ -111,15 +99,12 @@ def report(output: Path, names: Sequence[str]) -> list[str]:
         row = [name if name in (WHOLE, HALF) else f"without {name}", parameters]
         row += [f"{error:.1f}%" for error in errors.values()]
         loss = LOSSES.get(name)
-        if name == WHOLE:
-            row += ["", "", "", ""]
-        else:
-            row += [f"{errors[key] - first[key]:+.1f}" for key in errors]
-            published = (None, None) if loss is None else (loss.top1, loss.top5)
-            row += ["-" if value is None else f"{value:+.1f}" for value in published]
+        lost = [f"{errors[key] - first[key]:+.1f}" for key in errors]
+        published = (None, None) if loss is None else (loss.top1, loss.top5)
+        lost += ["-" if value is None else f"{value:+.1f}" for value in published]
+        rows.append(row + ([""] * 4 if name == WHOLE else lost))
         if loss is not None:
             notes.append(f"{name}: {loss.source}{', ' if loss.note else ''}{loss.note}")
-        rows.append(row)
     lines = table(rows, right=7)
     lines += ["", "Errors are of the validation images' centre crops after the last epoch; lost is"]
     lines.append("the percentage points that this error is above the whole net's.")

@@ -5,27 +5,62 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import sys
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.common.files import replacing
 from fastalex.common.tables import table
 from fastalex.evaluation.ensemble import CROPS, TOP, Ensemble, Scores, evaluate, open_dataset
-from fastalex.evaluation.published import RESULTS, Published, is_imagenet
 from fastalex.model.ablations import split_name
 
 _CROPS = {1: "centre crop", 10: "ten crops"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+class Published(NamedTuple):
+    """What was tested, crops of each image (1, the centre, or 10), on what, errors in %, where."""
 
-    Returns:
-        The exit code. 0: tested. 2: it could not be, one line on stderr says why. 130: Ctrl-C.
+    nets: str
+    crops: int
+    images: str
+    top1: float
+    top5: float
+    source: str
+
+
+_TEST_2010 = "ILSVRC-2010 test"
+_VAL_2012 = "ILSVRC-2012 validation"
+_BVLC = "BVLC models/bvlc_alexnet/readme.md"
+_TORCHVISION = "torchvision AlexNet_Weights.IMAGENET1K_V1"
+
+_PAPER = (
+    Published("one net", 1, _TEST_2010, 39.0, 18.3, "P§6, footnote"),
+    Published("one net", 10, _TEST_2010, 37.5, 17.0, "P§6, table 1"),
+    Published("one net", 10, _VAL_2012, 40.7, 18.2, "P§6, table 2"),
+    Published("five nets", 10, _VAL_2012, 38.1, 16.4, "P§6, table 2"),
+)
+
+RESULTS: dict[str, tuple[Published, ...]] = {
+    "paper": _PAPER,
+    "source2012": _PAPER,  # net 145 logged the paper's errors: S:layers/layer-params-145.cfg
+    "caffe": (Published("one net", 1, _VAL_2012, 42.9, 19.8, _BVLC),),
+    "owt": (Published("one net", 1, _VAL_2012, 43.5, 20.9, _TORCHVISION),),
+}
+
+
+def is_imagenet(classes: Sequence[str]) -> bool:
+    """Whether ``classes`` look like ILSVRC's: a thousand, named by WordNet ids as in its folders.
+
+    The classes of 2010 and of 2012 differ and have ids of the same form, so this can't tell the
+    years apart.
     """
+    return len(classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 2 where the nets could not be tested."""
     options = _parser().parse_args(arguments)
     return guarded("evaluate", lambda: _run(options))
 
@@ -55,17 +90,12 @@ def _parser() -> Parser:
 def _run(options: argparse.Namespace) -> int:
     if options.confusion is not None:
         check_output("--confusion", options.confusion)
-    ensemble = Ensemble.load(options.weights)
+    ensemble = Ensemble(options.weights)
     dataset = open_dataset(options.data, "val", ensemble)
     scores = evaluate(ensemble, dataset, options.crops, options.batch_size, options.workers)
-    where = str(options.data or "built-in set")
-    if options.json:
-        print(json.dumps(_report(ensemble, scores, where, options), indent=2))
-    else:
-        for line in _lines(ensemble, scores, where, options):
-            print(line)
-    if options.confusion is not None:
-        sys.stdout.flush()  # the scores are out, whatever becomes of the file
+    report = _report(ensemble, scores, options)
+    print(json.dumps(report, indent=2) if options.json else "\n".join(_lines(report)), flush=True)
+    if options.confusion is not None:  # the scores are out, whatever becomes of the file
         write_confusion(options.confusion, scores)
         if not options.json:
             print(f"\nconfusion: {options.confusion}")
@@ -81,9 +111,10 @@ def write_confusion(path: Path, scores: Scores) -> None:
             writer.writerow([name, *counts])
 
 
-def _report(
-    ensemble: Ensemble, scores: Scores, where: str, options: argparse.Namespace
-) -> dict[str, Any]:
+def _report(ensemble: Ensemble, scores: Scores, options: argparse.Namespace) -> dict[str, Any]:
+    """What was found, as ``--json`` prints it."""
+    variants = [split_name(member.metadata["variant"])[0] for member in ensemble.members]
+    published = dict.fromkeys(result for name in variants for result in RESULTS[name])
     report: dict[str, Any] = {
         "weights": [
             {
@@ -94,67 +125,58 @@ def _report(
             }
             for member in ensemble.members
         ],
-        "data": where,
-        "images": len(scores.labels),
+        "data": str(options.data or "built-in set"),
+        **_errors(scores),
         "classes": len(scores.classes),
         "image_size": ensemble.image_size,
         "crops": options.crops,
-        "top1_error": scores.top1,
-        "top5_error": scores.top5,
         "imagenet": is_imagenet(scores.classes),
-        "published": [result._asdict() for result in _published(ensemble)],
+        "published": [result._asdict() for result in published],
     }
     if options.per_class:
-        report["per_class"] = {
-            name: {"images": len(s.labels), "top1_error": s.top1, "top5_error": s.top5}
-            for name, s in scores.per_class()
-        }
+        report["per_class"] = {name: _errors(some) for name, some in scores.per_class()}
     return report
 
 
-def _lines(
-    ensemble: Ensemble, scores: Scores, where: str, options: argparse.Namespace
-) -> list[str]:
-    lines = [f"net: {_describe(member)}" for member in ensemble.members]
-    images = f"{len(scores.labels)} images of {len(scores.classes)} classes"
-    lines.append(f"data: {where}, {images}, {ensemble.image_size} px, {_CROPS[options.crops]}")
-    count = len(ensemble.members)
-    ours = ["this", "one net" if count == 1 else f"{count} nets, averaged", _CROPS[options.crops]]
+def _errors(scores: Scores) -> dict[str, Any]:
+    return {"images": len(scores.labels), "top1_error": scores.top1, "top5_error": scores.top5}
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    """The report as text."""
+    lines = []
+    for net in report["weights"]:
+        after = "" if net["epoch"] is None else f", epoch {net['epoch']}"
+        lines.append(f"net: {net['variant']}, {net['path']}{after}")
+    where, classes, crops = report["data"], report["classes"], _CROPS[report["crops"]]
+    images = f"{report['images']} images of {classes} classes"
+    lines.append(f"data: {where}, {images}, {report['image_size']} px, {crops}")
+    count = len(report["weights"])
+    nets = "one net" if count == 1 else f"{count} nets, averaged"
     rows = [["", "nets", "crops", "images", "top-1 error", f"top-{TOP} error"]]
-    rows += [[*ours, where, _percent(scores.top1), _percent(scores.top5)]]
+    rows += [["this", nets, crops, where, *_percent(report)]]
     rows += [
-        ["published", r.nets, _CROPS[r.crops], r.images, f"{r.top1}%", f"{r.top5}%"]
-        for r in _published(ensemble)
+        ["published", r["nets"], _CROPS[r["crops"]], r["images"], f"{r['top1']}%", f"{r['top5']}%"]
+        for r in report["published"]
     ]
-    sources = dict.fromkeys(result.source for result in _published(ensemble))
+    sources = dict.fromkeys(result["source"] for result in report["published"])
     lines += ["", *table(rows, right=2), "", f"published in: {'; '.join(sources)}"]
-    if not is_imagenet(scores.classes):
+    if not report["imagenet"]:
         lines.append(
             "The published errors are of ImageNet's thousand classes. These images are another "
             "data set, so the numbers can't be compared."
         )
-    if len(scores.classes) <= TOP:
-        lines.append(f"With {len(scores.classes)} classes the top-{TOP} error is 0 for any net.")
-    if options.per_class:
+    if classes <= TOP:
+        lines.append(f"With {classes} classes the top-{TOP} error is 0 for any net.")
+    if "per_class" in report:
         rows = [["class", "images", "top-1 error", f"top-{TOP} error"]]
         rows += [
-            [name, str(len(s.labels)), _percent(s.top1), _percent(s.top5)]
-            for name, s in scores.per_class()
+            [name, str(some["images"]), *_percent(some)]
+            for name, some in report["per_class"].items()
         ]
         lines += ["", *table(rows, right=3)]
     return lines
 
 
-def _describe(member: Any) -> str:
-    epoch = member.metadata.get("epoch")
-    after = "" if epoch is None else f", epoch {epoch}"
-    return f"{member.model.variant.name}, {member.path}{after}"
-
-
-def _published(ensemble: Ensemble) -> list[Published]:
-    variants = [split_name(member.metadata["variant"])[0] for member in ensemble.members]
-    return list(dict.fromkeys(result for name in variants for result in RESULTS[name]))
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
+def _percent(errors: dict[str, Any]) -> tuple[str, str]:
+    return f"{errors['top1_error']:.1%}", f"{errors['top5_error']:.1%}"

@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
+import itertools
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastalex.common.command_line import Parser, check_output, guarded
-from fastalex.common.figures import new_figure
+from fastalex.common.figures import DPI, new_figure
+from fastalex.common.files import replacing
 from fastalex.data import ImageDataset, decode_size
 from fastalex.data.base import Pixels
-from fastalex.evaluation import drawing
-from fastalex.evaluation.ensemble import (
-    Ensemble,
-    open_dataset,
-    rank_classes,
-    read_batches,
-    read_files,
-)
+from fastalex.evaluation.ensemble import Ensemble, open_dataset, rank_classes, read_batches
 
 _PICTURES, _QUERIES, _NEAREST = 8, 5, 6  # as in Figure 4
 _SHOWN = 224  # side in pixels at which images are drawn
-_BATCH = 64
+_COLUMNS = 16  # kernels in a row, as in Figure 3
+_LINES = 3  # of a name
+_TITLE, _NAME, _SMALL = 7.5, 6.5, 5.5  # points
+_GREY, _RED, _DARK_RED = "#b8c4d6", "#e07a6a", "#c0392b"
+
+
+class Prediction(NamedTuple):
+    """A picture, uint8 [D, D, 3], its class, and the most probable ones, best first."""
+
+    pixels: Pixels
+    label: str
+    guesses: list[tuple[str, float]]
+
+
+class Neighbours(NamedTuple):
+    """One picture and those nearest to it; pixels are uint8 [D, D, 3]."""
+
+    pixels: Pixels
+    label: str
+    nearest: list[tuple[Pixels, str]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit code. 0: drawn. 2: something was wrong, one line on stderr says what. 130: Ctrl-C.
-    """
+    """Run the command line; returns the exit code: 2 where something could not be drawn."""
     options = _parser().parse_args(arguments)
     return guarded("figures", lambda: _run(options), "figures named above are whole")
 
@@ -43,19 +54,12 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m fastalex.figures",
         usage="%(prog)s --weights W [--data DIR] [--output DIR] [options]",
-        description="Draw, as PNG and PDF: conv1's kernels (Figure 3), predictions and nearest "
-        "neighbours (Figure 4), and a run's curves.",
+        description="Draw, as PNG and PDF, conv1's kernels (Figure 3), predictions and nearest "
+        "neighbours (Figure 4).",
     )
     parser.add_path("--weights", "weights file", "W", required=True)
     text = "folder of images, as for training (default: the built-in set)"
     parser.add_path("--data", text, "DIR")
-    text = (
-        "files to show predictions of; where its folder bears the name of a class, that is the "
-        f"correct one (default: {_PICTURES} validation images)"
-    )
-    parser.add_path("--images", text, "IMAGE", nargs="+")
-    text = "a run's metrics.jsonl (default: the one beside the weights, if there is one)"
-    parser.add_path("--metrics", text, "FILE")
     text = "training images, drawn at random, among which neighbours are sought"
     parser.add_count("--gallery", text, 2000)
     parser.add_path("--output", "where they go", "DIR", default=Path("figures"))
@@ -65,26 +69,18 @@ def _parser() -> Parser:
 def _run(options: argparse.Namespace) -> int:
     new_figure(1, 1)  # before any work: matplotlib may be missing
     check_output("--output", options.output, folder=True)
-    ensemble = Ensemble.load([options.weights])
-    metrics = options.metrics or options.weights.parent / "metrics.jsonl"
-    curves = read_metrics(metrics) if options.metrics or metrics.is_file() else None
-    given = options.images and predict_files(ensemble, options.images)
+    ensemble = Ensemble([options.weights])
     dataset = open_dataset(options.data, "val", ensemble)
-    output: Path = options.output
-    output.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
 
     def save(figure: Any, name: str) -> None:
-        print(", ".join(map(str, drawing.save_figure(figure, output / name))), flush=True)
+        print(", ".join(map(str, save_figure(figure, options.output / name))), flush=True)
 
     save(draw_first_layer(ensemble), "conv1")
-    save(drawing.draw_predictions(given or predict_some(ensemble, dataset)), "predictions")
+    save(draw_predictions(predict_some(ensemble, dataset)), "predictions")
     gallery = open_dataset(options.data, "train", ensemble)
-    save(
-        drawing.draw_neighbours(find_neighbours(ensemble, dataset, gallery, options.gallery)),
-        "neighbours",
-    )
-    if curves is not None:
-        save(drawing.draw_curves(curves), "curves")
+    neighbours = find_neighbours(ensemble, dataset, gallery, options.gallery)
+    save(draw_neighbours(neighbours), "neighbours")
     return 0
 
 
@@ -93,58 +89,25 @@ def draw_first_layer(ensemble: Ensemble) -> Any:
     model = ensemble.members[0].model
     weight: torch.Tensor = model.get_parameter("features.0.weight")
     kernels = weight.detach().float().cpu().numpy()
-    return drawing.draw_kernels(kernels, model.variant.convolutions[1].groups)
+    return draw_kernels(kernels, model.variant.convolutions[1].groups)
 
 
-def predict_files(ensemble: Ensemble, paths: Sequence[Path]) -> list[drawing.Prediction]:
-    """What the net says of image files.
-
-    Raises:
-        ValueError: for one that can't be read.
-    """
-    sides = decode_size(ensemble.image_size), _SHOWN
-    small, large = (list(read_files(paths, side)) for side in sides)
-    for path, pixels in zip(paths, small, strict=True):
-        if isinstance(pixels, str):
-            raise ValueError(f"{path}: {pixels}")
-    names = [path.absolute().parent.name for path in paths]
-    labels = [name if name in ensemble.classes else None for name in names]
-    return _predictions(ensemble, small, large, labels)
-
-
-def predict_some(ensemble: Ensemble, dataset: ImageDataset) -> list[drawing.Prediction]:
+def predict_some(ensemble: Ensemble, dataset: ImageDataset) -> list[Prediction]:
     """What the net says of a few images, of as many classes as possible."""
-    chosen = spread(dataset, _PICTURES)
-    sides = decode_size(ensemble.image_size), _SHOWN
-    small, large = ([dataset.image(i, side) for i in chosen] for side in sides)
-    return _predictions(
-        ensemble, small, large, [ensemble.classes[dataset.labels[i]] for i in chosen]
-    )
-
-
-def _predictions(
-    ensemble: Ensemble, small: Sequence[Any], large: Sequence[Any], labels: Sequence[str | None]
-) -> list[drawing.Prediction]:
-    probabilities = ensemble.probabilities(np.stack(small), crops=10)
+    chosen, side = spread(dataset, _PICTURES), decode_size(ensemble.image_size)
+    probabilities = ensemble.probabilities(np.stack([dataset.image(i, side) for i in chosen]), 10)
     found = []
-    for row, ranked, pixels, label in zip(
-        probabilities, rank_classes(probabilities), large, labels, strict=True
-    ):
+    for index, row, ranked in zip(chosen, probabilities, rank_classes(probabilities), strict=True):
         guesses = [(ensemble.classes[i], float(row[i])) for i in ranked.tolist()]
-        found.append(drawing.Prediction(pixels, label, guesses))
+        label = ensemble.classes[dataset.labels[index]]
+        found.append(Prediction(dataset.image(index, _SHOWN), label, guesses))
     return found
 
 
 def find_neighbours(
     ensemble: Ensemble, dataset: ImageDataset, gallery: ImageDataset, limit: int
-) -> list[drawing.Neighbours]:
-    """For a few images of ``dataset``, those of ``gallery`` with the nearest fc7 features.
-
-    Args:
-        ensemble: its first net gives the features.
-        dataset: where the images come from, one of each class.
-        gallery: where the neighbours are sought.
-        limit: at most this many of the gallery are looked at, drawn at random.
+) -> list[Neighbours]:
+    """For a few images of ``dataset``, the nearest of ``limit`` of ``gallery``, drawn at random.
 
     Source: P§6.1: the smallest Euclidean distance between 4096-dimensional activations.
     """
@@ -162,7 +125,7 @@ def find_neighbours(
     found = []
     for query, row in zip(queries, distances.argsort(dim=1, stable=True), strict=True):
         nearest = [shown(gallery, candidates[n]) for n in row[:_NEAREST].tolist()]
-        found.append(drawing.Neighbours(*shown(dataset, query), nearest))
+        found.append(Neighbours(*shown(dataset, query), nearest))
     return found
 
 
@@ -170,7 +133,7 @@ def ensemble_features(
     ensemble: Ensemble, dataset: ImageDataset, indices: Sequence[int], what: str
 ) -> torch.Tensor:
     """float32 [len(indices), 4096]: the last hidden layer's activations."""
-    batches = read_batches(dataset, indices, ensemble.image_size, _BATCH, 1, what)
+    batches = read_batches(dataset, indices, ensemble.image_size, what)
     return torch.cat([ensemble.features(pixels) for pixels in batches])
 
 
@@ -179,28 +142,142 @@ def spread(dataset: ImageDataset, count: int) -> list[int]:
     labels = np.unique(dataset.labels)
     chosen = labels[np.arange(min(count, len(labels))) * len(labels) // min(count, len(labels))]
     by_class = [np.flatnonzero(dataset.labels == label) for label in chosen]
-    ranks = range(max(map(len, by_class)))
-    return [int(mine[rank]) for rank in ranks for mine in by_class if rank < len(mine)][:count]
+    ranks = itertools.zip_longest(*by_class)
+    return [int(index) for rank in ranks for index in rank if index is not None][:count]
 
 
-def read_metrics(path: Path) -> drawing.Curves:
-    """The curves of a metrics.jsonl; of a step or epoch written twice the later record counts.
+def save_figure(figure: Any, stem: Path) -> list[Path]:
+    """Write ``stem`` with .png and .pdf added, each atomically; returns the two paths."""
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf")]
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, for both
+    for path in paths:
+        kind = path.suffix[1:]
+        # Without a date the same figure is the same file.
+        metadata = {"CreationDate": None} if kind == "pdf" else {}
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=kind, metadata=metadata)
+    return paths
 
-    Raises:
-        ValueError: where it can't be read, or holds no record of a step or an epoch.
+
+def kernel_grid(kernels: npt.NDArray[np.float32], columns: int = _COLUMNS) -> Pixels:
+    """Kernels, float32 [n, 3, k, k], as coloured tiles with a white line of one pixel around each.
+
+    Each is scaled by its own largest weight: zero is grey 128, the largest weight is 0 or 255.
+    Returns uint8 [rows * (k + 1) + 1, columns * (k + 1) + 1, 3].
     """
-    found: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "epoch": {}}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        for record in map(json.loads, lines):
-            if record.get("kind") in found:
-                found[record["kind"]][int(record["step"])] = record
-    except FileNotFoundError as error:
-        raise ValueError(f"--metrics {path}: no such file") from error
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"--metrics {path}: not the metrics of a run ({error})") from error
-    steps, epochs = ([records[n] for n in sorted(records)] for records in found.values())
-    steps = [record for record in steps if record["loss"] is not None]
-    if not steps and not epochs:
-        raise ValueError(f"--metrics {path}: no step and no epoch recorded in it")
-    return drawing.Curves(steps, epochs)
+    side = kernels.shape[-1] + 1
+    largest = np.abs(kernels).max((1, 2, 3), keepdims=True).astype(np.float64)
+    tiles = np.rint(127.5 + 127.5 * kernels / np.where(largest == 0, 1, largest))
+    rows = -(-len(tiles) // columns)
+    grid: Pixels = np.full((rows * side + 1, columns * side + 1, 3), 255, np.uint8)
+    for number, tile in enumerate(tiles.transpose(0, 2, 3, 1)):
+        top, left = (place * side + 1 for place in divmod(number, columns))
+        grid[top : top + side - 1, left : left + side - 1] = tile
+    return grid
+
+
+def draw_kernels(kernels: npt.NDArray[np.float32], towers: int, scale: int = 8) -> Any:
+    """The first layer's kernels, float32 [n, 3, k, k], tower by tower, as in Figure 3.
+
+    A weight is a square of ``scale`` x ``scale`` pixels of the PNG, without any smoothing.
+    """
+    # Weights repeated here, so that no renderer has a pixel to choose.
+    blocks = [
+        kernel_grid(block).repeat(scale, 0).repeat(scale, 1) for block in np.split(kernels, towers)
+    ]
+    tall, wide = blocks[0].shape[:2]
+    edge, gap, margin = 2 * scale, 4 * scale, (10 * scale if towers > 1 else 2 * scale)
+    width, height = margin + wide + edge, towers * (tall + gap) - gap + 2 * edge
+    figure = new_figure(width / DPI, height / DPI)
+    for number, block in enumerate(blocks):
+        bottom = height - edge - tall - number * (tall + gap)
+        place = (margin / width, bottom / height, wide / width, tall / height)
+        axes = figure.add_axes(place, xticks=[], yticks=[], frame_on=False)
+        axes.imshow(block, interpolation="none", aspect="auto")
+        if towers > 1:
+            across, up = margin / 2 / width, (bottom + tall / 2) / height
+            style = {"rotation": 90, "ha": "center", "va": "center"}
+            figure.text(across, up, f"tower {number + 1}", **style)
+    return figure
+
+
+def draw_predictions(predictions: Sequence[Prediction], columns: int = 4) -> Any:
+    """Pictures, each with its correct label and bars of the most probable, as in Figure 4, left.
+
+    The bar of the correct label is red. ``columns`` pictures stand in a row.
+    """
+    columns = min(columns, len(predictions))
+    rows = -(-len(predictions) // columns)
+    wide, bars = 1.7, max(len(p.guesses) for p in predictions)
+    names = [_wrapped(name, wide, _NAME) for p in predictions for name, _ in p.guesses]
+    titles = [_wrapped(p.label, wide, _TITLE) for p in predictions]
+    below = bars * (0.03 + 0.105 * _lines(names))
+    tall = wide + below + 0.12 + 0.12 * _lines(titles)
+    figure = new_figure(columns * (wide + 0.08), rows * tall)
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03)
+    grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[wide, below] * rows)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for i, (prediction, title) in enumerate(zip(predictions, titles, strict=True)):
+        row, column = divmod(i, columns)
+        picture, chart = grid[2 * row : 2 * row + 2, column]
+        _show(picture, prediction.pixels)
+        picture.set_xlabel(title, fontsize=_TITLE, linespacing=1.0, fontweight="bold")
+        _bars(chart, prediction, wide)
+    return figure
+
+
+def _bars(axes: Any, prediction: Prediction, width: float) -> None:
+    names, shares = zip(*prediction.guesses, strict=True)
+    places = range(len(names))
+    colours = [_RED if name == prediction.label else _GREY for name in names]
+    axes.set(frame_on=True, xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xticks=[], yticks=[])
+    axes.set_axis_on()
+    axes.barh(places, shares, height=0.86, color=colours)
+    for place, name in zip(places, names, strict=True):
+        text = _wrapped(name, width, _NAME)
+        va = "center" if "\n" in text else "center_baseline"
+        axes.text(0.02, place, text, va=va, fontsize=_NAME, linespacing=1.0)
+
+
+def draw_neighbours(rows: Sequence[Neighbours]) -> Any:
+    """A picture in the first column and those nearest to it beside it, as in Figure 4, right.
+
+    The name of another class than the first column's is red. Each row has as many neighbours.
+    """
+    side, columns = 0.9, 1 + len(rows[0].nearest)
+    names = [name for row in rows for name in (row.label, *(name for _, name in row.nearest))]
+    tall = side + 0.08 + 0.09 * _lines(_wrapped(name, side, _SMALL) for name in names)
+    figure = new_figure(columns * (side + 0.05), len(rows) * tall + 0.2)
+    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02)
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for row, line in zip(rows, grid, strict=True):
+        for axes, (pixels, name) in zip(line, [(row.pixels, row.label), *row.nearest], strict=True):
+            _show(axes, pixels)
+            color = "black" if name == row.label else _DARK_RED
+            text = _wrapped(name, side, _SMALL)
+            axes.set_xlabel(text, fontsize=_SMALL, linespacing=1.0, color=color)
+    for axes, what in zip(grid[0], ("test image", "nearest training images"), strict=False):
+        axes.set_title(what, loc="left", fontsize=_TITLE, fontweight="bold")
+    return figure
+
+
+def _show(axes: Any, pixels: Pixels) -> None:
+    axes.set_axis_on()
+    axes.imshow(pixels, interpolation="antialiased")
+    axes.set(xticks=[], yticks=[])
+
+
+def _wrapped(text: str, inches: float, points: float) -> str:
+    """``text`` with spaces for underscores, in lines of a width; a letter is 0.58 of its size wide.
+
+    Only what is left after ``_LINES`` lines is cut.
+    """
+    room = int(inches * 72 / (0.58 * points))
+    lines = textwrap.wrap(text.replace("_", " "), room, max_lines=_LINES, placeholder="…")
+    return "\n".join(lines)
+
+
+def _lines(texts: Iterable[str]) -> int:
+    return max(text.count("\n") for text in texts) + 1

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-import torch
 
 from fastalex.common.command_line import REFUSED, Parser, guarded
 from fastalex.data import decode_size
-from fastalex.data.base import printable
-from fastalex.evaluation.ensemble import CROPS, TOP, Ensemble, rank_classes, read_files
+from fastalex.data.base import Pixels, printable
+from fastalex.data.decode import read_image, try_read
+from fastalex.evaluation.ensemble import CROPS, TOP, Ensemble, rank_classes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit code. 0: every image was named. 2: one could not be read, or nothing could be done;
-        a line on stderr for each. 130: Ctrl-C.
-    """
+    """Run the command line; returns the exit code: 2 where an image could not be read."""
     options = _parser().parse_args(arguments)
     return guarded("predict", lambda: _run(options))
 
@@ -42,17 +39,22 @@ def _parser() -> Parser:
     return parser
 
 
+def read_files(paths: Sequence[Path], size: int) -> list[Pixels | str]:
+    """The centre square of each image file, uint8 [size, size, 3], or why it can't be read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on metadata, without the file's name
+        return [try_read(read_image, path, size) for path in paths]
+
+
 def _run(options: argparse.Namespace) -> int:
-    ensemble = Ensemble.load(options.weights)
+    ensemble = Ensemble(options.weights)
     width = max(map(len, ensemble.classes))
     code = 0
     for start in range(0, len(options.images), options.batch_size):
         paths = options.images[start : start + options.batch_size]
-        read = list(read_files(paths, decode_size(ensemble.image_size)))
+        read = read_files(paths, decode_size(ensemble.image_size))
         good = [pixels for pixels in read if not isinstance(pixels, str)]
-        rows: Iterator[torch.Tensor] = iter(())
-        if good:
-            rows = iter(ensemble.probabilities(np.stack(good), options.crops))
+        rows = iter(ensemble.probabilities(np.stack(good), options.crops) if good else ())
         for path, pixels in zip(paths, read, strict=True):
             if isinstance(pixels, str):
                 print(f"predict: error: {printable(str(path))}: {pixels}", file=sys.stderr)

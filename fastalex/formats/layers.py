@@ -20,31 +20,20 @@ Array = npt.NDArray[np.floating]
 class ForeignNet(NamedTuple):
     """The layers of another program's file, in torch's order of axes.
 
-    Attributes:
-        kind: what the file is, for the user.
-        layers: weight [outputs, inputs, height, width] or [outputs, inputs] and bias [outputs] of
-            each layer that has them, from the images on; axes of one element may be left out.
-        variant: where the file says which; None where the shapes have to.
-        bgr: whether the net reads blue, green, red.
-        image_size: in pixels, where the file says it.
-        classes: their names, where the file has them.
-        normalization: as a weights file's metadata have it, where the file has it.
+    Each layer that has weights, from the images on, is a weight [outputs, inputs, height, width] or
+    [outputs, inputs] and a bias [outputs]; axes of one element may be left out.
     """
 
-    kind: str
+    kind: str  # what the file is, for the user
     layers: list[tuple[Array, Array]]
-    variant: str | None = None
-    bgr: bool = False
-    image_size: int | None = None
+    variant: str | None = None  # where the file says which; else the shapes have to
+    bgr: bool = False  # whether the net reads blue, green, red
+    image_size: int | None = None  # in pixels, and all that follows: where the file says it
     classes: list[str] | None = None
-    normalization: dict[str, Any] | None = None
+    normalization: dict[str, Any] | None = None  # as a weights file's metadata have it
 
     def told(self, metadata: Mapping[str, str]) -> ForeignNet:
-        """With what fastalex.export wrote beside the weights, if it did.
-
-        Raises:
-            ValueError: where that is no JSON.
-        """
+        """With what fastalex.export wrote beside the weights, if it did."""
         if not {"variant", "classes", "image_size", "normalization"} <= set(metadata):
             return self
         classes, scale = (json.loads(metadata[name]) for name in ("classes", "normalization"))
@@ -59,11 +48,7 @@ class ForeignNet(NamedTuple):
 
 
 def find_variant(net: ForeignNet, asked: str | None = None) -> str:
-    """The variant whose layers have the shapes of ``net``'s.
-
-    Args:
-        net: that was read.
-        asked: a variant that the user named; it has to fit.
+    """The variant, the one that the user ``asked`` for if any, whose layers have ``net``'s shapes.
 
     Raises:
         ValueError: where none fits, or where several do and neither user nor file says which.
@@ -99,14 +84,13 @@ def state_dict(net: ForeignNet, variant: str) -> dict[str, torch.Tensor]:
 
 
 def _fits(net: ForeignNet, variant: str) -> bool:
-    arrays = [array.shape for layer in net.layers for array in layer]
-    expected = list(_shapes(net, variant).values())
-    return len(arrays) == len(expected) and all(map(_same, arrays, expected))
-
-
-def _same(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Whether they differ in axes of one element only."""
-    return [n for n in shape if n != 1] == [n for n in expected if n != 1]
+    """Whether the shapes are the variant's but for axes of one element."""
+    shapes = [array.shape for layer in net.layers for array in layer]
+    ours, theirs = (
+        [[n for n in shape if n != 1] for shape in some]
+        for some in (_shapes(net, variant).values(), shapes)
+    )
+    return ours == theirs
 
 
 def _shapes(net: ForeignNet, variant: str) -> dict[str, tuple[int, ...]]:

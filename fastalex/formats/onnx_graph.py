@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastalex.data import Normalization, decode_size
+from fastalex.formats.onnx import NEEDED
 from fastalex.model.alexnet import AlexNet
 from fastalex.model.forms import TowerLinear, TowerLocalResponseNorm
 from fastalex.model.layers import SpatialResponseNorm
@@ -19,31 +20,13 @@ _OPSET = 18  # the first whose Resize smooths what it shrinks
 _IR_VERSION = 8  # which runtimes from 2022 on read
 
 
-class Pixels(NamedTuple):
-    """What is done to bytes before the net.
+def build(
+    net: AlexNet, image_size: int, scale: Normalization | None, metadata: Mapping[str, str]
+) -> Any:
+    """The graph of an unfused net in evaluation mode, an onnx.ModelProto with ``metadata_props``.
 
-    Attributes:
-        decode_size: side in pixels to which the centre square is resized.
-        mean: float32 [3, 1, 1] or [3, S, S], subtracted from pixels of 0 to 255.
-        std: float32 [3, 1, 1], which the difference is divided by.
-    """
-
-    decode_size: int
-    mean: npt.NDArray[np.float32]
-    std: npt.NDArray[np.float32]
-
-
-def build(net: AlexNet, image_size: int, pixels: Pixels | None, metadata: Mapping[str, str]) -> Any:
-    """The graph of an unfused net in evaluation mode, an onnx.ModelProto.
-
-    Its input ``images`` is float32 [N, 3, S, S], normalised, or with ``pixels`` uint8 [N, height,
+    Its input ``images`` is float32 [N, 3, S, S], normalised, or with ``scale`` uint8 [N, height,
     width, 3] of any height and width; its output is ``logits`` [N, classes].
-
-    Args:
-        net: from torch's own layers.
-        image_size: S.
-        pixels: what is done to bytes; None leaves it to the caller.
-        metadata: for the file's ``metadata_props``.
 
     Raises:
         ValueError: for a layer that is no part of AlexNet, and where onnx is not installed.
@@ -52,13 +35,13 @@ def build(net: AlexNet, image_size: int, pixels: Pixels | None, metadata: Mappin
         import onnx
         from onnx import TensorProto, helper
     except ImportError as error:
-        raise ValueError("ONNX files need onnx: pip install 'fastalex[export]'") from error
+        raise ValueError(NEEDED) from error
     graph = _Graph()
     kind: int = TensorProto.FLOAT
     shape: list[int | str] = ["N", 3, image_size, image_size]
-    if pixels is not None:
+    if scale is not None:
         kind, shape = TensorProto.UINT8, ["N", "height", "width", 3]
-        graph.preprocess(pixels, image_size)
+        graph.preprocess(scale, image_size)
     side = image_size
     for name, layer in net.named_modules():
         if name == "classifier":
@@ -108,12 +91,14 @@ class _Graph:
         self.tensors.append(self._tensor(np.ascontiguousarray(array), name))
         return name
 
-    def halves(self, axis: int = 1) -> list[str]:
-        """Split the last output in two."""
+    def halves(self, kind: str, inputs: Sequence[Sequence[str]], **attributes: Any) -> None:
+        """Append a node for each tower's half of the last output, and put the halves together."""
         source, number = self.last, len(self.nodes)
-        outputs = [f"half_{number}_{i}" for i in range(2)]
-        self.nodes.append(self._node("Split", [source], outputs, axis=axis, num_outputs=2))
-        return outputs
+        halves = [f"half_{number}_{i}" for i in range(2)]
+        self.nodes.append(self._node("Split", [source], halves, axis=1, num_outputs=2))
+        pairs = zip(halves, inputs, strict=True)
+        first, second = (self.add(kind, *own, source=half, **attributes) for half, own in pairs)
+        self.add("Concat", second, source=first, axis=1)
 
     def layer(self, name: str, layer: nn.Module, side: int) -> int:
         """Append a layer; the side of the maps behind it."""
@@ -124,24 +109,17 @@ class _Graph:
         elif isinstance(layer, nn.Conv2d):
             return self._convolution(name, layer, side)
         elif isinstance(layer, nn.MaxPool2d):
-            sides: Any = (layer.kernel_size, layer.stride)
-            (kernel, stride), ceil = sides, layer.ceil_mode
-            self.add(
-                "MaxPool", kernel_shape=[kernel] * 2, strides=[stride] * 2, ceil_mode=int(ceil)
-            )
-            return int((side - kernel + (stride - 1) * ceil) // stride + 1)
+            kernel, stride = int(layer.kernel_size), int(layer.stride)  # type: ignore[arg-type]
+            ceil = int(layer.ceil_mode)
+            sides: dict[str, Any] = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2}
+            self.add("MaxPool", ceil_mode=ceil, **sides)
+            return (side - kernel + (stride - 1) * ceil) // stride + 1
         elif isinstance(layer, nn.LocalResponseNorm):
-            norm: dict[str, Any] = {
-                "size": layer.size,
-                "alpha": layer.alpha,
-                "beta": layer.beta,
-                "bias": layer.k,
-            }
+            norm: dict[str, Any] = {"size": layer.size, "alpha": layer.alpha, "beta": layer.beta}
             if isinstance(layer, TowerLocalResponseNorm):
-                parts = [self.add("LRN", source=half, **norm) for half in self.halves()]
-                self.add("Concat", parts[1], source=parts[0], axis=1)
+                self.halves("LRN", [(), ()], bias=layer.k, **norm)
             else:
-                self.add("LRN", **norm)
+                self.add("LRN", bias=layer.k, **norm)
         elif isinstance(layer, SpatialResponseNorm):
             self._spatial_norm(name, layer)
         elif isinstance(layer, nn.AdaptiveAvgPool2d):
@@ -160,19 +138,16 @@ class _Graph:
         kernel, stride, pad = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
         span = side + 2 * pad - kernel
         missing = -span % stride if getattr(layer, "ceil_mode", False) else 0
-        self.add(
-            "Conv", *self._parameters(name, layer), group=layer.groups, kernel_shape=[kernel] * 2,
-            strides=[stride] * 2, pads=[pad, pad, pad + missing, pad + missing],
-        )  # fmt: skip
+        sides: dict[str, Any] = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2}
+        pads = [pad, pad, pad + missing, pad + missing]
+        self.add("Conv", *self._parameters(name, layer), group=layer.groups, pads=pads, **sides)
         return (span + missing) // stride + 1
 
     def _spatial_norm(self, name: str, layer: SpatialResponseNorm) -> None:
         source, before, after = self.last, layer.size // 2, (layer.size - 1) // 2
         self.add("Mul", source)
-        self.add(
-            "AveragePool", kernel_shape=[layer.size] * 2, strides=[1, 1],
-            pads=[before, before, after, after], count_include_pad=1,
-        )  # fmt: skip
+        pads, sides = [before, before, after, after], [layer.size] * 2
+        self.add("AveragePool", kernel_shape=sides, pads=pads, strides=[1, 1], count_include_pad=1)
         for kind, value in (("Mul", layer.alpha), ("Add", layer.k), ("Pow", -layer.beta)):
             self.add(kind, self.store(f"{name}.{kind}", np.float32(value)))
         self.add("Mul", source)
@@ -190,14 +165,14 @@ class _Graph:
         if not isinstance(layer, TowerLinear):
             self.add("Gemm", *self._parameters(name, layer), transB=1)
             return
-        pairs = zip(layer.weight.chunk(2), layer.bias.chunk(2), self.halves(), strict=True)
-        parts = []
-        for i, (weight, bias, half) in enumerate(pairs):
-            stored = self.store(f"{name}.weight.{i}", weight), self.store(f"{name}.bias.{i}", bias)
-            parts.append(self.add("Gemm", *stored, source=half, transB=1))
-        self.add("Concat", parts[1], source=parts[0], axis=1)
+        parts = zip(layer.weight.chunk(2), layer.bias.chunk(2), strict=True)
+        stored = [
+            (self.store(f"{name}.weight.{i}", weight), self.store(f"{name}.bias.{i}", bias))
+            for i, (weight, bias) in enumerate(parts)
+        ]
+        self.halves("Gemm", stored, transB=1)
 
-    def preprocess(self, pixels: Pixels, image_size: int) -> None:
+    def preprocess(self, scale: Normalization, image_size: int) -> None:
         """Bytes [N, height, width, 3] to normalised images, as fastalex's own commands do it."""
         sides = self.add("Shape", start=1, end=3)
         short = self.add("ReduceMin", source=sides, keepdims=1)
@@ -207,14 +182,18 @@ class _Graph:
         axes = self.store("height and width", np.array([1, 2]))
         self.add("Slice", first, last, axes, source="images")
         square = self.add("Transpose", perm=[0, 3, 1, 2])
-        sizes = self.store("decoded", np.array([3, pixels.decode_size, pixels.decode_size]))
+        side = decode_size(image_size)
+        sizes = self.store("decoded", np.array([3, side, side]))
         count = self.add("Shape", start=0, end=1)
         sizes = self.add("Concat", sizes, source=count, axis=0)
         self.add("Resize", "", "", sizes, source=square, mode="linear", antialias=1)
-        start = (pixels.decode_size - image_size) // 2
-        ends = [self.store(n, np.array([v] * 2))
-                for n, v in (("start", start), ("end", start + image_size))]  # fmt: skip
-        self.add("Slice", *ends, self.store("last axes", np.array([2, 3])))
+        start = (side - image_size) // 2
+        bounds = {"start": [start] * 2, "end": [start + image_size] * 2, "last axes": [2, 3]}
+        self.add("Slice", *(self.store(name, np.array(v)) for name, v in bounds.items()))
         self.add("Cast", to=1)  # float32
-        self.add("Sub", self.store("mean", pixels.mean))
-        self.add("Div", self.store("std", pixels.std))
+        mean, std = (np.array(x, np.float32)[:, None, None] for x in (scale.mean, scale.std))
+        if scale.mean_image is not None:  # of the centre crop the centre is subtracted
+            centre = slice(start, start + image_size)
+            mean = scale.mean_image.pixels[centre, centre].transpose(2, 0, 1)
+        self.add("Sub", self.store("mean", mean))
+        self.add("Div", self.store("std", std))

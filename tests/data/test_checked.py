@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from fastalex.data import DataError, FolderImages, Normalization
+from fastalex.data import DataError, FolderImages
 from fastalex.data import decode as decode_module
 from fastalex.data import folder as folder_module
 from fastalex.data.decode import read_image
@@ -84,18 +84,6 @@ def test_files_that_are_new_or_changed_are_decoded_and_no_others(
     del decoded[:]
     FolderImages(tmp_path)
     assert decoded == []
-
-
-def test_the_normalization_is_measured_once(tmp_path: Path, decoded: list[str]) -> None:
-    first = Normalization.measure(FolderImages(folder(tmp_path)), 16)
-    del decoded[:]
-    again = FolderImages(tmp_path)
-    assert Normalization.measure(again, 16) == first
-    assert decoded == []
-    assert Normalization.measure(again, 20) != first
-    assert decoded != []
-    save(tmp_path / "a" / "a0.png", np.zeros((30, 30, 3), np.uint8))
-    assert Normalization.measure(FolderImages(tmp_path), 16) != first
 
 
 def test_a_folder_that_takes_no_file_is_kept_in_the_cache_directory(

@@ -66,9 +66,9 @@ def test_of_many_changes_a_few_are_named(tmp_path: Path) -> None:
 
 def test_a_packed_set_is_told_by_names_and_pixels(tmp_path: Path) -> None:
     source = folder(tmp_path / "source", {"a": 12, "b": 11})
-    pack(source, tmp_path / "first", 32, 1, quiet=True)
+    pack(source, tmp_path / "first", 32, 1)
     save(source / "b" / "b0.png", smooth(30, 31))
-    pack(source, tmp_path / "other", 32, 1, quiet=True)
+    pack(source, tmp_path / "other", 32, 1)
     first, other = (contents(PackedImages(tmp_path / n, "train")) for n in ("first", "other"))
     assert contents(PackedImages(tmp_path / "first", "train")) == first
     assert describe_changes(first, other).startswith("b: other names")

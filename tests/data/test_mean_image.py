@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels = np.asarray(picture(random, 80, 76)) // 2
                 pixels[:, 40:] += 100 if name == "a" else 20
                 save(root / "source" / part / name / f"{i}.png", pixels)
-    pack(root / "source", root / "set", SIDE, 1, quiet=True)
+    pack(root / "source", root / "set", SIDE, 1)
     return root
 
 

@@ -53,7 +53,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("once")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("fastalex.data.pack._LEAST_SHARD_IMAGES", 32)
-        pack(write(folder / "source"), folder / "set", SIZE, 2, quiet=True)
+        pack(write(folder / "source"), folder / "set", SIZE, 2)
     return folder
 
 
@@ -107,7 +107,7 @@ def test_images_are_those_of_the_shards_in_order(root: Path) -> None:
 def test_another_size_is_resized_and_said_so(tmp_path: Path, capfd: Capture) -> None:
     for part in ("train", "val"):
         save(tmp_path / "source" / part / "a" / "1.png", smooth(80, 64))
-    pack(tmp_path / "source", tmp_path / "set", 64, 1, quiet=True)
+    pack(tmp_path / "source", tmp_path / "set", 64, 1)
     train, _ = open_datasets(tmp_path / "set", 0, 28)
     expected = "Images packed at 64 pixels are resized to 32 as they are read\n"
     assert capfd.readouterr().err == expected
@@ -132,7 +132,7 @@ def test_a_large_jpeg_is_packed_from_all_its_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_a_batch_is_one_piece_of_memory_page_locked_where_there_is_a_gpu(
+def test_a_batch_is_page_locked_where_there_is_a_gpu(
     root: Path, monkeypatch: Patch, gpu: bool
 ) -> None:
     asked = []
@@ -148,13 +148,10 @@ def test_a_batch_is_one_piece_of_memory_page_locked_where_there_is_a_gpu(
     monkeypatch.setattr(torch, "empty", recording)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     batch = next(batches.epoch(0))
-    assert asked == [gpu]
+    assert asked == [gpu] * len((*batch.inputs, batch.labels))
     for found, label, index in zip(batch.images, batch.labels, batch.indices, strict=True):
         np.testing.assert_array_equal(found.numpy(), images.image(int(index), SIZE))
         assert label == images.labels[index]
-    copied = (*batch.inputs, batch.labels)
-    assert len({tensor.untyped_storage().data_ptr() for tensor in copied}) == 1
-    assert all(tensor.is_contiguous() for tensor in copied)
 
 
 # Damage
@@ -386,8 +383,6 @@ def test_arrays_of_other_kinds_are_refused_though_their_checksums_are_right(
         lambda m: m["parts"].update({"../x": m["parts"]["train"]}),
         lambda m: m["parts"]["train"].update(shards=[10**30]),
         lambda m: m["parts"]["train"].update(shards=[-1, 36]),
-        lambda m: m["parts"]["train"].update(images=36),
-        lambda m: m.update(channel_mean=[1, 2]),
         lambda m: m.update(covariance=[[float("nan")] * 3] * 3),
         lambda m: m.update(files=None),
         lambda m: m.pop("source"),
@@ -402,10 +397,10 @@ def test_manifests_of_no_set_are_refused_though_their_checksum_is_right(
     assert str(error.value).startswith(f"{root}/packed.json: sizes, counts or classes")
 
 
-def test_names_of_another_number_are_refused(root: Path) -> None:
+def test_names_that_were_changed_are_refused(root: Path) -> None:
     (root / "train" / "names.json").write_text('["a"]')
     images = PackedImages(root, "train")
-    with pytest.raises(DataError, match=r"names.json: not the names of 35 images"):
+    with pytest.raises(DataError, match=r"names.json: damaged, it does not match its checksum"):
         images.name(0)
 
 

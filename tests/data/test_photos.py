@@ -119,11 +119,13 @@ def test_it_writes_the_same_files_each_time(written: Path, tmp_path: Path) -> No
 
 
 @needs_pictures
-def test_the_readme_names_author_and_licence_of_every_photograph(written: Path) -> None:
-    text = (written / "README.txt").read_text(encoding="utf-8")
-    for photo in PHOTOS:
-        assert photo.credit.endswith((" CC0.", " public domain."))
-        assert f"{photo.name}: {photo.credit}\n{photo.source}\n" in text
+def test_the_manifest_names_author_and_licence_of_every_photograph(
+    manifest: dict[str, Any],
+) -> None:
+    assert [photo["name"] for photo in manifest["photos"]] == [photo.name for photo in PHOTOS]
+    for photo in manifest["photos"]:
+        assert photo["credit"].endswith((" CC0.", " public domain."))
+        assert photo["source"].startswith("http")
 
 
 @needs_pictures

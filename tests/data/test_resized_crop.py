@@ -105,7 +105,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     exif[0x0112] = 6
     turned = folder / "source" / "train" / "a" / "5.jpg"
     picture(random, 64, 40).save(turned, quality=95, exif=exif)
-    pack(folder / "source", folder / "set", 40, 1, quiet=True)
+    pack(folder / "source", folder / "set", 40, 1)
     return folder
 
 
@@ -131,7 +131,7 @@ def test_a_batch_holds_cut_and_resized_parts_mirrored_half_the_time(
     """Cut from the whole upright file or from the packed square, then resized, as Pillow does it
     for torchvision."""
     train = root / "source" / "train"
-    source = PackedImages(root / "set", "train") if packed else FolderImages(train, quiet=True)
+    source = PackedImages(root / "set", "train") if packed else FolderImages(train)
     mirrored = []
     for epoch in range(12):
         stream = np.random.Philox(np.random.SeedSequence([4, epoch, 3]))

@@ -16,11 +16,10 @@ import torch
 from PIL import Image
 
 from fastalex.data import FolderImages, MeanImage, SyntheticImages, decode_size
-from fastalex.data.decode import read_image
 from fastalex.data.pack import pack
-from fastalex.evaluation import drawing, evaluate, figures, predict
+from fastalex.evaluation import evaluate, figures, predict
 from fastalex.evaluation.ensemble import Ensemble, Scores, crop_places, open_dataset, rank_classes
-from fastalex.evaluation.published import RESULTS, is_imagenet
+from fastalex.evaluation.evaluate import RESULTS, is_imagenet
 from fastalex.training.weights import load_mean_image, load_model
 from tests._nets import CLASSES, SIZE, random_weights
 from tests._types import Capture, Patch
@@ -85,7 +84,7 @@ def test_probabilities_are_those_of_a_crop_at_a_time(
         drawn = np.random.default_rng(1).uniform(0, 255, pixels.shape[1:]).astype(np.float32)
         image = MeanImage.of(drawn, len(drawn), mean == "centre")
         path = random_weights(tmp_path / "w", 0, image)
-    found = Ensemble.load([path]).probabilities(pixels, crops).numpy()
+    found = Ensemble([path]).probabilities(pixels, crops).numpy()
     expected = np.stack([_slow(path, image, crops) for image in pixels])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert found.std(0).max() > 1e-3  # the images differ
@@ -93,8 +92,8 @@ def test_probabilities_are_those_of_a_crop_at_a_time(
 
 def test_an_ensemble_is_the_mean_of_its_softmaxes(folder: Path, pixels: np.ndarray) -> None:
     paths = [folder / "a", folder / "b"]
-    each = [Ensemble.load([path]).probabilities(pixels) for path in paths]
-    torch.testing.assert_close(Ensemble.load(paths).probabilities(pixels), sum(each) / 2)
+    each = [Ensemble([path]).probabilities(pixels) for path in paths]
+    torch.testing.assert_close(Ensemble(paths).probabilities(pixels), sum(each) / 2)
     assert not torch.allclose(*each)
 
 
@@ -109,8 +108,8 @@ def test_on_a_gpu_a_net_computes_as_it_was_trained(
         seen.append(name)
         return nullcontext()
 
-    monkeypatch.setattr("fastalex.evaluation.ensemble.computing", computing)
-    ensemble = Ensemble.load([weights], torch.device("cpu"))
+    monkeypatch.setattr("fastalex.evaluation.pretrained.computing", computing)
+    ensemble = Ensemble([weights], torch.device("cpu"))
     assert len(ensemble.probabilities(pixels)) == len(pixels)
     with ensemble.members[0].precision(torch.device(device)):
         assert seen == ["float32", expected]
@@ -169,7 +168,7 @@ def test_a_packed_set_is_evaluated_as_its_folder_is(
     folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     from_folder = _json(folder, capsys)
-    pack(folder / "data", tmp_path / "data", decode_size(SIZE), 1, quiet=True)
+    pack(folder / "data", tmp_path / "data", decode_size(SIZE), 1)
     arguments = ["--weights", str(folder / "a"), "--data", str(tmp_path / "data"), "--json"]
     assert evaluate.main(arguments) == 0
     out, err = capsys.readouterr()
@@ -182,8 +181,8 @@ def test_a_packed_set_is_evaluated_as_its_folder_is(
 def test_what_is_to_be_said_of_a_packed_set_is_said_once(
     folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    pack(folder / "data", tmp_path / "set", 50, 1, quiet=True)
-    ensemble = Ensemble.load([folder / "a"])
+    pack(folder / "data", tmp_path / "set", 50, 1)
+    ensemble = Ensemble([folder / "a"])
     counts = [len(open_dataset(tmp_path / "set", part, ensemble)) for part in ("val", "train")]
     assert counts == [2 * len(CLASSES), 3 * len(CLASSES)]
     expected = f"Images packed at 50 pixels are resized to {decode_size(SIZE)} as they are read\n"
@@ -234,11 +233,6 @@ def test_data_of_other_classes_are_refused(folder: Path, tmp_path: Path, capsys:
 # Figures.
 
 matplotlib = pytest.importorskip("matplotlib")
-METRICS = [
-    {"kind": "step", "step": 1, "loss": 2.0, "lr": 0.1},
-    {"kind": "epoch", "step": 2, "val_loss": 1.0, "top1": 0.5, "top5": 0.9},
-    {"kind": "step", "step": 2, "loss": 1.0, "lr": 0.01},
-]
 
 
 def test_figures_are_pictures_of_the_right_size(
@@ -246,13 +240,10 @@ def test_figures_are_pictures_of_the_right_size(
 ) -> None:
     for name, rows in (("_PICTURES", 4), ("_QUERIES", 1)):  # one row each
         monkeypatch.setattr(figures, name, rows)
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text("".join(json.dumps(record) + "\n" for record in METRICS))
     out = tmp_path / "out"
     arguments = ["--weights", str(folder / "a"), "--data", str(folder / "data")]
-    arguments += ["--metrics", str(metrics), "--output", str(out)]
-    assert figures.main(arguments) == 0
-    names = ["conv1", "curves", "neighbours", "predictions"]
+    assert figures.main([*arguments, "--output", str(out)]) == 0
+    names = ["conv1", "neighbours", "predictions"]
     kinds = [f"{name}.{kind}" for name in names for kind in ("pdf", "png")]
     assert sorted(p.name for p in out.iterdir()) == kinds
     for name in names:
@@ -265,7 +256,7 @@ def test_figures_are_pictures_of_the_right_size(
 
 def test_the_conv1_figure_holds_exactly_the_kernels(tmp_path: Path) -> None:
     kernels = np.random.default_rng(0).normal(size=(96, 3, 11, 11)).astype(np.float32)
-    paths = drawing.save_figure(drawing.draw_kernels(kernels, towers=2, scale=4), tmp_path / "k")
+    paths = figures.save_figure(figures.draw_kernels(kernels, towers=2, scale=4), tmp_path / "k")
     with Image.open(paths[0]) as image:
         page = np.asarray(image.convert("RGB"))
     # Where every row or column of a block begins: found from the picture, not from the code.
@@ -284,7 +275,7 @@ def test_the_conv1_figure_holds_exactly_the_kernels(tmp_path: Path) -> None:
 
 
 def test_neighbours_are_the_nearest_by_features(folder: Path) -> None:
-    ensemble = Ensemble.load([folder / "a"])
+    ensemble = Ensemble([folder / "a"])
     val, train = (FolderImages(folder / "data" / part) for part in ("val", "train"))
     side = decode_size(SIZE)
     rows = figures.find_neighbours(ensemble, val, train, 1000)
@@ -314,33 +305,11 @@ def test_a_part_of_the_gallery_holds_every_class(monkeypatch: Patch) -> None:
 
 
 def test_features_are_what_the_last_layer_reads(folder: Path, pixels: np.ndarray) -> None:
-    ensemble = Ensemble.load([folder / "a"])
+    ensemble = Ensemble([folder / "a"])
     last = ensemble.members[0].model.classifier[6]
     with torch.no_grad():
         found = last(ensemble.features(pixels)).double().softmax(1)
     torch.testing.assert_close(found, ensemble.probabilities(pixels, 1))
-
-
-def test_given_images_take_their_label_from_their_folder(folder: Path, tmp_path: Path) -> None:
-    stray = tmp_path / "stray.png"
-    red = folder / "data" / "val" / "red" / "0.png"
-    stray.write_bytes(red.read_bytes())
-    found = figures.predict_files(Ensemble.load([folder / "a"]), [red, stray])
-    assert [p.label for p in found] == ["red", None]
-    assert found[0].guesses == found[1].guesses
-    assert np.array_equal(found[0].pixels, read_image(red, 224))
-
-
-@pytest.mark.parametrize("text", ["{broken", '{"kind": "note"}\n', "[1]\n"])
-def test_metrics_that_are_none_are_refused(
-    folder: Path, tmp_path: Path, text: str, capsys: Capture
-) -> None:
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text(text)
-    arguments = ["--weights", str(folder / "a"), "--metrics", str(metrics)]
-    assert figures.main([*arguments, "--output", str(tmp_path / "out")]) == 2
-    assert "--metrics" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_without_matplotlib_one_line_says_what_to_install(

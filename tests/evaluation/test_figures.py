@@ -3,57 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from fastalex.evaluation import drawing, figures
+from fastalex.evaluation import figures
 from fastalex.evaluation.ensemble import Ensemble
 from tests._nets import random_weights
 
 pytest.importorskip("matplotlib")
 
 
-def _step(step: int, loss: float | None, lr: float = 0.1) -> dict[str, object]:
-    return {"kind": "step", "step": step, "loss": loss, "lr": lr}
-
-
-def test_curves_are_the_last_records_in_order(tmp_path: Path) -> None:
-    records = [
-        _step(20, 2.0),
-        _step(10, 3.0),
-        _step(30, None),  # nothing was finite
-        {"kind": "epoch", "step": 15, "val_loss": 2.5, "top1": 0.25, "top5": 0.75},
-        {"kind": "note", "step": 16},
-        _step(20, 1.0, 0.01),  # a run without checkpoints that was begun again
-    ]
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    curves = figures.read_metrics(path)
-    assert [(r["step"], r["loss"], r["lr"]) for r in curves.steps] == [(10, 3, 0.1), (20, 1, 0.01)]
-    assert curves.epochs == [records[3]]
-
-
-def test_dotted_lines_are_where_the_rate_fell_and_errors_are_percentages() -> None:
-    rates = [0.1, 0.1, 0.05, 0.045, 0.0045]
-    steps = [_step(i, 1.0, rate) for i, rate in enumerate(rates, 1)]
-    epoch = {"step": 5, "val_loss": 0.9, "top1": 0.6, "top5": 0.9}
-    losses, errors = drawing.draw_curves(drawing.Curves(steps, [epoch])).axes
-    for axes in (losses, errors):
-        dotted = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
-        assert dotted == [2, 4]
-    plotted = {line.get_label(): list(line.get_ydata()) for line in errors.lines}
-    assert plotted["top-1, validation"] == pytest.approx([40.0])
-    assert plotted["top-5, validation"] == pytest.approx([10.0])
-
-
 def test_the_bar_of_the_correct_class_is_red_and_as_long_as_it_is_probable() -> None:
     pixels = np.zeros((4, 4, 3), np.uint8)
     guesses = [("cat", 0.6), ("dog", 0.3), ("cow", 0.1)]
-    figure = drawing.draw_predictions([drawing.Prediction(pixels, "dog", guesses)])
+    figure = figures.draw_predictions([figures.Prediction(pixels, "dog", guesses)])
     picture, bars = figure.axes
     assert [bar.get_width() for bar in bars.patches] == [0.6, 0.3, 0.1]
     colours = [to_hex(bar.get_facecolor()) for bar in bars.patches]
@@ -70,7 +36,7 @@ FERRET = "black-footed ferret, ferret, Mustela nigripes"
 def test_long_names_are_whole_and_stay_in_their_place() -> None:
     pixels = np.zeros((4, 4, 3), np.uint8)
     guesses = [(FERRET, 0.6), ("dog", 0.3), (FERRET, 0.1)]
-    figure = drawing.draw_predictions([drawing.Prediction(pixels, FERRET, guesses)])
+    figure = figures.draw_predictions([figures.Prediction(pixels, FERRET, guesses)])
     figure.draw_without_rendering()
     picture, bars = figure.axes
     for text in (picture.xaxis.label, *bars.texts):
@@ -86,8 +52,8 @@ def test_long_names_are_whole_and_stay_in_their_place() -> None:
     assert frame.y1 < title.y0
     assert title.y1 < picture.get_window_extent().y0
 
-    row = drawing.Neighbours(pixels, FERRET, [(pixels, FERRET)])
-    figure = drawing.draw_neighbours([row, row])
+    row = figures.Neighbours(pixels, FERRET, [(pixels, FERRET)])
+    figure = figures.draw_neighbours([row, row])
     figure.draw_without_rendering()
     names = [axes.xaxis.label for axes in figure.axes]
     assert [name.get_text().replace("\n", " ") for name in names] == [FERRET] * 4
@@ -98,8 +64,8 @@ def test_long_names_are_whole_and_stay_in_their_place() -> None:
 
 def test_neighbours_of_another_class_are_red() -> None:
     pixels = np.zeros((4, 4, 3), np.uint8)
-    row = drawing.Neighbours(pixels, "cat", [(pixels, "cat"), (pixels, "dog")])
-    names = [axes.xaxis.label for axes in drawing.draw_neighbours([row]).axes]
+    row = figures.Neighbours(pixels, "cat", [(pixels, "cat"), (pixels, "dog")])
+    names = [axes.xaxis.label for axes in figures.draw_neighbours([row]).axes]
     assert [name.get_text() for name in names] == ["cat", "cat", "dog"]
     colours = [to_hex(name.get_color()) for name in names]
     assert colours[:2] == ["#000000"] * 2
@@ -111,7 +77,7 @@ def test_neighbours_of_another_class_are_red() -> None:
 )
 def test_kernels_stand_by_tower(tmp_path: Path, variant: str, towers: int) -> None:
     weights = random_weights(tmp_path / "a", 0, variant=variant)
-    figure = figures.draw_first_layer(Ensemble.load([weights]))
+    figure = figures.draw_first_layer(Ensemble([weights]))
     names = [text.get_text() for text in figure.texts]
     assert names == [f"tower {number + 1}" for number in range(towers)]
     assert len(figure.axes) == max(1, towers)

@@ -1,4 +1,4 @@
-"""``fastalex.load`` and ``fastalex.alexnet``: nets of files with their transforms and classes."""
+"""``fastalex.load``: nets of files with their transforms and classes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_loaded_net_names_an_image_as_evaluation_does(
     pixels = np.random.default_rng(0).uniform(0, 255, (side, side, 3)).astype(np.float32)
     random_weights(weights, 1, MeanImage.of(pixels, side, False) if mean_image else None)
     path = _pictures.save(tmp_path / "p.png", _pictures.smooth(90, 70))
-    expected = Ensemble.load([weights]).probabilities(read_image(path, side)[None], 1)
+    expected = Ensemble([weights]).probabilities(read_image(path, side)[None], 1)
     net = fastalex.load(weights, fused=fused)
     assert (net.is_fused, net.training, net.classes) == (fused, False, CLASSES)
     with Image.open(path) as image:
@@ -47,17 +47,13 @@ def test_a_loaded_net_names_an_image_as_evaluation_does(
         net.transforms(np.zeros((9, 9, 3)))
 
 
-def test_alexnet_is_made_by_torchvision_s_name(tmp_path: Path) -> None:
+def test_a_loaded_net_takes_a_new_last_layer(tmp_path: Path) -> None:
     random_weights(tmp_path / "w", 1)
-    net = fastalex.alexnet(pretrained=tmp_path / "w")
+    net, other = fastalex.load(tmp_path / "w"), fastalex.load(str(tmp_path / "w"))
     assert (net.num_classes, net.classes) == (len(CLASSES), CLASSES)
-    other = fastalex.alexnet(str(tmp_path / "w"), num_classes=3)
+    other.reset_classifier(3)
     assert other(torch.zeros(1, 3, SIZE, SIZE)).shape == (1, 3)
-    assert other.classes is None
     assert torch.equal(other.features[0].weight, net.features[0].weight)
-    with torch.device("meta"):
-        new = fastalex.alexnet()
-    assert (new.variant.name, new.num_classes, new.transforms) == ("owt", 1000, None)
     with pytest.raises(ValueError, match="no such weights file"):
         fastalex.load(tmp_path / "none")
-    assert {"AlexNet", "alexnet", "load"} <= set(dir(fastalex))
+    assert {"AlexNet", "load"} <= set(dir(fastalex))

@@ -193,21 +193,6 @@ def cuda_convnet(path: Path, net: AlexNet) -> None:
     path.write_bytes(pickle.dumps(file, protocol=2))
 
 
-def caffe_tensorflow(path: Path, net: AlexNet) -> None:
-    """``bvlc_alexnet.npy``."""
-    found = {}
-    for number, (weight, bias) in enumerate(layers_of(net, bgr=True), 1):
-        if weight.ndim == 4:
-            channels, weight = len(weight), weight.transpose(2, 3, 1, 0)
-        elif number == 6:
-            maps = weight.reshape(len(weight), channels, 6, 6)
-            weight = maps.transpose(2, 3, 1, 0).reshape(-1, len(weight))
-        else:
-            weight = weight.T
-        found[f"{'conv' if weight.ndim == 4 else 'fc'}{number}"] = [weight, bias]
-    np.save(path, found, allow_pickle=True)  # type: ignore[arg-type]
-
-
 def make_net(name: str, num_classes: int = 7) -> AlexNet:
     net = AlexNet(num_classes, variant=get_variant(name), fused=False).eval()
     net.init_parameters("he", torch.Generator().manual_seed(0))
@@ -229,5 +214,4 @@ FORMATS: dict[str, tuple[Writer, str]] = {
     "torch's old format": (lambda path, net: torch_file(path, net, legacy=True), "owt"),
     "safetensors": (safetensors_file, "paper"),
     "cuda-convnet": (cuda_convnet, "source2012"),
-    "caffe-tensorflow": (caffe_tensorflow, "caffe"),
 }
