@@ -52,7 +52,8 @@ class Watchdog:
         store: that all processes share, and no other thread uses.
         rank: of this process.
         size: number of processes.
-        on_stuck: called with the line that names the process that is stuck; this one ends then.
+        on_stuck: called with the line that names the process that is stuck, an empty one where it
+            is for another process to say; this one ends then.
     """
 
     def __init__(self, store: Any, rank: int, size: int, on_stuck: Callable[[str], object]) -> None:
@@ -76,7 +77,8 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         """Tell the others not to expect more of this process."""
-        self._mine = replace(self._mine, state="ended")
+        if self._mine.state == "runs":
+            self._mine = replace(self._mine, state="ended")
         self._end.set()
         self._threads[0].join(_MOST_EVERY)
 
@@ -91,15 +93,26 @@ class Watchdog:
             self._forgive(time.monotonic())  # the others may still be in their first step
 
     def who_left(self, waiting: Callable[[], bool]) -> str:
-        """After an exchange failed, which process is gone; as long as ``waiting()`` is true."""
+        """After an exchange failed, which process is gone; as long as ``waiting()`` is true.
+
+        Empty where it is for another process to say.
+        """
         self._mine = replace(self._mine, state="lost a peer")
         last = time.monotonic() + 5 * _MOST_EVERY
         while time.monotonic() < last and waiting():
             time.sleep(_MOST_EVERY / 20)
-            for number, beat in enumerate(self._heartbeats):
-                silent = time.monotonic() - self._heard[number] > max(1.0, 3 * self._every)
-                if number != self._rank and (beat.state == "ended" or silent):
-                    return f"lost the connection to {self._name(number)}, at step {beat.step}"
+            silence = time.monotonic() - max(1.0, 3 * self._every)
+            gone = [
+                number
+                for number, beat in enumerate(self._heartbeats)
+                if beat.state == "ended" or (beat.state == "runs" and self._heard[number] < silence)
+            ]
+            gone = [number for number in gone if number != self._rank]
+            if gone and any(number not in gone for number in range(self._rank)):
+                return ""
+            if gone:
+                step = self._heartbeats[gone[0]].step
+                return f"lost the connection to {self._name(gone[0])}, at step {step}"
         return "lost the connection to another process"
 
     @property
@@ -142,13 +155,18 @@ class Watchdog:
             looked = now
             reason = self._stuck(now)
             if reason and not self._end.is_set():
-                self._on_stuck(reason)
+                self._on_stuck(reason if self._speaks(now) else "")
                 os._exit(1)
 
     def _forgive(self, now: float) -> None:
         """Wait for everything from now on, however long it has been waited for."""
         self._heard, self._moved = ([now] * len(self._keys) for _ in range(2))
         self._reached = now
+
+    def _speaks(self, now: float) -> bool:
+        """Whether it is for this process to say who is stuck: for the first that is heard."""
+        heard = [self._reached - heard <= self._limit for heard in self._heard[: self._rank]]
+        return now - self._reached > self._limit or not any(heard)
 
     def _stuck(self, now: float) -> str:
         """What keeps this process from going on; empty where nothing does."""

@@ -112,16 +112,6 @@ class ResumeState:
         renewed = {n: arguments[n] for n in given if n in (*RESUMABLE, "epochs")}
         return dataclasses.replace(self.settings, **renewed)
 
-    def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Weights and momentum buffers of the whole net; the file was checked when it was found."""
-        assert self.path is not None
-        tensors, _ = read_tensors(self.path, FORMAT, check=False)
-        weights, buffers = (
-            {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
-            for kind in (_WEIGHT, _BUFFER)
-        )
-        return weights, buffers
-
     def differences(self, world: World) -> list[str]:
         """What is not as it was, so that the run will equal one never stopped to rounding only."""
         before, now, here = vars(self.world), vars(world), versions()
@@ -148,6 +138,16 @@ def save(
     path = folder.checkpoints / f"step-{state['step']:08d}.safetensors"
     write_tensors(path, tensors, FORMAT, {"state": dict(state)})
     drop(folder, path, keep)
+
+
+def tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights and momentum buffers of the whole net; the file was checked when it was found."""
+    found, _ = read_tensors(path, FORMAT, check=False)
+    weights, buffers = (
+        {name.removeprefix(kind): t for name, t in found.items() if name.startswith(kind)}
+        for kind in (_WEIGHT, _BUFFER)
+    )
+    return weights, buffers
 
 
 def drop(folder: RunFolder, newest: Path | None, keep: int) -> None:

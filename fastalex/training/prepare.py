@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from fastalex.data import DataError, ImageDataset, MeanImage, Normalization, dec
 from fastalex.data.datasets import color_noise, mean_image, open_datasets
 from fastalex.data.fingerprint import Contents, contents, describe_changes
 from fastalex.data.normalization import INIT_FROM, MEAN_IMAGES
-from fastalex.distributed.world import World, find_world, has_bf16, rank, under_torchrun
+from fastalex.distributed.launch import TrainingError
+from fastalex.distributed.world import World, find_world, has_bf16, rank, under_launcher
 from fastalex.model.alexnet import AlexNet
 from fastalex.training import check, checkpoints, fine_tuning
 from fastalex.training.checkpoints import ResumeState
@@ -24,7 +27,7 @@ from fastalex.training.config import PRECISIONS, Settings, describe_setting
 from fastalex.training.metrics import check_tensorboard
 from fastalex.training.recipes import INITIALISATIONS, MOMENTUM_RULES, NO_RECIPE, RECIPES
 from fastalex.training.run_config import RunConfig
-from fastalex.training.run_folder import RunFolder, find_attempt
+from fastalex.training.run_folder import RunFolder, find_attempt, next_free
 from fastalex.training.schedule import describe_schedule
 
 
@@ -37,26 +40,40 @@ def prepare(options: Mapping[str, Any]) -> tuple[RunFolder, RunConfig | None]:
     Raises:
         ValueError: for what is wrong; nothing was written.
     """
+    options = fine_tuning.with_file(options)
     folder, resume = _find(options)
     try:
         return folder, _prepare(options, folder, resume)
     except BaseException as error:
         if folder.running:
-            end(folder, "interrupted" if isinstance(error, Interrupted) else "failed")
+            with contextlib.suppress(TrainingError):
+                end(folder, "interrupted" if isinstance(error, Interrupted) else "failed")
         folder.release()
         raise
 
 
-def end(folder: RunFolder, status: str) -> str:
-    """Note how the run ended and let go of its folder; a line where that can't be written."""
+def end(folder: RunFolder | None, status: str) -> None:
+    """Note how the run ended and let go of its folder; nothing in a process that has none.
+
+    Raises:
+        TrainingError: where that can't be written.
+    """
+    if folder is None:
+        return
     with interrupts.blocked():
         try:
             folder.end(status)
         except (OSError, ValueError) as error:
-            return f"error: {folder.path}: run.json can't say that the run is {status}: {error}"
+            line = f"{folder.path}: run.json can't say that the run is {status}: {error}"
+            raise TrainingError(line) from error
         finally:
             folder.release()
-    return ""
+
+
+def new_place(options: Mapping[str, Any]) -> Path:
+    """The folder of a run that was not told where to write."""
+    recipe = RECIPES.get(options["recipe"], NO_RECIPE)
+    return next_free(options["variant"] or recipe.variant, options["seed"] or 0)
 
 
 def choose_world(options: Mapping[str, Any], resume: ResumeState | None) -> World:
@@ -65,7 +82,7 @@ def choose_world(options: Mapping[str, Any], resume: ResumeState | None) -> Worl
     if resume is None:
         recipe = RECIPES.get(options["recipe"], NO_RECIPE)
         return find_world(gpus, variant or recipe.variant, threads)
-    if gpus is None and not under_torchrun():
+    if gpus is None and not under_launcher():
         gpus = resume.world.processes
     # Sums are taken in another order by another number of threads.
     same = gpus in (None, resume.world.processes)
@@ -83,10 +100,9 @@ def _find(options: Mapping[str, Any]) -> tuple[RunFolder, ResumeState | None]:
         if not RunFolder(resumed).holds_run:
             raise ValueError(f"--resume {resumed}: no run in it, there is no run.json")
     place = resumed or output or find_attempt()
-    if place is None:
-        recipe = RECIPES.get(options["recipe"], NO_RECIPE)
-        variant, seed = options["variant"] or recipe.variant, options["seed"] or 0
-        return RunFolder.create(variant, seed), None
+    while place is None:
+        with contextlib.suppress(FileExistsError):  # another run was quicker
+            return RunFolder.claim(new_place(options), new=True), None
     folder = RunFolder.claim(place, option)
     if not folder.holds_run:
         return folder, None
@@ -141,17 +157,18 @@ def _prepare(
         folder.path,
         list(train.classes),
         scale,
-        unreadable=[bad for dataset in datasets for bad in getattr(dataset, "unreadable", [])],
-        # Another process opens its own: what is kept in memory would be sent along.
-        datasets=datasets if world.processes == 1 else None,
-        resume=resume,
-        images=images,
+        [bad for dataset in datasets for bad in getattr(dataset, "unreadable", [])],
+        datasets,
+        images,
+        *(() if resume is None else (resume.path, resume.state)),
     )
     after = None
     if resume is not None:
         checkpoints.drop(folder, resume.path, settings.keep_checkpoints)
         after = resume.step
     folder.begin(options, settings.to_dict(), vars(world), after)
+    if resume is not None:
+        lines += _describe_resume(resume, world)
     for line in _describe(config, train, val) + lines:
         print(line, flush=True)
     return config
@@ -248,7 +265,7 @@ def _describe(config: RunConfig, train: ImageDataset, val: ImageDataset) -> list
     if settings.normalization in MEAN_IMAGES and config.normalization.mean_image is None:
         normalization = "normalization mean (only a packed set has a mean image, for "
         normalization += f"{settings.normalization})"
-    lines = [
+    return [
         world.describe(),
         f"net: {settings.variant}, {parameters:,} parameters, dropout {settings.dropout}, {split}",
         f"initialisation: {settings.init} ({INITIALISATIONS[settings.init]}), seed {settings.seed}",
@@ -262,7 +279,6 @@ def _describe(config: RunConfig, train: ImageDataset, val: ImageDataset) -> list
         f"({MOMENTUM_RULES[settings.momentum_rule]}), weight decay {settings.weight_decay}",
         f"output: {config.folder}",
     ]
-    return lines if config.resume is None else lines + _describe_resume(config.resume, world)
 
 
 def _describe_resume(resume: ResumeState, world: World) -> list[str]:

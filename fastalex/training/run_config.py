@@ -1,10 +1,10 @@
-"""What a run is, decided before its processes start."""
+"""What a run is, as its first process decided it."""
 
 from __future__ import annotations
 
+import json
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from fastalex.data import ImageDataset, Normalization, decode_size
 from fastalex.data.datasets import mean_image, open_datasets
 from fastalex.data.fingerprint import Contents
 from fastalex.distributed.world import World
-from fastalex.training.checkpoints import ResumeState
 from fastalex.training.config import Settings
 
 
@@ -27,9 +26,10 @@ class RunConfig:
         classes: names of the classes, by label.
         normalization: measured on the training images.
         unreadable: files of ``settings.data`` that every process leaves out, with reasons.
-        datasets: the images to train on and to validate, where they are already open.
-        resume: where a stopped run goes on; None for a new one.
-        images: what the training and the validation set hold.
+        datasets: the images to train on and to validate.
+        images: what they hold.
+        checkpoint: that a stopped run goes on from.
+        state: what the checkpoint holds besides tensors.
     """
 
     settings: Settings
@@ -38,49 +38,52 @@ class RunConfig:
     classes: list[str]
     normalization: Normalization
     unreadable: list[tuple[str, str]]
-    datasets: tuple[ImageDataset, ImageDataset] | None = None
-    resume: ResumeState | None = None
+    datasets: tuple[ImageDataset, ImageDataset]
     images: tuple[Contents, ...] = ()
+    checkpoint: Path | None = None
+    state: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it, for a process that opens the images itself."""
-        resume = self.resume
-        return {
+    def to_json(self) -> str:
+        """For a process that opens the images itself."""
+        changed = {
             "settings": self.settings.to_dict(),
             "world": vars(self.world),
             "folder": str(self.folder),
-            "classes": self.classes,
             "normalization": self.normalization.to_dict(),
-            "unreadable": self.unreadable,
-            "checkpoint": None if resume is None or resume.path is None else str(resume.path),
-            "state": None if resume is None else resume.state,
-            "images": self.images,
+            "datasets": None,
+            "checkpoint": self.checkpoint and str(self.checkpoint),
         }
+        return json.dumps({**vars(self), **changed})
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """The inverse of ``to_dict``, with the images opened.
+    def from_json(cls, text: str) -> RunConfig:
+        """The inverse of ``to_json``, with the images opened.
 
         Raises:
             ValueError: where the images, or the checkpoint to go on from, are not to be found here.
         """
-        settings, folder = Settings.from_dict(values["settings"]), Path(values["folder"])
-        world, unreadable = World(**values["world"]), [(p, why) for p, why in values["unreadable"]]
-        size, where = settings.image_size, settings.data
-        datasets = open_datasets(where, settings.seed, size, unreadable, quiet=True)
+        values = json.loads(text)
+        settings = Settings.from_dict(values["settings"])
+        unreadable = [(path, why) for path, why in values["unreadable"]]
+        size = settings.image_size
+        datasets = open_datasets(settings.data, settings.seed, size, unreadable, quiet=True)
         image = mean_image(datasets[0], settings.normalization, decode_size(size))
-        pixels = None if image is None else image.pixels
-        scale = Normalization.from_dict(values["normalization"], pixels)
-        resume = None
-        if values["state"] is not None:
-            path = values["checkpoint"] and Path(values["checkpoint"])
-            if path is not None and not path.is_file():
-                raise ValueError(
-                    f"{path}: not on this machine ({socket.gethostname()}); keep the run's folder "
-                    "on a disk that all machines of the run share"
-                )
-            resume = ResumeState(folder, settings, world, {}, path, values["state"])
-        return cls(
-            settings, world, folder, values["classes"], scale, unreadable, datasets, resume,
-            tuple(values["images"]),
-        )  # fmt: skip
+        checkpoint = values["checkpoint"] and Path(values["checkpoint"])
+        if checkpoint is not None and not checkpoint.is_file():
+            raise ValueError(
+                f"{checkpoint}: not on this machine ({socket.gethostname()}); keep the run's "
+                "folder on a disk that all machines of the run share"
+            )
+        changed = {
+            "settings": settings,
+            "world": World(**values["world"]),
+            "folder": Path(values["folder"]),
+            "normalization": Normalization.from_dict(
+                values["normalization"], None if image is None else image.pixels
+            ),
+            "unreadable": unreadable,
+            "datasets": datasets,
+            "images": tuple(values["images"]),
+            "checkpoint": checkpoint,
+        }
+        return cls(**{**values, **changed})

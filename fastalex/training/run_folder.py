@@ -86,18 +86,6 @@ class RunFolder:
             raise ValueError(f"{option} {path}: {_why(error)}") from error
         return folder
 
-    @classmethod
-    def create(cls, variant: str, seed: int) -> RunFolder:
-        """The next free ``runs/VARIANT-SEED-NNN``, claimed.
-
-        Raises:
-            ValueError: one line where it can't be made.
-        """
-        while True:
-            number = 1 + max(_numbered(variant, seed), default=0)
-            with contextlib.suppress(FileExistsError):  # another run was quicker
-                return cls.claim(_ROOT / f"{variant}-{seed}-{number:03d}", new=True)
-
     def release(self) -> None:
         """Give up the claim; where no run has started, take away what it made."""
         with contextlib.suppress(OSError):
@@ -205,6 +193,13 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.report.name} can't be read: {error!r}") from error
 
+    def processes(self) -> int | None:
+        """How many the run here had when it was last started; None where there is none."""
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            report = self.read_report()
+            return int([report, *report["resumed"]][-1]["world"]["processes"])
+        return None
+
     def _write_report(self, report: dict[str, Any]) -> None:
         with replacing(self.report) as temporary:
             temporary.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
@@ -245,11 +240,12 @@ def _is_empty(path: Path) -> bool:
     return path.is_file() and path.stat().st_size == 0
 
 
-def _numbered(variant: str, seed: int) -> dict[int, Path]:
-    """The folders of runs that were not told where to write, by number."""
+def next_free(variant: str, seed: int) -> Path:
+    """The next free ``runs/VARIANT-SEED-NNN``."""
     pattern = re.compile(rf"{re.escape(variant)}-{seed}-(\d+)")
-    paths = list(_ROOT.iterdir()) if _ROOT.is_dir() else []
-    return {int(match[1]): p for p in paths if (match := pattern.fullmatch(p.name))}
+    names = [path.name for path in _ROOT.iterdir()] if _ROOT.is_dir() else []
+    numbers = [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
+    return _ROOT / f"{variant}-{seed}-{1 + max(numbers, default=0):03d}"
 
 
 def _now() -> str:

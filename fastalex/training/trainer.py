@@ -11,19 +11,17 @@ import torch
 
 from fastalex._version import __version__
 from fastalex.common import interrupts
-from fastalex.common.command_line import output_may_fail
 from fastalex.common.interrupts import Interrupted
 from fastalex.common.provenance import device_name, versions
 from fastalex.data import DataError, ImageDataset
 from fastalex.data.batches import Batch, Batches, Share, Transform
-from fastalex.data.datasets import color_noise, open_datasets
+from fastalex.data.datasets import color_noise
 from fastalex.distributed import towers
 from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.launch import TrainingError
 from fastalex.model.alexnet import AlexNet
 from fastalex.training import checkpoints, fine_tuning
 from fastalex.training.autograd_step import AutogradStep, LossScaler, autocast, tf32
-from fastalex.training.checkpoints import ResumeState
 from fastalex.training.config import Settings
 from fastalex.training.metrics import MetricsLog, RunningMetrics, TensorBoard, is_stuck
 from fastalex.training.optim import (
@@ -59,7 +57,7 @@ def train(config: RunConfig) -> None:
         Interrupted: a signal asked for the end; where it could, the run has saved its state.
     """
     try:
-        with output_may_fail(), tf32(config.settings.precision):
+        with tf32(config.settings.precision):
             trainer = Trainer(config)
             try:
                 trainer.run()
@@ -91,18 +89,15 @@ class Trainer:
         self.config = config
         self.settings = settings = config.settings
         self.parallel = parallel = ParallelContext(config.world, settings.timeout)
-        train_dataset, val_dataset = config.datasets or open_datasets(
-            settings.data, settings.seed, settings.image_size, config.unreadable, quiet=True
-        )
-        self.dataset = train_dataset
-        self.train_batches = self._batches(train_dataset, train=True)
+        self.dataset, val_dataset = config.datasets
+        self.train_batches = self._batches(self.dataset, train=True)
         self.val_batches = self._batches(val_dataset, train=False)
-        state = {} if config.resume is None else config.resume.state
+        state = config.state
         self.steps = checkpoints.last_step(settings, len(self.train_batches), state)
         self.schedule = Schedule(settings, self.steps)
         self.scaler = LossScaler(parallel, enabled=settings.precision == "fp16")
         self.folder = RunFolder(config.folder)
-        self._build(config.resume)
+        self._build()
         self._restore(state)
         left = self.batch + self.steps - self.step
         self.epochs = self.epoch - 1 + -(-left // len(self.train_batches))
@@ -118,13 +113,13 @@ class Trainer:
         if parallel.is_main:
             self._open_logs()
 
-    def _build(self, resume: ResumeState | None) -> None:
+    def _build(self) -> None:
         """The net and its optimizer, anew or as the checkpoint has them."""
         settings, parallel = self.settings, self.parallel
         model = build_model(settings, len(self.config.classes))
         buffers = None
-        if resume is not None and resume.path is not None:
-            weights, buffers = resume.tensors()
+        if self.config.checkpoint is not None:
+            weights, buffers = checkpoints.tensors(self.config.checkpoint)
             model.load_state_dict(weights)
         elif settings.init_from is not None:
             fine_tuning.begin_with(model, settings.init_from, self.config.classes)
@@ -240,8 +235,7 @@ class Trainer:
         }
 
     def _open_logs(self) -> None:
-        resume = self.config.resume
-        length = None if resume is None else resume.state.get("metrics_bytes", 0)
+        length = self.config.state.get("metrics_bytes", 0)
         self.metrics = MetricsLog(self.folder.metrics, length)
         if self.metrics.missing:
             self.progress.warn(
