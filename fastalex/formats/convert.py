@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastalex._version import __version__
 from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.data import MeanImage, Normalization, decode_size
 from fastalex.data.base import MAX_IMAGE_SIZE, printable
@@ -53,7 +52,6 @@ def _parser() -> Parser:
         "caffe-tensorflow's .npy, or a checkpoint of cuda-convnet. Nothing in the file is run.",
         epilog="docs/weights.md says what is done to the weights of each format.",
     )
-    parser.add_argument("--version", action="version", version=f"fastalex {__version__}")
     parser.add_path("file", "what the other program wrote", "FILE")
     parser.add_path("--output", "the weights file to write", "W", required=True)
     text = (

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastalex._version import __version__
 from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.common.files import replacing
 from fastalex.data import Normalization, decode_size
@@ -54,7 +53,6 @@ def _parser() -> Parser:
         epilog="Names of the classes, image size and normalization go along as metadata; "
         "docs/weights.md says where they stand.",
     )
-    parser.add_argument("--version", action="version", version=f"fastalex {__version__}")
     text = "model.safetensors of a run, or what fastalex.convert wrote"
     parser.add_path("--weights", text, "W", required=True)
     parser.add_argument(

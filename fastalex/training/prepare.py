@@ -23,9 +23,9 @@ from fastalex.distributed.world import World, find_world, has_bf16, rank, under_
 from fastalex.model.alexnet import AlexNet
 from fastalex.training import check, checkpoints, fine_tuning
 from fastalex.training.checkpoints import ResumeState
-from fastalex.training.config import PRECISIONS, Settings, describe_setting
+from fastalex.training.config import PRECISIONS, Settings, chosen_variant, describe_setting
 from fastalex.training.metrics import check_tensorboard
-from fastalex.training.recipes import INITIALISATIONS, MOMENTUM_RULES, NO_RECIPE, RECIPES
+from fastalex.training.recipes import INITIALISATIONS, MOMENTUM_RULES
 from fastalex.training.run_config import RunConfig
 from fastalex.training.run_folder import RunFolder, find_attempt, next_free
 from fastalex.training.schedule import describe_schedule
@@ -72,16 +72,14 @@ def end(folder: RunFolder | None, status: str) -> None:
 
 def new_place(options: Mapping[str, Any]) -> Path:
     """The folder of a run that was not told where to write."""
-    recipe = RECIPES.get(options["recipe"], NO_RECIPE)
-    return next_free(options["variant"] or recipe.variant, options["seed"] or 0)
+    return next_free(chosen_variant(options), options["seed"] or 0)
 
 
 def choose_world(options: Mapping[str, Any], resume: ResumeState | None) -> World:
     """The processes that a command asks for, or that the run had before."""
-    gpus, threads, variant = (options[name] for name in ("gpus", "threads", "variant"))
+    gpus, threads = options["gpus"], options["threads"]
     if resume is None:
-        recipe = RECIPES.get(options["recipe"], NO_RECIPE)
-        return find_world(gpus, variant or recipe.variant, threads)
+        return find_world(gpus, chosen_variant(options), threads)
     if gpus is None and not under_launcher():
         gpus = resume.world.processes
     # Sums are taken in another order by another number of threads.

@@ -18,6 +18,7 @@ from fastalex.distributed import launch
 from fastalex.distributed.launch import PeerLost, TrainingError
 from fastalex.distributed.world import find_world, rank, under_launcher, world_size
 from fastalex.training import checkpoints, trainer
+from fastalex.training.config import Settings
 from fastalex.training.options import Raising, as_arguments, parse_arguments
 from fastalex.training.prepare import end, new_place, prepare
 from fastalex.training.run_config import RunConfig
@@ -107,7 +108,7 @@ def _processes(options: Mapping[str, Any]) -> int:
     place, gpus = options["resume"] or options["output"], options["gpus"]
     if gpus is None and place is not None and not under_launcher():
         gpus = RunFolder(place).processes()
-    return find_world(gpus, options["variant"] or "paper").processes
+    return find_world(gpus, Settings.variant).processes
 
 
 def _command(arguments: Sequence[str] | None) -> list[str]:
@@ -159,7 +160,7 @@ def _agree(options: Mapping[str, Any], store: Any) -> tuple[RunFolder | None, Ru
             folder, config = prepare(options)
         elif text := launch.receive(store, "config", "waits for rank 0, which prepares the data"):
             config = RunConfig.from_json(text)
-            here, there = find_world(None, "paper").device_type, config.world.device_type
+            here, there = find_world(None, Settings.variant).device_type, config.world.device_type
             if here != there:
                 raise ValueError(f"runs on {here}, rank 0 on {there}")
     except (ValueError, OSError) as error:

@@ -116,18 +116,18 @@ def test_wrong_weights_are_a_line(here: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_config_takes_a_run_s_settings(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [*OPTIONS, *SHORT, "--lr", "0.003", "--schedule", "step", "--lr-step", "0.4"]
+    command = [*OPTIONS, *SHORT, "--lr", "0.003", "--lr-drop", "0.4"]
     assert train.main([*command, "--without", "lrn", "--output", "one"]) == 0
     assert train.main(["--config", "one/run.json", "--output", "two"]) == 0
     assert digest(here / "one") == digest(here / "two")
-    assert train.main(["--config", "one/run.json", "--schedule", "cosine", "--lr", "0.0001",
+    assert train.main(["--config", "one/run.json", "--schedule", "plateau", "--lr", "0.0001",
                        "--output", "three"]) == 0  # fmt: skip
     one, two, three = (
         json.loads((here / run / "run.json").read_text())["settings"]
         for run in ("one", "two", "three")
     )
     assert two == one
-    assert {k for k in one if one[k] != three[k]} == {"schedule", "lr", "lr_step"}
+    assert {k for k in one if one[k] != three[k]} == {"schedule", "lr", "lr_drop"}
     (here / "list").write_text("[]")
     (here / "unknown").write_text('{"settings": {"depth": 9}}')
     (here / "wrong").write_text('{"settings": {"epochs": "many"}}')
