@@ -15,7 +15,7 @@ included, because masks and weights are functions of their place in the whole ne
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastalex.common.nvtx_ranges import nvtx_range
+from fastalex.common.timing import Stopwatch
 from fastalex.distributed.exchange import (
     TOWERS,
     Exchange,
-    TowerExchange,
     checked_exchange,
     dense,
     gather_towers,
@@ -36,7 +36,7 @@ from fastalex.model.layers import Conv2dReLU, CounterDropout, LinearReLUDropout,
 
 
 def init_mesh(device_type: str, data: int, tower: int) -> DeviceMesh:
-    """A mesh of data x tower processes; neighbouring ranks are the towers of one net.
+    """A mesh of ``data`` replicas of ``tower`` processes; neighbouring ranks are one net's towers.
 
     Args:
         device_type: ``"cuda"`` or ``"cpu"``.
@@ -46,13 +46,13 @@ def init_mesh(device_type: str, data: int, tower: int) -> DeviceMesh:
     return init_device_mesh(device_type, (data, tower), mesh_dim_names=("data", "tower"))
 
 
-def parallelize(model: AlexNet, mesh: DeviceMesh, exchange: TowerExchange | None = None) -> AlexNet:
+def parallelize(model: AlexNet, mesh: DeviceMesh, stopwatch: Stopwatch | None = None) -> AlexNet:
     """Turn ``model`` into this process's part of it, in place, and return it.
 
     Args:
-        model: a whole AlexNet, the same on every process, on this process's device.
+        model: a whole AlexNet on this process's device.
         mesh: from ``init_mesh``; its ``tower`` axis is 1 or 2 long.
-        exchange: from ``checked_exchange``; None makes and checks one.
+        stopwatch: counts the time of exchange between towers.
 
     Raises:
         ValueError: where the variant has no two independent towers.
@@ -66,7 +66,7 @@ def parallelize(model: AlexNet, mesh: DeviceMesh, exchange: TowerExchange | None
             f"mesh: variant {model.variant.name!r} has {model.variant.towers} tower(s), "
             f"got a tower axis of {mesh['tower'].size()}"
         )
-    exchange = exchange or checked_exchange(mesh)
+    exchange = checked_exchange(mesh, stopwatch)
     _broadcast(model, mesh, "tower")
     cut_to_tower(model, exchange)
     return model
@@ -90,11 +90,12 @@ def _layers(model: AlexNet) -> list[nn.Conv2d | nn.Linear]:
     return [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
 
 
+@dataclass(frozen=True)
 class GatherInput:
     """Gives a layer both towers' halves of its input, as a hook before its forward pass."""
 
-    def __init__(self, exchange: Exchange, summed: bool) -> None:
-        self.exchange, self.summed = exchange, summed
+    exchange: Exchange
+    summed: bool
 
     def __call__(self, layer: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         return (gather_towers(inputs[0], self.exchange, self.summed),)
@@ -205,25 +206,6 @@ def local_tensors(
     return {
         name: t if name in whole else t.chunk(TOWERS)[tower].clone() for name, t in tensors.items()
     }
-
-
-def copies_agree(model: AlexNet, mesh: DeviceMesh, tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether both towers hold the same bits of the last layer, which each updates by itself.
-
-    A collective, as ``full_tensors``; ``tensors`` are named like the parameters.
-    """
-    if mesh["tower"].size() == 1:
-        return True
-    digest = hashlib.sha256()
-    for name in sorted(_whole_names(model)):
-        values = tensors[name].detach().cpu().contiguous()
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
-    mine = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).to(
-        next(model.parameters()).device
-    )
-    both = [torch.empty_like(mine) for _ in range(TOWERS)]
-    dist.all_gather(both, mine, group=mesh.get_group("tower"))
-    return torch.equal(*both)
 
 
 def _whole_names(model: AlexNet) -> set[str]:

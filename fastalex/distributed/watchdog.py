@@ -26,23 +26,14 @@ _PATIENCE = 10  # how much longer may be waited for what a disk does
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """How far a process is.
+    """How far a process is."""
 
-    Attributes:
-        host: its machine's name.
-        beats: heartbeats written before.
-        done: pieces of work begun or done: batches trained or validated, files written.
-        step: of the training.
-        doing: what it does that a disk may delay; empty for anything else.
-        state: ``"runs"``, ``"lost a peer"`` or ``"ended"``.
-    """
-
-    host: str
-    beats: int = 0
-    done: int = 0
-    step: int = 0
-    doing: str = ""
-    state: str = "runs"
+    host: str  # its machine's name
+    beats: int = 0  # heartbeats written before
+    done: int = 0  # pieces of work begun or done: batches trained or validated, files written
+    step: int = 0  # of the training
+    doing: str = ""  # what a disk may delay; empty for anything else
+    state: str = "runs"  # or "lost a peer", or "ended"
 
 
 class Watchdog:
@@ -101,11 +92,11 @@ class Watchdog:
         last = time.monotonic() + 5 * _MOST_EVERY
         while time.monotonic() < last and waiting():
             time.sleep(_MOST_EVERY / 20)
-            silence = time.monotonic() - max(1.0, 3 * self._every)
+            heard = time.monotonic() - max(1.0, 3 * self._every)
             gone = [
                 number
                 for number, beat in enumerate(self._heartbeats)
-                if beat.state == "ended" or (beat.state == "runs" and self._heard[number] < silence)
+                if beat.state == "ended" or (beat.state == "runs" and self._heard[number] < heard)
             ]
             gone = [number for number in gone if number != self._rank]
             if gone and any(number not in gone for number in range(self._rank)):
@@ -170,31 +161,29 @@ class Watchdog:
 
     def _stuck(self, now: float) -> str:
         """What keeps this process from going on; empty where nothing does."""
-        limit = self._limit
-        if now - self._reached > limit:
+        limit, unreached = self._limit, now - self._reached
+        if unreached > limit:
             return (
                 f"the other side can't be reached: no answer from {os.environ.get('MASTER_ADDR')} "
-                f"for {now - self._reached:.0f} s, at step {self._mine.step}"
+                f"for {unreached:.0f} s, at step {self._mine.step}"
             )
-        running = [i for i, beat in enumerate(self._heartbeats) if beat.state != "ended"]
-        for number in running:
+        running = {i: beat for i, beat in enumerate(self._heartbeats) if beat.state != "ended"}
+        for number, beat in running.items():
             # Until the last look: while nothing can be reached, nobody's silence grows.
             silence = self._reached - self._heard[number]
             if number != self._rank and silence > limit:
-                step = self._heartbeats[number].step
-                return f"{self._name(number)} has not answered for {silence:.0f} s, at step {step}"
+                who = self._name(number)
+                return f"{who} has not answered for {silence:.0f} s, at step {beat.step}"
         if not running:
             return ""
-        last = min(running, key=lambda number: self._heartbeats[number].done)
-        beat, still = self._heartbeats[last], self._reached - self._moved[last]
-        if still > limit * (_PATIENCE if beat.doing else 1):
-            alike = len({self._heartbeats[number].done for number in running}) == 1
-            who = "no process" if alike else self._name(last)
-            return (
-                f"{who} {'has' if alike else 'has not'} gone on for {still:.0f} s, at step "
-                f"{beat.step}{beat.doing and ', ' + beat.doing}"
-            )
-        return ""
+        last, beat = min(running.items(), key=lambda item: item[1].done)
+        still = self._reached - self._moved[last]
+        if still <= limit * (_PATIENCE if beat.doing else 1):
+            return ""
+        alike = len({other.done for other in running.values()}) == 1
+        who = "no process has" if alike else f"{self._name(last)} has not"
+        doing = beat.doing and f", {beat.doing}"
+        return f"{who} gone on for {still:.0f} s, at step {beat.step}{doing}"
 
     def _name(self, number: int) -> str:
         return f"rank {number} (host {self._heartbeats[number].host})"

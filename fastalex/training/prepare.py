@@ -23,7 +23,13 @@ from fastalex.distributed.world import World, find_world, has_bf16, rank, under_
 from fastalex.model.alexnet import AlexNet
 from fastalex.training import check, checkpoints, fine_tuning
 from fastalex.training.checkpoints import ResumeState
-from fastalex.training.config import PRECISIONS, Settings, chosen_variant, describe_setting
+from fastalex.training.config import (
+    PRECISIONS,
+    Settings,
+    chosen_variant,
+    describe_setting,
+    setting_names,
+)
 from fastalex.training.metrics import check_tensorboard
 from fastalex.training.recipes import INITIALISATIONS, MOMENTUM_RULES
 from fastalex.training.run_config import RunConfig
@@ -283,8 +289,9 @@ def _describe_resume(resume: ResumeState, world: World) -> list[str]:
     if resume.path is None:
         return ["resumed: there is no checkpoint yet, from the first step again"]
     lines = [f"resumed: after step {resume.step}, from {resume.path}"]
-    if resume.unknown:
-        texts = [describe_setting(n, getattr(resume.settings, n)) for n in resume.unknown]
+    unknown = [n for n in setting_names() if n not in resume.report["settings"]]
+    if unknown:
+        texts = [describe_setting(n, getattr(resume.settings, n)) for n in unknown]
         lines.append(f"note: started by an older version of fastalex; new here: {', '.join(texts)}")
     changed = resume.differences(world)
     if changed:

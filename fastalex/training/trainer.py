@@ -41,6 +41,8 @@ from fastalex.training.weights import save_weights
 from fastalex_kernels.common.backend import backend, target
 
 _NAMED = 3  # samples of a bad batch that the message names
+# The attributes of a trainer that a checkpoint keeps.
+_KEPT = ("step", "epoch", "batch", "losses", "epoch_seconds", "best", "warned")
 
 STUCK = (
     "warning: the loss stays at ln({classes}) = {level:.3f}, as if every class were as likely as "
@@ -77,28 +79,36 @@ def train(config: RunConfig) -> None:
 
 
 class Trainer:
-    """One run; ``run`` goes through its epochs, from the first or where it was stopped.
+    """One run; ``run`` goes through its epochs, from the first or where it was stopped."""
 
-    Attributes:
-        step: steps done.
-        epoch: the epoch that is being trained, from 1.
-        started: when it began, by the monotonic clock.
-    """
+    step = 0  # done
+    epoch = 1  # that is being trained
+    batch = 0  # batches done of it
+    epoch_seconds = 0.0  # that an earlier run spent on it
+    best: dict[str, float] | None = None  # epoch and top-1 of the best weights
+    warned = False  # that the loss is stuck
 
     def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self.settings = settings = config.settings
+        self.config, self.settings = config, config.settings
+        settings, state = config.settings, config.state
         self.parallel = parallel = ParallelContext(config.world, settings.timeout)
         self.dataset, val_dataset = config.datasets
         self.train_batches = self._batches(self.dataset, train=True)
         self.val_batches = self._batches(val_dataset, train=False)
-        state = config.state
         self.steps = checkpoints.last_step(settings, len(self.train_batches), state)
         self.schedule = Schedule(settings, self.steps)
         self.scaler = LossScaler(parallel, enabled=settings.precision == "fp16")
         self.folder = RunFolder(config.folder)
         self._build()
-        self._restore(state)
+        self.losses: list[float] = []  # of this epoch's steps
+        vars(self).update({name: state[name] for name in _KEPT if name in state})
+        self.batch = min(self.batch, len(self.train_batches))  # there may be fewer images now
+        self.recent = RunningMetrics(
+            settings.log_every, parallel.stopwatch, state.get("window", ())
+        )
+        if state:
+            self.schedule.restore(state["schedule"])
+            self.scaler.load_state_dict(state["scaler"])
         left = self.batch + self.steps - self.step
         self.epochs = self.epoch - 1 + -(-left // len(self.train_batches))
         self.saved = time.monotonic()  # when the last checkpoint was written
@@ -111,18 +121,22 @@ class Trainer:
         self.metrics: MetricsLog | None = None
         self.tensorboard: TensorBoard | None = None
         if parallel.is_main:
-            self._open_logs()
+            self.metrics = MetricsLog(self.folder.metrics, state.get("metrics_bytes", 0))
+            if self.metrics.missing:
+                line = f"{self.folder.metrics}: records before the checkpoint are missing"
+                self.progress.warn(f"warning: {line}")
+            if settings.tensorboard:
+                self.tensorboard = TensorBoard(self.folder.tensorboard, self.step)
 
     def _build(self) -> None:
         """The net and its optimizer, anew or as the checkpoint has them."""
-        settings, parallel = self.settings, self.parallel
-        model = build_model(settings, len(self.config.classes))
-        buffers = None
-        if self.config.checkpoint is not None:
-            weights, buffers = checkpoints.tensors(self.config.checkpoint)
+        settings, parallel, config = self.settings, self.parallel, self.config
+        model, buffers = build_model(settings, len(config.classes)), None
+        if config.checkpoint is not None:
+            weights, buffers = checkpoints.tensors(config.checkpoint)
             model.load_state_dict(weights)
         elif settings.init_from is not None:
-            fine_tuning.begin_with(model, settings.init_from, self.config.classes)
+            fine_tuning.begin_with(model, settings.init_from, config.classes)
         self.model = parallel.parallelize(
             model.to(parallel.device), rows=self.train_batches.batch_size // parallel.replicas
         )
@@ -141,19 +155,23 @@ class Trainer:
             parts = towers.local_tensors(self.model, parallel.mesh, buffers)
             set_momentum_buffers(self.model, self.optimizer, parts)
 
-    def _whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Those of the whole net; every process takes part.
-
-        Raises:
-            TrainingError: where the towers' copies of the last layer have drifted apart.
-        """
-        if not towers.copies_agree(self.model, self.parallel.mesh, tensors):
-            raise TrainingError(
-                f"the two towers' copies of the last layer differ after step {self.step}: their "
-                "GPUs or software round differently; run both on one model of GPU with the same "
-                "versions, or use one process"
-            )
-        return towers.full_tensors(self.model, self.parallel.mesh, tensors)
+    def _batches(self, dataset: ImageDataset, train: bool) -> Batches:
+        settings = self.settings
+        return Batches(
+            dataset,
+            settings.batch_size,
+            Transform(
+                settings.image_size,
+                self.config.normalization,
+                settings.augmentation,
+                color_noise(dataset, settings.color_noise),
+                self.parallel.device,
+            ),
+            settings.seed,
+            train,
+            Share(self.parallel.replica, self.parallel.replicas),
+            settings.workers,
+        )
 
     def _make_step(self) -> TrainStep | AutogradStep:
         """The step without autograd, where it was asked for and can run this net."""
@@ -192,76 +210,6 @@ class Trainer:
         say = self.progress.say if parallel.is_main else print  # whichever comes first compiles
         compile_first(work, target(device), device_name(device), say)
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``, as ``_state`` returned it; from the beginning where it is empty."""
-        self.step: int = state.get("step", 0)
-        self.epoch: int = state.get("epoch", 1)
-        # Batches done in this epoch; fewer images than before may have fewer.
-        self.batch: int = min(state.get("batch", 0), len(self.train_batches))
-        self.losses: list[float] = state.get("losses", [])  # of this epoch's steps
-        self.epoch_seconds: float = state.get("epoch_seconds", 0.0)  # spent on it by an earlier run
-        self.best: dict[str, float] | None = state.get("best")
-        window = self.settings.log_every
-        self.recent = RunningMetrics(window, self.parallel.stopwatch, state.get("window", []))
-        self.warned: bool = state.get("warned", False)  # that the loss is stuck
-        if state:
-            self.schedule.restore(state["schedule"])
-            self.scaler.load_state_dict(state["scaler"])
-
-    def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides tensors; JSON, which keeps every bit of a float."""
-        config = self.config
-        return {
-            "step": self.step,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "losses": self.losses,
-            "epoch_seconds": self.epoch_seconds,
-            "best": self.best,
-            "window": self.recent.losses,
-            "warned": self.warned,
-            "schedule": self.schedule.state(),
-            "scaler": self.scaler.state_dict(),
-            "metrics_bytes": 0 if self.metrics is None else self.metrics.length,
-            "steps": self.steps,
-            "settings": self.settings.to_dict(),
-            "world": vars(config.world),
-            "versions": versions(),
-            "classes": config.classes,
-            "images": [len(self.dataset), len(self.val_batches.dataset)],
-            "contents": config.images,
-            "normalization": config.normalization.to_dict(),
-            "unreadable": [path for path, _ in config.unreadable],
-        }
-
-    def _open_logs(self) -> None:
-        length = self.config.state.get("metrics_bytes", 0)
-        self.metrics = MetricsLog(self.folder.metrics, length)
-        if self.metrics.missing:
-            self.progress.warn(
-                f"warning: {self.folder.metrics}: records before the checkpoint are missing"
-            )
-        if self.settings.tensorboard:
-            self.tensorboard = TensorBoard(self.folder.tensorboard, self.step)
-
-    def _batches(self, dataset: ImageDataset, train: bool) -> Batches:
-        settings = self.settings
-        return Batches(
-            dataset,
-            settings.batch_size,
-            Transform(
-                settings.image_size,
-                self.config.normalization,
-                settings.augmentation,
-                color_noise(dataset, settings.color_noise),
-                self.parallel.device,
-            ),
-            settings.seed,
-            train,
-            Share(self.parallel.replica, self.parallel.replicas),
-            settings.workers,
-        )
-
     def run(self) -> None:
         keep = self.settings.keep_checkpoints
         for epoch in range(self.epoch, self.epochs + 1):
@@ -285,13 +233,13 @@ class Trainer:
             if not math.isfinite(accuracy.loss):
                 raise TrainingError(
                     f"the validation loss is {accuracy.loss} after step {self.step} "
-                    f"(epoch {epoch}); try a lower --lr than {self.settings.lr}"
+                    f"(epoch {epoch}); try a lower --lr than {self.settings.lr}",
+                    everywhere=True,
                 )
             if self.schedule.validated(1 - accuracy.top1):
                 self.progress.say("the validation error stopped falling, the learning rate drops")
             self._save(accuracy)
-            loss = math.fsum(self.losses) / len(self.losses)
-            self._report_epoch(loss, accuracy, time.monotonic() - self.started)
+            self._report_epoch(accuracy)
             self.epoch, self.batch, self.losses, self.epoch_seconds = epoch + 1, 0, [], 0.0
             if keep:
                 self._checkpoint()
@@ -377,7 +325,7 @@ class Trainer:
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
                 indices = self.parallel.gather_replicas(self.unread[i][1].tolist())
-                raise TrainingError(self._not_finite(loss, first + i, indices))
+                raise TrainingError(self._not_finite(loss, first + i, indices), everywhere=True)
             self.recent.add(loss, self.settings.batch_size)
             self._watch()
         self.unread.clear()
@@ -395,7 +343,7 @@ class Trainer:
     def _watch(self) -> None:
         """Warn once where the net learns nothing."""
         classes = len(self.config.classes)
-        if self.warned or not is_stuck(self.recent.losses, classes):
+        if self.warned or not is_stuck(list(self.recent.losses), classes):
             return
         advice = "a larger --lr, a larger --batch-size or --dropout 0"
         if self.settings.init != "he":
@@ -420,7 +368,9 @@ class Trainer:
             record["loss_scale"] = self.scaler.get_scale()
         self._log(record)
 
-    def _report_epoch(self, loss: float, accuracy: Accuracy, seconds: float) -> None:
+    def _report_epoch(self, accuracy: Accuracy) -> None:
+        loss = math.fsum(self.losses) / len(self.losses)
+        seconds = time.monotonic() - self.started
         self.progress.say(
             f"epoch {self.epoch}/{self.epochs}: loss {loss:.4f}, validation loss "
             f"{accuracy.loss:.4f}, top-1 {accuracy.top1:.1%}, top-{TOP} {accuracy.top5:.1%}, "
@@ -453,8 +403,44 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.sync()  # a checkpoint counts on the records before it
             keep = max(1, self.settings.keep_checkpoints)
-            checkpoints.save(self.folder, weights, buffers, self._state(), keep)
+            checkpoints.save(self.folder, weights, buffers, self._state(self.metrics), keep)
         self.parallel.progress(self.step)
+
+    def _whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of the whole net; every process takes part.
+
+        Raises:
+            TrainingError: where the processes' copies have drifted apart.
+        """
+        whole = towers.full_tensors(self.model, self.parallel.mesh, tensors)
+        if not self.parallel.copies_agree(whole):
+            raise TrainingError(
+                f"the processes' copies of the net differ after step {self.step}: their GPUs or "
+                "software round differently; run all on one model of GPU with the same versions, "
+                "or use one process",
+                everywhere=True,
+            )
+        return whole
+
+    def _state(self, metrics: MetricsLog) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors; JSON, which keeps every bit of a float."""
+        config = self.config
+        return {
+            **{name: getattr(self, name) for name in _KEPT},
+            "window": list(self.recent.losses),
+            "schedule": self.schedule.state(),
+            "scaler": self.scaler.state_dict(),
+            "metrics_bytes": metrics.length,
+            "steps": self.steps,
+            "settings": self.settings.to_dict(),
+            "world": vars(config.world),
+            "versions": versions(),
+            "classes": config.classes,
+            "images": [len(self.dataset), len(self.val_batches.dataset)],
+            "contents": config.images,
+            "normalization": config.normalization.to_dict(),
+            "unreadable": [path for path, _ in config.unreadable],
+        }
 
     def _save(self, accuracy: Accuracy) -> None:
         """Write the weights, which may be the best so far; every process takes part."""
@@ -465,29 +451,22 @@ class Trainer:
         weights = self._whole(self.model.state_dict())
         if not self.parallel.is_main:
             return
-        image = self.config.normalization.mean_image
-        save_weights(self.folder.weights, weights, self._metadata(accuracy), image)
-        if best:
-            self.folder.keep_best()
-
-    def _metadata(self, accuracy: Accuracy) -> dict[str, Any]:
-        settings = self.settings
-        return {
+        normalization, about = self.config.normalization, vars(self.settings)
+        metadata = {
             "version": __version__,
-            "variant": settings.variant,
             "num_classes": len(self.config.classes),
             "classes": self.config.classes,
-            "image_size": settings.image_size,
-            "normalization": self.config.normalization.to_dict(),
-            "dropout": settings.dropout,
-            "precision": settings.precision,
-            "init": settings.init,
-            "seed": settings.seed,
+            "normalization": normalization.to_dict(),
+            **{name: about[name] for name in ("variant", "image_size", "dropout", "precision")},
+            **{name: about[name] for name in ("init", "seed")},
             "epoch": self.epoch,
             "step": self.step,
             "top1": accuracy.top1,
             "top5": accuracy.top5,
         }
+        save_weights(self.folder.weights, weights, metadata, normalization.mean_image)
+        if best:
+            self.folder.keep_best()
 
 
 def build_model(settings: Settings, classes: int) -> AlexNet:

@@ -29,7 +29,7 @@ def test_records_come_back(tmp_path: Path) -> None:
     again.close()
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 7.0)]
-    assert "train/gradient norm" not in events.Tags()["scalars"]
+    assert "train/grad_norm" not in events.Tags()["scalars"]
 
 
 def test_a_missing_package_is_one_line_and_exit_code_2(
