@@ -169,7 +169,7 @@ def find(run: Path, option: str = "--resume") -> tuple[ResumeState, list[str]]:
     """Where the run in the folder ``run`` goes on, and a line for each damaged checkpoint.
 
     Raises:
-        ValueError: where the folder holds no run, or no checkpoint of it is whole.
+        ValueError: where run.json can't be used, or no checkpoint is whole.
     """
     folder, damaged = RunFolder(run), list[str]()
     try:

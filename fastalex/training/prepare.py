@@ -136,21 +136,19 @@ def _prepare(
     _check(settings, world)
     datasets = train, val = open_datasets(settings.data, settings.seed, settings.image_size)
     color_noise(train, settings.color_noise)  # raises what can't be
-    side = decode_size(settings.image_size)
+    side, images = decode_size(settings.image_size), (contents(train), contents(val))
     image = mean_image(train, settings.normalization, side)
-    images = contents(train), contents(val)
-    if resume is None or resume.path is None:
-        if settings.normalization == INIT_FROM and settings.init_from is not None:
-            scale = fine_tuning.normalization(settings.init_from)
-        else:
-            scale = Normalization.measure(train, side).scaled(settings.normalization, image)
-    else:
+    lines, classes = [], list(train.classes)
+    if resume is not None and resume.path is not None:
         _check_same_images(resume, train, images, options["allow_changed_images"])
         scale = _kept_normalization(resume, image)
-    lines = []
+    elif settings.normalization == INIT_FROM and settings.init_from is not None:
+        scale = fine_tuning.normalization(settings.init_from)
+    else:
+        scale = Normalization.measure(train, side).scaled(settings.normalization, image)
     if settings.init_from is not None and (resume is None or resume.path is None):
-        model = _meta_model(len(train.classes), settings.variant)
-        same = fine_tuning.begin_with(model, settings.init_from, list(train.classes))
+        model = _meta_model(len(classes), settings.variant)
+        same = fine_tuning.begin_with(model, settings.init_from, classes)
         last = "" if same else " but for the last layer, which is drawn anew for these classes"
         lines = [f"begins with: {settings.init_from}{last}"]
     if settings.freeze is not None:
@@ -159,21 +157,19 @@ def _prepare(
         settings,
         world,
         folder.path,
-        list(train.classes),
+        classes,
         scale,
         [bad for dataset in datasets for bad in getattr(dataset, "unreadable", [])],
         datasets,
         images,
         *(() if resume is None else (resume.path, resume.state)),
     )
-    after = None
     if resume is not None:
         checkpoints.drop(folder, resume.path, settings.keep_checkpoints)
-        after = resume.step
-    folder.begin(options, settings.to_dict(), vars(world), after)
-    if resume is not None:
         lines += _describe_resume(resume, world)
-    for line in _describe(config, train, val) + lines:
+    after = None if resume is None else resume.step
+    folder.begin(options, settings.to_dict(), vars(world), after)
+    for line in _describe(config) + lines:
         print(line, flush=True)
     return config
 
@@ -187,24 +183,21 @@ def _meta_model(classes: int, variant: str) -> AlexNet:
 def _check(settings: Settings, world: World) -> None:
     """Raise unless the settings go with each other and with the world."""
     check.mode()  # of the environment
+    size, batch, replicas = settings.image_size, settings.batch_size, world.replicas
     if settings.augmentation == "resized" and settings.normalization in MEAN_IMAGES:
         raise ValueError(
             f"--augmentation resized: parts of any size have no mean image; leave it out or use "
             f"another --normalization than {settings.normalization}"
         )
     smallest = _meta_model(1, settings.variant).smallest_image_size()
-    if settings.image_size < smallest:
-        raise ValueError(
-            f"--image-size {settings.image_size}: variant {settings.variant} needs at least "
-            f"{smallest}"
-        )
+    if size < smallest:
+        text = f"variant {settings.variant} needs at least {smallest}"
+        raise ValueError(f"--image-size {size}: {text}")
     if settings.tensorboard:
         check_tensorboard()
-    if settings.batch_size % world.replicas:
-        raise ValueError(
-            f"--batch-size {settings.batch_size}: {world.replicas} processes share each batch, "
-            f"name a multiple of {world.replicas}"
-        )
+    if batch % replicas:
+        text = f"{replicas} processes share each batch, name a multiple of {replicas}"
+        raise ValueError(f"--batch-size {batch}: {text}")
 
 
 def _check_same_images(
@@ -228,21 +221,17 @@ def _check_same_images(
 
 def _kept_normalization(resume: ResumeState, image: MeanImage | None) -> Normalization:
     """The run's own, with the mean image that the images have now."""
-    values = resume.state["normalization"]
+    values, text = resume.state["normalization"], ""
     if "mean_image" not in values:
         return Normalization.from_dict(values)
     if image is None:
-        raise DataError(
-            f"--resume {resume.folder}: the run subtracts the mean image of a packed set; "
-            "name that set with --data"
-        )
-    try:
-        return Normalization.from_dict(values, image.pixels)
-    except ValueError as error:
-        raise DataError(
-            f"--resume {resume.folder}: the packed set has not the mean image that the run started "
-            "with; name that set with --data"
-        ) from error
+        text = "the run subtracts the mean image of a packed set"
+    else:
+        try:
+            return Normalization.from_dict(values, image.pixels)
+        except ValueError:
+            text = "the packed set has not the mean image that the run started with"
+    raise DataError(f"--resume {resume.folder}: {text}; name that set with --data")
 
 
 def _warn(line: str) -> None:
@@ -250,8 +239,8 @@ def _warn(line: str) -> None:
         print(f"train: warning: {line}", file=sys.stderr, flush=True)
 
 
-def _describe(config: RunConfig, train: ImageDataset, val: ImageDataset) -> list[str]:
-    settings, world = config.settings, config.world
+def _describe(config: RunConfig) -> list[str]:
+    settings, world, (train, val) = config.settings, config.world, config.datasets
     split = "whole in one process"
     if world.towers == 2:
         split = "two towers, one per process"
@@ -265,17 +254,16 @@ def _describe(config: RunConfig, train: ImageDataset, val: ImageDataset) -> list
     epochs = min(settings.epochs, (settings.max_steps or math.inf) / steps)
     most = "" if settings.max_steps is None else f", at most {settings.max_steps} steps"
     recipe = "" if settings.recipe is None else f" (recipe {settings.recipe})"
-    normalization = f"normalization {settings.normalization}"
-    if settings.normalization in MEAN_IMAGES and config.normalization.mean_image is None:
-        normalization = "normalization mean (only a packed set has a mean image, for "
-        normalization += f"{settings.normalization})"
+    normalization = settings.normalization
+    if normalization in MEAN_IMAGES and config.normalization.mean_image is None:
+        normalization = f"mean (only a packed set has a mean image, for {normalization})"
     return [
         world.describe(),
         f"net: {settings.variant}, {parameters:,} parameters, dropout {settings.dropout}, {split}",
         f"initialisation: {settings.init} ({INITIALISATIONS[settings.init]}), seed {settings.seed}",
         f"data: {settings.data or 'built-in set'}, {len(config.classes)} classes, {len(train)} "
         f"training and {len(val)} validation images, {settings.image_size} px, "
-        f"augmentation {settings.augmentation}, {normalization}",
+        f"augmentation {settings.augmentation}, normalization {normalization}",
         f"training: {settings.epochs} epochs of {steps} steps{most}, "
         f"{settings.batch_size} images a step{recipe}",
         f"precision: {settings.precision} ({PRECISIONS[settings.precision]})",

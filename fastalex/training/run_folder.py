@@ -30,10 +30,9 @@ _ROOT = Path("runs")
 
 
 class RunFolder:
-    """Where a run writes; ``claim`` and ``create`` give one that no other process can write to.
+    """Where a run writes; ``claim`` gives one that no other process can write to.
 
     Attributes:
-        path: of the folder.
         report, metrics, weights, checkpoints, tensorboard: what is in it.
         best: the weights of the epoch with the highest top-1 accuracy.
         running: whether a run has started or gone on here.
@@ -47,7 +46,6 @@ class RunFolder:
         self.running = False
         self._lock: int | None = None
         self._made: list[Path] = []  # the folders that claiming it made, the outermost first
-        self._locked_new = False  # whether claiming it made metrics.jsonl
 
     @property
     def holds_run(self) -> bool:
@@ -73,23 +71,26 @@ class RunFolder:
             folder._make()
             if new and path not in folder._made:
                 raise FileExistsError
-            folder._locked_new = not folder.metrics.exists()
             folder._lock = open_locked(folder.metrics, alone=True)
             if not folder.holds_run:
                 folder._check_empty()
             folder._clean()
-        except FileExistsError:
-            folder.release()
-            raise
         except OSError as error:
             folder.release()
-            raise ValueError(f"{option} {path}: {_why(error)}") from error
+            if isinstance(error, FileExistsError):
+                raise
+            text = error.strerror or str(error)
+            if error.filename is not None and error.errno != errno.EBUSY:  # no sentence of ours
+                text = f"nothing can be written there: {text} ({error.filename})"
+            raise ValueError(f"{option} {path}: {text}") from error
         return folder
 
     def release(self) -> None:
         """Give up the claim; where no run has started, take away what it made."""
-        with contextlib.suppress(OSError):
-            if self._lock is not None and self._locked_new and _is_empty(self.metrics):
+        if self._lock is None and not self._made:
+            return
+        with contextlib.suppress(OSError):  # what is not empty stays
+            if self._lock is not None and not self.holds_run and _is_empty(self.metrics):
                 self.metrics.unlink()
             for made in reversed(self._made):
                 made.rmdir()
@@ -113,6 +114,12 @@ class RunFolder:
                 text = f"the folder is not empty ({path.name}) and holds no run, name a new one"
                 raise OSError(errno.ENOTEMPTY, text)
 
+    def _clean(self) -> None:
+        """Remove what killed processes left; only who holds the claim knows that they are dead."""
+        for folder in filter(Path.is_dir, (self.path, self.checkpoints)):
+            for left in filter(is_temporary, folder.iterdir()):
+                left.unlink(missing_ok=True)
+
     def begin(
         self,
         arguments: Mapping[str, Any],
@@ -122,11 +129,7 @@ class RunFolder:
     ) -> None:
         """Write run.json: what was asked for, what was chosen, and on what it runs.
 
-        Args:
-            arguments: the options of the command.
-            settings: of the run.
-            world: the processes.
-            after: the step after which a run goes on; None for a new one.
+        ``after`` is the step after which a run goes on, None for a new one.
         """
         now = {
             "arguments": dict(arguments),
@@ -142,6 +145,7 @@ class RunFolder:
             report["resumed"] = [*report.get("resumed", []), {"step": after, **now}]
         report |= {"status": "running", "ended": None}
         self._write_report({**report, "launch": launch_id(), "settings": dict(settings)})
+        self.running = True
 
     def end(self, status: str) -> None:
         """Note in run.json how the run ended, and drop what nobody needs any more.
@@ -168,18 +172,10 @@ class RunFolder:
         """What an ended run has left here, for a message."""
         if not self.path.is_dir():
             return f"{self.path} is gone"
-        try:
+        with contextlib.suppress(ValueError):
             epoch = read_metadata(self.weights)["epoch"]
-        except ValueError:
-            return f"{self.path} keeps metrics.jsonl, no weights yet"
-        return f"{self.path} keeps model.safetensors of epoch {epoch} and metrics.jsonl"
-
-    def _clean(self) -> None:
-        """Remove what killed processes left; only who holds the claim knows that they are dead."""
-        for folder in (self.path, self.checkpoints):
-            if folder.is_dir():
-                for left in filter(is_temporary, folder.iterdir()):
-                    left.unlink(missing_ok=True)
+            return f"{self.path} keeps model.safetensors of epoch {epoch} and metrics.jsonl"
+        return f"{self.path} keeps metrics.jsonl, no weights yet"
 
     def read_report(self) -> dict[str, Any]:
         """What run.json holds.
@@ -193,17 +189,16 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.report.name} can't be read: {error!r}") from error
 
+    def _write_report(self, report: dict[str, Any]) -> None:
+        with replacing(self.report) as temporary:
+            temporary.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+
     def processes(self) -> int | None:
         """How many the run here had when it was last started; None where there is none."""
         with contextlib.suppress(ValueError, KeyError, TypeError):
             report = self.read_report()
             return int([report, *report["resumed"]][-1]["world"]["processes"])
         return None
-
-    def _write_report(self, report: dict[str, Any]) -> None:
-        with replacing(self.report) as temporary:
-            temporary.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
-        self.running, self._made, self._locked_new = True, [], False
 
 
 def launch_id() -> str | None:
@@ -226,14 +221,6 @@ def find_attempt() -> Path | None:
             if report.get("launch") == launch_id() and (again or report["status"] != "finished"):
                 return path.parent
     return None
-
-
-def _why(error: OSError) -> str:
-    """What went wrong with a folder, for the user who named it."""
-    text = error.strerror or str(error)
-    if error.filename is None or error.errno == errno.EBUSY:  # a sentence of ours
-        return text
-    return f"nothing can be written there: {text} ({error.filename})"
 
 
 def _is_empty(path: Path) -> bool:
