@@ -36,13 +36,7 @@ from fastalex.model.layers import Conv2dReLU, CounterDropout, LinearReLUDropout,
 
 
 def init_mesh(device_type: str, data: int, tower: int) -> DeviceMesh:
-    """A mesh of ``data`` replicas of ``tower`` processes; neighbouring ranks are one net's towers.
-
-    Args:
-        device_type: ``"cuda"`` or ``"cpu"``.
-        data: replicas that share each batch.
-        tower: 1, or 2 for a net in two halves.
-    """
+    """A mesh of ``data`` replicas of 1 or 2 towers; neighbouring ranks are one net's towers."""
     return init_device_mesh(device_type, (data, tower), mesh_dim_names=("data", "tower"))
 
 
@@ -159,13 +153,7 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh, share: float | None = N
 
 
 def gradient_norm(norms: dict[str, torch.Tensor], model: AlexNet, mesh: DeviceMesh) -> torch.Tensor:
-    """The Euclidean norm of the whole net's gradient, a scalar; every process takes part.
-
-    Args:
-        norms: of this process's gradients by parameter, those of the whole batch.
-        model: whose gradients they are.
-        mesh: from ``init_mesh``.
-    """
+    """The Euclidean norm of the whole net's gradient, a scalar; every process takes part."""
     whole = _whole_names(model)
     parts = [g for name, g in norms.items() if name not in whole]
     shared = [g for name, g in norms.items() if name in whole]

@@ -15,19 +15,12 @@ _BF16 = (8, 0)  # compute capability
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run and how they share the work.
+    """The processes of a run and how they share the work."""
 
-    Attributes:
-        device_type: ``"cuda"`` or ``"cpu"``.
-        processes: how many, one per GPU.
-        towers: processes that hold one net together, 1 or 2; the others are replicas.
-        threads: CPU threads of each.
-    """
-
-    device_type: str
-    processes: int
-    towers: int
-    threads: int
+    device_type: str  # "cuda" or "cpu"
+    processes: int  # one per GPU
+    towers: int  # processes that hold one net together, 1 or 2; the others are replicas
+    threads: int  # of the CPU, for each
 
     @property
     def replicas(self) -> int:

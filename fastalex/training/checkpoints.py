@@ -36,22 +36,13 @@ _WEIGHT, _BUFFER = "weight ", "velocity "  # in front of a parameter's name in a
 
 @dataclass(frozen=True)
 class ResumeState:
-    """Where a stopped run goes on.
-
-    Attributes:
-        folder: of the run.
-        report: its run.json.
-        path: the checkpoint; None where the run stopped before its first one.
-        state: what the checkpoint holds besides tensors.
-        world: the processes that it ran on.
-        settings: the run's.
-    """
+    """Where a stopped run goes on."""
 
     folder: Path
-    report: dict[str, Any]
-    path: Path | None
-    state: dict[str, Any]
-    world: World
+    report: dict[str, Any]  # run.json
+    path: Path | None  # the checkpoint; None where the run stopped before its first one
+    state: dict[str, Any]  # what the checkpoint holds besides tensors
+    world: World  # the processes that it ran on
     settings: Settings
 
     @property
@@ -127,11 +118,7 @@ def save(
     state: Mapping[str, Any],
     keep: int,
 ) -> None:
-    """Write the checkpoint of ``state["step"]``, and drop all but the newest ``keep``.
-
-    Raises:
-        OSError: where it can't be written; the older ones are as they were.
-    """
+    """Write the checkpoint of ``state["step"]``, and drop all but the newest ``keep``."""
     tensors = {_WEIGHT + name: t for name, t in weights.items()}
     tensors |= {_BUFFER + name: t for name, t in buffers.items()}
     folder.checkpoints.mkdir(exist_ok=True)

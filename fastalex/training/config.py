@@ -221,11 +221,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], device_type: str = "cpu") -> Settings:
-        """The inverse of ``to_dict``; what an older version did not know takes its default.
-
-        Raises:
-            ValueError: where a setting is unknown.
-        """
+        """The inverse of ``to_dict``; what an older version did not know takes its default."""
         unknown = sorted(set(values) - set(setting_names()))
         if unknown:
             raise ValueError(
@@ -241,11 +237,7 @@ class Settings:
 
 
 def _execution(given: Mapping[str, Any], precision: str, device_type: str) -> dict[str, bool]:
-    """How a step is executed; on a GPU as few kernels as can be, in one launch.
-
-    Raises:
-        ValueError: for what the device or the precision does not allow.
-    """
+    """How a step is executed; on a GPU as few kernels as can be, in one launch."""
     gpu, scaled = device_type == "cuda", precision == "fp16"
     fused = given.get("fused_update", gpu and not scaled)
     if fused and scaled:

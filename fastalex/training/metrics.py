@@ -121,9 +121,6 @@ class MetricsLog:
     Args:
         path: of the file.
         length: bytes of an older file that stay, the rest is cut off; None is all.
-
-    Raises:
-        OSError: where it can't be written, or a process that does not belong to this run has it.
     """
 
     def __init__(self, path: Path, length: int | None = None) -> None:
@@ -201,11 +198,7 @@ def open_locked(path: Path, alone: bool) -> int:
 
 
 def check_tensorboard() -> None:
-    """Raise unless the package that writes TensorBoard's files is there.
-
-    Raises:
-        ValueError: one line that says how to get it.
-    """
+    """Raise unless the package that writes TensorBoard's files is there."""
     if importlib.util.find_spec("tensorboard") is None:
         raise ValueError(
             "--tensorboard: the package tensorboard is missing, "

@@ -124,11 +124,7 @@ def as_arguments(options: Mapping[str, Any]) -> list[str]:
 
 
 def _read_config(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a run.json, but for those that ``options`` leave without a part.
-
-    Raises:
-        ValueError: where it is no such file.
-    """
+    """The settings in a run.json, but for those that ``options`` leave without a part."""
     report = json.loads(options["config"].read_text(encoding="utf-8"))
     if not isinstance(report, dict) or not isinstance(report.get("settings"), dict):
         raise ValueError("expected a run's run.json, which has settings")

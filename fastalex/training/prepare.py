@@ -19,7 +19,7 @@ from fastalex.data.datasets import color_noise, mean_image, open_datasets
 from fastalex.data.fingerprint import Contents, contents, describe_changes
 from fastalex.data.normalization import INIT_FROM, MEAN_IMAGES
 from fastalex.distributed.launch import TrainingError
-from fastalex.distributed.world import World, find_world, has_bf16, rank, under_launcher
+from fastalex.distributed.world import World, find_world, has_bf16, rank
 from fastalex.model.alexnet import AlexNet
 from fastalex.training import check, checkpoints, fine_tuning
 from fastalex.training.checkpoints import ResumeState
@@ -81,17 +81,13 @@ def new_place(options: Mapping[str, Any]) -> Path:
     return next_free(chosen_variant(options), options["seed"] or 0)
 
 
-def choose_world(options: Mapping[str, Any], resume: ResumeState | None) -> World:
-    """The processes that a command asks for, or that the run had before."""
-    gpus, threads = options["gpus"], options["threads"]
-    if resume is None:
-        return find_world(gpus, chosen_variant(options), threads)
-    if gpus is None and not under_launcher():
-        gpus = resume.world.processes
+def _choose_world(options: Mapping[str, Any], resume: ResumeState | None) -> World:
+    variant = chosen_variant(options) if resume is None else resume.settings.variant
+    world = find_world(options["gpus"], variant, options["threads"])
+    if resume is None or options["threads"] or world.processes != resume.world.processes:
+        return world
     # Sums are taken in another order by another number of threads.
-    same = gpus in (None, resume.world.processes)
-    threads = threads or (resume.world.threads if same else None)
-    return find_world(gpus, resume.settings.variant, threads)
+    return replace(world, threads=resume.world.threads)
 
 
 def _find(options: Mapping[str, Any]) -> tuple[RunFolder, ResumeState | None]:
@@ -123,7 +119,7 @@ def _find(options: Mapping[str, Any]) -> tuple[RunFolder, ResumeState | None]:
 def _prepare(
     options: Mapping[str, Any], folder: RunFolder, resume: ResumeState | None
 ) -> RunConfig | None:
-    world = choose_world(options, resume)
+    world = _choose_world(options, resume)
     if resume is None:
         bf16 = options["precision"] in (None, "auto") and has_bf16(world)
         settings = Settings.choose(options, world.device_type, bf16)

@@ -17,31 +17,18 @@ from fastalex.training.config import Settings
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that a process needs to know.
-
-    Attributes:
-        settings: with every default filled in.
-        world: the processes and how they share the work.
-        folder: the run's, which exists.
-        classes: names of the classes, by label.
-        normalization: measured on the training images.
-        unreadable: files of ``settings.data`` that every process leaves out, with reasons.
-        datasets: the images to train on and to validate.
-        images: what they hold.
-        checkpoint: that a stopped run goes on from.
-        state: what the checkpoint holds besides tensors.
-    """
+    """Everything that a process needs to know."""
 
     settings: Settings
     world: World
-    folder: Path
-    classes: list[str]
-    normalization: Normalization
-    unreadable: list[tuple[str, str]]
-    datasets: tuple[ImageDataset, ImageDataset]
-    images: tuple[Contents, ...] = ()
-    checkpoint: Path | None = None
-    state: dict[str, Any] = field(default_factory=dict)
+    folder: Path  # which exists
+    classes: list[str]  # by label
+    normalization: Normalization  # measured on the training images
+    unreadable: list[tuple[str, str]]  # files that every process leaves out, with reasons
+    datasets: tuple[ImageDataset, ImageDataset]  # to train on and to validate
+    images: tuple[Contents, ...] = ()  # what they hold
+    checkpoint: Path | None = None  # that a stopped run goes on from
+    state: dict[str, Any] = field(default_factory=dict)  # its other half, besides tensors
 
     def to_json(self) -> str:
         """For a process that opens the images itself."""

@@ -148,11 +148,7 @@ class RunFolder:
         self.running = True
 
     def end(self, status: str) -> None:
-        """Note in run.json how the run ended, and drop what nobody needs any more.
-
-        Raises:
-            OSError: where it can't be written.
-        """
+        """Note in run.json how the run ended, and drop what nobody needs any more."""
         self._clean()
         report = self.read_report()
         if report["status"] != status:
@@ -178,11 +174,7 @@ class RunFolder:
         return f"{self.path} keeps metrics.jsonl, no weights yet"
 
     def read_report(self) -> dict[str, Any]:
-        """What run.json holds.
-
-        Raises:
-            ValueError: where it is missing or damaged.
-        """
+        """What run.json holds."""
         try:
             report = json.loads(self.report.read_text(encoding="utf-8"))
             return {"settings": report["settings"], **report}

@@ -100,11 +100,7 @@ def fit(**options: Any) -> Path:
 
 
 def _processes(options: Mapping[str, Any]) -> int:
-    """How many processes the run is to have, or a launcher started.
-
-    Raises:
-        ValueError: where this machine lacks what they need.
-    """
+    """How many processes the run is to have, or a launcher started."""
     place, gpus = options["resume"] or options["output"], options["gpus"]
     if gpus is None and place is not None and not under_launcher():
         gpus = RunFolder(place).processes()
@@ -119,13 +115,7 @@ def _command(arguments: Sequence[str] | None) -> list[str]:
 
 
 def _run(options: Mapping[str, Any]) -> RunFolder | None:
-    """Be a process of a run; of several the first has the run's folder.
-
-    Raises:
-        ValueError: where the run can't begin; nothing was written.
-        TrainingError: where it failed; the message says what its folder keeps.
-        Interrupted: after a signal; the message says how to go on.
-    """
+    """Be a process of a run; of several the first has the run's folder."""
     try:
         store = launch.rendezvous()
         folder, config = _agree(options, store)
@@ -150,9 +140,6 @@ def _agree(options: Mapping[str, Any], store: Any) -> tuple[RunFolder | None, Ru
     """Rank 0's folder, claimed, and the run's configuration; None where the run is finished.
 
     Rank 0 prepares the run, which may take it hours, before any collective waits for it.
-
-    Raises:
-        ValueError: where a process can't take part.
     """
     folder, config, refusal = None, None, None
     try:

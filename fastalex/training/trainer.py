@@ -276,9 +276,6 @@ class Trainer:
         Args:
             number: of the step, or of the batch of the validation.
             every: steps between checkpoints that were asked for.
-
-        Raises:
-            Interrupted: after the checkpoint.
         """
         self.parallel.progress(self.step)
         signum, late = self._agree() if number % self.read_every == 0 else (0, 0)
@@ -312,11 +309,7 @@ class Trainer:
         self.unread.append((loss, batch.indices))
 
     def _read_losses(self) -> None:
-        """Take in the losses of the steps since the last reading, over all replicas.
-
-        Raises:
-            TrainingError: where one is not finite, naming its step and samples.
-        """
+        """Take in the losses of the steps since the last reading, over all replicas."""
         if not self.unread:
             return
         values = torch.stack([loss for loss, _ in self.unread]) / self.parallel.replicas
@@ -407,11 +400,7 @@ class Trainer:
         self.parallel.progress(self.step)
 
     def _whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Those of the whole net; every process takes part.
-
-        Raises:
-            TrainingError: where the processes' copies have drifted apart.
-        """
+        """Those of the whole net; every process takes part."""
         whole = towers.full_tensors(self.model, self.parallel.mesh, tensors)
         if not self.parallel.copies_agree(whole):
             raise TrainingError(
