@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import signal
 import sys
 import traceback
 from types import SimpleNamespace
@@ -51,34 +51,31 @@ def run(arguments: list[str]) -> NoReturn:
     os._exit(code)
 
 
-class Forked(subprocess.Popen[bytes]):
-    """A process that our launcher starts: a fork that runs the same command line."""
+class Forked:
+    """What ``launch`` needs of ``subprocess.Popen``, as a fork that runs the same command line."""
+
+    returncode: int | None = None
 
     def __init__(self, command: list[str], env: dict[str, str]) -> None:
-        self.returncode: int | None = None  # type: ignore[assignment]
         self.pid = os.fork()
         if not self.pid:
             os.environ.update(env)
             run(command[command.index("fastalex.train") + 1 :])
 
-    def poll(self) -> int | None:
-        return self._ended(os.WNOHANG)
-
-    def wait(self, timeout: float | None = None) -> int:
-        return self._ended(0) or 0
-
-    def send_signal(self, sig: int) -> None:
-        if self.returncode is None:
-            os.kill(self.pid, sig)
-
-    def _ended(self, flags: int) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, flags)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+    def poll(self, flags: int = os.WNOHANG) -> int | None:
+        if self.returncode is None and (ended := os.waitpid(self.pid, flags))[0]:
+            self.returncode = os.waitstatus_to_exitcode(ended[1])
         return self.returncode
 
-    def __del__(self) -> None:
-        pass
+    def wait(self) -> None:
+        self.poll(0)
+
+    def send_signal(self, signum: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -153,3 +153,23 @@ def test_fit_trains_what_the_command_trains(here: Path) -> None:
         with pytest.raises(ValueError, match=said):
             fastalex.training.fit(**options, output="other")
     assert not (here / "other").exists()
+
+
+@pytest.mark.slow
+def test_fit_trains_two_towers_from_a_plain_script(tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text(
+        "from fastalex.training import fit\n"
+        "print(fit(gpus=2, max_steps=1, image_size=64, batch_size=2, threads=1))\n"
+        "try:\n"
+        "    fit(gpus=2, variant='owt', batch_size=3)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    process = _commands.run(["plain.py"], tmp_path)
+    said = process.stdout.splitlines()
+    assert "two towers, one per process" in said[1]
+    assert said[-2] == "runs/paper-0-001"
+    assert said[-1].startswith("runs/owt-0-001: training ended with code 2")
+    assert "--batch-size 3: 2 processes share each batch" in process.stderr
+    assert (tmp_path / "runs" / "paper-0-001" / "model.safetensors").is_file()
+    assert not (tmp_path / "runs" / "owt-0-001").exists()
