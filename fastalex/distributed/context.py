@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from fastalex.common.timing import Stopwatch
-from fastalex.distributed import launch, towers
+from fastalex.distributed import towers
 from fastalex.distributed.launch import TrainingError, is_lost_peer
+from fastalex.distributed.watchdog import Watchdog
 from fastalex.distributed.world import World, rank
 from fastalex.model.alexnet import AlexNet
 
@@ -32,14 +33,11 @@ class ParallelContext:
 
     Args:
         world: of which this process is a member.
-        timeout: seconds that a process may keep the others waiting after its first step; 0 is
-            any time.
+        watchdog: tells the other processes of this one's progress; None where it is alone.
     """
 
-    def __init__(self, world: World, timeout: float = 0) -> None:
-        self._watchdog = launch.watchdog()
-        if self._watchdog is not None:
-            self._watchdog.limit(timeout)
+    def __init__(self, world: World, watchdog: Watchdog | None = None) -> None:
+        self._watchdog = watchdog
         self.device = torch.device("cpu")
         if world.device_type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())

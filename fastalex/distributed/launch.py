@@ -38,7 +38,6 @@ _SAY = 60.0  # seconds between two lines of a process that waits
 _JOINING = 600.0  # seconds in which every process has to start
 
 _c10d: Any = dist  # exports its stores without saying so to a type checker
-_watchdog: Watchdog | None = None  # while this process is a member of a world of several
 
 
 class TrainingError(RuntimeError):
@@ -201,44 +200,41 @@ def receive(store: Any, key: str, waiting: str, most: float = math.inf) -> str:
     return str(store.get(key).decode())
 
 
-def watchdog() -> Watchdog | None:
-    """What tells the other processes of this one's progress; None where it is alone."""
-    return _watchdog
-
-
 def join_world(
-    world: World, store: Any, function: Callable[[], None], on_stuck: Callable[[str], object]
+    world: World,
+    store: Any,
+    function: Callable[[Watchdog | None], None],
+    on_stuck: Callable[[str], object],
 ) -> None:
     """Make this process a member of ``world``, call ``function``, and leave it again.
 
     Args:
         world: of which ``rank()`` says who this process is.
         store: from ``rendezvous``.
-        function: that the processes are for.
+        function: gets what tells the others of this process's progress; None where it is alone.
         on_stuck: called in another thread, with the line that names a process that is stuck, just
             before this process ends; with an empty line where it is for another one to say.
 
     Raises:
         PeerLost: where an exchange with another process failed.
     """
-    global _watchdog
     torch.set_num_threads(world.threads)
     if world.device_type == "cuda":
         torch.cuda.set_device(device_index())
     if world.processes == 1:
-        return function()
+        return function(None)
     place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     board = _c10d.TCPStore(place, port, wait_for_workers=False)  # another thread has its own
     board = _c10d.PrefixStore(f"watchdog {store.get('session').decode()}", board)
-    with Watchdog(board, rank(), world.processes, on_stuck) as _watchdog:
+    with Watchdog(board, rank(), world.processes, on_stuck) as watchdog:
         try:
             _init_process_group(world, store)
             if (signum := interrupts.requested()) is not None:
                 raise Interrupted(signum)
-            function()
+            function(watchdog)
         except Exception as error:
             if is_lost_peer(error):
-                who = _watchdog.who_left(lambda: interrupts.requested() is None)
+                who = watchdog.who_left(lambda: interrupts.requested() is None)
                 raise PeerLost(who, everywhere=not who) from error
             raise
     dist.destroy_process_group()

@@ -131,20 +131,14 @@ def set_row_offset(model: nn.Module, row: int) -> None:
             layer.set_mask(row_offset=row)
 
 
-def reduce_gradients(model: nn.Module, mesh: DeviceMesh, share: float | None = None) -> None:
-    """Make every replica's gradients those of the whole batch; towers need nothing.
-
-    Args:
-        model: after backward of a loss averaged over this replica's rows.
-        mesh: from ``init_mesh``.
-        share: this replica's fraction of the batch's rows; None where all are equal.
-    """
+def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Make every replica's gradients those of the whole batch, of which all have as many rows."""
     replicas = mesh["data"].size()
     if replicas == 1:
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([g.reshape(-1) for g in gradients])
-    flat.mul_(1.0 / replicas if share is None else share)
+    flat.mul_(1.0 / replicas)
     with nvtx_range("all-reduce gradients"):
         dist.all_reduce(flat, group=mesh.get_group("data"))
     totals = torch.split(flat, [g.numel() for g in gradients])

@@ -1,12 +1,14 @@
-"""What is decided and checked before a run's processes start."""
+"""What a run is: its first process decides and checks it before any of them trains."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,69 @@ from fastalex.training.config import (
 )
 from fastalex.training.metrics import check_tensorboard
 from fastalex.training.recipes import INITIALISATIONS, MOMENTUM_RULES
-from fastalex.training.run_config import RunConfig
 from fastalex.training.run_folder import RunFolder, find_attempt, next_free
 from fastalex.training.schedule import describe_schedule
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a process needs to know."""
+
+    settings: Settings
+    world: World
+    folder: Path  # which exists
+    classes: list[str]  # by label
+    normalization: Normalization  # measured on the training images
+    unreadable: list[tuple[str, str]]  # files that every process leaves out, with reasons
+    datasets: tuple[ImageDataset, ImageDataset]  # to train on and to validate
+    images: tuple[Contents, ...] = ()  # what they hold
+    checkpoint: Path | None = None  # that a stopped run goes on from
+    state: dict[str, Any] = field(default_factory=dict)  # its other half, besides tensors
+
+    def to_json(self) -> str:
+        """For a process that opens the images itself."""
+        changed = {
+            "settings": self.settings.to_dict(),
+            "world": vars(self.world),
+            "folder": str(self.folder),
+            "normalization": self.normalization.to_dict(),
+            "datasets": None,
+            "checkpoint": self.checkpoint and str(self.checkpoint),
+        }
+        return json.dumps({**vars(self), **changed})
+
+    @classmethod
+    def from_json(cls, text: str) -> RunConfig:
+        """The inverse of ``to_json``, with the images opened.
+
+        Raises:
+            ValueError: where the images, or the checkpoint to go on from, are not to be found here.
+        """
+        values = json.loads(text)
+        settings = Settings.from_dict(values["settings"])
+        unreadable = [(path, why) for path, why in values["unreadable"]]
+        size = settings.image_size
+        datasets = open_datasets(settings.data, settings.seed, size, unreadable, quiet=True)
+        image = mean_image(datasets[0], settings.normalization, decode_size(size))
+        checkpoint = values["checkpoint"] and Path(values["checkpoint"])
+        if checkpoint is not None and not checkpoint.is_file():
+            raise ValueError(
+                f"{checkpoint}: not on this machine ({socket.gethostname()}); keep the run's "
+                "folder on a disk that all machines of the run share"
+            )
+        changed = {
+            "settings": settings,
+            "world": World(**values["world"]),
+            "folder": Path(values["folder"]),
+            "normalization": Normalization.from_dict(
+                values["normalization"], None if image is None else image.pixels
+            ),
+            "unreadable": unreadable,
+            "datasets": datasets,
+            "images": tuple(values["images"]),
+            "checkpoint": checkpoint,
+        }
+        return cls(**{**values, **changed})
 
 
 def prepare(options: Mapping[str, Any]) -> tuple[RunFolder, RunConfig | None]:

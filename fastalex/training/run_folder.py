@@ -46,6 +46,7 @@ class RunFolder:
         self.running = False
         self._lock: int | None = None
         self._made: list[Path] = []  # the folders that claiming it made, the outermost first
+        self._locked_new = False  # whether claiming it made metrics.jsonl
 
     @property
     def holds_run(self) -> bool:
@@ -71,6 +72,7 @@ class RunFolder:
             folder._make()
             if new and path not in folder._made:
                 raise FileExistsError
+            folder._locked_new = not folder.metrics.exists()
             folder._lock = open_locked(folder.metrics, alone=True)
             if not folder.holds_run:
                 folder._check_empty()
@@ -87,10 +89,9 @@ class RunFolder:
 
     def release(self) -> None:
         """Give up the claim; where no run has started, take away what it made."""
-        if self._lock is None and not self._made:
-            return
         with contextlib.suppress(OSError):  # what is not empty stays
-            if self._lock is not None and not self.holds_run and _is_empty(self.metrics):
+            new = self._lock is not None and self._locked_new and not self.running
+            if new and _is_empty(self.metrics):
                 self.metrics.unlink()
             for made in reversed(self._made):
                 made.rmdir()

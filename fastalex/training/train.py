@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,8 +21,7 @@ from fastalex.distributed.world import find_world, rank, under_launcher, world_s
 from fastalex.training import checkpoints, trainer
 from fastalex.training.config import Settings
 from fastalex.training.options import Raising, as_arguments, parse_arguments
-from fastalex.training.prepare import end, new_place, prepare
-from fastalex.training.run_config import RunConfig
+from fastalex.training.prepare import RunConfig, end, new_place, prepare
 from fastalex.training.run_folder import RunFolder, launch_id
 
 _FAILED = 1
@@ -127,9 +127,8 @@ def _run(options: Mapping[str, Any]) -> RunFolder | None:
         _train(options, config, folder, store)
     elif folder is not None:
         step = checkpoints.newest_step(folder)  # None without checkpoints
-        print(
-            f"{folder.path} is finished" + (f": all of its {step} steps are done" if step else "")
-        )
+        done = f": all of its {step} steps are done" if step else ""
+        print(f"{folder.path} is finished{done}")
         end(folder, "finished")  # the last process may have died before it could
     if folder is not None:
         print(f"weights: {folder.weights}, metrics: {folder.metrics}", flush=True)
@@ -155,7 +154,7 @@ def _agree(options: Mapping[str, Any], store: Any) -> tuple[RunFolder | None, Ru
     if store is not None:
         if rank() == 0:
             store.set("config", config.to_json() if config else "")
-        store.set(f"refusal {rank()}", str(refusal or ""))
+        store.set(f"refusal {rank()}", "" if refusal is None else repr(refusal))
         refusals = [
             launch.receive(store, f"refusal {number}", "waits for the other processes")
             for number in range(world_size())
@@ -184,7 +183,7 @@ def _train(
     status = "failed"
     try:
         with interrupts.noticed():
-            launch.join_world(config.world, store, lambda: trainer.train(config), on_stuck)
+            launch.join_world(config.world, store, partial(trainer.train, config), on_stuck)
         status = "finished"
     except Interrupted as stop:
         status = "interrupted"

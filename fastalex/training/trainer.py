@@ -19,6 +19,7 @@ from fastalex.data.datasets import color_noise
 from fastalex.distributed import towers
 from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.launch import TrainingError
+from fastalex.distributed.watchdog import Watchdog
 from fastalex.model.alexnet import AlexNet
 from fastalex.training import checkpoints, fine_tuning
 from fastalex.training.autograd_step import AutogradStep, LossScaler, autocast, tf32
@@ -31,8 +32,8 @@ from fastalex.training.optim import (
     set_momentum_buffers,
 )
 from fastalex.training.precompile import Work, compile_first
+from fastalex.training.prepare import RunConfig
 from fastalex.training.progress import Progress
-from fastalex.training.run_config import RunConfig
 from fastalex.training.run_folder import RunFolder
 from fastalex.training.schedule import Schedule
 from fastalex.training.step import TrainStep, Tricks
@@ -50,7 +51,7 @@ STUCK = (
 )
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, watchdog: Watchdog | None = None) -> None:
     """Run ``config`` in this process, which is a member of its world.
 
     Raises:
@@ -60,7 +61,7 @@ def train(config: RunConfig) -> None:
     """
     try:
         with tf32(config.settings.precision):
-            trainer = Trainer(config)
+            trainer = Trainer(config, watchdog)
             try:
                 trainer.run()
             except BaseException:
@@ -88,10 +89,12 @@ class Trainer:
     best: dict[str, float] | None = None  # epoch and top-1 of the best weights
     warned = False  # that the loss is stuck
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, watchdog: Watchdog | None = None) -> None:
         self.config, self.settings = config, config.settings
         settings, state = config.settings, config.state
-        self.parallel = parallel = ParallelContext(config.world, settings.timeout)
+        self.parallel = parallel = ParallelContext(config.world, watchdog)
+        if watchdog is not None:
+            watchdog.limit(settings.timeout)
         self.dataset, val_dataset = config.datasets
         self.train_batches = self._batches(self.dataset, train=True)
         self.val_batches = self._batches(val_dataset, train=False)
@@ -179,14 +182,18 @@ class Trainer:
         if settings.fused_update:
             alone = parallel.replicas == 1  # else a gradient is not whole when it is made
             tricks = Tricks(fused_update=alone, graph=settings.cuda_graph)
-            reduce = None if alone else lambda: parallel.reduce_gradients(self.model)
             if parallel.device.type == "cuda":
                 self._compile_kernels(tricks)
             try:
                 return TrainStep(
-                    self.model, self.optimizer, settings.precision.replace("tf32", "float32"),
-                    augment=augment, tricks=tricks, reduce=reduce, tell=self.progress.warn,
-                )  # fmt: skip
+                    self.model,
+                    self.optimizer,
+                    settings.precision.replace("tf32", "float32"),
+                    augment=augment,
+                    tricks=tricks,
+                    reduce=None if alone else lambda: parallel.reduce_gradients(self.model),
+                    tell=self.progress.warn,
+                )
             except ValueError as error:
                 self.progress.warn(f"autograd and the optimizer make each step: {error}")
         return AutogradStep(
@@ -195,20 +202,25 @@ class Trainer:
 
     def _compile_kernels(self, tricks: Tricks) -> None:
         """Compile what the run launches, before its first step and for all processes at once."""
-        settings, parallel = self.settings, self.parallel
-        device = parallel.device
-        count, last = (n // parallel.replicas for n in (
-            settings.batch_size, len(self.val_batches.dataset) % settings.batch_size
-        ))  # fmt: skip
+        settings, parallel, batch = self.settings, self.parallel, self.settings.batch_size
+        images = {batch, len(self.val_batches.dataset) % batch}  # the last batch of a validation
+        rows = sorted({count // parallel.replicas for count in images} - {0}, reverse=True)
         work = Work(
-            settings.variant, len(self.config.classes), settings.image_size,
-            [count], [count, *([last] if last else [])],  # a last batch for training is filled up
-            settings.precision.replace("tf32", "float32"), settings.momentum_rule,
-            tricks.fused_update, self.config.world.towers, self.config.normalization,
-            settings.augmentation, settings.dropout,
-        )  # fmt: skip
+            settings.variant,
+            len(self.config.classes),
+            settings.image_size,
+            rows[:1],  # a last batch for training is filled up
+            rows,
+            settings.precision.replace("tf32", "float32"),
+            settings.momentum_rule,
+            tricks.fused_update,
+            self.config.world.towers,
+            self.config.normalization,
+            settings.augmentation,
+            settings.dropout,
+        )
         say = self.progress.say if parallel.is_main else print  # whichever comes first compiles
-        compile_first(work, target(device), device_name(device), say)
+        compile_first(work, target(parallel.device), device_name(parallel.device), say)
 
     def run(self) -> None:
         keep = self.settings.keep_checkpoints

@@ -18,7 +18,7 @@ from fastalex.distributed import world
 from fastalex.distributed.watchdog import Watchdog
 from fastalex.training import prepare
 from fastalex.training.options import parse_arguments
-from fastalex.training.run_config import RunConfig
+from fastalex.training.prepare import RunConfig
 from tests._commands import alive, descendants, end, run, start, workers
 from tests.faults._runs import changed, command, linux, training
 

@@ -56,9 +56,7 @@ def test_two_towers_compute_what_one_process_does(two: Results, variant: str) ->
 
 
 @pytest.mark.parametrize("variant", ["caffe", "owt"])
-def test_replicas_with_uneven_shares_compute_what_one_process_does(
-    two: Results, variant: str
-) -> None:
+def test_replicas_compute_what_one_process_does(two: Results, variant: str) -> None:
     _agrees(two[0][variant])
 
 

@@ -24,7 +24,7 @@ from fastalex.training import trainer
 from fastalex.training.config import Settings
 from fastalex.training.metrics import is_stuck
 from fastalex.training.options import parse_arguments
-from fastalex.training.run_config import RunConfig
+from fastalex.training.prepare import RunConfig
 from fastalex.training.run_folder import RunFolder, next_free
 from fastalex.training.step import Tricks
 from fastalex.training.validation import Accuracy, evaluate
