@@ -99,11 +99,14 @@ class Watchdog:
                 if beat.state == "ended" or (beat.state == "runs" and self._heard[number] < heard)
             ]
             gone = [number for number in gone if number != self._rank]
-            if gone and any(number not in gone for number in range(self._rank)):
+            if not gone:
+                continue
+            beat = self._heartbeats[gone[0]]
+            # The first process that is left says it; one that ended by itself said why.
+            first = all(number in gone for number in range(self._rank))
+            if self._rank and (beat.state == "ended" or not first):
                 return ""
-            if gone:
-                step = self._heartbeats[gone[0]].step
-                return f"lost the connection to {self._name(gone[0])}, at step {step}"
+            return f"lost the connection to {self._name(gone[0])}, at step {beat.step}"
         return "lost the connection to another process"
 
     @property
