@@ -41,15 +41,11 @@ _c10d: Any = dist  # exports its stores without saying so to a type checker
 
 
 class TrainingError(RuntimeError):
-    """A run can't go on, for a reason that the user can act on; the message is for the user.
-
-    Attributes:
-        everywhere: whether all processes of the run raise it alike.
-    """
+    """A run can't go on, for a reason that the user can act on; the message is for the user."""
 
     def __init__(self, message: str, everywhere: bool = False) -> None:
         super().__init__(message)
-        self.everywhere = everywhere
+        self.everywhere = everywhere  # whether all processes of the run raise it alike
 
 
 class PeerLost(TrainingError):
@@ -182,11 +178,7 @@ def rendezvous() -> Any:
 
 
 def receive(store: Any, key: str, waiting: str, most: float = math.inf) -> str:
-    """The text under ``key``, whenever it comes; ``waiting`` is said on stderr each minute.
-
-    Raises:
-        TrainingError: where it has not come after ``most`` seconds.
-    """
+    """The text under ``key``, whenever it comes; ``waiting`` is said on stderr each minute."""
     started = said = time.monotonic()
     while not store.check([key]):  # not store.wait, which warns when it has waited
         now = time.monotonic()

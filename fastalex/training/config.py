@@ -124,29 +124,16 @@ class Settings:
     color_noise: str = option("published", COLOR_NOISES, None, "numbers of --augmentation full: ")
     normalization: str = option("unit", NORMALIZATIONS, None, "")
     variant: str = option(
-        "paper",
-        dict.fromkeys(VARIANTS),
-        None,
-        "paper: as the paper prints it; source2012: the authors' program; caffe: its widely copied "
-        "single-GPU form; owt: one tower, no LRN, as in torchvision",
+        "paper", dict.fromkeys(VARIANTS), None, "of the paper, its program, Caffe or torchvision"
     )
     init: str = option("he", INITIALISATIONS, None, "")
     init_from: Path | None = option(  # noqa: RUF009
-        None,
-        Path,
-        "W",
-        "begin with the weights of this file, of a run or of fastalex.convert; its variant, image "
-        "size and normalization are the defaults then, and for other classes than its own the last "
-        "layer is drawn anew",
+        None, Path, "W", "begin with the weights of a run or of fastalex.convert: docs/weights.md"
     )
     freeze: str | None = option(None, FREEZES, None, "what training leaves as it is: ")
     dropout: float = option(0.5, _BELOW_1, "P", "probability that a unit of fc6 or fc7 is dropped")
     recipe: str | None = option(
-        None,
-        dict.fromkeys(RECIPES),
-        None,
-        "train as was published: sets variant, initialisation, optimizer, schedule, augmentation, "
-        "batch size and epochs, each of which can still be given",
+        None, dict.fromkeys(RECIPES), None, "train as was published; other options still count"
     )
     epochs: int = option(None, _COUNT, "N", "passes over the training images")
     max_steps: int | None = option(None, _COUNT, "N", "stop after this many steps")

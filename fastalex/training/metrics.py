@@ -33,17 +33,13 @@ class RunningMetrics:
         window: steps whose losses count.
         exchange: of the processes; its time is part of a record.
         losses: of an earlier part of the run.
-
-    Attributes:
-        losses: of the last steps.
-        rate: images/s as of the last record, which is steadier than since then.
     """
 
     def __init__(
         self, window: int, exchange: Stopwatch | None = None, losses: Sequence[float] = ()
     ) -> None:
-        self.losses = deque(losses, maxlen=max(window, STUCK_STEPS))
-        self.rate: float | None = None
+        self.losses = deque(losses, maxlen=max(window, STUCK_STEPS))  # of the last steps
+        self.rate: float | None = None  # images/s as of the last record
         self._window, self._exchange = window, exchange or Stopwatch()
         self._waiting = Stopwatch()
         self.start()
@@ -118,9 +114,7 @@ class MetricsLog:
     A line reaches the system in one write, so that a killed process leaves whole lines, and the
     disk within about a second, so that a machine that loses power leaves nearly all of them.
 
-    Args:
-        path: of the file.
-        length: bytes of an older file that stay, the rest is cut off; None is all.
+    ``length`` bytes of an older file stay, the rest is cut off; None is all.
     """
 
     def __init__(self, path: Path, length: int | None = None) -> None:
@@ -168,9 +162,7 @@ class MetricsLog:
 def open_locked(path: Path, alone: bool) -> int:
     """The file, open to append; as long as it is open, no other process can claim its folder.
 
-    Args:
-        path: of the file.
-        alone: whether no other process may have it open already. Afterwards both kinds share it.
+    ``alone``: whether no other process may have it open already. Afterwards both kinds share it.
 
     Raises:
         OSError: where another process has it, or it can't be opened.
@@ -207,12 +199,7 @@ def check_tensorboard() -> None:
 
 
 class TensorBoard:
-    """Writes the records of a run for TensorBoard.
-
-    Args:
-        folder: for its files.
-        step: last step of an earlier part of the run; what was written behind it is hidden.
-    """
+    """Writes the records of a run for TensorBoard; those of an earlier part end with ``step``."""
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow, and its package is optional

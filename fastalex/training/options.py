@@ -25,11 +25,7 @@ from fastalex.training.config import (
 # What is no setting: it does not travel with the run.
 _OTHERS = {
     "gpus": option(
-        None,
-        whole_number(1),
-        "N",
-        "processes, one per GPU, or CPU processes where there is no GPU (default: 1, what torchrun "
-        "started, or what the run had before)",
+        None, whole_number(1), "N", "processes, one per GPU or on the CPU (default: 1 or as before)"
     ),
     "threads": option(
         None, whole_number(1), "N", "CPU threads of each process (default: the cores shared out)"
@@ -38,40 +34,26 @@ _OTHERS = {
         None,
         Path,
         "DIR",
-        "folder for the run, a new or empty one; where it holds a run of the same options, that "
-        "goes on (default: the next free runs/VARIANT-SEED-NNN)",
+        "of the run, a new one or one to go on with (default: runs/VARIANT-SEED-NNN)",
     ),
     "resume": option(
-        None,
-        Path,
-        "RUN",
-        "go on with the run in this folder, with its settings, from its last checkpoint; with "
-        "--epochs N one that is finished is trained on",
+        None, Path, "RUN", "go on with this run, with its settings; --epochs N trains it on"
     ),
     "config": option(None, Path, "FILE", "take the settings of a run from its run.json"),
     "allow_changed_images": option(
         None, bool, None, "go on with a run although its images are not those it started with"
     ),
 }
-_GROUPS: dict[str, tuple[str, ...]] = {
-    "where it runs": (
-        *("gpus", "threads", "workers", "timeout"),
-        *("precision", "fused_update", "cuda_graph"),
-    ),
-    "data": ("data", "image_size", "batch_size", "augmentation", "color_noise", "normalization"),
-    "net": ("variant", "init", "init_from", "freeze", "dropout"),
-    "ablations": (),
-    "training": (
-        *("recipe", "epochs", "max_steps", "momentum", "momentum_rule", "weight_decay"),
-        *("bias_lr", "bias_decay", "bias_schedule", "seed"),
-    ),
-    "learning rate": (
-        *("lr", "schedule", "lr_drop", "lr_gamma", "lr_patience", "lr_max_drops", "warmup"),
-    ),
-    "output": (
-        *("output", "resume", "config", "allow_changed_images", "checkpoint_every"),
-        *("checkpoint_minutes", "keep_checkpoints", "log_every", "tensorboard"),
-    ),
+_GROUPS = {
+    "where it runs": "gpus threads workers timeout precision fused_update cuda_graph",
+    "data": "data image_size batch_size augmentation color_noise normalization",
+    "net": "variant init init_from freeze dropout",
+    "ablations": "",
+    "training": "recipe epochs max_steps momentum momentum_rule weight_decay bias_lr bias_decay "
+    "bias_schedule seed",
+    "learning rate": "lr schedule lr_drop lr_gamma lr_patience lr_max_drops warmup",
+    "output": "output resume config allow_changed_images checkpoint_every checkpoint_minutes "
+    "keep_checkpoints log_every tensorboard",
 }
 _DESCRIBED = {**_OTHERS, **fields()}
 
@@ -154,7 +136,7 @@ def _parser(kind: type[Parser] = Parser) -> Parser:
         group = parser.add_argument_group(title)
         if title == "ablations":
             ablations.add_arguments(group)
-        for name in names:
+        for name in names.split():
             _add(group, name, **_DESCRIBED[name].metadata)
     return parser
 

@@ -30,20 +30,14 @@ _ROOT = Path("runs")
 
 
 class RunFolder:
-    """Where a run writes; ``claim`` gives one that no other process can write to.
-
-    Attributes:
-        report, metrics, weights, checkpoints, tensorboard: what is in it.
-        best: the weights of the epoch with the highest top-1 accuracy.
-        running: whether a run has started or gone on here.
-    """
+    """Where a run writes; ``claim`` gives one that no other process can write to."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.report, self.metrics = path / "run.json", path / "metrics.jsonl"
         self.weights, self.best = path / "model.safetensors", path / "best.safetensors"
         self.checkpoints, self.tensorboard = path / "checkpoints", path / "tensorboard"
-        self.running = False
+        self.running = False  # whether a run has started or gone on here
         self._lock: int | None = None
         self._made: list[Path] = []  # the folders that claiming it made, the outermost first
         self._locked_new = False  # whether claiming it made metrics.jsonl
@@ -61,7 +55,7 @@ class RunFolder:
         Args:
             path: of the folder.
             option: that named it, for a message.
-            new: whether the folder has to be made here.
+            new: whether it has to be made here.
 
         Raises:
             FileExistsError: where it is ``new`` and there already.

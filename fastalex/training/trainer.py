@@ -52,13 +52,7 @@ STUCK = (
 
 
 def train(config: RunConfig, watchdog: Watchdog | None = None) -> None:
-    """Run ``config`` in this process, which is a member of its world.
-
-    Raises:
-        TrainingError: where the run can't go on: the loss is not finite, data are gone, the disk
-            is full, memory runs out.
-        Interrupted: a signal asked for the end; where it could, the run has saved its state.
-    """
+    """Run ``config`` in this process, which is a member of its world."""
     try:
         with tf32(config.settings.precision):
             trainer = Trainer(config, watchdog)

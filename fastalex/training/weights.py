@@ -142,9 +142,6 @@ def read_tensors(
     """The tensors, on the CPU, and the metadata that ``write_tensors`` wrote.
 
     ``check`` compares the tensors with their checksum.
-
-    Raises:
-        ValueError: where the file is missing, damaged, or of another form.
     """
     with _opened(path) as file:
         metadata = _metadata(path, file, form)
