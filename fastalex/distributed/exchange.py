@@ -154,7 +154,11 @@ def exchanged(exchange: Exchange, sent: torch.Tensor) -> torch.Tensor:
 
 
 class GatherTowers(torch.autograd.Function):
-    """Both towers' channels of this tower's [N, C, ...]: see ``gather_towers``."""
+    """Both towers' channels, tower 0's first, of this tower's half [N, C, ...].
+
+    ``summed``: whether the two processes' gradients add up. They do before a layer that each
+    process holds half of, not before one that both hold whole.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, exchange: Exchange, summed: bool) -> torch.Tensor:
@@ -177,16 +181,6 @@ class GatherTowers(torch.autograd.Function):
                 received = exchanged(ctx.exchange, theirs)
             mine = mine + received.permute([order.index(d) for d in range(grad.dim())])
         return mine, None, None
-
-
-def gather_towers(x: torch.Tensor, exchange: Exchange, summed: bool) -> torch.Tensor:
-    """Both towers' channels, tower 0's first, of this tower's half ``x`` [N, C, ...].
-
-    ``summed``: whether the two processes' gradients add up. They do before a layer that each
-    process holds half of, not before one that both hold whole.
-    """
-    whole: torch.Tensor = GatherTowers.apply(x, exchange, summed)  # type: ignore[no-untyped-call]
-    return whole
 
 
 def dense(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:

@@ -27,9 +27,8 @@ from fastalex.common.timing import Stopwatch
 from fastalex.distributed.exchange import (
     TOWERS,
     Exchange,
+    GatherTowers,
     checked_exchange,
-    dense,
-    gather_towers,
 )
 from fastalex.model.alexnet import AlexNet
 from fastalex.model.layers import Conv2dReLU, CounterDropout, LinearReLUDropout, LRNMaxPool2d
@@ -68,7 +67,8 @@ def parallelize(model: AlexNet, mesh: DeviceMesh, stopwatch: Stopwatch | None = 
 
 def cut_to_tower(model: AlexNet, exchange: Exchange) -> None:
     """Keep one tower of a whole ``model``, in place, its halves fetched through ``exchange``."""
-    for layer in _layers(model):
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    for layer in layers:
         reads_both = layer is not model.features[0] and getattr(layer, "groups", 1) == 1
         whole = layer is model.classifier[-1]
         if reads_both:
@@ -80,10 +80,6 @@ def cut_to_tower(model: AlexNet, exchange: Exchange) -> None:
             norm.groups = 1
 
 
-def _layers(model: AlexNet) -> list[nn.Conv2d | nn.Linear]:
-    return [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-
-
 @dataclass(frozen=True)
 class GatherInput:
     """Gives a layer both towers' halves of its input, as a hook before its forward pass."""
@@ -92,7 +88,8 @@ class GatherInput:
     summed: bool
 
     def __call__(self, layer: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (gather_towers(inputs[0], self.exchange, self.summed),)
+        whole = GatherTowers.apply(inputs[0], self.exchange, self.summed)  # type: ignore[no-untyped-call]
+        return (whole,)
 
 
 def _cut(layer: nn.Conv2d | nn.Linear, tower: int) -> None:
@@ -119,9 +116,9 @@ def _broadcast(model: nn.Module, mesh: DeviceMesh, axis: str) -> None:
         return
     group = mesh.get_group(axis)
     for parameter in model.parameters():
-        sent, order = dense(parameter.detach())
+        sent = parameter.detach().contiguous()
         dist.broadcast(sent, dist.get_global_rank(group, 0), group)
-        parameter.data.copy_(sent.permute([order.index(d) for d in range(sent.dim())]))
+        parameter.data.copy_(sent)
 
 
 def set_row_offset(model: nn.Module, row: int) -> None:
