@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import importlib.util
 import json
 import math
 import os
@@ -187,15 +186,6 @@ def open_locked(path: Path, alone: bool) -> int:
         if time.monotonic() > last:
             raise OSError(errno.EBUSY, "another process trains in this folder", str(path))
         time.sleep(0.1)
-
-
-def check_tensorboard() -> None:
-    """Raise unless the package that writes TensorBoard's files is there."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
-            "--tensorboard: the package tensorboard is missing, "
-            "install it with: pip install 'fastalex[tensorboard]'"
-        )
 
 
 class TensorBoard:

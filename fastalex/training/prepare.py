@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import socket
@@ -32,7 +33,6 @@ from fastalex.training.config import (
     describe_setting,
     setting_names,
 )
-from fastalex.training.metrics import check_tensorboard
 from fastalex.training.recipes import INITIALISATIONS, MOMENTUM_RULES
 from fastalex.training.run_folder import RunFolder, find_attempt, next_free
 from fastalex.training.schedule import describe_schedule
@@ -251,8 +251,9 @@ def _check(settings: Settings, world: World) -> None:
     if size < smallest:
         text = f"variant {settings.variant} needs at least {smallest}"
         raise ValueError(f"--image-size {size}: {text}")
-    if settings.tensorboard:
-        check_tensorboard()
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        text = "the package tensorboard is missing, install it with: pip install"
+        raise ValueError(f"--tensorboard: {text} 'fastalex[tensorboard]'")
     if batch % replicas:
         text = f"{replicas} processes share each batch, name a multiple of {replicas}"
         raise ValueError(f"--batch-size {batch}: {text}")
