@@ -67,14 +67,9 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120) ->
         time.sleep(0.02)
 
 
-def workers(parent: int, word: str = "spawn_main") -> list[int]:
-    """The training processes that ``parent`` started, by rank (Linux).
-
-    Args:
-        parent: the launcher's process.
-        word: in the command line of each: what our own launcher starts has ``spawn_main``.
-    """
-    return [pid for pid, above, command in _processes() if above == parent and word in command]
+def workers(parent: int) -> list[int]:
+    """The training processes that ``parent``, a launcher, started, by rank (Linux)."""
+    return [pid for pid, above, command in _processes() if above == parent and ".py" in command]
 
 
 def descendants(pid: int) -> list[int]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastalex._version import __version__
 from fastalex.common.interrupts import INTERRUPTED
 
 REFUSED = 2  # exit code
@@ -25,6 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **about: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **about})
+        self.add_argument("--version", action="version", version=f"fastalex {__version__}")
 
     def add_flag(self, option: str, text: str) -> None:
         """An option that takes nothing."""

@@ -16,22 +16,19 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _ONE_REQUEST = 1.0  # seconds in which a terminal and a launcher pass on one and the same request
 
 _requested: int | None = None
-_since = 0.0
+_since = -_ONE_REQUEST
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to end, Ctrl-C for one.
+    """A signal asked the run to end, Ctrl-C for one; the message is its name and ``note``.
 
     Like KeyboardInterrupt no Exception: it can come anywhere, and ``Thread.start``, for one, undoes
     the start of a thread that runs already when an Exception comes out of it.
     """
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
-        return Interrupted, (self.signum,)
+    def __init__(self, signum: int, note: str = "") -> None:
+        super().__init__(signal.Signals(signum).name + note)
+        self.signum, self.note = signum, note
 
 
 def requested() -> int | None:
@@ -86,7 +83,8 @@ def blocked() -> Iterator[None]:
 
 
 def _raise(signum: int, frame: FrameType | None) -> None:
-    raise Interrupted(signum)
+    if time.monotonic() - _since > _ONE_REQUEST:
+        raise Interrupted(signum)
 
 
 def _note(signum: int, frame: FrameType | None) -> None:

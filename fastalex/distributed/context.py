@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from fastalex.common.timing import Stopwatch
-from fastalex.distributed import launch, towers
-from fastalex.distributed.exchange import checked_exchange
+from fastalex.distributed import towers
 from fastalex.distributed.launch import TrainingError, is_lost_peer
+from fastalex.distributed.watchdog import Watchdog
 from fastalex.distributed.world import World, rank
 from fastalex.model.alexnet import AlexNet
 
@@ -33,21 +33,11 @@ class ParallelContext:
 
     Args:
         world: of which this process is a member.
-        timeout: seconds that a process may keep the others waiting after its first step; 0 is
-            any time.
-
-    Attributes:
-        mesh: for the functions of ``towers``.
-        device: this process's.
-        replica: which of the ``replicas`` that share each batch this process belongs to.
-        is_main: whether this process writes files and talks to the user.
-        stopwatch: counts the time of exchange between processes.
+        watchdog: tells the other processes of this one's progress; None where it is alone.
     """
 
-    def __init__(self, world: World, timeout: float = 0) -> None:
-        self._watchdog = launch.watchdog()
-        if self._watchdog is not None:
-            self._watchdog.limit(timeout)
+    def __init__(self, world: World, watchdog: Watchdog | None = None) -> None:
+        self._watchdog = watchdog
         self.device = torch.device("cpu")
         if world.device_type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -55,9 +45,9 @@ class ParallelContext:
         if world.processes > 1:
             self.mesh = towers.init_mesh(world.device_type, world.replicas, world.towers)
         self.processes, self.replicas = world.processes, world.replicas
-        self.replica: int = self.mesh.get_local_rank("data")
-        self.is_main = world.processes == 1 or rank() == 0
-        self.stopwatch = Stopwatch()
+        self.replica: int = self.mesh.get_local_rank("data")  # which of them this process is
+        self.is_main = world.processes == 1 or rank() == 0  # writes files and talks to the user
+        self.stopwatch = Stopwatch()  # of the exchange between processes
 
     def parallelize(self, model: AlexNet, rows: int) -> AlexNet:
         """Turn ``model`` into this process's part; ``rows`` are its own of each batch.
@@ -65,26 +55,17 @@ class ParallelContext:
         Raises:
             TrainingError: where the towers can't exchange data.
         """
-        exchange = None
-        if self.mesh["tower"].size() > 1:
-            try:
-                exchange = checked_exchange(self.mesh)
-            except RuntimeError as error:
-                if is_lost_peer(error):
-                    raise
-                raise TrainingError(str(error)) from error
-            exchange.stopwatch = self.stopwatch
-        towers.parallelize(model, self.mesh, exchange)
+        try:
+            towers.parallelize(model, self.mesh, self.stopwatch)
+        except RuntimeError as error:
+            if is_lost_peer(error):
+                raise
+            raise TrainingError(str(error)) from error
         towers.set_row_offset(model, self.replica * rows)
         return model
 
     def progress(self, step: int, doing: str = "") -> None:
-        """Tell the other processes that this one goes on.
-
-        Args:
-            step: of the training.
-            doing: what begins, where a disk decides how long it takes.
-        """
+        """Tell the others that this one goes on; ``doing`` is what begins and a disk may delay."""
         if self._watchdog is not None:
             self._watchdog.progress(step, doing)
 
@@ -96,6 +77,15 @@ class ParallelContext:
         """Make ``values`` the largest of all processes."""
         if self.processes > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX)
+
+    def copies_agree(self, whole: dict[str, torch.Tensor]) -> bool:
+        """Whether all processes hold the same bits of tensors of 4 bytes a number."""
+        if self.processes == 1:
+            return True
+        sums = [t.contiguous().view(torch.int32).sum(dtype=torch.int64) for t in whole.values()]
+        most = torch.stack([torch.stack(sums), -torch.stack(sums)])  # the least of the second row
+        self.all_reduce_max(most)
+        return torch.equal(most[0], -most[1])
 
     def sum_replicas(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of ``values`` over the replicas, in place."""

@@ -28,12 +28,9 @@ class Transfer(Protocol):
     """A tensor that is sent to the other tower, and the one that comes back.
 
     It can be started and waited for again and again: both tensors keep their memory.
-
-    Attributes:
-        received: of the sent tensor's shape; valid after ``wait``.
     """
 
-    received: torch.Tensor
+    received: torch.Tensor  # of the sent tensor's shape; valid after ``wait``
 
     def start(self) -> None: ...
 
@@ -112,39 +109,34 @@ class LoopbackTransfer:
 
 
 class TowerExchange:
-    """Exchanges tensors of one shape with the process that holds the other tower.
+    """Exchanges tensors with the process that holds the other tower.
 
     Args:
         mesh: with an axis ``"tower"`` of size 2.
-
-    Attributes:
         stopwatch: counts the time that is spent on starting transfers and on waiting for them.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: DeviceMesh, stopwatch: Stopwatch | None = None) -> None:
         self.rank: int = mesh.get_local_rank("tower")
         self.group: Any = mesh.get_group("tower")
-        self.stopwatch = Stopwatch()
+        self.stopwatch = stopwatch or Stopwatch()
 
     def transfer(self, sent: torch.Tensor) -> Transfer:
         """A transfer of the contiguous ``sent``; both towers start theirs in the same order."""
         return _GatherTransfer(sent, self)
 
 
-def checked_exchange(mesh: DeviceMesh) -> TowerExchange:
+def checked_exchange(mesh: DeviceMesh, stopwatch: Stopwatch | None = None) -> TowerExchange:
     """An exchange that was seen to work: some machines' GPUs claim peer access and lack it.
 
     Raises:
         RuntimeError: where a known pattern does not arrive whole on both sides.
     """
-    device = torch.device(mesh.device_type)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-    exchange = TowerExchange(mesh)
-    pattern = torch.arange(_CHECK_NUMEL, dtype=torch.float32, device=device)
+    exchange = TowerExchange(mesh, stopwatch)
+    pattern = torch.arange(_CHECK_NUMEL, dtype=torch.float32, device=mesh.device_type)
     received = exchanged(exchange, pattern + exchange.rank)
     arrived = torch.equal(received, pattern + (1 - exchange.rank))
-    verdict = torch.tensor([float(arrived)], device=device)
+    verdict = torch.tensor([float(arrived)], device=mesh.device_type)
     if not (exchanged(exchange, verdict).item() and arrived):
         raise RuntimeError(
             "the towers cannot exchange data: a test pattern arrived damaged; set "
@@ -162,7 +154,11 @@ def exchanged(exchange: Exchange, sent: torch.Tensor) -> torch.Tensor:
 
 
 class GatherTowers(torch.autograd.Function):
-    """Both towers' channels of this tower's [N, C, ...]: see ``gather_towers``."""
+    """Both towers' channels, tower 0's first, of this tower's half [N, C, ...].
+
+    ``summed``: whether the two processes' gradients add up. They do before a layer that each
+    process holds half of, not before one that both hold whole.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, exchange: Exchange, summed: bool) -> torch.Tensor:
@@ -187,25 +183,8 @@ class GatherTowers(torch.autograd.Function):
         return mine, None, None
 
 
-def gather_towers(x: torch.Tensor, exchange: Exchange, summed: bool) -> torch.Tensor:
-    """Both towers' channels, tower 0's first, of this tower's [N, C, ...].
-
-    Args:
-        x: this tower's half.
-        exchange: with the other tower.
-        summed: whether the two processes' gradients add up: they do before a layer that each
-            process holds half of, not before one that both hold whole.
-    """
-    whole: torch.Tensor = GatherTowers.apply(x, exchange, summed)  # type: ignore[no-untyped-call]
-    return whole
-
-
 def dense(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     """``x`` with its axes in memory order, contiguous, and that order."""
-    order = _memory_order(x)
-    return x.permute(order).contiguous(), order
-
-
-def _memory_order(x: torch.Tensor) -> list[int]:
     strides = x.stride()
-    return sorted(range(x.dim()), key=lambda d: (-strides[d], d))
+    order = sorted(range(x.dim()), key=lambda d: (-strides[d], d))
+    return x.permute(order).contiguous(), order

@@ -15,7 +15,7 @@ included, because masks and weights are functions of their place in the whole ne
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -23,36 +23,29 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastalex.common.nvtx_ranges import nvtx_range
+from fastalex.common.timing import Stopwatch
 from fastalex.distributed.exchange import (
     TOWERS,
     Exchange,
-    TowerExchange,
+    GatherTowers,
     checked_exchange,
-    dense,
-    gather_towers,
 )
 from fastalex.model.alexnet import AlexNet
 from fastalex.model.layers import Conv2dReLU, CounterDropout, LinearReLUDropout, LRNMaxPool2d
 
 
 def init_mesh(device_type: str, data: int, tower: int) -> DeviceMesh:
-    """A mesh of data x tower processes; neighbouring ranks are the towers of one net.
-
-    Args:
-        device_type: ``"cuda"`` or ``"cpu"``.
-        data: replicas that share each batch.
-        tower: 1, or 2 for a net in two halves.
-    """
+    """A mesh of ``data`` replicas of 1 or 2 towers; neighbouring ranks are one net's towers."""
     return init_device_mesh(device_type, (data, tower), mesh_dim_names=("data", "tower"))
 
 
-def parallelize(model: AlexNet, mesh: DeviceMesh, exchange: TowerExchange | None = None) -> AlexNet:
+def parallelize(model: AlexNet, mesh: DeviceMesh, stopwatch: Stopwatch | None = None) -> AlexNet:
     """Turn ``model`` into this process's part of it, in place, and return it.
 
     Args:
-        model: a whole AlexNet, the same on every process, on this process's device.
+        model: a whole AlexNet on this process's device.
         mesh: from ``init_mesh``; its ``tower`` axis is 1 or 2 long.
-        exchange: from ``checked_exchange``; None makes and checks one.
+        stopwatch: counts the time of exchange between towers.
 
     Raises:
         ValueError: where the variant has no two independent towers.
@@ -66,7 +59,7 @@ def parallelize(model: AlexNet, mesh: DeviceMesh, exchange: TowerExchange | None
             f"mesh: variant {model.variant.name!r} has {model.variant.towers} tower(s), "
             f"got a tower axis of {mesh['tower'].size()}"
         )
-    exchange = exchange or checked_exchange(mesh)
+    exchange = checked_exchange(mesh, stopwatch)
     _broadcast(model, mesh, "tower")
     cut_to_tower(model, exchange)
     return model
@@ -74,7 +67,8 @@ def parallelize(model: AlexNet, mesh: DeviceMesh, exchange: TowerExchange | None
 
 def cut_to_tower(model: AlexNet, exchange: Exchange) -> None:
     """Keep one tower of a whole ``model``, in place, its halves fetched through ``exchange``."""
-    for layer in _layers(model):
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    for layer in layers:
         reads_both = layer is not model.features[0] and getattr(layer, "groups", 1) == 1
         whole = layer is model.classifier[-1]
         if reads_both:
@@ -86,18 +80,16 @@ def cut_to_tower(model: AlexNet, exchange: Exchange) -> None:
             norm.groups = 1
 
 
-def _layers(model: AlexNet) -> list[nn.Conv2d | nn.Linear]:
-    return [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-
-
+@dataclass(frozen=True)
 class GatherInput:
     """Gives a layer both towers' halves of its input, as a hook before its forward pass."""
 
-    def __init__(self, exchange: Exchange, summed: bool) -> None:
-        self.exchange, self.summed = exchange, summed
+    exchange: Exchange
+    summed: bool
 
     def __call__(self, layer: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (gather_towers(inputs[0], self.exchange, self.summed),)
+        whole = GatherTowers.apply(inputs[0], self.exchange, self.summed)  # type: ignore[no-untyped-call]
+        return (whole,)
 
 
 def _cut(layer: nn.Conv2d | nn.Linear, tower: int) -> None:
@@ -124,9 +116,9 @@ def _broadcast(model: nn.Module, mesh: DeviceMesh, axis: str) -> None:
         return
     group = mesh.get_group(axis)
     for parameter in model.parameters():
-        sent, order = dense(parameter.detach())
+        sent = parameter.detach().contiguous()
         dist.broadcast(sent, dist.get_global_rank(group, 0), group)
-        parameter.data.copy_(sent.permute([order.index(d) for d in range(sent.dim())]))
+        parameter.data.copy_(sent)
 
 
 def set_row_offset(model: nn.Module, row: int) -> None:
@@ -136,20 +128,14 @@ def set_row_offset(model: nn.Module, row: int) -> None:
             layer.set_mask(row_offset=row)
 
 
-def reduce_gradients(model: nn.Module, mesh: DeviceMesh, share: float | None = None) -> None:
-    """Make every replica's gradients those of the whole batch; towers need nothing.
-
-    Args:
-        model: after backward of a loss averaged over this replica's rows.
-        mesh: from ``init_mesh``.
-        share: this replica's fraction of the batch's rows; None where all are equal.
-    """
+def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Make every replica's gradients those of the whole batch, of which all have as many rows."""
     replicas = mesh["data"].size()
     if replicas == 1:
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([g.reshape(-1) for g in gradients])
-    flat.mul_(1.0 / replicas if share is None else share)
+    flat.mul_(1.0 / replicas)
     with nvtx_range("all-reduce gradients"):
         dist.all_reduce(flat, group=mesh.get_group("data"))
     totals = torch.split(flat, [g.numel() for g in gradients])
@@ -158,13 +144,7 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh, share: float | None = N
 
 
 def gradient_norm(norms: dict[str, torch.Tensor], model: AlexNet, mesh: DeviceMesh) -> torch.Tensor:
-    """The Euclidean norm of the whole net's gradient, a scalar; every process takes part.
-
-    Args:
-        norms: of this process's gradients by parameter, those of the whole batch.
-        model: whose gradients they are.
-        mesh: from ``init_mesh``.
-    """
+    """The Euclidean norm of the whole net's gradient, a scalar; every process takes part."""
     whole = _whole_names(model)
     parts = [g for name, g in norms.items() if name not in whole]
     shared = [g for name, g in norms.items() if name in whole]
@@ -205,25 +185,6 @@ def local_tensors(
     return {
         name: t if name in whole else t.chunk(TOWERS)[tower].clone() for name, t in tensors.items()
     }
-
-
-def copies_agree(model: AlexNet, mesh: DeviceMesh, tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether both towers hold the same bits of the last layer, which each updates by itself.
-
-    A collective, as ``full_tensors``; ``tensors`` are named like the parameters.
-    """
-    if mesh["tower"].size() == 1:
-        return True
-    digest = hashlib.sha256()
-    for name in sorted(_whole_names(model)):
-        values = tensors[name].detach().cpu().contiguous()
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
-    mine = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).to(
-        next(model.parameters()).device
-    )
-    both = [torch.empty_like(mine) for _ in range(TOWERS)]
-    dist.all_gather(both, mine, group=mesh.get_group("tower"))
-    return torch.equal(*both)
 
 
 def _whole_names(model: AlexNet) -> set[str]:

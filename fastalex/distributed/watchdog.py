@@ -26,23 +26,14 @@ _PATIENCE = 10  # how much longer may be waited for what a disk does
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """How far a process is.
+    """How far a process is."""
 
-    Attributes:
-        host: its machine's name.
-        beats: heartbeats written before.
-        done: pieces of work begun or done: batches trained or validated, files written.
-        step: of the training.
-        doing: what it does that a disk may delay; empty for anything else.
-        state: ``"runs"``, ``"lost a peer"`` or ``"ended"``.
-    """
-
-    host: str
-    beats: int = 0
-    done: int = 0
-    step: int = 0
-    doing: str = ""
-    state: str = "runs"
+    host: str  # its machine's name
+    beats: int = 0  # heartbeats written before
+    done: int = 0  # pieces of work begun or done: batches trained or validated, files written
+    step: int = 0  # of the training
+    doing: str = ""  # what a disk may delay; empty for anything else
+    state: str = "runs"  # or "lost a peer", or "ended"
 
 
 class Watchdog:
@@ -52,7 +43,8 @@ class Watchdog:
         store: that all processes share, and no other thread uses.
         rank: of this process.
         size: number of processes.
-        on_stuck: called with the line that names the process that is stuck; this one ends then.
+        on_stuck: called with the line that names the process that is stuck, an empty one where it
+            is for another process to say; this one ends then.
     """
 
     def __init__(self, store: Any, rank: int, size: int, on_stuck: Callable[[str], object]) -> None:
@@ -76,7 +68,8 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         """Tell the others not to expect more of this process."""
-        self._mine = replace(self._mine, state="ended")
+        if self._mine.state == "runs":
+            self._mine = replace(self._mine, state="ended")
         self._end.set()
         self._threads[0].join(_MOST_EVERY)
 
@@ -91,15 +84,29 @@ class Watchdog:
             self._forgive(time.monotonic())  # the others may still be in their first step
 
     def who_left(self, waiting: Callable[[], bool]) -> str:
-        """After an exchange failed, which process is gone; as long as ``waiting()`` is true."""
+        """After an exchange failed, which process is gone; as long as ``waiting()`` is true.
+
+        Empty where it is for another process to say.
+        """
         self._mine = replace(self._mine, state="lost a peer")
         last = time.monotonic() + 5 * _MOST_EVERY
         while time.monotonic() < last and waiting():
             time.sleep(_MOST_EVERY / 20)
-            for number, beat in enumerate(self._heartbeats):
-                silent = time.monotonic() - self._heard[number] > max(1.0, 3 * self._every)
-                if number != self._rank and (beat.state == "ended" or silent):
-                    return f"lost the connection to {self._name(number)}, at step {beat.step}"
+            heard = time.monotonic() - max(1.0, 3 * self._every)
+            gone = [
+                number
+                for number, beat in enumerate(self._heartbeats)
+                if beat.state == "ended" or (beat.state == "runs" and self._heard[number] < heard)
+            ]
+            gone = [number for number in gone if number != self._rank]
+            if not gone:
+                continue
+            beat = self._heartbeats[gone[0]]
+            # The first process that is left says it; one that ended by itself said why.
+            first = all(number in gone for number in range(self._rank))
+            if self._rank and (beat.state == "ended" or not first):
+                return ""
+            return f"lost the connection to {self._name(gone[0])}, at step {beat.step}"
         return "lost the connection to another process"
 
     @property
@@ -142,7 +149,7 @@ class Watchdog:
             looked = now
             reason = self._stuck(now)
             if reason and not self._end.is_set():
-                self._on_stuck(reason)
+                self._on_stuck(reason if self._speaks(now) else "")
                 os._exit(1)
 
     def _forgive(self, now: float) -> None:
@@ -150,33 +157,36 @@ class Watchdog:
         self._heard, self._moved = ([now] * len(self._keys) for _ in range(2))
         self._reached = now
 
+    def _speaks(self, now: float) -> bool:
+        """Whether it is for this process to say who is stuck: for the first that is heard."""
+        heard = [self._reached - heard <= self._limit for heard in self._heard[: self._rank]]
+        return now - self._reached > self._limit or not any(heard)
+
     def _stuck(self, now: float) -> str:
         """What keeps this process from going on; empty where nothing does."""
-        limit = self._limit
-        if now - self._reached > limit:
+        limit, unreached = self._limit, now - self._reached
+        if unreached > limit:
             return (
                 f"the other side can't be reached: no answer from {os.environ.get('MASTER_ADDR')} "
-                f"for {now - self._reached:.0f} s, at step {self._mine.step}"
+                f"for {unreached:.0f} s, at step {self._mine.step}"
             )
-        running = [i for i, beat in enumerate(self._heartbeats) if beat.state != "ended"]
-        for number in running:
+        running = {i: beat for i, beat in enumerate(self._heartbeats) if beat.state != "ended"}
+        for number, beat in running.items():
             # Until the last look: while nothing can be reached, nobody's silence grows.
             silence = self._reached - self._heard[number]
             if number != self._rank and silence > limit:
-                step = self._heartbeats[number].step
-                return f"{self._name(number)} has not answered for {silence:.0f} s, at step {step}"
+                who = self._name(number)
+                return f"{who} has not answered for {silence:.0f} s, at step {beat.step}"
         if not running:
             return ""
-        last = min(running, key=lambda number: self._heartbeats[number].done)
-        beat, still = self._heartbeats[last], self._reached - self._moved[last]
-        if still > limit * (_PATIENCE if beat.doing else 1):
-            alike = len({self._heartbeats[number].done for number in running}) == 1
-            who = "no process" if alike else self._name(last)
-            return (
-                f"{who} {'has' if alike else 'has not'} gone on for {still:.0f} s, at step "
-                f"{beat.step}{beat.doing and ', ' + beat.doing}"
-            )
-        return ""
+        last, beat = min(running.items(), key=lambda item: item[1].done)
+        still = self._reached - self._moved[last]
+        if still <= limit * (_PATIENCE if beat.doing else 1):
+            return ""
+        alike = len({other.done for other in running.values()}) == 1
+        who = "no process has" if alike else f"{self._name(last)} has not"
+        doing = beat.doing and f", {beat.doing}"
+        return f"{who} gone on for {still:.0f} s, at step {beat.step}{doing}"
 
     def _name(self, number: int) -> str:
         return f"rank {number} (host {self._heartbeats[number].host})"

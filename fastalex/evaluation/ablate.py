@@ -16,8 +16,8 @@ from fastalex.common.tables import table
 from fastalex.evaluation.evaluate import is_imagenet
 from fastalex.model.ablations import ABLATIONS, LOSSES, edit
 from fastalex.model.variants import VARIANTS
+from fastalex.training.config import chosen_variant
 from fastalex.training.options import parse_arguments
-from fastalex.training.recipes import NO_RECIPE, RECIPES
 from fastalex.training.weights import load_model
 
 WHOLE, HALF = "whole", "half"
@@ -57,16 +57,15 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         if option in rest:
             raise ValueError(f"{option}: name what to take out with --set")
     names = [WHOLE, *dict.fromkeys(options.set)]
-    recipe = parse_arguments(rest)["recipe"]  # ends here where training would refuse them
-    variant = options.variant or RECIPES.get(recipe, NO_RECIPE).variant
+    training = parse_arguments(rest)  # ends here where training would refuse them
+    variant = options.variant or chosen_variant(training)
     for name in options.set:  # refuse what the variant lacks before anything is trained
         edit(VARIANTS[variant], () if name == HALF else (name,), name == HALF)
-    training = ["--variant", variant, *rest]
     check_output("--output", options.output, folder=True)
     for number, name in enumerate(names, 1):
         print(f"{number}/{len(names)} {name}", flush=True)
         edits = {WHOLE: [], HALF: ["--half"]}.get(name, ["--without", name])
-        command = [*training, *edits, "--output", str(options.output / name)]
+        command = ["--variant", variant, *rest, *edits, "--output", str(options.output / name)]
         code = _wait(subprocess.Popen([sys.executable, "-m", "fastalex.train", *command]))
         if code == INTERRUPTED:
             raise KeyboardInterrupt

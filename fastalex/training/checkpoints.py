@@ -19,7 +19,13 @@ import torch
 
 from fastalex.common.provenance import versions
 from fastalex.distributed.world import World
-from fastalex.training.config import RESUMABLE, Settings, describe_setting, setting_names
+from fastalex.training.config import (
+    RESUMABLE,
+    Settings,
+    as_option,
+    describe_setting,
+    setting_names,
+)
 from fastalex.training.run_folder import RunFolder
 from fastalex.training.weights import read_metadata, read_tensors, write_tensors
 
@@ -30,29 +36,14 @@ _WEIGHT, _BUFFER = "weight ", "velocity "  # in front of a parameter's name in a
 
 @dataclass(frozen=True)
 class ResumeState:
-    """Where a stopped run goes on.
-
-    Attributes:
-        folder: of the run.
-        settings: the run's.
-        world: the processes that it ran on.
-        versions: of what its numbers depend on, as ``provenance.versions`` gave them.
-        path: the checkpoint; None where the run stopped before its first one.
-        state: what the checkpoint holds besides tensors.
-        given: names of the settings that its commands named.
-        unknown: names of the settings that it was started without, by an older version.
-        ended: whether run.json calls it finished.
-    """
+    """Where a stopped run goes on."""
 
     folder: Path
+    report: dict[str, Any]  # run.json
+    path: Path | None  # the checkpoint; None where the run stopped before its first one
+    state: dict[str, Any]  # what the checkpoint holds besides tensors
+    world: World  # the processes that it ran on
     settings: Settings
-    world: World
-    versions: dict[str, str]
-    path: Path | None
-    state: dict[str, Any]
-    given: frozenset[str] = frozenset()
-    unknown: tuple[str, ...] = ()
-    ended: bool = False
 
     @property
     def step(self) -> int:
@@ -61,7 +52,7 @@ class ResumeState:
     @property
     def finished(self) -> bool:
         if self.path is None:
-            return self.ended
+            return bool(self.report.get("status") == "finished")
         batches = -(-self.state["images"][0] // self.settings.batch_size)
         # Behind the last batch of an epoch its validation is still to come.
         last = last_step(self.settings, batches, self.state)
@@ -79,14 +70,11 @@ class ResumeState:
             ValueError: where the command has other settings than the run; one line with both.
         """
         kept = vars(self.settings)
-        if arguments["precision"] in (None, "auto") and "precision" not in self.given:
+        if arguments["precision"] in (None, "auto"):
             arguments = {**arguments, "precision": kept["precision"]}  # whatever it was on
-        given = {n for n in setting_names() if arguments[n] is not None}
-        values, compared = arguments, given
-        if not named:
-            values = vars(Settings.choose(arguments, self.world.device_type))
-            compared = given | self.given
-        changed = {n for n in compared - set(RESUMABLE) if values[n] != kept[n]}
+        given = {n: arguments[n] for n in setting_names() if arguments[n] is not None}
+        values = given if named else vars(Settings.choose(arguments, self.world.device_type))
+        changed = {n for n in set(values) - set(RESUMABLE) if values[n] != kept[n]}
         if not named and (values["data"] is None) != (kept["data"] is None):
             changed.add("data")
         longer = "epochs" in changed and values["epochs"] > kept["epochs"]
@@ -99,35 +87,28 @@ class ResumeState:
                 if self.finished:
                     why = "it kept no checkpoint to go on from"
             elif named:
-                options = ", ".join("--" + n.replace("_", "-") for n in sorted(changed))
-                why = f"leave out {options}"
-            raise ValueError(
-                f"{'--resume' if named else '--output'} {self.folder}: the run has "
-                + ", ".join(
-                    f"{describe_setting(n, kept[n])} and not {describe_setting(n, values[n])}"
-                    for n in sorted(changed)
-                )
-                + f"; {why}"
-            )
-        renewed = {n: arguments[n] for n in given if n in (*RESUMABLE, "epochs")}
+                why = f"leave out {', '.join(map(as_option, sorted(changed)))}"
+            both = [
+                f"{describe_setting(n, kept[n])} and not {describe_setting(n, values[n])}"
+                for n in sorted(changed)
+            ]
+            option = "--resume" if named else "--output"
+            raise ValueError(f"{option} {self.folder}: the run has {', '.join(both)}; {why}")
+        renewed = {n: value for n, value in given.items() if n in (*RESUMABLE, "epochs")}
         return dataclasses.replace(self.settings, **renewed)
-
-    def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Weights and momentum buffers of the whole net; the file was checked when it was found."""
-        assert self.path is not None
-        tensors, _ = read_tensors(self.path, FORMAT, check=False)
-        weights, buffers = (
-            {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
-            for kind in (_WEIGHT, _BUFFER)
-        )
-        return weights, buffers
 
     def differences(self, world: World) -> list[str]:
         """What is not as it was, so that the run will equal one never stopped to rounding only."""
-        before, now, here = vars(self.world), vars(world), versions()
-        lines = [f"{now[n]} {n} instead of {before[n]}" for n in before if before[n] != now[n]]
-        kept = self.versions.items()
-        return lines + [f"{n} {here.get(n)} instead of {v}" for n, v in kept if here.get(n) != v]
+        pairs = [
+            (vars(self.world), vars(world)),
+            ((self.state or self.report)["versions"], versions()),
+        ]
+        return [
+            f"{now.get(name)} {name} instead of {value}"
+            for before, now in pairs
+            for name, value in before.items()
+            if now.get(name) != value
+        ]
 
 
 def save(
@@ -137,17 +118,23 @@ def save(
     state: Mapping[str, Any],
     keep: int,
 ) -> None:
-    """Write the checkpoint of ``state["step"]``, and drop all but the newest ``keep``.
-
-    Raises:
-        OSError: where it can't be written; the older ones are as they were.
-    """
+    """Write the checkpoint of ``state["step"]``, and drop all but the newest ``keep``."""
     tensors = {_WEIGHT + name: t for name, t in weights.items()}
     tensors |= {_BUFFER + name: t for name, t in buffers.items()}
     folder.checkpoints.mkdir(exist_ok=True)
     path = folder.checkpoints / f"step-{state['step']:08d}.safetensors"
     write_tensors(path, tensors, FORMAT, {"state": dict(state)})
     drop(folder, path, keep)
+
+
+def tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights and momentum buffers of the whole net; the file was checked when it was found."""
+    found, _ = read_tensors(path, FORMAT, check=False)
+    weights, buffers = (
+        {name.removeprefix(kind): t for name, t in found.items() if name.startswith(kind)}
+        for kind in (_WEIGHT, _BUFFER)
+    )
+    return weights, buffers
 
 
 def drop(folder: RunFolder, newest: Path | None, keep: int) -> None:
@@ -169,12 +156,9 @@ def find(run: Path, option: str = "--resume") -> tuple[ResumeState, list[str]]:
     """Where the run in the folder ``run`` goes on, and a line for each damaged checkpoint.
 
     Raises:
-        ValueError: where the folder holds no run, or no checkpoint of it is whole.
+        ValueError: where run.json can't be used, or no checkpoint is whole.
     """
-    folder = RunFolder(run)
-    if not folder.holds_run:
-        raise ValueError(f"{option} {run}: no run in it, there is no {folder.report.name}")
-    damaged: list[str] = []
+    folder, damaged = RunFolder(run), list[str]()
     try:
         report = folder.read_report()
         Settings.from_dict(report["settings"])
@@ -192,6 +176,13 @@ def find(run: Path, option: str = "--resume") -> tuple[ResumeState, list[str]]:
         raise ValueError(f"{option} {run}: {error}") from error
 
 
+def _read(run: Path, report: dict[str, Any], path: Path | None) -> ResumeState:
+    state = {} if path is None else read_tensors(path, FORMAT)[1]["state"]
+    world = World(**(state or report)["world"])
+    settings = Settings.from_dict(report["settings"], world.device_type)
+    return ResumeState(run, report, path, state, world, settings)
+
+
 def newest_step(folder: RunFolder) -> int | None:
     """The step of the newest checkpoint whose header can be read."""
     for path in _found(folder):
@@ -202,32 +193,8 @@ def newest_step(folder: RunFolder) -> int | None:
     return None
 
 
-def _read(run: Path, report: Mapping[str, Any], path: Path | None) -> ResumeState:
-    state = {} if path is None else read_tensors(path, FORMAT)[1]["state"]
-    written_by = state or report
-    world = World(**written_by["world"])
-    settings = report["settings"]
-    given = [report.get("arguments", {}), *(r["arguments"] for r in report.get("resumed", []))]
-    return ResumeState(
-        run,
-        Settings.from_dict(settings, world.device_type),
-        world,
-        dict(written_by["versions"]),
-        path,
-        state,
-        frozenset(n for a in given for n in setting_names() if a.get(n) not in (None, "auto")),
-        tuple(n for n in setting_names() if n not in settings),
-        report.get("status") == "finished",
-    )
-
-
 def _found(folder: RunFolder) -> list[Path]:
     """The checkpoints, newest first."""
-    if not folder.checkpoints.is_dir():
-        return []
-    steps = {
-        int(match[1]): path
-        for path in folder.checkpoints.iterdir()
-        if (match := _NAME.fullmatch(path.name))
-    }
+    names = folder.checkpoints.iterdir() if folder.checkpoints.is_dir() else ()
+    steps = {int(match[1]): path for path in names if (match := _NAME.fullmatch(path.name))}
     return [steps[step] for step in sorted(steps, reverse=True)]

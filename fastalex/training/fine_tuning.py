@@ -20,14 +20,7 @@ FREEZES = {
 
 
 def with_file(options: Mapping[str, Any]) -> dict[str, Any]:
-    """``options`` with what the file of --init-from says where they say nothing.
-
-    Args:
-        options: from ``parse_arguments``.
-
-    Raises:
-        ValueError: where the file is missing or damaged, or of another variant than asked for.
-    """
+    """``options`` with what the file of --init-from says where they say nothing."""
     path, given = options["init_from"], dict(options)
     if path is None:
         if options["normalization"] == INIT_FROM:
@@ -51,11 +44,7 @@ def with_file(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def normalization(path: Path) -> Normalization:
-    """How the images of a weights file's net are normalised; a mean image as its channels' means.
-
-    Raises:
-        ValueError: where the file is damaged.
-    """
+    """How a weights file's net has its images normalised; a mean image as its channels' means."""
     found = Normalization.from_dict(read_metadata(path)["normalization"], load_mean_image(path))
     return Normalization(found.mean, found.std)
 

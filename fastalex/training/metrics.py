@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import importlib.util
 import json
 import math
 import os
@@ -25,23 +24,6 @@ _LOCK_SECONDS = 10.0  # within which the processes of a killed launcher have end
 STUCK_STEPS = 100
 _SYNC_SECONDS = 1.0  # records of steps reach the disk this soon, those of epochs at once
 
-# Tags by the names in metrics.jsonl.
-_STEP = {
-    "loss": "train/loss",
-    "lr": "train/learning rate",
-    "grad_norm": "train/gradient norm",
-    "loss_scale": "train/loss scale",
-    "images_per_s": "speed/images per second",
-    "data_seconds": "speed/seconds waited for data",
-    "exchange_seconds": "speed/seconds of exchange",
-    "compute_seconds": "speed/seconds of computing",
-}
-_EPOCH = {
-    "val_loss": "validation/loss",
-    "top1": "validation/top-1",
-    "top5": "validation/top-5",
-}
-
 
 class RunningMetrics:
     """Mean loss of the last ``window`` steps, and images/s and seconds since the last record.
@@ -55,13 +37,11 @@ class RunningMetrics:
     def __init__(
         self, window: int, exchange: Stopwatch | None = None, losses: Sequence[float] = ()
     ) -> None:
-        self._window = window
-        self._losses: deque[float] = deque(losses, maxlen=max(window, STUCK_STEPS))
-        self._exchange = exchange or Stopwatch()
+        self.losses = deque(losses, maxlen=max(window, STUCK_STEPS))  # of the last steps
+        self.rate: float | None = None  # images/s as of the last record
+        self._window, self._exchange = window, exchange or Stopwatch()
         self._waiting = Stopwatch()
-        self._images = 0
-        self._since = time.monotonic()
-        self._last_rate: float | None = None
+        self.start()
 
     def start(self) -> None:
         """Forget the time since the last record, which was not training's."""
@@ -70,7 +50,7 @@ class RunningMetrics:
         self._images, self._since = 0, time.monotonic()
 
     def add(self, loss: float, images: int) -> None:
-        self._losses.append(loss)
+        self.losses.append(loss)
         self._images += images
 
     def waiting(self) -> AbstractContextManager[None]:
@@ -87,19 +67,9 @@ class RunningMetrics:
             self._since += time.monotonic() - since
 
     @property
-    def losses(self) -> list[float]:
-        """Of the last steps, for a resumed run to go on with."""
-        return list(self._losses)
-
-    @property
     def loss(self) -> float | None:
-        losses = self.losses[-self._window :]
+        losses = list(self.losses)[-self._window :]
         return math.fsum(losses) / len(losses) if losses else None
-
-    @property
-    def rate(self) -> float | None:
-        """As of the last record, which is steadier than since then."""
-        return self._last_rate or self._rate()
 
     def record(self) -> dict[str, float | None]:
         """Loss, images/s and seconds for a record; the time of the next one begins.
@@ -107,22 +77,18 @@ class RunningMetrics:
         ``data_seconds`` were spent on waiting for data, ``exchange_seconds`` on exchange between
         processes (the wait for the other one included), ``compute_seconds`` on the rest.
         """
-        self._last_rate = self._rate()
         seconds = time.monotonic() - self._since
+        self.rate = self._images / seconds if self._images else None
         exchange, waited = self._exchange.read(), self._waiting.read()
-        record = {
+        self.start()
+        return {
             "loss": self.loss,
-            "images_per_s": self._last_rate,
+            "images_per_s": self.rate,
             "seconds": seconds,
             "data_seconds": waited,
             "exchange_seconds": exchange,
             "compute_seconds": max(0.0, seconds - waited - exchange),
         }
-        self.start()
-        return record
-
-    def _rate(self) -> float | None:
-        return self._images / (time.monotonic() - self._since) if self._images else None
 
 
 def is_stuck(losses: Sequence[float], classes: int) -> bool:
@@ -130,10 +96,7 @@ def is_stuck(losses: Sequence[float], classes: int) -> bool:
 
     Over the last STUCK_STEPS steps the mean loss lies within 2% of ln(classes), and from their
     first half to their second it did not fall by more than 0.3%: a run on its way down is spared.
-
-    Args:
-        losses: of the steps so far; with fewer than STUCK_STEPS nothing is stuck.
-        classes: of the data; with one class nothing ever is.
+    With fewer steps, or one class, nothing is stuck.
     """
     level, half = math.log(classes), STUCK_STEPS // 2
     if len(losses) < STUCK_STEPS or level == 0:
@@ -150,12 +113,7 @@ class MetricsLog:
     A line reaches the system in one write, so that a killed process leaves whole lines, and the
     disk within about a second, so that a machine that loses power leaves nearly all of them.
 
-    Args:
-        path: of the file.
-        length: bytes of an older file that stay, the rest is cut off; None is all.
-
-    Raises:
-        OSError: where it can't be written, or a process that does not belong to this run has it.
+    ``length`` bytes of an older file stay, the rest is cut off; None is all.
     """
 
     def __init__(self, path: Path, length: int | None = None) -> None:
@@ -203,9 +161,7 @@ class MetricsLog:
 def open_locked(path: Path, alone: bool) -> int:
     """The file, open to append; as long as it is open, no other process can claim its folder.
 
-    Args:
-        path: of the file.
-        alone: whether no other process may have it open already. Afterwards both kinds share it.
+    ``alone``: whether no other process may have it open already. Afterwards both kinds share it.
 
     Raises:
         OSError: where another process has it, or it can't be opened.
@@ -232,38 +188,18 @@ def open_locked(path: Path, alone: bool) -> int:
         time.sleep(0.1)
 
 
-def check_tensorboard() -> None:
-    """Raise unless the package that writes TensorBoard's files is there.
-
-    Raises:
-        ValueError: one line that says how to get it.
-    """
-    if importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
-            "--tensorboard: the package tensorboard is missing, "
-            "install it with: pip install 'fastalex[tensorboard]'"
-        )
-
-
 class TensorBoard:
-    """Writes the records of a run for TensorBoard.
-
-    Args:
-        folder: for its files.
-        step: last step of an earlier part of the run; what was written behind it is hidden.
-    """
+    """Writes the records of a run for TensorBoard; those of an earlier part end with ``step``."""
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow, and its package is optional
 
         self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self.close = self._writer.close
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Add a record of metrics.jsonl."""
-        tags = _STEP if record["kind"] == "step" else _EPOCH
-        for name, tag in tags.items():
-            if record.get(name) is not None:
-                self._writer.add_scalar(tag, record[name], record["step"])
-
-    def close(self) -> None:
-        self._writer.close()
+        """Add the numbers of a record of metrics.jsonl."""
+        part = {"step": "train", "epoch": "validation"}[record["kind"]]
+        for name, value in record.items():
+            if isinstance(value, float):
+                self._writer.add_scalar(f"{part}/{name}", value, record["step"])

@@ -30,21 +30,14 @@ _ROOT = Path("runs")
 
 
 class RunFolder:
-    """Where a run writes; ``claim`` and ``create`` give one that no other process can write to.
-
-    Attributes:
-        path: of the folder.
-        report, metrics, weights, checkpoints, tensorboard: what is in it.
-        best: the weights of the epoch with the highest top-1 accuracy.
-        running: whether a run has started or gone on here.
-    """
+    """Where a run writes; ``claim`` gives one that no other process can write to."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.report, self.metrics = path / "run.json", path / "metrics.jsonl"
         self.weights, self.best = path / "model.safetensors", path / "best.safetensors"
         self.checkpoints, self.tensorboard = path / "checkpoints", path / "tensorboard"
-        self.running = False
+        self.running = False  # whether a run has started or gone on here
         self._lock: int | None = None
         self._made: list[Path] = []  # the folders that claiming it made, the outermost first
         self._locked_new = False  # whether claiming it made metrics.jsonl
@@ -62,7 +55,7 @@ class RunFolder:
         Args:
             path: of the folder.
             option: that named it, for a message.
-            new: whether the folder has to be made here.
+            new: whether it has to be made here.
 
         Raises:
             FileExistsError: where it is ``new`` and there already.
@@ -78,30 +71,21 @@ class RunFolder:
             if not folder.holds_run:
                 folder._check_empty()
             folder._clean()
-        except FileExistsError:
-            folder.release()
-            raise
         except OSError as error:
             folder.release()
-            raise ValueError(f"{option} {path}: {_why(error)}") from error
+            if isinstance(error, FileExistsError):
+                raise
+            text = error.strerror or str(error)
+            if error.filename is not None and error.errno != errno.EBUSY:  # no sentence of ours
+                text = f"nothing can be written there: {text} ({error.filename})"
+            raise ValueError(f"{option} {path}: {text}") from error
         return folder
-
-    @classmethod
-    def create(cls, variant: str, seed: int) -> RunFolder:
-        """The next free ``runs/VARIANT-SEED-NNN``, claimed.
-
-        Raises:
-            ValueError: one line where it can't be made.
-        """
-        while True:
-            number = 1 + max(_numbered(variant, seed), default=0)
-            with contextlib.suppress(FileExistsError):  # another run was quicker
-                return cls.claim(_ROOT / f"{variant}-{seed}-{number:03d}", new=True)
 
     def release(self) -> None:
         """Give up the claim; where no run has started, take away what it made."""
-        with contextlib.suppress(OSError):
-            if self._lock is not None and self._locked_new and _is_empty(self.metrics):
+        with contextlib.suppress(OSError):  # what is not empty stays
+            new = self._lock is not None and self._locked_new and not self.running
+            if new and _is_empty(self.metrics):
                 self.metrics.unlink()
             for made in reversed(self._made):
                 made.rmdir()
@@ -125,6 +109,12 @@ class RunFolder:
                 text = f"the folder is not empty ({path.name}) and holds no run, name a new one"
                 raise OSError(errno.ENOTEMPTY, text)
 
+    def _clean(self) -> None:
+        """Remove what killed processes left; only who holds the claim knows that they are dead."""
+        for folder in filter(Path.is_dir, (self.path, self.checkpoints)):
+            for left in filter(is_temporary, folder.iterdir()):
+                left.unlink(missing_ok=True)
+
     def begin(
         self,
         arguments: Mapping[str, Any],
@@ -134,11 +124,7 @@ class RunFolder:
     ) -> None:
         """Write run.json: what was asked for, what was chosen, and on what it runs.
 
-        Args:
-            arguments: the options of the command.
-            settings: of the run.
-            world: the processes.
-            after: the step after which a run goes on; None for a new one.
+        ``after`` is the step after which a run goes on, None for a new one.
         """
         now = {
             "arguments": dict(arguments),
@@ -154,13 +140,10 @@ class RunFolder:
             report["resumed"] = [*report.get("resumed", []), {"step": after, **now}]
         report |= {"status": "running", "ended": None}
         self._write_report({**report, "launch": launch_id(), "settings": dict(settings)})
+        self.running = True
 
     def end(self, status: str) -> None:
-        """Note in run.json how the run ended, and drop what nobody needs any more.
-
-        Raises:
-            OSError: where it can't be written.
-        """
+        """Note in run.json how the run ended, and drop what nobody needs any more."""
         self._clean()
         report = self.read_report()
         if report["status"] != status:
@@ -180,25 +163,13 @@ class RunFolder:
         """What an ended run has left here, for a message."""
         if not self.path.is_dir():
             return f"{self.path} is gone"
-        try:
+        with contextlib.suppress(ValueError):
             epoch = read_metadata(self.weights)["epoch"]
-        except ValueError:
-            return f"{self.path} keeps metrics.jsonl, no weights yet"
-        return f"{self.path} keeps model.safetensors of epoch {epoch} and metrics.jsonl"
-
-    def _clean(self) -> None:
-        """Remove what killed processes left; only who holds the claim knows that they are dead."""
-        for folder in (self.path, self.checkpoints):
-            if folder.is_dir():
-                for left in filter(is_temporary, folder.iterdir()):
-                    left.unlink(missing_ok=True)
+            return f"{self.path} keeps model.safetensors of epoch {epoch} and metrics.jsonl"
+        return f"{self.path} keeps metrics.jsonl, no weights yet"
 
     def read_report(self) -> dict[str, Any]:
-        """What run.json holds.
-
-        Raises:
-            ValueError: where it is missing or damaged.
-        """
+        """What run.json holds."""
         try:
             report = json.loads(self.report.read_text(encoding="utf-8"))
             return {"settings": report["settings"], **report}
@@ -208,7 +179,13 @@ class RunFolder:
     def _write_report(self, report: dict[str, Any]) -> None:
         with replacing(self.report) as temporary:
             temporary.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
-        self.running, self._made, self._locked_new = True, [], False
+
+    def processes(self) -> int | None:
+        """How many the run here had when it was last started; None where there is none."""
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            report = self.read_report()
+            return int([report, *report["resumed"]][-1]["world"]["processes"])
+        return None
 
 
 def launch_id() -> str | None:
@@ -233,23 +210,16 @@ def find_attempt() -> Path | None:
     return None
 
 
-def _why(error: OSError) -> str:
-    """What went wrong with a folder, for the user who named it."""
-    text = error.strerror or str(error)
-    if error.filename is None or error.errno == errno.EBUSY:  # a sentence of ours
-        return text
-    return f"nothing can be written there: {text} ({error.filename})"
-
-
 def _is_empty(path: Path) -> bool:
     return path.is_file() and path.stat().st_size == 0
 
 
-def _numbered(variant: str, seed: int) -> dict[int, Path]:
-    """The folders of runs that were not told where to write, by number."""
+def next_free(variant: str, seed: int) -> Path:
+    """The next free ``runs/VARIANT-SEED-NNN``."""
     pattern = re.compile(rf"{re.escape(variant)}-{seed}-(\d+)")
-    paths = list(_ROOT.iterdir()) if _ROOT.is_dir() else []
-    return {int(match[1]): p for p in paths if (match := pattern.fullmatch(p.name))}
+    names = [path.name for path in _ROOT.iterdir()] if _ROOT.is_dir() else []
+    numbers = [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
+    return _ROOT / f"{variant}-{seed}-{1 + max(numbers, default=0):03d}"
 
 
 def _now() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,15 +11,7 @@ _SLACK = 1e-6  # of a step: shares like 25/90 of a run are no binary fractions
 
 
 class Schedule:
-    """The rates of a run of ``steps`` steps; ``plateau`` learns from ``validated``.
-
-    Args:
-        settings: of the run; ``schedule`` and the settings that begin with ``lr``, ``warmup``.
-        steps: of the whole run.
-
-    Source: P§5 for plateau; Caffe's solvers for step and poly; Loshchilov and Hutter, ICLR 2017,
-        for cosine; Goyal et al., 2017, for the warm-up.
-    """
+    """The rates of a run of ``steps`` steps; ``plateau`` (P§5) learns from ``validated``."""
 
     def __init__(self, settings: Settings, steps: int) -> None:
         self.settings = settings
@@ -31,27 +22,12 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """The learning rate of ``step``, from 1 to ``steps``."""
-        warm = self.settings.warmup * self.steps
-        factor = min(1.0, step / warm) if warm > 0 else 1.0
-        return self.settings.lr * factor * self._factor(step)
-
-    def _factor(self, step: int) -> float:
-        settings = self.settings
-        done = (step - 1) / self.steps  # share of the run before this step
-        if settings.schedule == "poly":
-            return float((1 - done) ** settings.lr_power)
-        if settings.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * done))
-        return float(settings.lr_gamma ** self._count(step - _SLACK))
-
-    def _count(self, step: float) -> int:
-        """How many drops lie before ``step``."""
-        settings = self.settings
+        settings, drops = self.settings, self._drops
         if settings.schedule == "drops":
-            return sum(step > share * self.steps for share in settings.lr_drop)
-        if settings.schedule == "step":
-            return math.ceil(step / (settings.lr_step * self.steps)) - 1
-        return self._drops
+            drops = sum(step - _SLACK > share * self.steps for share in settings.lr_drop)
+        warm = settings.warmup * self.steps
+        factor = min(1.0, step / warm) if warm > 0 else 1.0
+        return settings.lr * factor * float(settings.lr_gamma**drops)
 
     def validated(self, error: float) -> bool:
         """Take the validation error of one more epoch; whether the rate drops because of it."""
@@ -78,21 +54,12 @@ class Schedule:
 
 def describe_schedule(settings: Settings, epochs: float) -> str:
     """The schedule of a run of ``epochs`` epochs in a few words."""
-
-    def at(share: float) -> str:
-        return f"{share * epochs:.3g}"
-
-    texts = {
-        "constant": "",
-        "drops": f", x {settings.lr_gamma:g} after epochs "
-        + ", ".join(at(share) for share in settings.lr_drop if share < 1),
-        "step": f", x {settings.lr_gamma:g} every {at(settings.lr_step)} epochs",
-        "plateau": f", x {settings.lr_gamma:g} after {settings.lr_patience} epochs without a "
-        "better top-1",
-        "poly": f", falling to 0 with power {settings.lr_power:g}",
-        "cosine": ", falling to 0 along a cosine",
-    }
-    never = settings.schedule == "drops" and min(settings.lr_drop) >= 1
-    text = "" if never else texts[settings.schedule]
-    warm = f", after {at(settings.warmup)} epochs of warm-up" if settings.warmup else ""
-    return f"lr {settings.lr:g}{text}{warm}"
+    text = f"lr {settings.lr:g}"
+    drops = ", ".join(f"{share * epochs:.3g}" for share in settings.lr_drop if share < 1)
+    if settings.schedule == "plateau":
+        text += f", x {settings.lr_gamma:g} after {settings.lr_patience} epochs without a better "
+        text += "top-1"
+    elif drops:
+        text += f", x {settings.lr_gamma:g} after epochs {drops}"
+    warm = f", after {settings.warmup * epochs:.3g} epochs of warm-up"
+    return text + warm * (settings.warmup > 0)

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastalex.common import interrupts
 from fastalex.common.command_line import REFUSED, output_may_fail
 from fastalex.common.interrupts import INTERRUPTED, Interrupted
 from fastalex.distributed import launch
-from fastalex.distributed.launch import PeerLost, TrainingError, WorkerFailed
-from fastalex.distributed.world import rank, under_torchrun
-from fastalex.training import checkpoints, fine_tuning, trainer
+from fastalex.distributed.launch import PeerLost, TrainingError
+from fastalex.distributed.world import find_world, rank, under_launcher, world_size
+from fastalex.training import checkpoints, trainer
+from fastalex.training.config import Settings
 from fastalex.training.options import Raising, as_arguments, parse_arguments
-from fastalex.training.prepare import choose_world, end, prepare
-from fastalex.training.run_config import RunConfig
-from fastalex.training.run_folder import RunFolder
+from fastalex.training.prepare import RunConfig, end, new_place, prepare
+from fastalex.training.run_folder import RunFolder, launch_id
 
 _FAILED = 1
 _AGAIN = 75  # EX_TEMPFAIL: what a scheduler is to take for "run it again"
+_EXPECTED = (Interrupted, TrainingError, ValueError, OSError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,27 +40,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     with output_may_fail(), interrupts.raised():
         try:
-            if under_torchrun():
-                return _run_under_torchrun(options)
-            options = fine_tuning.with_file(options)
-            folder, config = prepare(options)
-            if config is None:
-                return _finished(folder)
-            return _run(
-                lambda: launch.run(config.world, trainer.train, config), config, folder, options
-            )
-        except (ValueError, OSError) as error:
-            return _say(f"error: {error}", REFUSED)
-        except Interrupted as stop:
-            line = f"stopped by {stop} before training started, run the same command again"
-            return _say(line, _exit_code(stop))
+            processes = _processes(options)
+            if processes > 1 and not under_launcher():
+                return launch.start(_command(arguments), processes)
+            launch.greet_launcher()
+            if processes > 1:
+                _be_one_of_several(options)
+            _run(options)
+        except _EXPECTED as error:
+            return _say(error)
+    return 0
+
+
+def _be_one_of_several(options: Mapping[str, Any]) -> NoReturn:
+    """Run, and end this process: torch's threads that still run would abort an orderly exit."""
+    code = 0
+    try:
+        _run(options)
+    except _EXPECTED as error:
+        code = _say(error)
+    except Exception:
+        traceback.print_exc()
+        code = _FAILED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def fit(**options: Any) -> Path:
-    """Train what ``python -m fastalex.train`` trains, from Python.
-
-    Several processes import the main module again: a script that asks for ``gpus=2`` calls this
-    under ``if __name__ == "__main__"``.
+    """Train what ``python -m fastalex.train`` trains; ``gpus=2`` by that command.
 
     Args:
         options: of the command, as in ``fit(data="photos", epochs=3, fused_update=False)``.
@@ -67,195 +78,160 @@ def fit(**options: Any) -> Path:
 
     Raises:
         ValueError: for a wrong option; nothing was written.
-        TrainingError, WorkerFailed: where the run failed; its folder keeps what was done.
+        TrainingError: where the run failed; its folder keeps what was done.
         Interrupted: after a signal; the same call goes on.
     """
-    given = fine_tuning.with_file(parse_arguments(as_arguments(options), Raising))
-    folder, config = prepare(given)
-    status = "failed" if config else "finished"
+    given = parse_arguments(as_arguments(options), Raising)
+    processes = _processes(given)
+    if processes == 1:
+        folder = _run(given)
+        assert folder is not None
+        return folder.path
+    place = given["resume"] or given["output"] or new_place(given)
+    if given["resume"] is None:
+        options["output"] = place
+    code = launch.start(_command(as_arguments(options)), processes)
+    if code in (_AGAIN, INTERRUPTED):
+        raise Interrupted(signal.SIGINT if code == INTERRUPTED else signal.SIGTERM)
+    if code:
+        kind = ValueError if code == REFUSED else TrainingError
+        raise kind(f"{place}: training ended with code {code}, for the reason on stderr")
+    return Path(place)
+
+
+def _processes(options: Mapping[str, Any]) -> int:
+    """How many processes the run is to have, or a launcher started."""
+    place, gpus = options["resume"] or options["output"], options["gpus"]
+    if gpus is None and place is not None and not under_launcher():
+        gpus = RunFolder(place).processes()
+    return find_world(gpus, Settings.variant).processes
+
+
+def _command(arguments: Sequence[str] | None) -> list[str]:
+    """The command line of this process, or one with ``arguments``."""
+    if arguments is None:
+        return [sys.executable, *sys.orig_argv[1:]]
+    return [sys.executable, "-m", "fastalex.train", *arguments]
+
+
+def _run(options: Mapping[str, Any]) -> RunFolder | None:
+    """Be a process of a run; of several the first has the run's folder."""
     try:
-        if config is not None:
-            launch.run(config.world, trainer.train, config)
-            status = "finished"
-    except Interrupted:
-        status = "interrupted"
-        raise
-    finally:
-        unwritten = end(folder, status)
-    if unwritten:
-        raise TrainingError(unwritten)
-    return folder.path
-
-
-def _exit_code(stop: Interrupted) -> int:
-    return INTERRUPTED if stop.signum == signal.SIGINT else _AGAIN
-
-
-def _finished(folder: RunFolder) -> int:
-    """Say that there is nothing to go on with; the last process may have died before it could."""
-    step = checkpoints.newest_step(folder)  # None without checkpoints
-    print(f"{folder.path} is finished" + (f": all of its {step} steps are done" if step else ""))
-    line = end(folder, "finished")
-    if line:
-        return _say(line, _FAILED)
-    _say_where(folder)
-    return 0
-
-
-def _run(
-    train: Callable[[], None],
-    config: RunConfig,
-    folder: RunFolder | None,
-    options: Mapping[str, Any],
-) -> int:
-    """Call ``train``; note and say how it ended. Of torchrun's processes only rank 0 has a folder.
-
-    Returns:
-        The exit code.
-    """
-    status, line, code = "failed", "", _FAILED
-    try:
-        train()
-        status, code = "finished", 0
-    except Interrupted as stop:
-        status, code = "interrupted", _exit_code(stop)
-        line = "" if folder is None else _stopped_by(stop, folder, options)
-    except (TrainingError, WorkerFailed) as error:
-        if isinstance(error, WorkerFailed) and error.traceback:
-            print(error.traceback, file=sys.stderr)
-        line = _describe_failure(error, config, folder)
-    finally:
-        unwritten = "" if folder is None else end(folder, status)
-    if code == 0 and unwritten:
-        line, code = unwritten, _FAILED
-    if code == 0 and folder is not None:
-        _say_where(folder)
-    if line:
-        if config.world.processes > 1 and sys.stderr.isatty():
-            # Take away the progress bar of a process that could not do it itself.
-            print("\r\x1b[K", end="", file=sys.stderr)
-        print(f"train: {line}", file=sys.stderr, flush=True)
-    return code
-
-
-def _stopped_by(stop: Interrupted, folder: RunFolder, options: Mapping[str, Any]) -> str:
-    step = checkpoints.newest_step(folder)
-    done = "before its first checkpoint" if step is None else f"after step {step}"
-    named = options["output"] or options["resume"] or under_torchrun()
-    again = "run the same command again" if named else f"use --resume {folder.path}"
-    return f"stopped by {stop} {done}; {again} to go on"
-
-
-def _describe_failure(error: Exception, config: RunConfig, folder: RunFolder | None) -> str:
-    """What went wrong, what the run's folder keeps, and how to go on."""
-    line = f"error: {_who()}{error}"
-    if isinstance(error, WorkerFailed):
-        one = config.world.processes == 2
-        line += f", {'the other process was' if one else 'the others were'} stopped"
-    if folder is not None:
-        line += f"; {folder.kept()}"
-        if isinstance(error, (WorkerFailed, PeerLost)):
-            line += _way_on(folder)
-    return line
-
-
-def _way_on(folder: RunFolder) -> str:
-    """How to go on with a run that was stopped from outside."""
-    step = checkpoints.newest_step(folder)
-    return "" if step is None else f"; --resume {folder.path} goes on after step {step}"
-
-
-def _run_under_torchrun(options: Mapping[str, Any]) -> int:
-    """Be one process of the world that torchrun started."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launch.die_with_parent(os.getppid())
-    try:
-        folder, config, code = _agree(options)
+        store = launch.rendezvous()
+        folder, config = _agree(options, store)
     except RuntimeError as error:
-        if not launch.is_lost_peer(error):
-            raise
-        return _say(f"error: {_who()}{error}", _FAILED, everywhere=True)
-    if config is None:
-        return code
-
-    def on_stuck(line: str) -> None:
-        unwritten = ""
-        if folder is not None:
-            unwritten = end(folder, "failed")
-            line += f"; {folder.kept()}{_way_on(folder)}"
-        text = f"train: error: {_who()}{line}"
-        print("\n".join(filter(None, (text, unwritten))), file=sys.stderr, flush=True)
-
-    def train() -> None:
-        with interrupts.noticed():
-            launch.join_world(config.world, trainer.train, config, on_stuck=on_stuck)
-
-    return _run(train, config, folder, options)
+        if launch.is_lost_peer(error):
+            raise TrainingError(str(error)) from error
+        raise
+    if config is not None:
+        _train(options, config, folder, store)
+    elif folder is not None:
+        step = checkpoints.newest_step(folder)  # None without checkpoints
+        done = f": all of its {step} steps are done" if step else ""
+        print(f"{folder.path} is finished{done}")
+        end(folder, "finished")  # the last process may have died before it could
+    if folder is not None:
+        print(f"weights: {folder.weights}, metrics: {folder.metrics}", flush=True)
+    return folder
 
 
-def _agree(options: Mapping[str, Any]) -> tuple[RunFolder | None, RunConfig | None, int]:
-    """Rank 0's folder, the run's configuration, and an exit code where there is none.
+def _agree(options: Mapping[str, Any], store: Any) -> tuple[RunFolder | None, RunConfig | None]:
+    """Rank 0's folder, claimed, and the run's configuration; None where the run is finished.
 
-    Rank 0 prepares the run, which may take it hours, before any collective waits for it. There is
-    no configuration where the run is finished, or where a process can't take part, and says why.
+    Rank 0 prepares the run, which may take it hours, before any collective waits for it.
     """
-    size = int(os.environ["WORLD_SIZE"])
-    folder, config, code, refusal, store = None, None, 0, "", None
+    folder, config, refusal = None, None, None
     try:
-        options = fine_tuning.with_file(options)
-        device_type = choose_world(options, None).device_type
-        store = launch.rendezvous(size) if size > 1 else None
         if rank() == 0:
             folder, config = prepare(options)
-            code = 0 if config else _finished(folder)
-        else:
-            config, code = _receive_config(store, device_type)
+        elif text := launch.receive(store, "config", "waits for rank 0, which prepares the data"):
+            config = RunConfig.from_json(text)
+            here, there = find_world(None, Settings.variant).device_type, config.world.device_type
+            if here != there:
+                raise ValueError(f"runs on {here}, rank 0 on {there}")
     except (ValueError, OSError) as error:
-        code, refusal = REFUSED, str(error)
-        _say(f"error: {_who() if rank() else ''}{refusal}", code, everywhere=True)
-    if store is None and size > 1 and "MASTER_ADDR" in os.environ:
-        store = launch.rendezvous(size)  # to tell the others
-    if store is None:
-        return folder, config, code
-    if rank() == 0:
-        store.set("config", json.dumps([config and config.to_dict(), code]))
-    store.set(f"refusal {rank()}", refusal)
-    if rank() and config is None:
-        return None, None, code
-    waiting = "waits for the other processes"
-    refused = [i for i in range(size) if launch.receive(store, f"refusal {i}", waiting)]
-    if refused and not refusal:
+        refusal = error
+    if store is not None:
+        if rank() == 0:
+            store.set("config", config.to_json() if config else "")
+        store.set(f"refusal {rank()}", "" if refusal is None else repr(refusal))
+        refusals = [
+            launch.receive(store, f"refusal {number}", "waits for the other processes")
+            for number in range(world_size())
+        ]
+        if any(refusals) and refusal is None:
+            number = next(i for i, text in enumerate(refusals) if text)
+            refusal = ValueError(f"rank {number} can't take part, it says why")
+    if refusal is not None:
         if folder is not None:
-            _say(f"error: rank {refused[0]} can't take part, it says why", REFUSED)
             end(folder, "failed")
-        return folder, None, REFUSED
-    return folder, config, code
+        raise refusal
+    return folder, config
 
 
-def _receive_config(store: Any, device_type: str) -> tuple[RunConfig | None, int]:
-    """What rank 0 decided: a configuration, or an exit code.
+def _train(
+    options: Mapping[str, Any], config: RunConfig, folder: RunFolder | None, store: Any
+) -> None:
+    """Train; rank 0 notes in ``folder`` how it ended."""
 
-    Raises:
-        ValueError: where this process can't take part.
-    """
-    text = launch.receive(store, "config", "waits for rank 0, which prepares the data")
-    values, code = json.loads(text)
-    config = RunConfig.from_dict(values) if values else None
-    if config is not None and config.world.device_type != device_type:
-        raise ValueError(f"runs on {device_type}, rank 0 on {config.world.device_type}")
-    return config, code
+    def on_stuck(line: str) -> None:
+        with contextlib.suppress(TrainingError):
+            end(folder, "failed")
+        if line:
+            _say(TrainingError(line + _kept(folder, goes_on=True)))
+
+    status = "failed"
+    try:
+        with interrupts.noticed():
+            launch.join_world(config.world, store, partial(trainer.train, config), on_stuck)
+        status = "finished"
+    except Interrupted as stop:
+        status = "interrupted"
+        raise Interrupted(stop.signum, _way_on(folder, options)) from None
+    except TrainingError as error:
+        text = f"{error}{_kept(folder, goes_on=isinstance(error, PeerLost))}"
+        raise TrainingError(text, error.everywhere) from error
+    finally:
+        with contextlib.suppress(*() if status == "finished" else (TrainingError,)):
+            end(folder, status)
 
 
-def _who() -> str:
-    return f"rank {rank()}: " if under_torchrun() else ""
+def _kept(folder: RunFolder | None, goes_on: bool) -> str:
+    """What an ended run keeps and, where it can, how to go on with it; for a message."""
+    if folder is None:
+        return ""
+    step = checkpoints.newest_step(folder) if goes_on else None
+    way = "" if step is None else f"; --resume {folder.path} goes on after step {step}"
+    return f"; {folder.kept()}{way}"
 
 
-def _say_where(folder: RunFolder) -> None:
-    print(f"weights: {folder.weights}, metrics: {folder.metrics}", flush=True)
+def _way_on(folder: RunFolder | None, options: Mapping[str, Any]) -> str:
+    """When a run was stopped, and how to go on with it."""
+    if folder is None:
+        return ""
+    step = checkpoints.newest_step(folder)
+    done = " before its first checkpoint" if step is None else f" after step {step}"
+    named = options["output"] or options["resume"] or launch_id()
+    again = "run the same command again" if named else f"use --resume {folder.path}"
+    return f"{done}; {again} to go on"
 
 
-def _say(message: str, code: int, everywhere: bool = False) -> int:
-    """Print a line, of torchrun's processes rank 0 alone unless ``everywhere``; the code."""
-    if everywhere or rank() == 0:
-        print(f"train: {message}", file=sys.stderr, flush=True)
+def _say(error: BaseException) -> int:
+    """Print the line of an error, once for all processes that have it; the exit code."""
+    who = f"rank {rank()}: " if world_size() > 1 else ""
+    line, code, speaks = f"error: {who}{error}", _FAILED, True
+    if isinstance(error, Interrupted):
+        line = f"stopped by {error}"
+        if not error.note:
+            line += " before training started; run the same command again"
+        code = INTERRUPTED if error.signum == signal.SIGINT else _AGAIN
+        speaks = rank() == 0
+    elif isinstance(error, TrainingError):
+        if error.everywhere:
+            line, speaks = f"error: {error}", rank() == 0
+    else:  # a machine's, not a process's
+        line, code = f"error: {who if rank() else ''}{error}", REFUSED
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    if speaks:
+        print(f"train: {line}", file=sys.stderr, flush=True)
     return code

@@ -11,19 +11,18 @@ import torch
 
 from fastalex._version import __version__
 from fastalex.common import interrupts
-from fastalex.common.command_line import output_may_fail
 from fastalex.common.interrupts import Interrupted
 from fastalex.common.provenance import device_name, versions
 from fastalex.data import DataError, ImageDataset
 from fastalex.data.batches import Batch, Batches, Share, Transform
-from fastalex.data.datasets import color_noise, open_datasets
+from fastalex.data.datasets import color_noise
 from fastalex.distributed import towers
 from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.launch import TrainingError
+from fastalex.distributed.watchdog import Watchdog
 from fastalex.model.alexnet import AlexNet
 from fastalex.training import checkpoints, fine_tuning
 from fastalex.training.autograd_step import AutogradStep, LossScaler, autocast, tf32
-from fastalex.training.checkpoints import ResumeState
 from fastalex.training.config import Settings
 from fastalex.training.metrics import MetricsLog, RunningMetrics, TensorBoard, is_stuck
 from fastalex.training.optim import (
@@ -33,8 +32,8 @@ from fastalex.training.optim import (
     set_momentum_buffers,
 )
 from fastalex.training.precompile import Work, compile_first
+from fastalex.training.prepare import RunConfig
 from fastalex.training.progress import Progress
-from fastalex.training.run_config import RunConfig
 from fastalex.training.run_folder import RunFolder
 from fastalex.training.schedule import Schedule
 from fastalex.training.step import TrainStep, Tricks
@@ -43,6 +42,8 @@ from fastalex.training.weights import save_weights
 from fastalex_kernels.common.backend import backend, target
 
 _NAMED = 3  # samples of a bad batch that the message names
+# The attributes of a trainer that a checkpoint keeps.
+_KEPT = ("step", "epoch", "batch", "losses", "epoch_seconds", "best", "warned")
 
 STUCK = (
     "warning: the loss stays at ln({classes}) = {level:.3f}, as if every class were as likely as "
@@ -50,17 +51,11 @@ STUCK = (
 )
 
 
-def train(config: RunConfig) -> None:
-    """Run ``config`` in this process, which is a member of its world.
-
-    Raises:
-        TrainingError: where the run can't go on: the loss is not finite, data are gone, the disk
-            is full, memory runs out.
-        Interrupted: a signal asked for the end; where it could, the run has saved its state.
-    """
+def train(config: RunConfig, watchdog: Watchdog | None = None) -> None:
+    """Run ``config`` in this process, which is a member of its world."""
     try:
-        with output_may_fail(), tf32(config.settings.precision):
-            trainer = Trainer(config)
+        with tf32(config.settings.precision):
+            trainer = Trainer(config, watchdog)
             try:
                 trainer.run()
             except BaseException:
@@ -79,31 +74,38 @@ def train(config: RunConfig) -> None:
 
 
 class Trainer:
-    """One run; ``run`` goes through its epochs, from the first or where it was stopped.
+    """One run; ``run`` goes through its epochs, from the first or where it was stopped."""
 
-    Attributes:
-        step: steps done.
-        epoch: the epoch that is being trained, from 1.
-        started: when it began, by the monotonic clock.
-    """
+    step = 0  # done
+    epoch = 1  # that is being trained
+    batch = 0  # batches done of it
+    epoch_seconds = 0.0  # that an earlier run spent on it
+    best: dict[str, float] | None = None  # epoch and top-1 of the best weights
+    warned = False  # that the loss is stuck
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self.settings = settings = config.settings
-        self.parallel = parallel = ParallelContext(config.world, settings.timeout)
-        train_dataset, val_dataset = config.datasets or open_datasets(
-            settings.data, settings.seed, settings.image_size, config.unreadable, quiet=True
-        )
-        self.dataset = train_dataset
-        self.train_batches = self._batches(train_dataset, train=True)
+    def __init__(self, config: RunConfig, watchdog: Watchdog | None = None) -> None:
+        self.config, self.settings = config, config.settings
+        settings, state = config.settings, config.state
+        self.parallel = parallel = ParallelContext(config.world, watchdog)
+        if watchdog is not None:
+            watchdog.limit(settings.timeout)
+        self.dataset, val_dataset = config.datasets
+        self.train_batches = self._batches(self.dataset, train=True)
         self.val_batches = self._batches(val_dataset, train=False)
-        state = {} if config.resume is None else config.resume.state
         self.steps = checkpoints.last_step(settings, len(self.train_batches), state)
         self.schedule = Schedule(settings, self.steps)
         self.scaler = LossScaler(parallel, enabled=settings.precision == "fp16")
         self.folder = RunFolder(config.folder)
-        self._build(config.resume)
-        self._restore(state)
+        self._build()
+        self.losses: list[float] = []  # of this epoch's steps
+        vars(self).update({name: state[name] for name in _KEPT if name in state})
+        self.batch = min(self.batch, len(self.train_batches))  # there may be fewer images now
+        self.recent = RunningMetrics(
+            settings.log_every, parallel.stopwatch, state.get("window", ())
+        )
+        if state:
+            self.schedule.restore(state["schedule"])
+            self.scaler.load_state_dict(state["scaler"])
         left = self.batch + self.steps - self.step
         self.epochs = self.epoch - 1 + -(-left // len(self.train_batches))
         self.saved = time.monotonic()  # when the last checkpoint was written
@@ -116,18 +118,22 @@ class Trainer:
         self.metrics: MetricsLog | None = None
         self.tensorboard: TensorBoard | None = None
         if parallel.is_main:
-            self._open_logs()
+            self.metrics = MetricsLog(self.folder.metrics, state.get("metrics_bytes", 0))
+            if self.metrics.missing:
+                line = f"{self.folder.metrics}: records before the checkpoint are missing"
+                self.progress.warn(f"warning: {line}")
+            if settings.tensorboard:
+                self.tensorboard = TensorBoard(self.folder.tensorboard, self.step)
 
-    def _build(self, resume: ResumeState | None) -> None:
+    def _build(self) -> None:
         """The net and its optimizer, anew or as the checkpoint has them."""
-        settings, parallel = self.settings, self.parallel
-        model = build_model(settings, len(self.config.classes))
-        buffers = None
-        if resume is not None and resume.path is not None:
-            weights, buffers = resume.tensors()
+        settings, parallel, config = self.settings, self.parallel, self.config
+        model, buffers = build_model(settings, len(config.classes)), None
+        if config.checkpoint is not None:
+            weights, buffers = checkpoints.tensors(config.checkpoint)
             model.load_state_dict(weights)
         elif settings.init_from is not None:
-            fine_tuning.begin_with(model, settings.init_from, self.config.classes)
+            fine_tuning.begin_with(model, settings.init_from, config.classes)
         self.model = parallel.parallelize(
             model.to(parallel.device), rows=self.train_batches.batch_size // parallel.replicas
         )
@@ -146,110 +152,6 @@ class Trainer:
             parts = towers.local_tensors(self.model, parallel.mesh, buffers)
             set_momentum_buffers(self.model, self.optimizer, parts)
 
-    def _whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Those of the whole net; every process takes part.
-
-        Raises:
-            TrainingError: where the towers' copies of the last layer have drifted apart.
-        """
-        if not towers.copies_agree(self.model, self.parallel.mesh, tensors):
-            raise TrainingError(
-                f"the two towers' copies of the last layer differ after step {self.step}: their "
-                "GPUs or software round differently; run both on one model of GPU with the same "
-                "versions, or use one process"
-            )
-        return towers.full_tensors(self.model, self.parallel.mesh, tensors)
-
-    def _make_step(self) -> TrainStep | AutogradStep:
-        """The step without autograd, where it was asked for and can run this net."""
-        settings, parallel, augment = self.settings, self.parallel, self.train_batches.augment
-        if settings.fused_update:
-            alone = parallel.replicas == 1  # else a gradient is not whole when it is made
-            tricks = Tricks(fused_update=alone, graph=settings.cuda_graph)
-            reduce = None if alone else lambda: parallel.reduce_gradients(self.model)
-            if parallel.device.type == "cuda":
-                self._compile_kernels(tricks)
-            try:
-                return TrainStep(
-                    self.model, self.optimizer, settings.precision.replace("tf32", "float32"),
-                    augment=augment, tricks=tricks, reduce=reduce, tell=self.progress.warn,
-                )  # fmt: skip
-            except ValueError as error:
-                self.progress.warn(f"autograd and the optimizer make each step: {error}")
-        return AutogradStep(
-            self.model, self.optimizer, settings.precision, augment, parallel, self.scaler
-        )
-
-    def _compile_kernels(self, tricks: Tricks) -> None:
-        """Compile what the run launches, before its first step and for all processes at once."""
-        settings, parallel = self.settings, self.parallel
-        device = parallel.device
-        count, last = (n // parallel.replicas for n in (
-            settings.batch_size, len(self.val_batches.dataset) % settings.batch_size
-        ))  # fmt: skip
-        work = Work(
-            settings.variant, len(self.config.classes), settings.image_size,
-            [count], [count, *([last] if last else [])],  # a last batch for training is filled up
-            settings.precision.replace("tf32", "float32"), settings.momentum_rule,
-            tricks.fused_update, self.config.world.towers, self.config.normalization,
-            settings.augmentation, settings.dropout,
-        )  # fmt: skip
-        say = self.progress.say if parallel.is_main else print  # whichever comes first compiles
-        compile_first(work, target(device), device_name(device), say)
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``, as ``_state`` returned it; from the beginning where it is empty."""
-        self.step: int = state.get("step", 0)
-        self.epoch: int = state.get("epoch", 1)
-        # Batches done in this epoch; fewer images than before may have fewer.
-        self.batch: int = min(state.get("batch", 0), len(self.train_batches))
-        self.losses: list[float] = state.get("losses", [])  # of this epoch's steps
-        self.epoch_seconds: float = state.get("epoch_seconds", 0.0)  # spent on it by an earlier run
-        self.best: dict[str, float] | None = state.get("best")
-        window = self.settings.log_every
-        self.recent = RunningMetrics(window, self.parallel.stopwatch, state.get("window", []))
-        self.warned: bool = state.get("warned", False)  # that the loss is stuck
-        if state:
-            self.schedule.restore(state["schedule"])
-            self.scaler.load_state_dict(state["scaler"])
-
-    def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides tensors; JSON, which keeps every bit of a float."""
-        config = self.config
-        return {
-            "step": self.step,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "losses": self.losses,
-            "epoch_seconds": self.epoch_seconds,
-            "best": self.best,
-            "window": self.recent.losses,
-            "warned": self.warned,
-            "schedule": self.schedule.state(),
-            "scaler": self.scaler.state_dict(),
-            "metrics_bytes": 0 if self.metrics is None else self.metrics.length,
-            "steps": self.steps,
-            "settings": self.settings.to_dict(),
-            "world": vars(config.world),
-            "versions": versions(),
-            "classes": config.classes,
-            "images": [len(self.dataset), len(self.val_batches.dataset)],
-            "contents": config.images,
-            "normalization": config.normalization.to_dict(),
-            "unreadable": [path for path, _ in config.unreadable],
-        }
-
-    def _open_logs(self) -> None:
-        resume = self.config.resume
-        length = None if resume is None else resume.state.get("metrics_bytes", 0)
-        self.metrics = MetricsLog(self.folder.metrics, length)
-        if self.metrics.missing:
-            self.progress.warn(
-                f"warning: {self.folder.metrics}: records before the checkpoint are missing"
-            )
-        if self.settings.tensorboard:
-            self.tensorboard = TensorBoard(self.folder.tensorboard, self.step)
-
     def _batches(self, dataset: ImageDataset, train: bool) -> Batches:
         settings = self.settings
         return Batches(
@@ -267,6 +169,52 @@ class Trainer:
             Share(self.parallel.replica, self.parallel.replicas),
             settings.workers,
         )
+
+    def _make_step(self) -> TrainStep | AutogradStep:
+        """The step without autograd, where it was asked for and can run this net."""
+        settings, parallel, augment = self.settings, self.parallel, self.train_batches.augment
+        if settings.fused_update:
+            alone = parallel.replicas == 1  # else a gradient is not whole when it is made
+            tricks = Tricks(fused_update=alone, graph=settings.cuda_graph)
+            if parallel.device.type == "cuda":
+                self._compile_kernels(tricks)
+            try:
+                return TrainStep(
+                    self.model,
+                    self.optimizer,
+                    settings.precision.replace("tf32", "float32"),
+                    augment=augment,
+                    tricks=tricks,
+                    reduce=None if alone else lambda: parallel.reduce_gradients(self.model),
+                    tell=self.progress.warn,
+                )
+            except ValueError as error:
+                self.progress.warn(f"autograd and the optimizer make each step: {error}")
+        return AutogradStep(
+            self.model, self.optimizer, settings.precision, augment, parallel, self.scaler
+        )
+
+    def _compile_kernels(self, tricks: Tricks) -> None:
+        """Compile what the run launches, before its first step and for all processes at once."""
+        settings, parallel, batch = self.settings, self.parallel, self.settings.batch_size
+        images = {batch, len(self.val_batches.dataset) % batch}  # the last batch of a validation
+        rows = sorted({count // parallel.replicas for count in images} - {0}, reverse=True)
+        work = Work(
+            settings.variant,
+            len(self.config.classes),
+            settings.image_size,
+            rows[:1],  # a last batch for training is filled up
+            rows,
+            settings.precision.replace("tf32", "float32"),
+            settings.momentum_rule,
+            tricks.fused_update,
+            self.config.world.towers,
+            self.config.normalization,
+            settings.augmentation,
+            settings.dropout,
+        )
+        say = self.progress.say if parallel.is_main else print  # whichever comes first compiles
+        compile_first(work, target(parallel.device), device_name(parallel.device), say)
 
     def run(self) -> None:
         keep = self.settings.keep_checkpoints
@@ -291,13 +239,13 @@ class Trainer:
             if not math.isfinite(accuracy.loss):
                 raise TrainingError(
                     f"the validation loss is {accuracy.loss} after step {self.step} "
-                    f"(epoch {epoch}); try a lower --lr than {self.settings.lr}"
+                    f"(epoch {epoch}); try a lower --lr than {self.settings.lr}",
+                    everywhere=True,
                 )
             if self.schedule.validated(1 - accuracy.top1):
                 self.progress.say("the validation error stopped falling, the learning rate drops")
             self._save(accuracy)
-            loss = math.fsum(self.losses) / len(self.losses)
-            self._report_epoch(loss, accuracy, time.monotonic() - self.started)
+            self._report_epoch(accuracy)
             self.epoch, self.batch, self.losses, self.epoch_seconds = epoch + 1, 0, [], 0.0
             if keep:
                 self._checkpoint()
@@ -334,9 +282,6 @@ class Trainer:
         Args:
             number: of the step, or of the batch of the validation.
             every: steps between checkpoints that were asked for.
-
-        Raises:
-            Interrupted: after the checkpoint.
         """
         self.parallel.progress(self.step)
         signum, late = self._agree() if number % self.read_every == 0 else (0, 0)
@@ -370,11 +315,7 @@ class Trainer:
         self.unread.append((loss, batch.indices))
 
     def _read_losses(self) -> None:
-        """Take in the losses of the steps since the last reading, over all replicas.
-
-        Raises:
-            TrainingError: where one is not finite, naming its step and samples.
-        """
+        """Take in the losses of the steps since the last reading, over all replicas."""
         if not self.unread:
             return
         values = torch.stack([loss for loss, _ in self.unread]) / self.parallel.replicas
@@ -383,7 +324,7 @@ class Trainer:
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
                 indices = self.parallel.gather_replicas(self.unread[i][1].tolist())
-                raise TrainingError(self._not_finite(loss, first + i, indices))
+                raise TrainingError(self._not_finite(loss, first + i, indices), everywhere=True)
             self.recent.add(loss, self.settings.batch_size)
             self._watch()
         self.unread.clear()
@@ -401,7 +342,7 @@ class Trainer:
     def _watch(self) -> None:
         """Warn once where the net learns nothing."""
         classes = len(self.config.classes)
-        if self.warned or not is_stuck(self.recent.losses, classes):
+        if self.warned or not is_stuck(list(self.recent.losses), classes):
             return
         advice = "a larger --lr, a larger --batch-size or --dropout 0"
         if self.settings.init != "he":
@@ -426,7 +367,9 @@ class Trainer:
             record["loss_scale"] = self.scaler.get_scale()
         self._log(record)
 
-    def _report_epoch(self, loss: float, accuracy: Accuracy, seconds: float) -> None:
+    def _report_epoch(self, accuracy: Accuracy) -> None:
+        loss = math.fsum(self.losses) / len(self.losses)
+        seconds = time.monotonic() - self.started
         self.progress.say(
             f"epoch {self.epoch}/{self.epochs}: loss {loss:.4f}, validation loss "
             f"{accuracy.loss:.4f}, top-1 {accuracy.top1:.1%}, top-{TOP} {accuracy.top5:.1%}, "
@@ -459,8 +402,40 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.sync()  # a checkpoint counts on the records before it
             keep = max(1, self.settings.keep_checkpoints)
-            checkpoints.save(self.folder, weights, buffers, self._state(), keep)
+            checkpoints.save(self.folder, weights, buffers, self._state(self.metrics), keep)
         self.parallel.progress(self.step)
+
+    def _whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of the whole net; every process takes part."""
+        whole = towers.full_tensors(self.model, self.parallel.mesh, tensors)
+        if not self.parallel.copies_agree(whole):
+            raise TrainingError(
+                f"the processes' copies of the net differ after step {self.step}: their GPUs or "
+                "software round differently; run all on one model of GPU with the same versions, "
+                "or use one process",
+                everywhere=True,
+            )
+        return whole
+
+    def _state(self, metrics: MetricsLog) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors; JSON, which keeps every bit of a float."""
+        config = self.config
+        return {
+            **{name: getattr(self, name) for name in _KEPT},
+            "window": list(self.recent.losses),
+            "schedule": self.schedule.state(),
+            "scaler": self.scaler.state_dict(),
+            "metrics_bytes": metrics.length,
+            "steps": self.steps,
+            "settings": self.settings.to_dict(),
+            "world": vars(config.world),
+            "versions": versions(),
+            "classes": config.classes,
+            "images": [len(self.dataset), len(self.val_batches.dataset)],
+            "contents": config.images,
+            "normalization": config.normalization.to_dict(),
+            "unreadable": [path for path, _ in config.unreadable],
+        }
 
     def _save(self, accuracy: Accuracy) -> None:
         """Write the weights, which may be the best so far; every process takes part."""
@@ -471,29 +446,22 @@ class Trainer:
         weights = self._whole(self.model.state_dict())
         if not self.parallel.is_main:
             return
-        image = self.config.normalization.mean_image
-        save_weights(self.folder.weights, weights, self._metadata(accuracy), image)
-        if best:
-            self.folder.keep_best()
-
-    def _metadata(self, accuracy: Accuracy) -> dict[str, Any]:
-        settings = self.settings
-        return {
+        normalization, about = self.config.normalization, vars(self.settings)
+        metadata = {
             "version": __version__,
-            "variant": settings.variant,
             "num_classes": len(self.config.classes),
             "classes": self.config.classes,
-            "image_size": settings.image_size,
-            "normalization": self.config.normalization.to_dict(),
-            "dropout": settings.dropout,
-            "precision": settings.precision,
-            "init": settings.init,
-            "seed": settings.seed,
+            "normalization": normalization.to_dict(),
+            **{name: about[name] for name in ("variant", "image_size", "dropout", "precision")},
+            **{name: about[name] for name in ("init", "seed")},
             "epoch": self.epoch,
             "step": self.step,
             "top1": accuracy.top1,
             "top5": accuracy.top5,
         }
+        save_weights(self.folder.weights, weights, metadata, normalization.mean_image)
+        if best:
+            self.folder.keep_best()
 
 
 def build_model(settings: Settings, classes: int) -> AlexNet:

@@ -42,8 +42,7 @@ def save_weights(
         path: of the file; its folder exists.
         state_dict: the whole net's tensors with torch's shapes, on any device.
         metadata: whatever JSON can hold; ``load_model`` needs ``variant``, ``num_classes`` and
-            ``dropout``. What ``load_weights`` returned will do, whatever was changed: its
-            checksums are not looked at.
+            ``dropout``. What ``load_weights`` returned will do; its checksums are not looked at.
         mean_image: of the normalization in ``metadata``, if it has one; or its pixels, as
             ``load_mean_image`` returns them.
 
@@ -61,21 +60,11 @@ def save_weights(
 
 
 def write_tensors(
-    path: Path | str,
-    tensors: Mapping[str, torch.Tensor],
-    form: str,
-    metadata: Mapping[str, Any],
+    path: Path | str, tensors: Mapping[str, torch.Tensor], form: str, metadata: Mapping[str, Any]
 ) -> None:
     """Write a safetensors file atomically, with a checksum of its tensors and of ``metadata``.
 
-    Args:
-        path: of the file; its folder exists.
-        tensors: on any device.
-        form: what kind of file it is, for ``read_tensors`` to tell.
-        metadata: whatever JSON can hold.
-
-    Raises:
-        OSError: where the file can't be written.
+    ``form`` is what kind of file it is, for ``read_tensors`` to tell.
     """
     whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     sums = {"sha256": weights_hash(whole), "metadata_sha256": _metadata_hash(metadata)}
@@ -88,17 +77,11 @@ def write_tensors(
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(data)
     except OSError as error:
-        raise _named(error, Path(path), len(data)) from error
-
-
-def _named(error: OSError, path: Path, size: int) -> OSError:
-    """``error`` with the file that was to be written, and the room that it needs."""
-    text = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        text += f", the file needs {-(-size // 10**6)} MB"
-        with contextlib.suppress(OSError):
-            text += f" and {shutil.disk_usage(path.parent).free // 10**6} MB are free"
-    return OSError(error.errno, text, str(path))
+        text = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(Path(path).parent).free
+            text += f", the file needs {-(-len(data) // 10**6)} MB and {free // 10**6} MB are free"
+        raise OSError(error.errno, text, str(path)) from error
 
 
 def weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -158,13 +141,7 @@ def read_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors, on the CPU, and the metadata that ``write_tensors`` wrote.
 
-    Args:
-        path: of the file.
-        form: what kind of file it has to be.
-        check: whether to compare the tensors with their checksum.
-
-    Raises:
-        ValueError: where the file is missing, damaged, or of another form.
+    ``check`` compares the tensors with their checksum.
     """
     with _opened(path) as file:
         metadata = _metadata(path, file, form)
@@ -183,8 +160,11 @@ def load_model(path: Path | str) -> tuple[AlexNet, dict[str, Any]]:
     """
     tensors, metadata = load_weights(path)
     try:
-        _check_classes(metadata["num_classes"], tensors)
-        model = AlexNet(metadata["num_classes"], metadata["dropout"], metadata["variant"])
+        count, last = metadata["num_classes"], tensors.get("classifier.6.bias")
+        # A net of any number of classes would take memory.
+        if last is not None and (type(count) is not int or last.shape != (count,)):
+            raise ValueError(f"num_classes: its metadata say {count!r}, its weights {len(last)}")
+        model = AlexNet(count, metadata["dropout"], metadata["variant"])
         model.load_state_dict(tensors)
     except KeyError as error:
         raise ValueError(f"{path}: its metadata lack {error}") from error
@@ -194,13 +174,6 @@ def load_model(path: Path | str) -> tuple[AlexNet, dict[str, Any]]:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: its weights do not fit its variant: {reason}") from error
     return model.eval(), metadata
-
-
-def _check_classes(count: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError unless the weights have so many: a net of any number would take memory."""
-    last = tensors.get("classifier.6.bias")
-    if last is not None and (type(count) is not int or last.shape != (count,)):
-        raise ValueError(f"num_classes: its metadata say {count!r}, its weights {len(last)}")
 
 
 @contextlib.contextmanager

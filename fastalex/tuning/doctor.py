@@ -70,7 +70,6 @@ def _parser() -> Parser:
     parser.add_argument(
         "--all", action="store_true", help="every target, batch and precision, which takes minutes"
     )
-    parser.add_argument("--version", action="version", version=f"fastalex {__version__}")
     return parser
 
 

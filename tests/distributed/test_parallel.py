@@ -56,9 +56,7 @@ def test_two_towers_compute_what_one_process_does(two: Results, variant: str) ->
 
 
 @pytest.mark.parametrize("variant", ["caffe", "owt"])
-def test_replicas_with_uneven_shares_compute_what_one_process_does(
-    two: Results, variant: str
-) -> None:
+def test_replicas_compute_what_one_process_does(two: Results, variant: str) -> None:
     _agrees(two[0][variant])
 
 
@@ -101,8 +99,8 @@ def test_towers_that_cannot_exchange_data_say_so_on_both_sides(two: Results) -> 
             assert "the towers cannot exchange data" in result[damaged]
 
 
-def test_copies_of_the_last_layer_that_differ_are_noticed_by_both(two: Results) -> None:
-    assert [result["copies agree"] for result in two] == [[True, False]] * 2
+def test_copies_that_differ_are_noticed_by_all_of_towers_and_of_replicas(two: Results) -> None:
+    assert [result["copies agree"] for result in two] == [[True, False, True, False]] * 2
 
 
 def test_a_net_without_towers_is_not_cut(two: Results) -> None:

@@ -16,8 +16,6 @@ from typing import Any
 from tests._commands import ROOT, alive, environment, wait_until
 from tests._small_train import STEP_SECONDS
 
-WORKER = "forks.py"  # in the command line of a run's processes
-
 
 class Fork:
     """A run, with what tests need of ``subprocess.Popen``."""
@@ -69,7 +67,7 @@ class Forks:
 
     def __enter__(self) -> Forks:
         self._server = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "faults" / WORKER)],
+            [sys.executable, str(ROOT / "tests" / "faults" / "forks.py")],
             env={**environment(), **self._variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

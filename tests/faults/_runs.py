@@ -14,7 +14,7 @@ import pytest
 
 from tests._commands import alive, end, start, wait_until, workers
 from tests._runs import SCRIPT, steps
-from tests.faults._forks import WORKER, Fork, Forks
+from tests.faults._forks import Fork, Forks
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -82,15 +82,14 @@ def training(
     arguments = command(launcher, *EPOCHS, *options, script=script, processes=processes)
     process: subprocess.Popen[str] | Fork
     if forks is not None and launcher == "ours":
-        process, word = forks.start(arguments[1:], folder), WORKER
+        process = forks.start(arguments[1:], folder)
     else:
         process = start(arguments, folder)
-        word = "spawn_main" if launcher == "ours" else Path(script).name
     pids: list[int] = []
     try:
         # Long enough for the processes to have told each other of a step, twice a second or so.
         wait_until(lambda: trained(folder, 20), "trained")
-        pids = workers(process.pid, word)
+        pids = workers(process.pid)
         assert len(pids) == processes
         yield process, pids
         wait_until(lambda: not any(map(alive, pids)), "all processes ended", seconds=10)

@@ -10,14 +10,16 @@ small net of ``_small_train``; the processes of one with several are forks, too.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
+import signal
 import sys
 import traceback
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import torch
 
+from fastalex.distributed import launch
 from fastalex.training import train
 from tests import _small_train
 
@@ -32,6 +34,11 @@ def start(arguments: list[str], folder: str, out: str, err: str, seconds: str) -
     os.environ[_small_train.STEP_SECONDS] = seconds
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    run(arguments)
+
+
+def run(arguments: list[str]) -> NoReturn:
+    """Be the command, and end."""
     code = 70  # a traceback
     try:
         code = train.main(arguments)
@@ -44,12 +51,38 @@ def start(arguments: list[str], folder: str, out: str, err: str, seconds: str) -
     os._exit(code)
 
 
+class Forked:
+    """What ``launch`` needs of ``subprocess.Popen``, as a fork that runs the same command line."""
+
+    returncode: int | None = None
+
+    def __init__(self, command: list[str], env: dict[str, str]) -> None:
+        self.pid = os.fork()
+        if not self.pid:
+            os.environ.update(env)
+            run(command[command.index("fastalex.train") + 1 :])
+
+    def poll(self, flags: int = os.WNOHANG) -> int | None:
+        if self.returncode is None and (ended := os.waitpid(self.pid, flags))[0]:
+            self.returncode = os.waitstatus_to_exitcode(ended[1])
+        return self.returncode
+
+    def wait(self) -> None:
+        self.poll(0)
+
+    def send_signal(self, signum: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1)], 0.1)  # imports more, once for all
     _small_train.shrink()
-    forking = multiprocessing.get_context("fork")
-    multiprocessing.get_context = lambda method=None: forking  # type: ignore[assignment]
+    launch.subprocess = SimpleNamespace(Popen=Forked)  # type: ignore[assignment]
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request: Any = json.loads(line)

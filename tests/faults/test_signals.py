@@ -17,7 +17,7 @@ import torch
 from fastalex.training.weights import load_weights
 from tests._commands import alive, end, environment, start, wait_until, workers
 from tests._runs import SCRIPT, contents, digest, records, steps
-from tests.faults._forks import WORKER, Forks
+from tests.faults._forks import Forks
 from tests.faults._table import Table
 
 pytestmark = [
@@ -78,7 +78,7 @@ def test_a_signal_saves_within_an_epoch(
     process = forks.start(command, tmp_path)
     try:
         _wait_for_step(tmp_path / "run", 5)
-        pids = [process.pid, *workers(process.pid, WORKER)]
+        pids = [process.pid, *workers(process.pid)]
         since = time.monotonic()
         (os.killpg if group else os.kill)(process.pid, signum)
         _, stderr = process.communicate(timeout=30)
@@ -162,7 +162,7 @@ def test_torchrun_restarts_go_on(
     since = time.monotonic()
     try:
         _wait_for_step(folder, 8)
-        pids = workers(process.pid, "_small_train")
+        pids = workers(process.pid)
         os.kill(pids[int(output)], signal.SIGKILL)
         stdout, stderr = process.communicate(timeout=300)
     finally:

@@ -116,18 +116,18 @@ def test_wrong_weights_are_a_line(here: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_config_takes_a_run_s_settings(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [*OPTIONS, *SHORT, "--lr", "0.003", "--schedule", "step", "--lr-step", "0.4"]
+    command = [*OPTIONS, *SHORT, "--lr", "0.003", "--lr-drop", "0.4"]
     assert train.main([*command, "--without", "lrn", "--output", "one"]) == 0
     assert train.main(["--config", "one/run.json", "--output", "two"]) == 0
     assert digest(here / "one") == digest(here / "two")
-    assert train.main(["--config", "one/run.json", "--schedule", "cosine", "--lr", "0.0001",
+    assert train.main(["--config", "one/run.json", "--schedule", "plateau", "--lr", "0.0001",
                        "--output", "three"]) == 0  # fmt: skip
     one, two, three = (
         json.loads((here / run / "run.json").read_text())["settings"]
         for run in ("one", "two", "three")
     )
     assert two == one
-    assert {k for k in one if one[k] != three[k]} == {"schedule", "lr", "lr_step"}
+    assert {k for k in one if one[k] != three[k]} == {"schedule", "lr", "lr_drop"}
     (here / "list").write_text("[]")
     (here / "unknown").write_text('{"settings": {"depth": 9}}')
     (here / "wrong").write_text('{"settings": {"epochs": "many"}}')
@@ -153,3 +153,23 @@ def test_fit_trains_what_the_command_trains(here: Path) -> None:
         with pytest.raises(ValueError, match=said):
             fastalex.training.fit(**options, output="other")
     assert not (here / "other").exists()
+
+
+@pytest.mark.slow
+def test_fit_trains_two_towers_from_a_plain_script(tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text(
+        "from fastalex.training import fit\n"
+        "print(fit(gpus=2, max_steps=1, image_size=64, batch_size=2, threads=1))\n"
+        "try:\n"
+        "    fit(gpus=2, variant='owt', batch_size=3)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    process = _commands.run(["plain.py"], tmp_path)
+    said = process.stdout.splitlines()
+    assert "two towers, one per process" in said[1]
+    assert said[-2] == "runs/paper-0-001"
+    assert said[-1].startswith("runs/owt-0-001: training ended with code 2")
+    assert "--batch-size 3: 2 processes share each batch" in process.stderr
+    assert (tmp_path / "runs" / "paper-0-001" / "model.safetensors").is_file()
+    assert not (tmp_path / "runs" / "owt-0-001").exists()

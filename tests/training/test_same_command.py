@@ -255,7 +255,7 @@ def test_torchruns_second_attempt_goes_on_in_the_first_ones_folder(
 ) -> None:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("TORCHELASTIC_RUN_ID", "job")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("fastalex.distributed.launch.die_with_parent", lambda parent: None)
+    monkeypatch.setattr("fastalex.distributed.launch.greet_launcher", lambda: None)
     with monkeypatch.context() as patch:
         before_step(8, patch, terminate)
         assert _train() == 75

@@ -18,11 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fastalex.distributed import launch
+from fastalex.common.interrupts import Interrupted
 from fastalex.training import train
 from fastalex.training.weights import load_weights
 from tests._commands import alive, end, run, start, wait_until, workers
 from tests._runs import SCRIPT
+from tests.faults._runs import changed, command
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -181,10 +182,10 @@ def test_a_killed_process_ends_the_run(
     os.kill(pids[1], signal.SIGKILL)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert len(stderr.splitlines()) == 1
-    assert f"(process {pids[1]}) was killed by SIGKILL" in stderr
-    assert re.search(r"rank [01] ", stderr)
-    assert re.search(r"keeps model\.safetensors of epoch \d+", stderr)
+    killed, lost = sorted(stderr.splitlines(), key=len)
+    assert killed.startswith(f"train: error: rank 1 (process {pids[1]}) was killed by SIGKILL")
+    assert lost.startswith("train: error: rank 0: lost the connection to rank 1 (host ")
+    assert re.search(r"keeps model\.safetensors of epoch \d+ .*goes on after step \d+$", lost)
     assert not any(map(alive, pids))
     load_weights(tmp_path / "run" / "model.safetensors")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
@@ -216,7 +217,7 @@ def test_ctrl_c_while_processes_start_is_quiet_too(images: Path, tmp_path: Path)
         end(process)
     assert process.returncode == 130
     assert stderr.splitlines() == [
-        "train: stopped by SIGINT before its first checkpoint; run the same command again to go on"
+        "train: stopped by SIGINT before training started; run the same command again"
     ]
     assert not any(map(alive, pids))
 
@@ -228,12 +229,12 @@ def test_an_interrupt_in_the_start_of_a_thread_leaves_the_thread_alone(
 
     def start_and_interrupt(*arguments: Any) -> None:
         start(*arguments)
-        raise launch.Interrupted(signal.SIGINT)
+        raise Interrupted(signal.SIGINT)
 
     monkeypatch.setattr(threading, "_start_new_thread", start_and_interrupt)
     monkeypatch.setattr(sys, "unraisablehook", failures.append)
     ran = threading.Event()
-    with pytest.raises(launch.Interrupted):
+    with pytest.raises(Interrupted):
         threading.Thread(target=ran.set).start()
     assert ran.wait(10)
     assert not failures
@@ -257,27 +258,22 @@ def test_a_loss_that_is_not_finite_ends_the_run(images: Path, tmp_path: Path, gp
 
 @pytest.mark.slow
 def test_a_bug_in_one_process_shows_its_traceback_once(tmp_path: Path) -> None:
-    (tmp_path / "buggy.py").write_text(
-        "import torch, torch.distributed as dist\n"
-        "from fastalex.distributed import launch\n"
-        "from fastalex.distributed.world import World\n"
-        "def work():\n"
-        "    if dist.get_rank() == 1:\n"
-        "        raise ZeroDivisionError('the bug')\n"
-        "    dist.all_reduce(torch.ones(1))\n"
-        "if __name__ == '__main__':\n"
-        "    import buggy\n"
-        "    try:\n"
-        "        launch.run(World('cpu', 2, 1, 1), buggy.work)\n"
-        "    except launch.WorkerFailed as error:\n"
-        "        print(error, error.traceback, sep='|')\n"
+    script = changed(
+        tmp_path,
+        "def bug(self):\n"
+        "    if self.parallel.is_main:\n"
+        "        return run(self)\n"
+        "    raise ZeroDivisionError('the bug')\n"
+        "run = trainer.Trainer.run\n"
+        "trainer.Trainer.run = bug\n",
     )
-    process = run([str(tmp_path / "buggy.py")], tmp_path)
-    assert process.stderr == ""
-    message, _, traceback = process.stdout.partition("|")
-    assert re.fullmatch(r"rank 1 \(process \d+\) failed", message)
-    assert traceback.count("ZeroDivisionError: the bug") == 1
-    assert "in work" in traceback
+    process = run(command("ours", script=script), tmp_path)
+    assert process.returncode == 1
+    assert process.stderr.count("Traceback") == 1
+    assert process.stderr.count("\nZeroDivisionError: the bug") == 1
+    assert "train: error: rank 0: lost the connection to rank 1 (host " in process.stderr
+    assert "run keeps metrics.jsonl, no weights yet" in process.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
 def _folder(root: Path, *images: str) -> Path:
@@ -318,7 +314,6 @@ def folders(here: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        (["--gpus", "3"], "3"),
         (["--variant", "resnet"], "resnet"),
         (["--data", "nowhere"], "nowhere"),
         (["--data", "empty"], "empty"),
@@ -332,7 +327,6 @@ def folders(here: Path) -> Path:
             "--image-size: expected a whole number from 1",
         ),
         (["--data", "good", "--image-size", "20"], "20: variant paper needs at least 36"),
-        (["--gpus", "2", "--variant", "owt", "--batch-size", "3"], "multiple of 2"),
         (["--epochs", "0"], "--epochs"),
         (["--batch-size", "x"], "'x'"),
         (["--lr", "nan"], "--lr"),
@@ -365,18 +359,11 @@ def test_another_number_of_processes_than_torchrun_started_is_refused(
     assert "--gpus 1 under a launcher" in _refused(["--gpus", "1"], capsys, folders)
 
 
-def test_a_worker_that_failed_shows_traceback_and_what_is_kept(
-    folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise launch.WorkerFailed("rank 1 (process 7) failed", "Traceback ...\nKeyError: 'x'")
-
-    monkeypatch.setattr(launch, "run", fail)
-    code = train.main(["--gpus", "2", "--data", "good", "--image-size", "64", "--output", "new"])
-    assert code == 1
-    assert capsys.readouterr().err.splitlines() == [
-        "Traceback ...",
-        "KeyError: 'x'",
-        "train: error: rank 1 (process 7) failed, the other process was stopped; "
-        "new keeps metrics.jsonl, no weights yet",
+@pytest.mark.slow
+def test_what_several_processes_refuse_is_said_once(tmp_path: Path) -> None:
+    process = _train(tmp_path, "--gpus", "2", "--variant", "owt", "--batch-size", "3")
+    assert process.returncode == 2
+    assert process.stderr.splitlines() == [
+        "train: error: --batch-size 3: 2 processes share each batch, name a multiple of 2"
     ]
+    assert not list(tmp_path.iterdir())

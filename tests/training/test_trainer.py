@@ -24,8 +24,8 @@ from fastalex.training import trainer
 from fastalex.training.config import Settings
 from fastalex.training.metrics import is_stuck
 from fastalex.training.options import parse_arguments
-from fastalex.training.run_config import RunConfig
-from fastalex.training.run_folder import RunFolder
+from fastalex.training.prepare import RunConfig
+from fastalex.training.run_folder import RunFolder, next_free
 from fastalex.training.step import Tricks
 from fastalex.training.validation import Accuracy, evaluate
 from tests._nets import narrow
@@ -284,9 +284,9 @@ def test_output_folders_are_numbered_and_never_shared(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "paper-3-007").mkdir(parents=True)
     (tmp_path / "runs" / "paper-33-100").mkdir()
-    paths = [RunFolder.create("paper", 3).path for _ in range(2)]
+    paths = [RunFolder.claim(next_free("paper", 3)).path for _ in range(2)]
     assert [str(path) for path in paths] == ["runs/paper-3-008", "runs/paper-3-009"]
-    assert str(RunFolder.create("owt", 3).path) == "runs/owt-3-001"
+    assert str(next_free("owt", 3)) == "runs/owt-3-001"
 
 
 def test_only_a_new_or_empty_folder_is_taken_and_given_back_as_it_was(tmp_path: Path) -> None:
