@@ -22,7 +22,7 @@ class GPU:
 
     Args:
         name: as its maker calls it.
-        target: what its kernels are compiled for, one of ``fastalex.inspection.offline.TARGETS``.
+        target: what its kernels are compiled for, one of ``fastalex.common.compile.TARGETS``.
         processors: streaming multiprocessors, or compute units.
         tensor_flops: dense bfloat16 or float16 operations a processor does in a clock cycle on its
             matrix units, a multiply-add counted as two.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastalex.common.compile import TARGETS, Compiled, compile_ahead, compile_launch, first_line
 from fastalex.common.timing import Clock, take_turns
 from fastalex.inspection import offline
 from fastalex.inspection.gpus import GPU
@@ -111,9 +112,9 @@ def autotune(
     for splits in (False, True):
         entries = find(workloads, target, limit, best, splits)
         jobs = [config.launches for entry in entries for config in entry.configs[1:]]
-        compiled: Iterator[offline.Compiled] = itertools.repeat(offline.Compiled(None, 0.0))
-        if target in offline.TARGETS:
-            compiled = offline.compile_ahead(jobs, target, offline.unfit)
+        compiled: Iterator[Compiled] = itertools.repeat(Compiled(None, 0.0))
+        if target in TARGETS:
+            compiled = compile_ahead(jobs, target, unfit)
         for entry in entries:
             late = time.monotonic() > deadline
             for config in [] if late else entry.configs[1:]:
@@ -125,6 +126,16 @@ def autotune(
             yield entry
 
 
+def unfit(launch: Launch, target: str) -> str | None:
+    """Why a launch should not be made: it spills, or needs more shared memory than there is."""
+    code, limit = offline.read(compile_launch(launch, target)), TARGETS[target].shared_limit
+    if code.spills or code.stack:
+        return f"{launch.name} spills ({code.spills} instructions, {code.stack} bytes)"
+    if code.shared > limit:
+        return f"{launch.name} needs {code.shared} bytes of shared memory, there are {limit}"
+    return None
+
+
 def find(
     workloads: Sequence[Workload], target: str, limit: int, best: Mapping[Key, Tile], splits: bool
 ) -> list[Entry]:
@@ -134,7 +145,7 @@ def find(
     short to be split.
     """
     entries: dict[Key, Entry] = {}
-    known = offline.TARGETS.get(target)
+    known = TARGETS.get(target)
     shared = known.shared_limit if known else 1 << 30
     with record_launches(target, lambda *_: None):
         for workload in workloads:
@@ -201,7 +212,7 @@ def time_configs(
             trace = run(config.tile)
             config.skipped = _difference(trace.results, expected, workload.tolerance())
         except Exception as error:  # of any kind: a candidate that fails is left out, and named
-            config.skipped = offline.first_line(error)
+            config.skipped = first_line(error)
             _check_gpu(config)
         if config.skipped is None:
             program = workload.program()
@@ -233,5 +244,5 @@ def _check_gpu(config: Config) -> None:
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        what = f"tile {config.tile} left the GPU unusable: {offline.first_line(error)}"
+        what = f"tile {config.tile} left the GPU unusable: {first_line(error)}"
         raise UnusableGPU(what) from error

@@ -15,12 +15,12 @@ import torch
 from tqdm import tqdm
 
 from fastalex.common.command_line import Parser, check_output, guarded
+from fastalex.common.compile import TARGETS, check_target, compile_ahead
 from fastalex.common.files import replacing
 from fastalex.common.provenance import provenance
 from fastalex.common.tables import table
 from fastalex.common.timing import clock_of
 from fastalex.data.base import MAX_IMAGE_SIZE
-from fastalex.inspection import offline
 from fastalex.inspection.gpus import GPU, GPUS
 from fastalex.inspection.record import DTYPES, layers_of
 from fastalex.model.alexnet import AlexNet, layer_names
@@ -87,7 +87,7 @@ def _run(options: argparse.Namespace) -> int:
     if interpreted():
         return _tune(options, torch.device("cpu"), "interpreter")
     if options.dry_run:
-        offline.check_target(GPUS[options.gpu].target)
+        check_target(GPUS[options.gpu].target)
         return _tune(options, torch.device("cpu"), GPUS[options.gpu].name, GPUS[options.gpu])
     device = torch.device("cuda", torch.cuda.current_device())
     return _tune(options, device, torch.cuda.get_device_name(device))
@@ -149,9 +149,9 @@ def _entries(options: argparse.Namespace, device: torch.device, gpu: GPU | None)
             real.update(((w.layer, w.phase), w) for w in make(device).workloads)
         sweep.time_configs(entry, real[entry.layer, entry.phase], best, clock, rounds)
 
-    if gpu is None and target in offline.TARGETS:
+    if gpu is None and target in TARGETS:
         jobs = [[launch] for launch in found.launches if launch.grid is not None]
-        list(offline.compile_ahead(jobs, target))
+        list(compile_ahead(jobs, target))
     workloads = [w for w in found.workloads if w.layer in options.layer]
     seconds = options.seconds or math.inf
     return sweep.autotune(workloads, target, options.candidates, measure, seconds)

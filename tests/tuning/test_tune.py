@@ -15,7 +15,7 @@ import torch
 
 import fastalex_kernels as kernels
 from fastalex import AlexNet
-from fastalex.inspection import offline
+from fastalex.common.compile import TARGETS, Compiled, compile_ahead
 from fastalex.inspection.forecast import Estimate
 from fastalex.inspection.gpus import GPUS
 from fastalex.inspection.record import record_step
@@ -42,8 +42,8 @@ OWN = (128, 64, 64, 4, 4)
 ENTRY = {"kernel": KEY[0], "kind": KEY[1], "sizes": list(KEY[2]), "tile": list(TILE)}
 LAUNCH = Launch("fc8", "forward", print, (1,), [], {})
 OPS = tuned.identity(GPU)["kernels"]
-DONE = offline.Compiled(None, 0.0)
-SHARED = offline.TARGETS["sm_90"].shared_limit
+DONE = Compiled(None, 0.0)
+SHARED = TARGETS["sm_90"].shared_limit
 
 
 def _content(**changes: Any) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def _tuned(
     seconds: float = 1e9,
 ) -> list[Entry]:
     """The paper's net on an H100, without compiling anything."""
-    monkeypatch.setattr(offline, "compile_ahead", lambda *_: itertools.repeat(DONE))
+    monkeypatch.setattr(sweep, "compile_ahead", lambda *_: itertools.repeat(DONE))
     with record_launches("sm_90", lambda *_: None):
         step = WatchedStep("paper", 128, dtype, None, gpus, "meta")
     workloads = [w for w in step.workloads if not names or w.layer in names]
@@ -307,9 +307,9 @@ def test_a_candidate_that_spills_or_fails_is_left_out(
             raise code
         return SimpleNamespace(**dict(zip(("spills", "stack", "shared"), code, strict=True)))
 
-    monkeypatch.setattr(offline, "compile_launch", compile_launch)
-    monkeypatch.setattr(offline, "read", lambda compiled: compiled)
-    compiled = offline.compile_ahead([[LAUNCH], [LAUNCH]], "sm_90", offline.unfit)
+    monkeypatch.setattr(sweep, "compile_launch", compile_launch)
+    monkeypatch.setattr(sweep.offline, "read", lambda compiled: compiled)
+    compiled = compile_ahead([[LAUNCH], [LAUNCH]], "sm_90", sweep.unfit)
     assert [job.failure for job in compiled] == [why, why]
 
 
