@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,14 +36,9 @@ class Config:
     """A candidate for one key, and what became of it."""
 
     tile: Tile
-    skipped: str | None = None
-    seconds: float | None = None
-    estimate: float | None = None  # microseconds, computed
-    launches: list[Launch] = field(default_factory=list)  # on tensors without data
-
-    @property
-    def us(self) -> float | None:
-        return None if self.seconds is None else 1e6 * self.seconds
+    launches: Sequence[Launch] = ()  # on tensors without data
+    skipped: str | None = None  # why
+    us: float | None = None  # timed, or estimated
 
 
 @dataclass
@@ -55,7 +49,6 @@ class Entry:
     phase: str
     key: Key
     configs: list[Config]
-    reached: bool = False
 
     @property
     def own(self) -> Config:
@@ -66,22 +59,23 @@ class Entry:
 
     def best(self) -> Config:
         """The fastest config; the package's own unless another one is clearly faster."""
-        timed = [(c.seconds, c) for c in self.left() if c.seconds is not None]
-        seconds, fastest = min(timed, key=lambda t: t[0], default=(0.0, self.own))
-        own = self.own.seconds if self.own.skipped is None else None
-        return self.own if own is not None and seconds > (1 - _MARGIN) * own else fastest
+        known = [(c.us, c) for c in self.left() if c.us is not None]
+        us, fastest = min(known, key=lambda pair: pair[0], default=(0.0, self.own))
+        own = self.own.us if self.own.skipped is None else None
+        return self.own if own is not None and us > (1 - _MARGIN) * own else fastest
 
     def as_row(self) -> dict[str, Any]:
         """The entry as a table holds it."""
         kernel, kind, sizes = self.key
         best, own = self.best(), self.own
-        tried = [{"tile": list(c.tile), "us": c.us, "estimate us": c.estimate} for c in self.left()]
-        skipped = [{"tile": list(c.tile), "why": c.skipped} for c in self.configs if c.skipped]
         return {
             "layer": self.layer, "pass": self.phase, "kernel": kernel, "kind": kind,
             "sizes": list(sizes), "tile": list(best.tile), "us": best.us,
             "own tile": list(own.tile), "own us": own.us,
-            "tried": tried, "skipped": skipped,
+            "tried": [{"tile": list(c.tile), "us": c.us} for c in self.left()],
+            "skipped": [
+                {"tile": list(c.tile), "why": c.skipped} for c in self.configs if c.skipped
+            ],
         }  # fmt: skip
 
 
@@ -90,7 +84,6 @@ def autotune(
     target: str,
     limit: int,
     measure: Callable[[Entry, dict[Key, Tile]], None],
-    seconds: float,
 ) -> Iterator[Entry]:
     """Find the best config for every key that ``workloads`` look up.
 
@@ -102,12 +95,10 @@ def autotune(
         target: as ``fastalex_kernels`` names it.
         limit: candidates for a key.
         measure: times or estimates the configs of an entry, given the best tiles so far.
-        seconds: no entry is reached after so many.
 
     Yields:
         Every entry, in order.
     """
-    deadline = time.monotonic() + seconds
     best: dict[Key, Tile] = {}
     for splits in (False, True):
         entries = find(workloads, target, limit, best, splits)
@@ -116,13 +107,10 @@ def autotune(
         if target in TARGETS:
             compiled = compile_ahead(jobs, target, unfit)
         for entry in entries:
-            late = time.monotonic() > deadline
-            for config in [] if late else entry.configs[1:]:
+            for config in entry.configs[1:]:
                 config.skipped = next(compiled).failure
-            if not late and time.monotonic() <= deadline:
-                measure(entry, best)
-                entry.reached = True
-                best[entry.key] = entry.best().tile
+            measure(entry, best)
+            best[entry.key] = entry.best().tile
             yield entry
 
 
@@ -145,19 +133,18 @@ def find(
     short to be split.
     """
     entries: dict[Key, Entry] = {}
-    known = TARGETS.get(target)
-    shared = known.shared_limit if known else 1 << 30
+    shared = TARGETS[target].shared_limit if target in TARGETS else 1 << 30
     with record_launches(target, lambda *_: None):
         for workload in workloads:
             trace = workload.run(best)
             for key, own in trace.own.items():
-                launched = trace.launches[key]  # nothing, where it was only asked for
-                if key in entries or is_split(key) is not splits or not launched:
+                asked_only = not trace.launches[key]
+                if key in entries or is_split(key) is not splits or asked_only:
                     continue
                 seen: dict[str, Config] = {}
-                for tile in candidates(key, own, target, workload.bits, shared):
+                for tile in candidates(key, own, workload.bits, shared):
                     launches = workload.run({**best, key: tile}).launches[key]
-                    seen.setdefault(_identity(launches), Config(tile, launches=launches))
+                    seen.setdefault(_identity(launches), Config(tile, launches))
                     if len(seen) == limit:
                         break
                 if len(seen) > 1 or not splits:
@@ -177,7 +164,7 @@ def rank(entry: Entry, layer: Layer, gpu: GPU, dtype: str) -> None:
     for config in entry.left():
         events = [Event(entry.layer, entry.phase, x.name, x) for x in config.launches]
         made = [row.estimate for row in inspect(Step(events, {entry.layer: layer}), gpu, dtype)]
-        config.estimate = 1e6 * sum(one.middle for one in made if one is not None) or None
+        config.us = 1e6 * sum(one.middle for one in made if one is not None) or None
 
 
 def time_configs(
@@ -220,7 +207,7 @@ def time_configs(
             runs[str(config.tile)] = program.run
     times = take_turns(runs, clock, rounds)
     for config in entry.left():
-        config.seconds = statistics.median(times[str(config.tile)])
+        config.us = 1e6 * statistics.median(times[str(config.tile)])
     restore()
 
 
