@@ -88,17 +88,3 @@ GPUS = {
         64 << 10, 2048, "AMD Instinct MI300X data sheet; ROCm docs, MI300 microarchitecture",
     ),
 }  # fmt: skip
-
-# What a driver calls the GPUs above. Others of their family have other clocks and memories.
-_DEVICES = {
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA A100-SXM4-80GB": "a100",
-    "NVIDIA B200": "b200",
-    "NVIDIA GeForce RTX 5090": "rtx5090",
-    "AMD Instinct MI300X": "mi300x",
-}
-
-
-def find_gpu(device_name: str) -> GPU | None:
-    """The GPU that a driver calls ``device_name``; None for one that is not among ``GPUS``."""
-    return GPUS[_DEVICES[device_name]] if device_name in _DEVICES else None
