@@ -51,19 +51,12 @@ class Instruction(NamedTuple):
 
 
 class Access(NamedTuple):
-    """An instruction that moves data between global memory and the processor.
-
-    Args:
-        store: whether it writes.
-        how: ``"register"``, ``"async"`` (cp.async, straight to shared memory) or ``"TMA"``.
-        width: bytes of a thread, 0 for TMA, which moves whole blocks.
-        line: where it was written.
-    """
+    """An instruction that moves data between global memory and the processor."""
 
     store: bool
-    how: str
-    width: int
-    line: Line | None
+    how: str  # register, async (cp.async, straight to shared memory) or TMA
+    width: int  # bytes of a thread, 0 for TMA, which moves whole blocks
+    line: Line | None  # where it was written
 
     @property
     def label(self) -> str:
@@ -160,22 +153,16 @@ def shared_bytes(loop: Sequence[Instruction], warps: int) -> int:
     global memory is written there besides.
     """
     size = 0
-    for instruction in loop:
-        wide = re.match(r"HGMMA\.64x(\d+)x(\d+)", instruction.name)
-        moved = re.match(r"(LDSM|STSM|LDS|STS)\b", instruction.name)
-        if wide:
+    for name, operands in ((i.name, i.operands.split(",")) for i in loop):
+        if wide := re.match(r"HGMMA\.64x(\d+)x(\d+)", name):
             n, k = map(int, wide.groups())
-            operand = 4 if "TF32" in instruction.name else 2
-            first = (
-                instruction.operands.count(",") > 0
-                and "gdesc" in instruction.operands.split(",")[1]
-            )
-            size += operand * k * (n + 64 * first) * warps // 4
-        elif moved and moved[1].endswith("M"):
-            blocks = re.search(r"M[T]?88\.(\d)", instruction.name)
+            first = "gdesc" in "".join(operands[1:2])
+            size += (4 if "TF32" in name else 2) * k * (n + 64 * first) * warps // 4
+        elif re.match(r"(LDSM|STSM)\b", name):
+            blocks = re.search(r"M[T]?88\.(\d)", name)
             size += 128 * int(blocks[1] if blocks else 1) * warps
-        elif moved:
-            bits = re.search(r"\.(?:[US]?(8|16)|(64|128))\b", instruction.name)
+        elif re.match(r"(LDS|STS)\b", name):
+            bits = re.search(r"\.(?:[US]?(8|16)|(64|128))\b", name)
             size += 4 * int((bits[1] or bits[2]) if bits else 32) * warps
     return size
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -49,14 +50,6 @@ class Dot(NamedTuple):
     loop: int | None
 
 
-class Access(NamedTuple):
-    """A load or a store: the arguments that it goes through, and where it was written."""
-
-    store: bool
-    arguments: set[str]
-    line: Line | None
-
-
 class Work(NamedTuple):
     """What a program does: operations of its products, and how often each loop's body runs."""
 
@@ -65,15 +58,11 @@ class Work(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """What stands between braces: a loop's body with its number, a side of an ``if``, or other.
+    """What stands between braces."""
 
-    ``results`` are given values at its end, if it is ``known`` which programs run it. If not, both
-    sides of a branch count.
-    """
-
-    results: list[str]
-    loop: int | None
-    known: bool
+    results: list[str]  # are given values at its end
+    loop: int | None  # its number, where it is the body of one
+    known: bool  # which programs run it; if not, both sides of a branch count
 
 
 class Code:
@@ -81,7 +70,6 @@ class Code:
 
     Attributes:
         arguments: names of the kernel's run-time arguments.
-        accesses: to global memory.
         dots: the products.
         loops: how many loops there are.
     """
@@ -90,7 +78,7 @@ class Code:
         self._locations = dict(re.findall(r"(?m)^(#loc\d*) = (loc\(.*\))$", text))
         head, *body = text[text.index("tt.func") :].splitlines()
         self.arguments: list[str] = re.findall(r"[(,] ?%([\w.$-]+): ", head)
-        self.accesses: list[Access] = []
+        self._touched: list[tuple[bool, Line | None, set[str]]] = []  # store, where, arguments
         self.dots: list[Dot] = []
         self.loops = 0
         self._roots = {f"%{name}": {name} for name in self.arguments}  # of a value, arguments
@@ -103,7 +91,7 @@ class Code:
 
     def touched(self, store: bool) -> set[str]:
         """The arguments through which memory is read, or written."""
-        return set().union(*(x.arguments for x in self.accesses if x.store is store))
+        return set().union(*(names for stores, _, names in self._touched if stores is store))
 
     def _read(self, line: str) -> None:
         if line.startswith("}") and self._blocks:
@@ -133,7 +121,7 @@ class Code:
     def _triton(self, kind: str, result: str, rest: str, operands: list[str]) -> None:
         for store, pattern in ((False, _LOAD), (True, _STORE)):
             if pattern.match(kind):
-                self.accesses.append(Access(store, self._of(operands[:1]), self._line(rest)))
+                self._touched.append((store, self._line(rest), self._of(operands[:1])))
         if kind == "dot":
             m, k, bits, n = map(int, _DOT.findall(rest)[0])
             inside = [block.loop for block in self._blocks if block.loop is not None]
@@ -218,11 +206,11 @@ class Code:
     def at(self, line: Line | None, store: bool) -> set[str]:
         """The arguments that are read or written at a line of source, or at the nearest one."""
         near: dict[tuple[int, Line], set[str]] = {}
-        for access in self.accesses:
-            if line and access.line and (access.store, access.line[0]) == (store, line[0]):
-                distance = abs(access.line[1] - line[1])
+        for stores, there, names in self._touched:
+            if line and there and (stores, there[0]) == (store, line[0]):
+                distance = abs(there[1] - line[1])
                 if distance <= _DRIFT:
-                    near.setdefault((distance, access.line), set()).update(access.arguments)
+                    near.setdefault((distance, there), set()).update(names)
         return near[min(near)] if near else set()
 
     def tile(self) -> tuple[int, int] | None:
@@ -266,20 +254,14 @@ class Code:
         """The integers of one program as a Python function."""
         names = ", ".join(self._name(f"%{name}") for name in self.arguments)
         head = f"def program(get_program_id, get_num_programs, {names}):"
-        space: dict[str, Any] = {"Work": Work, "div": _divide, "rem": _remainder}
+        space: dict[str, Any] = {
+            "Work": Work,
+            "div": lambda a, b: int(a / b),  # towards zero, as a GPU does
+            "rem": lambda a, b: int(math.fmod(a, b)),
+        }
         start, end = f" flops, turns = 0, [0] * {self.loops}", " return Work(flops, turns)"
         exec("\n".join([head, start, *self._body, end]), space)
         return space["program"]  # type: ignore[no-any-return]
-
-
-def _divide(a: int, b: int) -> int:
-    """Towards zero, as a GPU does."""
-    quotient = abs(a) // abs(b)
-    return quotient if (a < 0) == (b < 0) else -quotient
-
-
-def _remainder(a: int, b: int) -> int:
-    return a - b * _divide(a, b)
 
 
 @functools.lru_cache(maxsize=256)
