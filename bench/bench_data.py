@@ -33,7 +33,7 @@ from tests._packing import picture
 
 from . import _packing
 from ._report import Report
-from ._timing import Images, take_turns
+from ._timing import take_turns
 from .bench_step import BATCH
 
 pytestmark = pytest.mark.benchmark(timer=time.perf_counter)
@@ -113,7 +113,7 @@ def test_packing(
         benchmark,
         "data",
         times,
-        Images(len(paths) * count),
+        len(paths) * count,
         layer="pack",
         direction="packing",
         against="pillow" if processes == "others" else "pillow same",
@@ -205,7 +205,7 @@ def compare(
         benchmark,
         "data",
         times,
-        Images(images),
+        images,
         layer=what,
         direction="loading",
         against=against,

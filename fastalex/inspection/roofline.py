@@ -115,23 +115,18 @@ def _summary(
 ) -> dict[str, Any]:
     linear = [x.module for x in step.layers.values() if isinstance(x.module, nn.Linear)]
     update = cost.UPDATE_BYTES * step.parameters if options.step == "train" else 0
-    update_floor = update / (1e12 * gpu.bandwidth)
-    floor = _sum(rows, "floor") + update_floor
+    floor = _sum(rows, "floor") + update / (1e12 * gpu.bandwidth)
     ours = sum(row.grid is not None for row in rows)
     updated = _sum(rows, "updated")
     return {
         "launches": len(rows),
         "our_launches": ours,
         "torch_launches": len(rows) - ours,
-        "parameters": step.parameters,
         "linear_parameters": sum(p.numel() for layer in linear for p in layer.parameters()),
         "optimizer_bytes_per_parameter": updated / step.parameters if update else None,
         "bytes": _sum(rows, "read", "written"),
         "floor_bytes": _sum(rows, "floor_size") + update,
         "loaded": sum(row.loop.loaded or 0 for row in rows if row.loop),
-        "flops": _sum(rows, "flops"),
-        "floor_flops": _sum(rows, "floor_flops"),
-        "update_floor": update_floor,
         "floor": floor,
         # Two towers share the images of a step. The floor takes their exchange to be hidden.
         "ceiling_images_per_second": options.batch / floor,

@@ -38,11 +38,7 @@ class Row(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit code. 0: nothing is wrong. 1: something is. 2: wrong arguments. 130: Ctrl-C.
-    """
+    """Run the command line; returns its exit code, 1 where something is wrong."""
     options = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     return guarded("doctor", lambda: _run(options), "nothing was changed")

@@ -31,12 +31,7 @@ Calls = dict[str, Callable[[], object]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit code. 0: measured. 2: something was wrong, one line on stderr says what. 130:
-        Ctrl-C.
-    """
+    """Run the command line; returns its exit code."""
     options = _parser().parse_args(arguments)
     return guarded("profiler", lambda: _run(options))
 

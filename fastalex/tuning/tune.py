@@ -36,11 +36,7 @@ _ROUNDS = 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit code. 0: tuned. 2: something was wrong, one line on stderr says what. 130: Ctrl-C.
-    """
+    """Run the command line; returns its exit code."""
     options = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     return guarded("tune", lambda: _run(options))
