@@ -191,44 +191,13 @@ def _why(name: str, what: str) -> str | None:
     return next((y for (f, w), y in MISSED.items() if f == name and re.fullmatch(w, what)), None)
 
 
-def rows_missed(cases: dict[str, Figures]) -> list[dict[str, Any]]:
-    """Every bar that is missed, with the worst figure, where, and why."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for case, found in cases.items():
-        for what, figures in found.items():
-            for bar in BARS:
-                value = figures.get(bar.figure)
-                if value is None or not bar.holds(bar.figure, what, case):
-                    continue
-                if _worse(bar.figure, value, bar.limit, 0.0):
-                    row = rows.setdefault(
-                        (bar.figure, what),
-                        {
-                            "bar": f"{bar.figure} {bar.limit:g}", "what": what, "figure": value,
-                            "where": [], "reason": _why(bar.figure, what),
-                        },
-                    )  # fmt: skip
-                    worst = min if bar.figure in HIGHER else max
-                    row["figure"] = worst(row["figure"], value)
-                    row["where"].append(case)
-    return list(rows.values())
-
-
 def _shown(content: Any, depth: int = 0) -> str:
     """JSON with a launch on a line."""
-    inside = list(content.values() if isinstance(content, dict) else content)
-    if not any(isinstance(value, dict) for value in inside):
+    if not isinstance(content, dict) or not any(isinstance(x, dict) for x in content.values()):
         return json.dumps(content)
     space = "\n" + " " * (depth + 1)
-    if isinstance(content, list):
-        return f"[{space}" + f",{space}".join(map(json.dumps, content)) + "\n]"
-    lines = [
-        json.dumps(name)
-        + ": "
-        + (_shown(value, depth + 1) if isinstance(value, (dict, list)) else json.dumps(value))
-        for name, value in content.items()
-    ]
-    return f"{{{space}" + f",{space}".join(lines) + "\n" + " " * depth + "}"
+    lines = [f"{json.dumps(name)}: {_shown(x, depth + 1)}" for name, x in content.items()]
+    return f"{{{space}{f',{space}'.join(lines)}\n{' ' * depth}}}"
 
 
 def main() -> None:
@@ -239,7 +208,7 @@ def main() -> None:
             case: {w: {n: round(v, 4) for n, v in f.items()} for w, f in found.items()}
             for case, found in cases.items()
         }
-        content = {"triton": triton.__version__, "missed": rows_missed(rounded), "cases": rounded}
+        content = {"triton": triton.__version__, "cases": rounded}
         PATH.write_text(_shown(content) + "\n")
         return
     held = json.loads(PATH.read_text())["cases"]
