@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,7 +17,6 @@ from fastalex_kernels.common.program import Launch, tensor_of
 
 _WAITING = 8  # instructions of a loop that only waits, at most
 _SCHEDULERS = 4  # of a processor, each an instruction a cycle
-_WIDE_SHARE = 0.01  # of a launch's bytes: below it, how wide an access is doesn't matter
 _UPDATED = {  # of a kernel that applies a gradient
     f"{of}{name}_ptr" for of in ("", "bias_") for name in ("w", "v", "operand")
 }
@@ -55,11 +55,8 @@ class Row:
     registers: int | None = None  # of a thread
     shared: int | None = None  # bytes of a program
     spills: int | None = None  # instructions that move registers to or from local memory
-    # Bytes of an access, or "TMA", to what carries a share of the launch's bytes; and how many
-    # times narrower than it could be the narrowest of them is.
-    loads: list[str] = field(default_factory=list)
+    loads: list[str] = field(default_factory=list)  # bytes, or "TMA"; the most frequent first
     stores: list[str] = field(default_factory=list)
-    narrow: float = 1.0
     tile: tuple[int, int] | None = None  # rows and columns of a program's result
     loop: MainLoop | None = None
     useful: float | None = None  # operations on real data over those done
@@ -119,7 +116,6 @@ class Traffic(NamedTuple):
     key: tuple[int, int]  # what stands for the tensor in every launch of a step
     size: int  # bytes
     moved: int  # those of them that no argument before has read or written
-    itemsize: int
     store: bool
 
 
@@ -153,7 +149,14 @@ class Reading:
         row.written = sum(x.moved for x in traffic if x.store)
         if "rate_ptr" in self._launch.named:
             row.updated = sum(x.moved for x in traffic if x.name in _UPDATED)
-        self._add_widths(row)
+        accesses = sass.accesses(code.instructions)
+        row.loads, row.stores = (
+            [
+                label
+                for label, _ in Counter(a.label for a in accesses if a.store is store).most_common()
+            ]
+            for store in (False, True)
+        )
         row.flops = float(sum(w.flops for w in self._work or ()))
         executed = self._executed()
         if executed is not None and layer is not None:
@@ -194,14 +197,13 @@ class Reading:
         found: list[Traffic] = []
         seen: set[tuple[tuple[int, int], bool]] = set()
         named = self._launch.named
-        for store in (False, True):
-            for name in sorted(self._ir.touched(store)):
+        for store, names in ((False, self._ir.reads), (True, self._ir.writes)):
+            for name in sorted(names):
                 tensor = tensor_of(named.get(name))
                 if tensor is not None:
                     key = tensor.untyped_storage()._cdata, int(tensor.storage_offset())
                     moved = 0 if (key, store) in seen else tensor.nbytes
-                    itemsize = tensor.element_size()
-                    found.append(Traffic(name, key, tensor.nbytes, moved, itemsize, store))
+                    found.append(Traffic(name, key, tensor.nbytes, moved, store))
                     seen.add((key, store))
         return found
 
@@ -220,29 +222,6 @@ class Reading:
             return None
         straight, *own = sass.lengths(total, real)
         return [straight + sum(map(int.__mul__, own, w.turns)) for w in work]
-
-    def _add_widths(self, row: Row) -> None:
-        """The widths of accesses to what carries a share of the bytes, or to what is not known."""
-        sizes = {x.name: (x.size, x.itemsize) for x in self._traffic}
-        least = _WIDE_SHARE * sum(size for size, _ in sizes.values())
-        found: dict[tuple[bool, str], set[str]] = {}
-        for access in sass.accesses(self._code.instructions):
-            for name in self._ir.at(access.line, access.store) & set(sizes) or {"?"}:
-                if name == "?" or sizes[name][0] >= least:
-                    found.setdefault((access.store, name), set()).add(access.label)
-        for (_, name), labels in found.items():
-            widest = min(8 * sizes.get(name, (0, 2))[1], 16)
-            widths = [int(label) for label in labels if label != "TMA"]
-            if row.layer.startswith("pool") and name == "x_ptr" and max(widths) == 16:
-                widths = [w for w in widths if w != 4]  # the neighbouring channels of a chunk
-            row.narrow = max([row.narrow, *(widest / w for w in widths)])
-        row.loads, row.stores = (
-            sorted(
-                {label for (s, _), labels in found.items() if s == store for label in labels},
-                key=lambda label: int(label) if label.isdigit() else 0,
-            )
-            for store in (False, True)
-        )
 
     def _main_loop(self) -> MainLoop | None:
         bodies = [self._code.instructions[loop.start : loop.stop] for loop in self._loops]
@@ -293,7 +272,7 @@ class Reading:
             tensors = [tensor_of(launch.named.get(name)) for name in names]
             return any(t is not None and t.numel() == weight for t in tensors)
 
-        makes_input = holds(self._ir.touched(False)) and not holds(self._ir.touched(True))
+        makes_input = holds(self._ir.reads) and not holds(self._ir.writes)
         return "input" if makes_input else "weight"
 
 

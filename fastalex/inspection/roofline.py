@@ -174,11 +174,6 @@ def _over_floor(row: Row) -> str:
     return f"{moved / row.floor_size:.2f}" if row.floor_size and moved else "-"
 
 
-def _widths(labels: list[str]) -> str:
-    """The narrowest and the widest of some accesses."""
-    return "-".join(dict.fromkeys((labels[0], labels[-1]))) if labels else "-"
-
-
 def _short(name: str) -> str:
     return name.strip("_").removesuffix("_kernel").replace("aten.", "torch: ")
 
@@ -206,8 +201,8 @@ _CODE: Columns = {
     "regs": lambda row: _number(row.registers),
     "KB": lambda row: _number(row.shared, ".0f", 1 / 1024),
     "spills": lambda row: _number(row.spills),
-    "loads": lambda row: _widths(row.loads),
-    "stores": lambda row: _widths(row.stores),
+    "loads": lambda row: ",".join(row.loads) or "-",
+    "stores": lambda row: ",".join(row.stores) or "-",
 }
 _PRODUCTS: Columns = {
     **_CODE,
@@ -223,7 +218,7 @@ pass: or the kernel that prepares or finishes one. floor: microseconds, at least
 low, mid, high: estimates of this launch. limit: of the middle one. MB: every tensor once; a weight
 that is updated counts, but not over the floor. L2 MB: what loops load. GFLOP: padding included.
 smem: tensor cycles over shared-memory cycles of a turn. tile: rows x columns x warps of a program.
-KB: shared memory. loads, stores: bytes of an access to what has 1% of the bytes. loop:
+KB: shared memory. loads, stores: bytes of an access, the most frequent first. loop:
 instructions of the loop with the products. issue: time to issue it over the time of its products.
 bars: BAR.SYNC in a turn. useful: operations on real data over those done. instr: instructions of
 all threads for an element of the input. More: docs/roofline.md."""

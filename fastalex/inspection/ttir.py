@@ -15,14 +15,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fastalex.inspection.sass import Line
-
 _VALUE = re.compile(r"%[\w.$-]+(?:#\d+)?")
 _OPERATION = re.compile(r'(?:(%[\w.$-]+)(?::(\d+))? = )?"?([a-z_]+)\.([\w.]+)"?(.*)')
 _LOOP = re.compile(r" (%\S+) = (\S+) to (\S+) step (\S+)")
 _CARRIED = re.compile(r"(%[\w.$-]+) = (%[\w.$#-]+)")
 _DOT = re.compile(r"tensor<(\d+)x(\d+)x[a-z]+(\d+)> \* tensor<\d+x(\d+)x\w+>")
-_DRIFT = 12  # lines between an access and the place that the compiler gives it, at most
 _LOAD = re.compile(r"load$|descriptor_(load|gather)$|atomic_")
 _STORE = re.compile(r"store$|descriptor_(store|scatter|reduce)$|atomic_")
 _ARITHMETIC = {
@@ -70,15 +67,16 @@ class Code:
 
     Attributes:
         arguments: names of the kernel's run-time arguments.
+        reads, writes: those through which memory is read and written.
         dots: the products.
         loops: how many loops there are.
     """
 
     def __init__(self, text: str) -> None:
-        self._locations = dict(re.findall(r"(?m)^(#loc\d*) = (loc\(.*\))$", text))
         head, *body = text[text.index("tt.func") :].splitlines()
         self.arguments: list[str] = re.findall(r"[(,] ?%([\w.$-]+): ", head)
-        self._touched: list[tuple[bool, Line | None, set[str]]] = []  # store, where, arguments
+        self.reads: set[str] = set()
+        self.writes: set[str] = set()
         self.dots: list[Dot] = []
         self.loops = 0
         self._roots = {f"%{name}": {name} for name in self.arguments}  # of a value, arguments
@@ -88,10 +86,6 @@ class Code:
         self._body: list[str] = []  # of the function
         for line in map(str.strip, body):
             self._read(line)
-
-    def touched(self, store: bool) -> set[str]:
-        """The arguments through which memory is read, or written."""
-        return set().union(*(names for stores, _, names in self._touched if stores is store))
 
     def _read(self, line: str) -> None:
         if line.startswith("}") and self._blocks:
@@ -119,9 +113,9 @@ class Code:
         return set().union(*(self._roots.get(self._alias.get(v, v), set()) for v in values))
 
     def _triton(self, kind: str, result: str, rest: str, operands: list[str]) -> None:
-        for store, pattern in ((False, _LOAD), (True, _STORE)):
+        for pattern, names in ((_LOAD, self.reads), (_STORE, self.writes)):
             if pattern.match(kind):
-                self._touched.append((store, self._line(rest), self._of(operands[:1])))
+                names |= self._of(operands[:1])
         if kind == "dot":
             m, k, bits, n = map(int, _DOT.findall(rest)[0])
             inside = [block.loop for block in self._blocks if block.loop is not None]
@@ -190,28 +184,6 @@ class Code:
 
     def _name(self, value: str) -> str:
         return "v_" + re.sub(r"\W", "_", self._alias.get(value, value)[1:])
-
-    def _line(self, text: str) -> Line | None:
-        """Where in the source an operation was written, inside every function called."""
-        found = re.search(r"loc\((#loc\d*)\)$", text)
-        while found:
-            location = self._locations.get(found[1], "")
-            place = re.match(r'loc\("([^"]+)":(\d+):\d+\)', location)
-            if place:
-                return place[1], int(place[2])
-            # loc("name"(#loc5)), or loc(callsite(#loc5 at #loc6)) whose first is the inner one
-            found = re.match(r'loc\((?:"[^"]*"|callsite)\((#loc\d*)', location)
-        return None
-
-    def at(self, line: Line | None, store: bool) -> set[str]:
-        """The arguments that are read or written at a line of source, or at the nearest one."""
-        near: dict[tuple[int, Line], set[str]] = {}
-        for stores, there, names in self._touched:
-            if line and there and (stores, there[0]) == (store, line[0]):
-                distance = abs(there[1] - line[1])
-                if distance <= _DRIFT:
-                    near.setdefault((distance, there), set()).update(names)
-        return near[min(near)] if near else set()
 
     def tile(self) -> tuple[int, int] | None:
         """Rows and columns of the result that a program holds; None where it multiplies nothing.

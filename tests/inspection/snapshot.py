@@ -60,7 +60,6 @@ class Bar(NamedTuple):
 BARS = [
     Bar("spills", 0),
     Bar("register loads", 0),
-    Bar("narrow", 1),
     Bar("drains", 0),
     Bar("fences", 0),
     Bar("issue", 0.80, "conv1"),
@@ -82,12 +81,6 @@ BARS = [
     Bar("launches", 45, "step"),
 ]
 MISSED = {  # (figure, launches): why it misses its bar
-    ("narrow", "augment forward"): "of 12 bytes that start anywhere, up to 4 are loaded alone",
-    ("narrow", "fc8 forward finish_partials"): "fc8 has 1000 columns, which 16 does not divide",
-    ("narrow", "loss forward sum_partials"): "one number of each program, 128 bytes in all",
-    ("narrow", "pool5 backward"): "the bias sums of the ReLU before it",
-    ("narrow", "conv. backward sum_update"): "of a bias each thread sums parts of one element; "
-    "of a weight, copies are 2 bytes; conv1's is padded to 12 x 12",
     ("drains", "conv[12] forward"): "two products a step share a sum: two programs a processor "
     "cover for each other",
     ("issue", "conv2 forward"): "48 channels are taken as 32 + 16, two short products a step",
@@ -151,7 +144,7 @@ def _floor(rows: list[dict[str, Any]]) -> float:
 
 
 def _of(row: dict[str, Any]) -> dict[str, float]:
-    figures = {"registers": row["registers"], "spills": row["spills"], "narrow": row["narrow"]}
+    figures = {"registers": row["registers"], "spills": row["spills"]}
     loop = row["loop"]
     if loop is None:
         return {**figures, "instructions": row["instructions"]} if row["instructions"] else figures
