@@ -15,9 +15,10 @@ import torch
 
 from fastalex.common.files import replacing
 from fastalex.common.provenance import device_name, provenance
+from fastalex.common.tables import table
 from fastalex.inspection.cost import Floor
 
-from ._timing import Images, Rates, Times, rate
+from ._timing import Rates, Times, rate
 
 UNITS = ("GFLOP/s", "GB/s", "images/s")
 RESULTS = Path(__file__).parent / "results"
@@ -32,7 +33,7 @@ class Report:
     themes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def add(
-        self, benchmark: Any, theme: str, times: Times | None, work: Floor | Images, **row: Any
+        self, benchmark: Any, theme: str, times: Times | None, work: Floor | int, **row: Any
     ) -> None:
         """Add a comparison to the report and to the benchmark's ``extra_info``.
 
@@ -58,20 +59,16 @@ class Report:
             save(theme, rows, self.folder)
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
+def lines(rows: list[dict[str, Any]]) -> list[str]:
     """Our time beside the other's, a line for each comparison."""
-    titles = f"{'layer':<12}{'direction':<10}{'against':<22}{'ours ms':>10}{'theirs ms':>11}"
-    lines = [f"{titles}{'ratio':>7}  ours at"]
+    cells = [["layer", "direction", "against", "ours ms", "theirs ms", "ratio", "ours at"]]
     for row in rows:
         speed = next(f"{row[unit]:,.1f} {unit}" for unit in UNITS if unit in row)
-        share = f", {row['share of floor']:.0%} of the floor" if "share of floor" in row else ""
-        if "computed GPU ms" in row:
-            share += f", {row['ours ms'] / row['computed GPU ms']:.0%} of the computed GPU time"
-        lines.append(
-            f"{row['layer']:<12}{row['direction']:<10}{row['against']:<22}"
-            f"{row['ours ms']:>10.3f}{row['theirs ms']:>11.3f}{row['ratio']:>7.2f}  {speed}{share}"
-        )
-    return lines
+        if "share of floor" in row:
+            speed += f", {row['share of floor']:.0%} of the floor"
+        times = f"{row['ours ms']:.3f}", f"{row['theirs ms']:.3f}", f"{row['ratio']:.2f}"
+        cells.append([row["layer"], row["direction"], row["against"], *times, speed])
+    return table(cells, right=4)
 
 
 @functools.cache

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,8 +14,7 @@ from fastalex.inspection.cost import Floor
 clock: Clock = clock_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-@dataclass(frozen=True)
-class Times:
+class Times(NamedTuple):
     """Seconds of each round of two calls that took turns; on a GPU those of the host, too."""
 
     ours: list[float]
@@ -56,24 +54,16 @@ def take_turns(
     return Times(list(benchmark.stats.stats.data), their_times, host)
 
 
-@dataclass(frozen=True)
-class Images:
-    """The work of a call that is measured in images alone."""
-
-    count: int
-
-
-def rate(work: Floor | Images, seconds: float) -> tuple[str, float]:
-    """Unit and value: GFLOP/s of products, GB/s of what has none; images/s of images."""
-    if isinstance(work, Images):
-        return "images/s", work.count / seconds
+def rate(work: Floor | int, seconds: float) -> tuple[str, float]:
+    """Unit and value: GFLOP/s of products, GB/s of what has none; images/s of so many images."""
+    if isinstance(work, int):
+        return "images/s", work / seconds
     if work.flops:
         return "GFLOP/s", work.flops / seconds / 1e9
     return "GB/s", work.size / seconds / 1e9
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """What a GPU reaches on a large product and on a large copy: a floor for every time."""
 
     flops: float  # a second

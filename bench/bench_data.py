@@ -32,7 +32,7 @@ from tests._packing import picture
 
 from . import _packing
 from ._report import Report
-from ._timing import Images, take_turns
+from ._timing import take_turns
 from .bench_step import BATCH
 
 pytestmark = pytest.mark.benchmark(timer=time.perf_counter)
@@ -104,7 +104,7 @@ def test_packing(benchmark: Any, report: Report, folder: Path, tmp_path: Path) -
         benchmark,
         "data",
         times,
-        Images(len(many)),
+        len(many),
         layer="pack",
         direction="packing",
         against="pillow",
@@ -196,7 +196,7 @@ def compare(
         benchmark,
         "data",
         times,
-        Images(images),
+        images,
         layer=what,
         direction="loading",
         against=against,

@@ -30,7 +30,7 @@ from fastalex_kernels.common.program import Launch
 from tests.training._libcuda import StubDriver
 
 from ._report import Report
-from ._timing import Images, take_turns
+from ._timing import take_turns
 
 pytestmark = [
     pytest.mark.benchmark(timer=time.thread_time),
@@ -111,7 +111,7 @@ def test_host(benchmark: Any, report: Report, sizes: Any, stub: StubDriver, what
 
     times = take_turns(benchmark, ours, theirs, rounds, time.thread_time)
     report.add(
-        benchmark, "host", times, Images(batch), layer=what, direction="host",
+        benchmark, "host", times, batch, layer=what, direction="host",
         against="launches", batch=batch, dtype="bf16", launches=len(launches),
         **{"estimated GPU ms": GPU_SECONDS[what] * 1e3},
     )  # fmt: skip

@@ -8,16 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastalex.inspection.cost import Floor
-from fastalex.tuning.layer_pairs import (
-    LayerPair,
-    check,
-    make_call,
-    make_nets,
-    make_pairs,
-    pair_floors,
-    pair_names,
-)
+from fastalex.tuning.layer_pairs import LayerPair, check, make_call, make_pairs, pair_names
 
 from ._report import Report
 from ._timing import clock, take_turns
@@ -45,12 +36,7 @@ def batch(device: str, sizes: Sizes) -> int:
 
 @pytest.fixture(scope="module")
 def pairs(batch: int, device: str, dtype: torch.dtype) -> dict[str, LayerPair]:
-    return make_pairs(batch, make_nets("paper", device, dtype))
-
-
-@pytest.fixture(scope="module")
-def floors(pairs: dict[str, LayerPair]) -> dict[tuple[str, str], Floor]:
-    return pair_floors(pairs)
+    return make_pairs(batch, "paper", device, dtype)
 
 
 @pytest.fixture(scope="module", params=pair_names("paper"))
@@ -71,7 +57,6 @@ def test_layer(
     dtype: torch.dtype,
     sizes: Sizes,
     batch: int,
-    floors: dict[tuple[str, str], Floor],
     checked: tuple[LayerPair, dict[str, float]],
     direction: str,
     against: str,
@@ -81,7 +66,7 @@ def test_layer(
     theirs = make_call(pair, against, direction)
     times = take_turns(benchmark, ours, theirs, sizes(0, ROUNDS[device])[1])
     report.add(
-        benchmark, "layers", times, floors[pair.name, direction], layer=pair.name,
+        benchmark, "layers", times, pair.floors[direction], layer=pair.name,
         direction=direction, against=against, batch=batch,
         dtype=str(dtype).removeprefix("torch."), error=errors[direction],
     )  # fmt: skip

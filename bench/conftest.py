@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._functorch import config as functorch_config
 
-from ._report import RESULTS, Report, conditions, table
+from ._report import RESULTS, Report, conditions, lines
 from ._report import device as _report_device
 from ._timing import Rates
 
@@ -80,7 +80,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     themes = config.stash[_report].themes
     for theme, rows in themes.items():
         terminalreporter.section(f"{theme}: {conditions(rows[0])}")
-        for line in table(rows):
+        for line in lines(rows):
             terminalreporter.write_line(line)
     folder = config.getoption("--save-results")
     if folder is not None and themes:

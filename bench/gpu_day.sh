@@ -110,13 +110,8 @@ trains() { # GPUS: as trained, each batch and precision
     done
     return $code
 }
-profile() { # OPTIONS...
-    local folder="$results/profile"
-    "$python" -m fastalex.profiler --output "$folder" "$@" &&
-        cp "$folder/profile.json" "$results/profile$suffix"
-}
-export -f doctor train trains profile
-export python results suffix
+export -f doctor train trains
+export python results
 
 bench=("$python" -m pytest --benchmark-only --save-results "$results" -q)
 tests=("$python" -m pytest -q -m gpu -o addopts=-ra)
@@ -129,8 +124,6 @@ if [[ -n $dry ]]; then
     step layers 120 "${bench[@]}" --batch-size 1 --rounds 1 -k "conv5 or pool5" bench/bench_layers.py
     step tune 120 "$python" -m fastalex.tune --dry-run --gpu h100 --layer fc8 --batch-size 16 \
         --candidates 2 --output "$tiles"
-    step profile 120 bash -c 'profile "$@"' profile --batch-size 1 --rounds 1 --image-size 67 \
-        --no-compile --layer conv5 fc8 net
     step tests 120 "${tests[@]}" tests/kernels/test_gpu.py
 else
     step doctor 300 bash -c doctor
@@ -143,12 +136,11 @@ print(round(sum(row['values'].get('seconds', 0) for row in rows)))" "$results/do
     [[ $gpus -ge 2 ]] && step towers 120 bash -c 'trains 2'
     step graph 60 "${tests[@]}" tests/training
     step layers 60 "${bench[@]}" bench/bench_layers.py
-    step tune 75 "$python" -m fastalex.tune --candidates 6 --seconds 50
+    step tune 75 "$python" -m fastalex.tune --candidates 4
     # The kernels read the table from the user's cache; a copy belongs to the results.
     "$python" -c "import shutil, sys, torch
 from fastalex_kernels.common.tuned import table_path
 shutil.copyfile(table_path(torch.cuda.get_device_name()), sys.argv[1])" "$tiles" 2>/dev/null
-    step profile 60 bash -c 'profile "$@"' profile --no-compile
     # The session limit ends a run between two tests, so that what was found is reported.
     step tests 110 "${tests[@]}" -n 8 --session-timeout 100 tests
 fi

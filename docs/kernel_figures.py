@@ -25,7 +25,7 @@ KERNELS = {
 }
 HEAD = (
     "launch", "grid", "tile, warps", "registers", "shared KB", "loop", "issue", "barriers",
-    "useful", "waves", "smem", "instr", "MB", "over floor", "L2 MB", "floor us", "estimate us",
+    "useful", "smem", "instr", "MB", "over floor", "L2 MB", "floor us", "estimate us",
 )  # fmt: skip
 INTRODUCTION = """\
 # Each launch of a training step, read without a GPU
@@ -72,7 +72,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _number(loop["issue_ratio"]),
         _number(loop["barriers"], "d"),
         _number(row["useful"]),
-        _number(row["waves"]),
         _number(loop["shared_ratio"]),
         "" if row["flops"] else _number(row["instructions"], ".1f"),
         _number((row["read"] + row["written"]) / 1e6, ".1f"),

@@ -27,18 +27,12 @@ OVERHEAD_CYCLES = 1500  # of a program in which its processor has nothing from i
 
 
 class Floor(NamedTuple):
-    """The least that a pass through a layer takes.
+    """The least that a pass through a layer takes."""
 
-    Args:
-        flops: operations of its formula.
-        size: bytes.
-        useful: operations on real data for the way it is computed: without the taps that fall off
-            the border, and for a convolution with a stride, with its window filled up to a
-            multiple of the stride.
-    """
-
-    flops: float
-    size: float
+    flops: float  # operations of its formula
+    size: float  # bytes
+    # Operations on real data for the way it is computed: without the taps that fall off the border,
+    # and for a convolution with a stride, with its window filled up to a multiple of the stride.
     useful: float = 0.0
 
 
@@ -128,15 +122,9 @@ def _pooling(layer: Layer, itemsize: int, train: bool) -> dict[str, Floor]:
 
 
 def resident(gpu: GPU, registers: int, shared: int, warps: int) -> int:
-    """Programs that a processor of ``gpu`` holds at once.
-
-    Args:
-        gpu: one of ``fastalex.inspection.gpus.GPUS``.
-        registers: of a thread; they are given out by eights.
-        shared: bytes of a program.
-        warps: of a program.
-    """
-    threads = 32 * warps
+    """Programs that a processor of ``gpu`` holds at once, of so many registers of a thread, bytes
+    of shared memory and warps."""
+    threads = 32 * warps  # whose registers are given out by eights
     by_registers = _REGISTERS // (-(-max(registers, 1) // 8) * 8 * threads)
     by_shared = gpu.shared // (shared + _RESERVED_SHARED)
     return max(1, min(by_registers, by_shared, gpu.threads // threads, _BLOCKS))

@@ -31,27 +31,16 @@ _WAITS = 1.5  # latencies in a turn that waits for its loads, then for its produ
 
 
 class Rates(NamedTuple):
-    """What is assumed of a GPU under load.
+    """What is assumed of a GPU under load."""
 
-    Args:
-        clock: cycles a second of a processor.
-        memory: bytes a second of the GPU's memory.
-        l2: bytes a second from L2 to all processors.
-        l2_size: bytes that L2 keeps for a later launch.
-        gap: seconds between two launches of a CUDA graph that depend on each other.
-        ramp: seconds in which a kernel without products fills and drains the memory system.
-        program: cycles of a program before its first product and after its last one.
-        latency: cycles from a load, or a product, until what waits for it goes on.
-    """
-
-    clock: float
-    memory: float
-    l2: float
-    l2_size: float
-    gap: float
-    ramp: float
-    program: float
-    latency: float
+    clock: float  # cycles a second of a processor
+    memory: float  # bytes a second of the GPU's memory
+    l2: float  # bytes a second from L2 to all processors
+    l2_size: float  # bytes that L2 keeps for a later launch
+    gap: float  # seconds between two launches of a CUDA graph that depend on each other
+    ramp: float  # seconds in which a kernel without products fills and drains the memory system
+    program: float  # cycles of a program before its first product and after its last one
+    latency: float  # cycles from a load, or a product, until what waits for it goes on
 
 
 # Low, middle, high. Sources:
@@ -78,21 +67,13 @@ ASSUMED: dict[str, tuple[Rates, Rates, Rates]] = {
 
 
 class Turn(NamedTuple):
-    """What one turn of a program's main loop asks of its processor.
+    """What one turn of a program's main loop asks of its processor."""
 
-    Args:
-        tensor: cycles of the tensor cores.
-        shared: bytes read from and written to shared memory.
-        issue: cycles of the schedulers.
-        loaded: bytes that come through L2.
-        drained: whether it waits for its own products.
-    """
-
-    tensor: float
-    shared: float
-    issue: float
-    loaded: float
-    drained: bool = False
+    tensor: float  # cycles of the tensor cores
+    shared: float  # bytes read from and written to shared memory
+    issue: float  # cycles of the schedulers
+    loaded: float  # bytes that come through L2
+    drained: bool = False  # whether it waits for its own products
 
 
 class Estimate(NamedTuple):
@@ -102,14 +83,6 @@ class Estimate(NamedTuple):
     middle: float
     high: float
     limit: str
-
-    @classmethod
-    def joined(cls, first: Estimate | None, second: Estimate | None) -> Estimate | None:
-        """Of two launches, one after the other."""
-        if first is None or second is None:
-            return None
-        low, middle, high = (a + b for a, b in zip(first[:3], second[:3], strict=True))
-        return cls(low, middle, high, first.limit)
 
 
 class L2:

@@ -18,34 +18,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GPU:
-    """One GPU.
+    """One GPU."""
 
-    Args:
-        name: as its maker calls it.
-        target: what its kernels are compiled for, one of ``fastalex.inspection.offline.TARGETS``.
-        processors: streaming multiprocessors, or compute units.
-        tensor_flops: dense bfloat16 or float16 operations a processor does in a clock cycle on its
-            matrix units, a multiply-add counted as two.
-        peak_tflops: dense TFLOP/s by element type, float32 without TF32.
-        peak_bandwidth: of its memory, TB/s.
-        tflops: bfloat16 and float16 TFLOP/s assumed to be reached.
-        bandwidth: TB/s assumed to be reached.
-        shared: bytes of shared memory (LDS) of a processor.
-        threads: resident threads of a processor.
-        source: where the maker's figures stand.
-    """
-
-    name: str
-    target: str
-    processors: int
-    tensor_flops: int
-    peak_tflops: dict[str, float]
-    peak_bandwidth: float
-    tflops: float
-    bandwidth: float
-    shared: int
-    threads: int
-    source: str
+    name: str  # as its maker calls it
+    target: str  # of ``fastalex.common.compile.TARGETS``, what its kernels are compiled for
+    processors: int  # streaming multiprocessors, or compute units
+    tensor_flops: int  # dense operations in 16 bits of a processor in a cycle, 2 a multiply-add
+    peak_tflops: dict[str, float]  # dense, by element type, float32 without TF32
+    peak_bandwidth: float  # of its memory, TB/s
+    tflops: float  # in 16 bits, assumed to be reached
+    bandwidth: float  # TB/s, assumed to be reached
+    shared: int  # bytes of shared memory (LDS) of a processor
+    threads: int  # resident threads of a processor
+    source: str  # where the maker's figures stand
 
     @property
     def clock(self) -> float:
@@ -88,17 +73,3 @@ GPUS = {
         64 << 10, 2048, "AMD Instinct MI300X data sheet; ROCm docs, MI300 microarchitecture",
     ),
 }  # fmt: skip
-
-# What a driver calls the GPUs above. Others of their family have other clocks and memories.
-_DEVICES = {
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA A100-SXM4-80GB": "a100",
-    "NVIDIA B200": "b200",
-    "NVIDIA GeForce RTX 5090": "rtx5090",
-    "AMD Instinct MI300X": "mi300x",
-}
-
-
-def find_gpu(device_name: str) -> GPU | None:
-    """The GPU that a driver calls ``device_name``; None for one that is not among ``GPUS``."""
-    return GPUS[_DEVICES[device_name]] if device_name in _DEVICES else None

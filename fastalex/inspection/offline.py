@@ -1,14 +1,11 @@
-"""Compile kernels for GPUs that are not here, and read the machine code that comes out.
+"""Record launches for GPUs that are not here, and read the machine code that comes out.
 
     for launch in record("sm_90", step):                # every launch of step(), none made
         code = read(compile_launch(launch, "sm_90"))    # on a machine without a GPU
         print(launch.name, launch.grid, code.registers, code.shared, code.spills)
 
-A kernel is compiled by Triton's own launcher, warmed up instead of run, so that it specialises as
-on a GPU: on pointers and integers divisible by 16 and on integers equal to 1. NVIDIA's code is read
-with the disassemblers in Triton's wheel, AMD's from its assembly.
-
-Import the kernels without ``TRITON_INTERPRET``: an interpreted kernel has no machine code.
+NVIDIA's code is read with the disassemblers in Triton's wheel, AMD's from its assembly. Import the
+kernels without ``TRITON_INTERPRET``: an interpreted kernel has no machine code.
 """
 
 from __future__ import annotations
@@ -25,36 +22,12 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastalex.common.compile import (
-    TARGETS,
-    Compiled,
-    Target,
-    check_target,
-    compile_ahead,
-    compile_launch,
-    fake_driver,
-    first_line,
-    without_data,
-)
+from fastalex.common.compile import TARGETS, compile_launch, without_data
 from fastalex.inspection import sass
 from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.common.program import Launch
 
-__all__ = [
-    "TARGETS",
-    "Compiled",
-    "MachineCode",
-    "Target",
-    "check_target",
-    "compile_ahead",
-    "compile_launch",
-    "fake_driver",
-    "first_line",
-    "read",
-    "record",
-    "unfit",
-    "without_data",
-]
+__all__ = ["TARGETS", "Launch", "MachineCode", "compile_launch", "read", "record"]
 
 
 def record(target: str, step: Callable[[], object]) -> list[Launch]:
@@ -79,16 +52,6 @@ def record(target: str, step: Callable[[], object]) -> list[Launch]:
         step()
     storages: dict[int, torch.UntypedStorage] = {}
     return [without_data(launch, storages) for launch in recorded]
-
-
-def unfit(launch: Launch, target: str) -> str | None:
-    """Why a launch should not be made: it spills, or needs more shared memory than there is."""
-    code, limit = read(compile_launch(launch, target)), TARGETS[target].shared_limit
-    if code.spills or code.stack:
-        return f"{launch.name} spills ({code.spills} instructions, {code.stack} bytes)"
-    if code.shared > limit:
-        return f"{launch.name} needs {code.shared} bytes of shared memory, there are {limit}"
-    return None
 
 
 class MachineCode:

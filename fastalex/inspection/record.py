@@ -1,12 +1,12 @@
 """A training step without a GPU: its launches in order, and torch's operators between them.
 
-``fastalex.training.TrainStep`` runs on tensors without data and lists its launches. The calls of
-torch's among them are made again to see which operators they are.
+``fastalex.training.TrainStep`` runs twice on tensors without data: once to record its launches,
+then watched, so that the operators of torch's among them are seen, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,11 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastalex.data import Normalization, decode_size
+from fastalex.common.compile import without_data
+from fastalex.data import decode_size
 from fastalex.data.augment import Augment
+from fastalex.data.normalization import IMAGENET
 from fastalex.distributed.exchange import LoopbackExchange, LoopbackTransfer
 from fastalex.distributed.towers import cut_to_tower
-from fastalex.inspection import offline
 from fastalex.model.alexnet import AlexNet, layer_names
 from fastalex.model.layers import Conv2dReLU, MaxPool2d
 from fastalex.training import TrainStep
@@ -30,28 +31,18 @@ from fastalex_kernels.common.program import Launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS = {"bf16": "bf16", "fp32": "float32"}  # of TrainStep, by the names that reports use
-_CHANNELS = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # a mean and a deviation of each
 _OVERWRITES = ("copy_", "fill_", "zero_")  # they write their first tensor without reading it
 
 
 @dataclass(frozen=True)
 class Event:
-    """One launch of ours, or one operator of torch's.
+    """One launch of ours, or one operator of torch's."""
 
-    Args:
-        layer: ``"augment"``, ``"conv1"``, ``"pool1"``, ... ``"fc8"``, ``"loss"``, or ``"step"`` for
-            what is done at each call beside the recorded launches.
-        phase: ``"forward"`` or ``"backward"``.
-        name: of the kernel or operator.
-        launch: the launch, its tensors without data; None for an operator.
-        read, written: bytes an operator moves.
-    """
-
-    layer: str
-    phase: str
-    name: str
-    launch: Launch | None = None
-    read: int = 0
+    layer: str  # augment, conv1, pool1, ... fc8, loss; step: what no recorded launch does
+    phase: str  # forward or backward
+    name: str  # of the kernel or operator
+    launch: Launch | None = None  # its tensors without data; None for an operator
+    read: int = 0  # bytes that an operator moves
     written: int = 0
 
 
@@ -67,17 +58,14 @@ class Layer:
     needs_input_grad: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class Exchanged:
-    """A tensor exchanged with the other tower.
+    """A tensor exchanged with the other tower, of ``size`` bytes in each direction.
 
-    Args:
-        layer, phase: that waits for it.
-        size: bytes in each direction.
-        started, ended: what stands between these places of the step's events runs meanwhile.
+    What stands between the places ``started`` and ``ended`` of the step's events runs meanwhile.
     """
 
-    layer: str
+    layer: str  # that waits for it
     phase: str
     size: int
     started: int
@@ -86,41 +74,53 @@ class Exchanged:
 
 @dataclass
 class Step:
-    """A recorded step.
-
-    Attributes:
-        events: in order.
-        layers: by name, in order.
-        parameters: elements of each of the model's parameters.
-        exchanges: every one with the other tower, in order.
-    """
+    """A recorded step: events and exchanges in order, layers by name, elements of parameters."""
 
     events: list[Event] = field(default_factory=list)
     layers: dict[str, Layer] = field(default_factory=dict)
-    parameters: list[int] = field(default_factory=list)
+    parameters: int = 0
     exchanges: list[Exchanged] = field(default_factory=list)
 
 
-class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lists the operators that are called, with the bytes they move, but for views."""
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what a recorded step does: launches, operators of torch's but for views, exchanges."""
 
-    def __init__(self, layer: str, phase: str) -> None:
+    def __init__(self, step: Step) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.events: list[Event] = []
-        self._place = layer, phase
+        self.beside: list[Event] = []  # operators outside of the list of launches
+        self._step = step
+        self._place: tuple[str, str] | None = None
+        self._started: dict[LoopbackTransfer, int] = {}
+
+    def see(self, launch: Launch, stream: int) -> None:
+        """Stands in for the launch's own ``run``."""
+        transfer = getattr(launch.kernel, "__self__", None)
+        if launch.grid is not None:
+            self._step.events.append(Event(launch.layer, launch.phase, launch.name, launch))
+        elif isinstance(transfer, LoopbackTransfer):
+            now = len(self._step.events)
+            first = self._started.setdefault(transfer, now)
+            if launch.kernel == transfer.wait:
+                one = Exchanged(launch.layer, launch.phase, transfer.sent.nbytes, first, now)
+                self._step.exchanges.append(one)
+        else:
+            self._place = launch.layer, launch.phase
+            launch.kernel(*launch.arguments, **launch.options)
+            self._place = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         aliases = [r.alias_info for r in func._schema.returns]
         view = any(a is not None and not a.is_write for a in aliases)
-        if func.namespace == "aten" and not view:
-            read, written = _tensors(args, kwargs), _tensors(result)
-            if name in _OVERWRITES or "out" in (kwargs or {}):
-                read = [x for x in read if not any(x is y for y in written)]
-            if read or written:
-                moved = sum(x.nbytes for x in read), sum(x.nbytes for x in written)
-                self.events.append(Event(*self._place, f"aten.{name}", None, *moved))
+        read, written = _tensors(args, kwargs), _tensors(result)
+        if name in _OVERWRITES or "out" in (kwargs or {}):
+            read = [x for x in read if not any(x is y for y in written)]
+        if func.namespace == "aten" and not view and (read or written):
+            moved = sum(x.nbytes for x in read), sum(x.nbytes for x in written)
+            place = self._place or ("step", "forward")
+            events = self._step.events if self._place else self.beside
+            events.append(Event(*place, f"aten.{name}", None, *moved))
         return result
 
 
@@ -165,7 +165,7 @@ def record_step(
     """Record one step of AlexNet on ``target``.
 
     Args:
-        target: one of ``fastalex.inspection.offline.TARGETS``.
+        target: one of ``fastalex.common.compile.TARGETS``.
         batch: images of the step.
         dtype: of the products, a key of ``PRECISIONS``.
         step: ``"train"`` (augmentation of bytes, forward, loss, backward, updates) or ``"infer"``
@@ -184,56 +184,35 @@ def record_step(
         if towers > 1:
             cut_to_tower(model, LoopbackExchange())
         size = model.variant.image_size
-        augment = Augment(_CHANNELS, size, torch.device("cpu"))
+        augment = Augment(IMAGENET, size, torch.device("cpu"))
         precision = PRECISIONS.get(dtype, dtype)
         train_step = TrainStep(model, build_optimizer(model, lr=0.01), precision, augment=augment)
         images, labels = _batch(batch, size)
         model.seed_dropout(0, 0)
         train_step(images, labels)
-        launches = train_step.launches
-        if step == "infer":
-            launches = [x for x in launches if x.phase == "forward" and x.layer != "loss"]
-        _walk(recorded, launches)
-        for launch in launches:
-            launch.run = _nothing
-        if step == "train":
-            with _Operators("step", "forward") as beside:
-                model.seed_dropout(0, 1)
-                train_step(images, labels)
-            recorded.events += beside.events
+        watch = _Watch(recorded)
+        for launch in train_step.launches:
+            launch.run = functools.partial(watch.see, launch)
+        with watch:
+            model.seed_dropout(0, 1)
+            train_step(images, labels)
+    if step == "infer":  # of a step, what comes first
+        forward = [e for e in recorded.events if e.phase == "forward" and e.layer != "loss"]
+        recorded.events = forward
+        recorded.exchanges = [one for one in recorded.exchanges if one.phase == "forward"]
+    else:
+        recorded.events += watch.beside
     storages: dict[int, torch.UntypedStorage] = {}
     recorded.events = [
-        e if e.launch is None else replace(e, launch=offline.without_data(e.launch, storages))
+        e if e.launch is None else replace(e, launch=without_data(e.launch, storages))
         for e in recorded.events
     ]
-    recorded.parameters = [p.numel() for p in model.parameters()]
-    made = next(e.launch for e in recorded.events if e.launch is not None).named["out_ptr"]
-    crops = (batch, 3, size, size)
+    recorded.parameters = sum(p.numel() for p in model.parameters())
+    first = recorded.events[0].launch
+    assert first is not None
+    crops, blocks = (batch, 3, size, size), tuple(first.named["out_ptr"].shape)
     recorded.layers = {
-        "augment": Layer("augment", augment, crops, tuple(made.shape), None, False),
+        "augment": Layer("augment", augment, crops, blocks, None, False),
         **layers_of(model, batch, size),
     }
     return recorded
-
-
-def _walk(step: Step, launches: Iterable[Launch]) -> None:
-    """Add launches to the step, the operators of calls, and what the towers exchange."""
-    started: dict[LoopbackTransfer, int] = {}
-    for launch in launches:
-        transfer = getattr(launch.kernel, "__self__", None)
-        if launch.grid is not None:
-            step.events.append(Event(launch.layer, launch.phase, launch.name, launch))
-        elif isinstance(transfer, LoopbackTransfer):
-            now = len(step.events)
-            first = started.setdefault(transfer, now)
-            if launch.kernel == transfer.wait:
-                size = transfer.sent.nbytes
-                step.exchanges.append(Exchanged(launch.layer, launch.phase, size, first, now))
-        else:
-            with _Operators(launch.layer, launch.phase) as called:
-                launch.run(0)
-            step.events += called.events
-
-
-def _nothing(stream: int) -> None:
-    pass

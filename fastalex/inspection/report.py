@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-
+from fastalex.common.compile import compile_launch
 from fastalex.inspection import cost, forecast, offline, sass, ttir
+from fastalex.inspection.forecast import Rates
 from fastalex.inspection.gpus import GPU
 from fastalex.inspection.record import Event, Layer, Step
 from fastalex_kernels.common.program import Launch, tensor_of
 
 _WAITING = 8  # instructions of a loop that only waits, at most
 _SCHEDULERS = 4  # of a processor, each an instruction a cycle
-_WIDE_SHARE = 0.01  # of a launch's bytes: below it, how wide an access is doesn't matter
 _UPDATED = {  # of a kernel that applies a gradient
     f"{of}{name}_ptr" for of in ("", "bias_") for name in ("w", "v", "operand")
 }
@@ -23,120 +24,51 @@ _UPDATED = {  # of a kernel that applies a gradient
 
 @dataclass
 class MainLoop:
-    """The loop of a kernel that is most filled with products.
+    """The loop of a kernel that is most filled with products; a turn runs its body once."""
 
-    Attributes:
-        product: the tensor instruction.
-        instructions: as many.
-        issue_ratio: see ``fastalex.inspection.sass``; None where products don't carry their size.
-        drains, barriers, fences: waits for all products, BAR.SYNC, and memory barriers.
-        register_loads: loads from global memory that go through registers.
-        turns: of all programs together.
-        turn_flops, turn_bytes: of the products of one turn, and of their operands.
-        tensor_cycles: of the products of one turn; 0 where they don't carry their size.
-        shared_bytes: that one turn moves to and from shared memory.
-        number: of the loop in the intermediate code.
-    """
-
-    product: str
+    product: str  # the tensor instruction
     instructions: int
-    issue_ratio: float | None
-    drains: int
-    barriers: int
-    fences: int
-    register_loads: int
-    turns: int | None
-    turn_flops: int
-    turn_bytes: int
-    tensor_cycles: float
-    shared_bytes: float
-    number: int | None
-
-    @property
-    def loaded(self) -> int | None:
-        """Bytes that all turns load into shared memory."""
-        return None if self.turns is None else self.turns * self.turn_bytes
-
-    @property
-    def shared_ratio(self) -> float | None:
-        """Cycles of the tensor cores over those of shared memory in a turn."""
-        cycles = self.shared_bytes / forecast.SHARED_BYTES
-        return self.tensor_cycles / cycles if cycles and self.tensor_cycles else None
-
-
-class Traffic(NamedTuple):
-    """A tensor that a launch reads or writes, once.
-
-    Args:
-        name: of the kernel's argument.
-        key: what stands for the tensor in every launch of a step.
-        size: bytes.
-        moved: those of them that no argument before has read or written.
-        itemsize: bytes of an element.
-        store: whether it is written.
-    """
-
-    name: str
-    key: tuple[int, int]
-    size: int
-    moved: int
-    itemsize: int
-    store: bool
+    issue_ratio: float | None  # see sass.py; None where products don't carry their size
+    drains: int  # waits for all products
+    barriers: int  # BAR.SYNC
+    fences: int  # memory barriers
+    register_loads: int  # from global memory, that go through registers
+    turns: int | None  # of all programs together
+    turn_flops: int  # of a turn's products
+    turn_bytes: int  # of their operands
+    tensor_cycles: float  # of a turn's products; 0 where they don't carry their size
+    shared_bytes: float  # that a turn moves to and from shared memory
+    loaded: int | None  # bytes that all turns load into shared memory
+    shared_ratio: float | None  # cycles of the tensor cores over those of shared memory
 
 
 @dataclass
 class Row:
-    """One launch, or one operator of torch's; None where a figure doesn't apply.
-
-    Attributes:
-        layer, phase, name: as in ``Event``.
-        role: ``"forward"``, ``"input"``, ``"weight"`` or ``"backward"`` where it does that pass.
-        grid: programs along the axes.
-        warps, registers, shared, spills: of a program, of a thread, bytes of a program, and
-            instructions that move registers to or from local memory.
-        loads, stores: widths in bytes of the accesses to what carries a share of the bytes,
-            ``"TMA"`` for the tensor memory accelerator.
-        narrow: how many times narrower than it could be the narrowest of them is.
-        tile: rows and columns of the result that a program holds.
-        loop: the loop with the products.
-        useful: operations on real data over those done.
-        waves: of the tensor cores' time until the last program ends, over the share of taps that
-            are not skipped.
-        instructions: of all threads, for each element of the layer's input.
-        issue_cycles: until the last program has issued its instructions.
-        read, written: bytes, every tensor once.
-        updated: of them, those of weights and velocities where a launch applies a gradient.
-        flops: done, padding included.
-        floor, floor_size, floor_flops: of the pass, seconds, bytes and operations.
-        estimate: its seconds; None on a GPU for which nothing is assumed.
-    """
+    """One launch, or one operator of torch's; None where a figure doesn't apply."""
 
     layer: str
     phase: str
     name: str
-    role: str | None = None
-    grid: tuple[int, ...] | None = None
-    warps: int | None = None
-    registers: int | None = None
-    shared: int | None = None
-    spills: int | None = None
-    loads: list[str] = field(default_factory=list)
+    role: str | None = None  # forward, input, weight or backward, where it makes that pass
+    grid: tuple[int, ...] | None = None  # programs along the axes
+    warps: int | None = None  # of a program
+    registers: int | None = None  # of a thread
+    shared: int | None = None  # bytes of a program
+    spills: int | None = None  # instructions that move registers to or from local memory
+    loads: list[str] = field(default_factory=list)  # bytes, or "TMA"; the most frequent first
     stores: list[str] = field(default_factory=list)
-    narrow: float = 1.0
-    tile: tuple[int, int] | None = None
+    tile: tuple[int, int] | None = None  # rows and columns of a program's result
     loop: MainLoop | None = None
-    useful: float | None = None
-    waves: float | None = None
-    instructions: float | None = None
-    issue_cycles: float | None = None
-    read: int = 0
+    useful: float | None = None  # operations on real data over those done
+    instructions: float | None = None  # of all threads, for an element of the layer's input
+    read: int = 0  # bytes, every tensor once
     written: int = 0
-    updated: int = 0
-    flops: float = 0.0
-    floor: float | None = None
+    updated: int = 0  # of both, weights and momentum where a gradient is applied
+    flops: float = 0.0  # padding included
+    floor: float | None = None  # of the pass: seconds, bytes, operations
     floor_size: float | None = None
     floor_flops: float | None = None
-    estimate: forecast.Estimate | None = None
+    estimate: forecast.Estimate | None = None  # None on a GPU for which nothing is assumed
 
 
 def inspect(step: Step, gpu: GPU, dtype: str) -> list[Row]:
@@ -156,223 +88,193 @@ def inspect(step: Step, gpu: GPU, dtype: str) -> list[Row]:
             moved = float(event.read + event.written)
             terms = [forecast.stream(rates, moved, moved, 0.0) for rates in assumed]
         else:
-            found = read_launch(event, event.launch, step.layers.get(event.layer), gpu)
-            row = found.row
-            terms = [
-                _terms(found, gpu, rates, cache, dtype)
-                for rates, cache in zip(assumed, caches, strict=True)
-            ]
-        if assumed:
-            row.estimate = forecast.estimate(assumed, terms)
+            reading = Reading(event.launch, gpu)
+            row = reading.row(event, step.layers.get(event.layer))
+            pairs = zip(assumed, caches, strict=True)
+            terms = [reading.terms(row, rates, cache, dtype) for rates, cache in pairs]
+        row.estimate = forecast.estimate(assumed, terms) if assumed else None
         rows.append(row)
     train = any(event.phase == "backward" for event in step.events)
     floors = cost.floors(step.layers, 4 if dtype == "fp32" else 2, train)
-    for (name, role), floor in floors.items():
-        made_by = [row for row in rows if (row.layer, row.role) == (name, role)]
+    for place, floor in floors.items():
+        made_by = [row for row in rows if (row.layer, row.role) == place]
         total = sum(row.flops for row in made_by)
         # One launch makes a pass, unless its product is made in pieces.
         for row in [row for row in made_by if row.flops] if total else made_by[:1]:
             share = row.flops / total if total else 1.0
             row.floor_size, row.floor_flops = share * floor.size, share * floor.flops
-            row.floor = gpu.seconds(row.floor_flops, row.floor_size, _rounded(row, dtype))
+            tf32 = row.loop is not None and "TF32" in row.loop.product
+            row.floor = gpu.seconds(row.floor_flops, row.floor_size, "tf32" if tf32 else dtype)
             row.useful = share * floor.useful / row.flops if row.flops else None
-            if row.waves is not None:
-                row.waves /= cost.tap_share(step.layers[name])
     return rows
 
 
-class Found(NamedTuple):
-    """A launch as it was read.
+class Traffic(NamedTuple):
+    """A tensor that a launch reads or writes, once."""
 
-    Args:
-        row: of the report.
-        traffic: the tensors that it reads and writes.
-        work: of each program; None where it depends on values in memory.
-        slots: programs that a processor holds at once.
-    """
-
-    row: Row
-    traffic: list[Traffic]
-    work: list[ttir.Work] | None
-    slots: int
+    name: str  # of the kernel's argument
+    key: tuple[int, int]  # what stands for the tensor in every launch of a step
+    size: int  # bytes
+    moved: int  # those of them that no argument before has read or written
+    store: bool
 
 
-def _terms(
-    found: Found, gpu: GPU, rates: forecast.Rates, cache: forecast.L2, dtype: str
-) -> dict[str, float]:
-    """What limits a launch, with ``cache`` as the launches before left it."""
-    row, loop = found.row, found.row.loop
-    memory = float(row.written)
-    for x in sorted(found.traffic, key=lambda x: x.store):
-        if x.moved and not cache.touch(x.key, x.size) and not x.store:
-            memory += x.moved
-    if loop is None or found.work is None or loop.number is None or not loop.tensor_cycles:
-        terms = forecast.stream(
-            rates, float(row.read + row.written), memory, row.issue_cycles or 0.0
+class Reading:
+    """A launch, as far as its machine code, intermediate code and arguments tell."""
+
+    def __init__(self, launch: Launch, gpu: GPU) -> None:
+        compiled = compile_launch(launch, gpu.target)
+        assert launch.grid is not None
+        self._launch, self._gpu = launch, gpu
+        self._warps = int(compiled.metadata.num_warps)
+        self._code, self._ir = offline.read(compiled), ttir.read(compiled.asm["ttir"])
+        self._loops = sass.loops(self._code.instructions)
+        self._work = self._ir.work(launch.grid, launch.named)
+        self._traffic = self._find_traffic()
+        self._slots = cost.resident(gpu, self._code.registers, self._code.shared, self._warps)
+        self._main = max(  # loop of the intermediate code
+            self._ir.dots, key=lambda dot: self._ir.turn(dot.loop)[0], default=None
         )
-        if row.flops:  # without tensor cores
-            terms["flops"] = row.flops / gpu.flops(dtype)
-        return terms
-    issue = loop.instructions * (row.warps or 0) / _SCHEDULERS
-    turn = forecast.Turn(
-        loop.tensor_cycles, loop.shared_bytes, issue, loop.turn_bytes, bool(loop.drains)
-    )
-    turns = [w.turns[loop.number] for w in found.work]
-    return forecast.product(gpu, rates, turn, turns, found.slots, memory)
+        self._issue_cycles = 0.0  # until the last program has issued its instructions
 
-
-def read_launch(event: Event, launch: Launch, layer: Layer | None, gpu: GPU) -> Found:
-    """One launch, as far as its machine code and its arguments tell."""
-    compiled = offline.compile_launch(launch, gpu.target)
-    code, ir = offline.read(compiled), ttir.read(compiled.asm["ttir"])
-    warps = int(compiled.metadata.num_warps)
-    assert launch.grid is not None
-    row = Row(
-        event.layer, event.phase, event.name, _role(event, launch, ir, layer), launch.grid,
-        warps, code.registers, code.shared, code.spills, tile=ir.tile(),
-    )  # fmt: skip
-    traffic = _traffic(launch.named, ir)
-    row.read = sum(x.moved for x in traffic if not x.store)
-    row.written = sum(x.moved for x in traffic if x.store)
-    if "rate_ptr" in launch.named:
-        row.updated = sum(x.moved for x in traffic if x.name in _UPDATED)
-    _add_widths(row, sass.accesses(code.instructions), ir, traffic)
-    loops = sass.loops(code.instructions)
-    work = ir.work(launch.grid, launch.named)
-    slots = cost.resident(gpu, code.registers, code.shared, warps)
-    bodies = [code.instructions[loop.start : loop.stop] for loop in loops]
-    row.loop = _main_loop(bodies, ir, work, warps, gpu)
-    if work is None:
-        return Found(row, traffic, work, slots)
-    row.flops = float(sum(w.flops for w in work))
-    if layer is None or gpu.target.startswith("gfx"):
-        return Found(row, traffic, work, slots)
-    if row.loop is not None:
-        cycles = [w.flops / gpu.tensor_flops for w in work]
-        row.waves = sum(cycles) / gpu.processors / cost.schedule(gpu, cycles, slots)
-    executed = _executed(len(code.instructions), loops, work)
-    if executed is not None:
-        row.instructions = 32 * warps * sum(executed) / torch.Size(layer.input).numel()
-        issued = [warps * each / _SCHEDULERS for each in executed]
-        row.issue_cycles = cost.schedule(gpu, issued, slots)
-    return Found(row, traffic, work, slots)
-
-
-def _rounded(row: Row, dtype: str) -> str:
-    """What the products of a launch are computed in, in a step of ``dtype``."""
-    return "tf32" if row.loop is not None and "TF32" in row.loop.product else dtype
-
-
-def _executed(total: int, loops: Sequence[range], work: Sequence[ttir.Work]) -> list[float] | None:
-    """Instructions that one warp of each program runs; None where loops are not the IR's.
-
-    Both sides of a branch count.
-    """
-    real = [loop for loop in loops if len(loop) > _WAITING]
-    if not real and all(max(w.turns, default=0) <= 1 for w in work):
-        return [total] * len(work)
-    if len(real) != len(work[0].turns):
-        return None
-    straight, *own = sass.lengths(total, real)
-    return [straight + sum(map(int.__mul__, own, w.turns)) for w in work]
-
-
-def _traffic(arguments: dict[str, Any], ir: ttir.Code) -> list[Traffic]:
-    """The tensors that are read and those that are written, by each argument.
-
-    Two descriptors of one tensor, in blocks of two sizes, share its bytes: only the first has them.
-    """
-    found: list[Traffic] = []
-    seen: set[tuple[tuple[int, int], bool]] = set()
-    accesses = [(name, False) for name in sorted(ir.reads)]
-    for name, store in [*accesses, *((name, True) for name in sorted(ir.writes))]:
-        tensor = tensor_of(arguments.get(name))
-        if tensor is not None:
-            key = tensor.untyped_storage()._cdata, int(tensor.storage_offset())
-            moved = 0 if (key, store) in seen else tensor.nbytes
-            found.append(Traffic(name, key, tensor.nbytes, moved, tensor.element_size(), store))
-            seen.add((key, store))
-    return found
-
-
-def _add_widths(
-    row: Row, accesses: Sequence[sass.Access], ir: ttir.Code, traffic: Sequence[Traffic]
-) -> None:
-    """The widths of accesses to what carries a share of the bytes, or to what is not known."""
-    sizes = {x.name: (x.size, x.itemsize) for x in traffic}
-    least = _WIDE_SHARE * sum(size for size, _ in sizes.values())
-    found: dict[tuple[bool, str], set[str]] = {}
-    for access in accesses:
-        for name in ir.at(access.line, access.store) & set(sizes) or {"?"}:
-            if name == "?" or sizes[name][0] >= least:
-                found.setdefault((access.store, name), set()).add(access.label)
-    for (_, name), labels in found.items():
-        widest = min(8 * sizes.get(name, (0, 2))[1], 16)
-        widths = [int(label) for label in labels if label != "TMA"]
-        if row.layer.startswith("pool") and name == "x_ptr" and max(widths) == 16:
-            widths = [w for w in widths if w != 4]  # the neighbouring channels of a chunk
-        row.narrow = max([row.narrow, *(widest / w for w in widths)])
-    row.loads, row.stores = (
-        sorted(
-            set().union(*(labels for (store, _), labels in found.items() if store == stores)),
-            key=lambda label: (label.isdigit(), int(label) if label.isdigit() else 0),
+    def row(self, event: Event, layer: Layer | None) -> Row:
+        """The row of the launch, without its floor and its estimate."""
+        code, traffic = self._code, self._traffic
+        row = Row(
+            event.layer, event.phase, event.name, self._role(layer), self._launch.grid,
+            self._warps, code.registers, code.shared, code.spills, tile=self._ir.tile(),
+            loop=self._main_loop(),
+        )  # fmt: skip
+        row.read = sum(x.moved for x in traffic if not x.store)
+        row.written = sum(x.moved for x in traffic if x.store)
+        if "rate_ptr" in self._launch.named:
+            row.updated = sum(x.moved for x in traffic if x.name in _UPDATED)
+        accesses = sass.accesses(code.instructions)
+        row.loads, row.stores = (
+            [
+                label
+                for label, _ in Counter(a.label for a in accesses if a.store is store).most_common()
+            ]
+            for store in (False, True)
         )
-        for stores in (False, True)
-    )
+        row.flops = float(sum(w.flops for w in self._work or ()))
+        executed = self._executed()
+        if executed is not None and layer is not None:
+            issued = [self._warps * each / _SCHEDULERS for each in executed]
+            self._issue_cycles = cost.schedule(self._gpu, issued, self._slots)
+            row.instructions = 32 * self._warps * sum(executed) / math.prod(layer.input)
+        return row
+
+    def terms(self, row: Row, rates: Rates, cache: forecast.L2, dtype: str) -> dict[str, float]:
+        """What limits the launch, with ``cache`` as the launches before left it."""
+        memory = float(row.written)
+        for x in sorted(self._traffic, key=lambda x: x.store):
+            if x.moved and not cache.touch(x.key, x.size) and not x.store:
+                memory += x.moved
+        loop, turns = row.loop, self._turns()
+        if loop is None or turns is None or not loop.tensor_cycles:
+            moved = float(row.read + row.written)
+            terms = forecast.stream(rates, moved, memory, self._issue_cycles)
+            return terms | ({"flops": row.flops / self._gpu.flops(dtype)} if row.flops else {})
+        issue = loop.instructions * self._warps / _SCHEDULERS
+        turn = forecast.Turn(
+            loop.tensor_cycles, loop.shared_bytes, issue, loop.turn_bytes, bool(loop.drains)
+        )
+        return forecast.product(self._gpu, rates, turn, turns, self._slots, memory)
+
+    def _turns(self) -> list[int] | None:
+        """Of the main loop, by each program."""
+        if self._work is None or self._main is None or self._main.loop is None:
+            return None
+        return [w.turns[self._main.loop] for w in self._work]
+
+    def _find_traffic(self) -> list[Traffic]:
+        """The tensors that are read and those that are written, by each argument.
+
+        Two descriptors of one tensor, in blocks of two sizes, share its bytes: only the first has
+        them.
+        """
+        found: list[Traffic] = []
+        seen: set[tuple[tuple[int, int], bool]] = set()
+        named = self._launch.named
+        for store, names in ((False, self._ir.reads), (True, self._ir.writes)):
+            for name in sorted(names):
+                tensor = tensor_of(named.get(name))
+                if tensor is not None:
+                    key = tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+                    moved = 0 if (key, store) in seen else tensor.nbytes
+                    found.append(Traffic(name, key, tensor.nbytes, moved, store))
+                    seen.add((key, store))
+        return found
+
+    def _executed(self) -> list[float] | None:
+        """Instructions that one warp of each program runs; None where loops are not the IR's.
+
+        Both sides of a branch count.
+        """
+        work, total = self._work, len(self._code.instructions)
+        if work is None or self._gpu.target.startswith("gfx"):
+            return None
+        real = [loop for loop in self._loops if len(loop) > _WAITING]
+        if not real and all(max(w.turns, default=0) <= 1 for w in work):
+            return [total] * len(work)
+        if len(real) != len(work[0].turns):
+            return None
+        straight, *own = sass.lengths(total, real)
+        return [straight + sum(map(int.__mul__, own, w.turns)) for w in work]
+
+    def _main_loop(self) -> MainLoop | None:
+        bodies = [self._code.instructions[loop.start : loop.stop] for loop in self._loops]
+        body = max(bodies, key=_share_of_products, default=None)
+        if self._main is None or body is None or not _share_of_products(body):
+            return None
+        turn_flops, turn_bytes = self._ir.turn(self._main.loop)
+        product = next(i.name for i in body if i.product)
+        cycles = sass.tensor_cycles(body, self._warps, self._gpu.tensor_flops)
+        if product.startswith("UTC"):
+            cycles = turn_flops / self._gpu.tensor_flops
+        loads = [a for a in sass.accesses(body) if not a.store]
+        shared = sass.shared_bytes(body, self._warps) + turn_bytes
+        turns = self._turns()
+        return MainLoop(
+            product,
+            len(body),
+            len(body) * self._warps / _SCHEDULERS / cycles if cycles else None,
+            sass.drains(body),
+            sass.count(body, r"BAR\.SYNC|s_barrier"),
+            sass.count(body, "MEMBAR"),
+            sum(a.how == "register" for a in loads),
+            None if turns is None else sum(turns),
+            turn_flops,
+            turn_bytes,
+            cycles,
+            shared,
+            None if turns is None else sum(turns) * turn_bytes,
+            cycles / (shared / forecast.SHARED_BYTES) if shared and cycles else None,
+        )
+
+    def _role(self, layer: Layer | None) -> str | None:
+        """The pass of its layer that the launch makes; None if it only prepares or finishes one."""
+        launch = self._launch
+        if layer is None:
+            return None
+        if layer.weight is None:
+            return launch.phase
+        if self._main is None:
+            return None
+        if launch.phase == "forward":
+            return "forward"
+        if "weight" in launch.name:
+            return "weight"
+        weight = math.prod(layer.weight)
+
+        def holds(names: set[str]) -> bool:
+            tensors = [tensor_of(launch.named.get(name)) for name in names]
+            return any(t is not None and t.numel() == weight for t in tensors)
+
+        makes_input = holds(self._ir.reads) and not holds(self._ir.writes)
+        return "input" if makes_input else "weight"
 
 
-def _main_loop(
-    loops: Sequence[list[sass.Instruction]],
-    ir: ttir.Code,
-    work: Sequence[ttir.Work] | None,
-    warps: int,
-    gpu: GPU,
-) -> MainLoop | None:
-    filled = [(sum(i.product for i in loop) / len(loop), loop) for loop in loops]
-    share, main = max(filled, key=lambda pair: pair[0], default=(0.0, []))
-    if not ir.dots or not share:
-        return None
-    number = max(ir.dots, key=lambda dot: ir.turn(dot.loop)[0]).loop
-    turn_flops, turn_bytes = ir.turn(number)
-    product = next(i.name for i in main if i.product)
-    cycles = sass.tensor_cycles(main, warps, gpu.tensor_flops)
-    if product.startswith("UTC"):
-        cycles = turn_flops / gpu.tensor_flops
-    accesses = sass.accesses(main)
-    loaded = sass.shared_bytes(main, warps) + turn_bytes
-    return MainLoop(
-        product,
-        len(main),
-        len(main) * warps / _SCHEDULERS / cycles if cycles else None,
-        sass.drains(main),
-        sass.count(main, r"BAR\.SYNC|s_barrier"),
-        sass.count(main, "MEMBAR"),
-        sum(a.how == "register" and not a.store for a in accesses),
-        None if work is None or number is None else sum(w.turns[number] for w in work),
-        turn_flops,
-        turn_bytes,
-        cycles,
-        loaded,
-        number,
-    )
-
-
-def _role(event: Event, launch: Launch, ir: ttir.Code, layer: Layer | None) -> str | None:
-    """Which pass through its layer a launch makes; None for one that only prepares or finishes."""
-    if layer is None:
-        return None
-    if layer.weight is None:
-        return event.phase
-    if not ir.dots:
-        return None
-    if event.phase == "forward":
-        return "forward"
-    if "weight" in launch.name:
-        return "weight"
-    weight = torch.Size(layer.weight).numel()
-
-    def holds(names: set[str]) -> bool:
-        tensors = [tensor_of(launch.named.get(name)) for name in names]
-        return any(t is not None and t.numel() == weight for t in tensors)
-
-    return "input" if holds(ir.reads) and not holds(ir.writes) else "weight"
+def _share_of_products(body: Sequence[sass.Instruction]) -> float:
+    return sum(i.product for i in body) / len(body)

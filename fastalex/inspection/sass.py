@@ -22,13 +22,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-Line = tuple[str, int]  # a file and a line in it
-
 _NVIDIA = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?(U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*)")
 _AMD = re.compile(r"\s+()((?:v|s|ds|global|buffer|flat|scratch)_\w+)\s*(.*)")
-_NVIDIA_LINE = re.compile(r'//## File "([^"]+)", line (\d+)')
-_AMD_LINE = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)")
-_AMD_FILE = re.compile(r'\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?')
 _MMA = re.compile(r"[HIQ]G?MMA|UTC\w*MMA|DMMA|v_mfma|v_wmma")
 _NVIDIA_ACCESS = re.compile(r"(LDG|STG|LDGSTS|UTMALDG|UTMASTG|UTMAREDG|UBLKCP|ATOMG|RED|REDG)\b")
 _AMD_ACCESS = re.compile(r"(?:global|buffer)_(load|store|atomic)_(\w+)")
@@ -36,12 +31,11 @@ _AMD_WIDTHS = {"ubyte": 1, "sbyte": 1, "byte": 1, "short": 2, "ushort": 2, "ssho
 
 
 class Instruction(NamedTuple):
-    """One instruction: its name with modifiers, its operands, where it was written."""
+    """One instruction: its name with modifiers, and its operands."""
 
     name: str
     operands: str
     guarded: bool
-    line: Line | None
     labels: tuple[str, ...]  # that stand before it
 
     @property
@@ -51,19 +45,11 @@ class Instruction(NamedTuple):
 
 
 class Access(NamedTuple):
-    """An instruction that moves data between global memory and the processor.
-
-    Args:
-        store: whether it writes.
-        how: ``"register"``, ``"async"`` (cp.async, straight to shared memory) or ``"TMA"``.
-        width: bytes of a thread, 0 for TMA, which moves whole blocks.
-        line: where it was written.
-    """
+    """An instruction that moves data between global memory and the processor."""
 
     store: bool
-    how: str
-    width: int
-    line: Line | None
+    how: str  # register, async (cp.async, straight to shared memory) or TMA
+    width: int  # bytes of a thread, 0 for TMA, which moves whole blocks
 
     @property
     def label(self) -> str:
@@ -73,28 +59,15 @@ class Access(NamedTuple):
 def parse(assembly: str) -> list[Instruction]:
     """The instructions of nvdisasm's listing, or of AMD's assembly."""
     instructions: list[Instruction] = []
-    files: dict[str, str] = {}
-    line: Line | None = None
     labels: tuple[str, ...] = ()
     for text in assembly.splitlines():
-        found = _AMD_FILE.match(text)
-        if found:
-            files[found[1]] = f"{found[2]}/{found[3]}" if found[3] else found[2]
-        found = _NVIDIA_LINE.search(text) or _AMD_LINE.match(text)
-        if found:
-            line = files.get(found[1], found[1]), int(found[2])
-            continue
-        found = re.match(r"(\.L\w+):", text)
-        if found:
-            labels = *labels, found[1]
-            continue
-        found = _NVIDIA.search(text) or _AMD.match(text)
-        if found:
+        if label := re.match(r"(\.L\w+):", text):
+            labels = *labels, label[1]
+        elif found := _NVIDIA.search(text) or _AMD.match(text):
             guard, name, operands = found.groups()
             # A uniform branch may have its condition among its operands.
             guarded = guard or name.startswith("s_cbranch") or re.match(r"!?U?P\w", operands)
-            given = Instruction(name, operands.strip(), bool(guarded), line, labels)
-            instructions.append(given)
+            instructions.append(Instruction(name, operands.strip(), bool(guarded), labels))
             labels = ()
     return instructions
 
@@ -160,22 +133,16 @@ def shared_bytes(loop: Sequence[Instruction], warps: int) -> int:
     global memory is written there besides.
     """
     size = 0
-    for instruction in loop:
-        wide = re.match(r"HGMMA\.64x(\d+)x(\d+)", instruction.name)
-        moved = re.match(r"(LDSM|STSM|LDS|STS)\b", instruction.name)
-        if wide:
+    for name, operands in ((i.name, i.operands.split(",")) for i in loop):
+        if wide := re.match(r"HGMMA\.64x(\d+)x(\d+)", name):
             n, k = map(int, wide.groups())
-            operand = 4 if "TF32" in instruction.name else 2
-            first = (
-                instruction.operands.count(",") > 0
-                and "gdesc" in instruction.operands.split(",")[1]
-            )
-            size += operand * k * (n + 64 * first) * warps // 4
-        elif moved and moved[1].endswith("M"):
-            blocks = re.search(r"M[T]?88\.(\d)", instruction.name)
+            first = "gdesc" in "".join(operands[1:2])
+            size += (4 if "TF32" in name else 2) * k * (n + 64 * first) * warps // 4
+        elif re.match(r"(LDSM|STSM)\b", name):
+            blocks = re.search(r"M[T]?88\.(\d)", name)
             size += 128 * int(blocks[1] if blocks else 1) * warps
-        elif moved:
-            bits = re.search(r"\.(?:[US]?(8|16)|(64|128))\b", instruction.name)
+        elif re.match(r"(LDS|STS)\b", name):
+            bits = re.search(r"\.(?:[US]?(8|16)|(64|128))\b", name)
             size += 4 * int((bits[1] or bits[2]) if bits else 32) * warps
     return size
 
@@ -189,14 +156,14 @@ def accesses(instructions: Sequence[Instruction]) -> list[Access]:
             kind = found[1]
             store = kind in ("STG", "UTMASTG", "UTMAREDG", "ATOMG", "RED", "REDG")
             if kind.startswith(("UTMA", "UBLK")):
-                result.append(Access(store, "TMA", 0, i.line))
+                result.append(Access(store, "TMA", 0))
                 continue
             size = re.search(r"\.(?:[US](8|16)|(64|128|256))\b", i.name)
             width = int(size[1] or size[2]) // 8 if size else 4
-            result.append(Access(store, "async" if kind == "LDGSTS" else "register", width, i.line))
+            result.append(Access(store, "async" if kind == "LDGSTS" else "register", width))
         elif amd:
             lds = "lds" in i.operands.split()
             wide = re.match(r"dwordx(\d)", amd[2])
             width = 4 * int(wide[1]) if wide else _AMD_WIDTHS.get(amd[2].split("_")[0], 4)
-            result.append(Access(amd[1] != "load", "async" if lds else "register", width, i.line))
+            result.append(Access(amd[1] != "load", "async" if lds else "register", width))
     return result

@@ -1,26 +1,25 @@
 """Read Triton's IR: what each program of a launch computes, and through which arguments.
 
-How much work a program has is decided by integers: its place in the grid and the kernel's integer
-arguments. The operations on them become a Python function, which is called for each program. So no
-formula has to follow what a kernel does.
+Machine code does not tell how often a loop turns, nor which tensor an access belongs to. Both are
+decided by integers, the program's place in the grid and the kernel's integer arguments, so the
+operations on integers become a Python function, which is called for each program. No formula has
+to follow what a kernel does.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 import re
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fastalex.inspection.sass import Line
-
 _VALUE = re.compile(r"%[\w.$-]+(?:#\d+)?")
 _OPERATION = re.compile(r'(?:(%[\w.$-]+)(?::(\d+))? = )?"?([a-z_]+)\.([\w.]+)"?(.*)')
-_PAIR = re.compile(r"(%[\w.$-]+) = (%[\w.$#-]+)")
+_LOOP = re.compile(r" (%\S+) = (\S+) to (\S+) step (\S+)")
+_CARRIED = re.compile(r"(%[\w.$-]+) = (%[\w.$#-]+)")
 _DOT = re.compile(r"tensor<(\d+)x(\d+)x[a-z]+(\d+)> \* tensor<\d+x(\d+)x\w+>")
-_DRIFT = 12  # lines between an access and the place that the compiler gives it, at most
 _LOAD = re.compile(r"load$|descriptor_(load|gather)$|atomic_")
 _STORE = re.compile(r"store$|descriptor_(store|scatter|reduce)$|atomic_")
 _ARITHMETIC = {
@@ -56,28 +55,11 @@ class Work(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """What stands between braces.
+    """What stands between braces."""
 
-    Args:
-        results: of all of it.
-        carried: values that a loop carries.
-        loop: its number as a loop.
-        known: whether it is known which programs run it; if not, both sides of a branch count.
-    """
-
-    results: list[str]
-    carried: list[str]
-    loop: int | None
-    known: bool
-
-
-class _Statement(NamedTuple):
-    """A line of Python; one without ``target`` can't be left out."""
-
-    depth: int
-    target: str | None
-    text: str
-    needs: Sequence[str]
+    results: list[str]  # are given values at its end
+    loop: int | None  # its number, where it is the body of one
+    known: bool  # which programs run it; if not, both sides of a branch count
 
 
 class Code:
@@ -85,144 +67,123 @@ class Code:
 
     Attributes:
         arguments: names of the kernel's run-time arguments.
-        reads, writes: the arguments through which memory is read and written.
+        reads, writes: those through which memory is read and written.
         dots: the products.
         loops: how many loops there are.
     """
 
     def __init__(self, text: str) -> None:
-        self._locations = dict(re.findall(r"(?m)^(#loc\d*) = (loc\(.*\))$", text))
         head, *body = text[text.index("tt.func") :].splitlines()
         self.arguments: list[str] = re.findall(r"[(,] ?%([\w.$-]+): ", head)
+        self.reads: set[str] = set()
+        self.writes: set[str] = set()
         self.dots: list[Dot] = []
         self.loops = 0
-        # Of a value, the arguments that it comes from; of a line that loads or stores, its own.
-        self._roots: dict[str, set[str]] = {f"%{name}": {name} for name in self.arguments}
-        self._loads: dict[Line | None, set[str]] = defaultdict(set)
-        self._stores: dict[Line | None, set[str]] = defaultdict(set)
-        self._known = set(self._roots)  # integers; of pointers nothing is computed
-        self._statements: list[_Statement] = []
+        self._roots = {f"%{name}": {name} for name in self.arguments}  # of a value, arguments
+        self._known = set(self._roots)  # values that the function below computes
+        self._alias: dict[str, str] = {}  # what a loop carries is one variable, its result
         self._blocks: list[_Block] = []
+        self._body: list[str] = []  # of the function
         for line in map(str.strip, body):
             self._read(line)
-        self.reads = set().union(*self._loads.values())
-        self.writes = set().union(*self._stores.values())
 
     def _read(self, line: str) -> None:
         if line.startswith("}") and self._blocks:
             block = self._blocks.pop()
             if line.endswith("{"):
-                self._emit("else:" if block.known else "if True:")
-                self._open(block)
-            for result, inner in zip(block.results, block.carried, strict=False):
-                self._roots[result] = self._of([inner])
-                self._emit("{}", result, [inner])
+                self._begin(block, "else:" if block.known else "if True:")
         found = _OPERATION.match(line)
         if found is None:
             return
         result, count, dialect, kind, rest = found.groups()
         operands = _VALUE.findall(rest)
-        if dialect == "scf" and kind == "yield":
-            self._yield(operands)
-        elif dialect == "tt" and (_LOAD.match(kind) or _STORE.match(kind)):
-            for pattern, lines in ((_LOAD, self._loads), (_STORE, self._stores)):
-                if pattern.match(kind):
-                    lines[self._line(rest)] |= self._roots.get(operands[0], set())
-        elif result and dialect != "scf":
+        if result and dialect != "scf" and not _LOAD.match(kind):
             self._roots[result] = self._of(operands)
-            if kind == "dot":
-                self._dot(result, rest, operands)
-            elif kind in ("get_program_id", "get_num_programs"):
-                self._emit(f"{kind}['{rest.split()[0]}']", result)
-            elif dialect == "arith" and "tensor<" not in rest:
-                self._integer(kind, result, rest, operands)
+        if (dialect, kind) == ("scf", "yield"):
+            self._yield(operands)
+        elif dialect == "tt":
+            self._triton(kind, result, rest, operands)
+        elif dialect == "arith" and "tensor<" not in rest:
+            self._integer(kind, result, rest, operands)
         if line.endswith("{"):
-            results = [f"{result}#{i}" for i in range(int(count or 0))] or [result]
-            self._begin(kind, results if result else [], rest, operands)
+            several = [f"{result}#{i}" for i in range(int(count or 0))]
+            self._branch(kind, several or [result] * bool(result), rest, operands)
 
     def _of(self, values: Sequence[str]) -> set[str]:
-        return set().union(*(self._roots.get(v, set()) for v in values))
+        return set().union(*(self._roots.get(self._alias.get(v, v), set()) for v in values))
 
-    def _begin(self, kind: str, results: list[str], rest: str, operands: list[str]) -> None:
-        if kind != "for":
-            known = kind == "if" and operands[0] in self._known
-            self._emit("if {}:" if known else "if True:", None, operands[:1] if known else ())
-            self._open(_Block(results, [], None, known))
+    def _triton(self, kind: str, result: str, rest: str, operands: list[str]) -> None:
+        for pattern, names in ((_LOAD, self.reads), (_STORE, self.writes)):
+            if pattern.match(kind):
+                names |= self._of(operands[:1])
+        if kind == "dot":
+            m, k, bits, n = map(int, _DOT.findall(rest)[0])
+            inside = [block.loop for block in self._blocks if block.loop is not None]
+            a, b, to = (self._alias.get(value, value) for value in operands[:3])
+            self.dots.append(Dot(m, n, k, bits, a, b, to, result, inside[-1] if inside else None))
+            self._write(f"flops += {2 * m * n * k}")
+        elif kind in ("get_program_id", "get_num_programs"):
+            self._assign(result, f"{kind}['{rest.split()[0]}']")
+
+    def _branch(self, kind: str, results: list[str], rest: str, operands: list[str]) -> None:
+        if kind == "for":
+            index, *bounds = _LOOP.findall(rest)[0]
+            carried = _CARRIED.findall(rest.partition("iter_args(")[2])
+            for (inside, before), result in zip(carried, results, strict=True):
+                self._roots[result] = self._of([before])
+                self._assign(result, "{}", before)
+                self._alias[inside] = result
+            self._known.add(index)
+            low, high, step = map(self._name, bounds)
+            head = f"for {self._name(index)} in range({low}, {high}, {step}):"
+            self._begin(_Block(results, self.loops, True), head)
+            self.loops += 1
             return
-        index, *bounds = re.findall(r" (%\S+) = (\S+) to (\S+) step (\S+)", rest)[0]
-        pairs = _PAIR.findall(rest.split("iter_args(")[1]) if "iter_args(" in rest else []
-        for inner, outer in pairs:
-            self._roots[inner] = self._of([outer])
-            self._emit("{}", inner, [outer])
-        self._known.add(index)
-        self._emit(f"for {_name(index)} in range({{}}, {{}}, {{}}):", None, bounds)
-        self._open(_Block(results, [inner for inner, _ in pairs], self.loops, True))
-        self.loops += 1
+        known = kind == "if" and operands[0] in self._known
+        head = f"if {self._name(operands[0])}:" if known else "if True:"
+        self._begin(_Block(results, None, known), head)
 
-    def _open(self, block: _Block) -> None:
+    def _begin(self, block: _Block, head: str) -> None:
+        self._write(head)
         self._blocks.append(block)
-        self._emit("pass" if block.loop is None else f"turns[{block.loop}] += 1")
+        self._write("pass" if block.loop is None else f"turns[{block.loop}] += 1")
 
     def _yield(self, values: list[str]) -> None:
         block = self._blocks[-1]
-        if block.loop is None:
-            for result, value in zip(block.results, values, strict=False):
-                self._roots[result] = self._of([result, value])
-                if block.known:
-                    self._emit("{}", result, [value])
-            return
-        pairs = list(zip(block.carried, values, strict=False))
-        for inner, value in pairs:
-            self._emit("{}", f"{inner}_next", [value])
-        for inner, _ in pairs:
-            self._emit("{}", inner, [f"{inner}_next"])
-
-    def _dot(self, result: str, rest: str, operands: list[str]) -> None:
-        m, k, bits, n = map(int, _DOT.findall(rest)[0])
-        inside = [block.loop for block in self._blocks if block.loop is not None]
-        a, b, to = operands[:3]
-        self.dots.append(Dot(m, n, k, bits, a, b, to, result, inside[-1] if inside else None))
-        self._emit(f"flops += {2 * m * n * k}")
+        pairs = list(zip(block.results, values, strict=False))
+        for result, value in pairs if block.loop is None else []:
+            self._roots[result] = self._of([result, value])
+        if block.known and pairs:
+            self._known.update(r for r, value in pairs if self._is_known(value))
+            targets = ", ".join(self._name(result) for result, _ in pairs)
+            made = [self._name(v) if self._is_known(v) else "None" for _, v in pairs]
+            self._write(f"{targets}, = {', '.join(made)},")
 
     def _integer(self, kind: str, result: str, rest: str, operands: list[str]) -> None:
         if kind == "constant":
-            self._emit(rest.split(":")[0].strip().capitalize(), result)
+            self._assign(result, rest.split(":")[0].strip().capitalize())
         elif kind == "cmpi":
             order = rest.split(",")[0].strip()
             value = "{} % 2**64" if order[0] == "u" else "{}"
             sign = _COMPARE[order[1:] if order[0] in "us" else order]
-            self._emit(f"{value} {sign} {value}", result, operands)
+            self._assign(result, f"{value} {sign} {value}", *operands)
         elif kind in _ARITHMETIC:
-            self._emit(_ARITHMETIC[kind], result, operands)
+            self._assign(result, _ARITHMETIC[kind], *operands)
 
-    def _emit(self, text: str, target: str | None = None, needs: Sequence[str] = ()) -> None:
-        line = text.format(*map(_name, needs))
-        line = line if target is None else f"{_name(target)} = {line}"
-        self._statements.append(_Statement(len(self._blocks) + 1, target, line, needs))
-        if target is not None and self._known.issuperset(needs):
+    def _is_known(self, value: str) -> bool:
+        return self._alias.get(value, value) in self._known
+
+    def _assign(self, target: str, text: str, *needs: str) -> None:
+        """Compute a value, if what it needs is computed."""
+        if all(map(self._is_known, needs)):
             self._known.add(target)
+            self._write(f"{self._name(target)} = {text.format(*map(self._name, needs))}")
 
-    def _line(self, text: str) -> Line | None:
-        """Where in the source an operation was written, inside every function called."""
-        found = re.search(r"loc\((#loc\d*)\)$", text)
-        while found:
-            location = self._locations.get(found[1], "")
-            place = re.match(r'loc\("([^"]+)":(\d+):\d+\)', location)
-            if place:
-                return place[1], int(place[2])
-            # loc("name"(#loc5)), or loc(callsite(#loc5 at #loc6)) whose first is the inner one
-            found = re.match(r'loc\((?:"[^"]*"|callsite)\((#loc\d*)', location)
-        return None
+    def _write(self, line: str) -> None:
+        self._body.append(" " * (len(self._blocks) + 1) + line)
 
-    def at(self, line: Line | None, store: bool) -> set[str]:
-        """The arguments that are read or written at a line of source, or at the nearest one."""
-        lines = self._stores if store else self._loads
-        near = [
-            (abs(there[1] - line[1]), there)
-            for there in lines
-            if line and there and there[0] == line[0] and abs(there[1] - line[1]) <= _DRIFT
-        ]
-        return lines[min(near)[1]] if near else set()
+    def _name(self, value: str) -> str:
+        return "v_" + re.sub(r"\W", "_", self._alias.get(value, value)[1:])
 
     def tile(self) -> tuple[int, int] | None:
         """Rows and columns of the result that a program holds; None where it multiplies nothing.
@@ -262,34 +223,17 @@ class Code:
 
     @functools.cached_property
     def _program(self) -> Callable[..., Work]:
-        """The integers of one program as a Python function, without those that decide nothing."""
-        needed: set[str] = set()
-        before = -1
-        while before != len(needed):  # a loop's values may need what stands behind them
-            before = len(needed)
-            kept = [s for s in self._statements if s.target is None or s.target in needed]
-            needed.update(*(s.needs for s in kept))
-        names = ", ".join(_name(f"%{name}") for name in self.arguments)
-        lines = [f"def program(get_program_id, get_num_programs, {names}):"]
-        lines += [f" flops, turns = 0, [0] * {self.loops}"]
-        lines += [" " * s.depth + s.text for s in kept]
-        space: dict[str, Any] = {"Work": Work, "div": _divide, "rem": _remainder}
-        exec("\n".join([*lines, " return Work(flops, turns)"]), space)
+        """The integers of one program as a Python function."""
+        names = ", ".join(self._name(f"%{name}") for name in self.arguments)
+        head = f"def program(get_program_id, get_num_programs, {names}):"
+        space: dict[str, Any] = {
+            "Work": Work,
+            "div": lambda a, b: int(a / b),  # towards zero, as a GPU does
+            "rem": lambda a, b: int(math.fmod(a, b)),
+        }
+        start, end = f" flops, turns = 0, [0] * {self.loops}", " return Work(flops, turns)"
+        exec("\n".join([head, start, *self._body, end]), space)
         return space["program"]  # type: ignore[no-any-return]
-
-
-def _name(value: str) -> str:
-    return "v_" + re.sub(r"\W", "_", value[1:])
-
-
-def _divide(a: int, b: int) -> int:
-    """Towards zero, as a GPU does."""
-    quotient = abs(a) // abs(b)
-    return quotient if (a < 0) == (b < 0) else -quotient
-
-
-def _remainder(a: int, b: int) -> int:
-    return a - b * _divide(a, b)
 
 
 @functools.lru_cache(maxsize=256)

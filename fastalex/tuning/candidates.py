@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from fastalex_kernels.common.tuned import FIELDS, Key, Tile
+from fastalex_kernels.common.tuned import Key, Tile
 
 # (BLOCK_M, BLOCK_N, num_warps): at most 128 sums in a thread's registers.
 _SHAPES = {
@@ -17,23 +17,20 @@ _SHAPES = {
 }  # fmt: skip
 _DEPTHS = {16: (64, 32, 128), 32: (32, 16)}  # BLOCK_K, the likeliest first
 _STAGES = {16: (4, 3, 5, 2), 32: (3, 2)}
-_INTERPRETED: list[Tile] = [(1024, 512, 512, 4, 1), (512, 256, 256, 4, 1)]
-_PARTS = " parts"
 _LEAST_STEPS = 4  # of a part of a reduction
 
 
 def is_split(key: Key) -> bool:
     """Whether a key is of a reduction to split: its sizes follow from another key's tile."""
-    return key[0].endswith(_PARTS)
+    return key[0].endswith(" parts")
 
 
-def candidates(key: Key, own: Tile, target: str, bits: int, shared: int) -> Iterator[Tile]:
+def candidates(key: Key, own: Tile, bits: int, shared: int) -> Iterator[Tile]:
     """Configs for a key, ``own`` first; some may come to the same launches.
 
     Args:
         key: kernel, kind of its operands and sizes.
         own: what the package takes where nothing was tuned.
-        target: as ``fastalex_kernels`` names it.
         bits: of an operand.
         shared: bytes of shared memory that a program can have.
     """
@@ -47,10 +44,7 @@ def candidates(key: Key, own: Tile, target: str, bits: int, shared: int) -> Iter
         yield from _lrn_backward(own, sizes)
     elif kernel.startswith("pool"):
         yield from _pooling(own)
-    elif target == "interpreter":
-        yield from _INTERPRETED
     else:
-        assert len(FIELDS[kernel]) == 5
         yield from _products(bits, shared)
 
 

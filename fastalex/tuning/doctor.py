@@ -6,7 +6,6 @@ Nothing but the standard library is imported before it is known to be there.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import importlib.metadata
 import itertools
@@ -15,44 +14,31 @@ import os
 import platform
 import re
 import subprocess
+import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from fastalex._version import __version__
 from fastalex.common.command_line import Parser, guarded
 
 OLDEST = {"torch": "2.11", "triton": "3.6", "numpy": "", "pillow": "", "safetensors": ""}
-QUICK = ("sm_80", "sm_90")  # that are compiled for where there is no GPU
 _WIDTH = 100
 _WRONG = 1  # exit code
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One thing that was looked at.
+class Row(NamedTuple):
+    """One thing that was looked at."""
 
-    Attributes:
-        part: ``"environment"``, ``"kernels"``, ...
-        what: that was looked at.
-        verdict: ``"ok"``, ``"wrong"``, or ``"-"`` where nothing can be wrong.
-        text: what was found.
-        values: the same as data.
-    """
-
-    part: str
-    what: str
-    verdict: str
-    text: str
-    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    part: str  # environment, kernels, ...
+    what: str  # was looked at
+    verdict: str  # ok, wrong, or - where nothing can be wrong
+    text: str  # what was found
+    values: Mapping[str, Any] = {}  # the same as data
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit code. 0: nothing is wrong. 1: something is. 2: wrong arguments. 130: Ctrl-C.
-    """
+    """Run the command line; returns its exit code, 1 where something is wrong."""
     options = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     return guarded("doctor", lambda: _run(options), "nothing was changed")
@@ -63,47 +49,30 @@ def _parser() -> Parser:
         prog="python -m fastalex.doctor",
         description="Say what works here. On a GPU every launch of a training step is compiled, "
         "compared with float64 and timed beside cuDNN. Without one the kernels are compiled for "
-        "GPUs that are not here, and each function runs in Triton's interpreter.",
-        allow_abbrev=False,
+        "a GPU that is not here, and each function runs in Triton's interpreter.",
     )
-    parser.add_argument("--json", action="store_true", help="print data, for a bug report")
-    parser.add_argument(
-        "--all", action="store_true", help="every target, batch and precision, which takes minutes"
-    )
+    parser.add_flag("--json", "print data, for a bug report")
+    parser.add_flag("--all", "every target, batch and precision, which takes minutes")
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
     rows: list[Row] = []
-    part = ""
     for row in look(options.all):
+        if not options.json:
+            head = f"  {row.what:<22} {row.verdict:<6} "
+            if not rows or row.part != rows[-1].part:
+                print(f"\n{row.part}" if rows else row.part)
+            indent = {"initial_indent": head, "subsequent_indent": " " * len(head)}
+            print(textwrap.fill(row.text, _WIDTH, **indent), flush=True)  # type: ignore[arg-type]
         rows.append(row)
-        if options.json:
-            continue
-        if row.part != part:
-            print(f"\n{row.part}" if part else row.part)
-            part = row.part
-        print("\n".join(_lines(row)), flush=True)
     wrong = [row for row in rows if row.verdict == "wrong"]
     if options.json:
-        found = [dataclasses.asdict(row) for row in rows]
+        found = [row._asdict() for row in rows]
         print(json.dumps({"fastalex": __version__, "wrong": len(wrong), "rows": found}, indent=1))
     else:
         print("\nnothing is wrong" if not wrong else f"\n{len(wrong)} of {len(rows)} are wrong")
     return _WRONG if wrong else 0
-
-
-def _lines(row: Row) -> list[str]:
-    """A row within the width, its text wrapped."""
-    head, lines = f"  {row.what:<22} {row.verdict:<6} ", []
-    for line in row.text.splitlines() or [""]:
-        while len(head) + len(line) > _WIDTH and " " in line[: _WIDTH - len(head)]:
-            cut = line.rindex(" ", 0, _WIDTH - len(head))
-            lines.append(head + line[:cut])
-            head, line = " " * len(head), line[cut + 1 :]
-        lines.append((head + line).rstrip())
-        head = " " * len(head)
-    return lines
 
 
 def look(everything: bool) -> Iterator[Row]:
@@ -115,24 +84,19 @@ def look(everything: bool) -> Iterator[Row]:
     if not usable:
         return
     try:
-        parts = _parts(everything)
-        yield from parts
+        import torch
+
+        from fastalex.common.compile import TARGETS
+        from fastalex.tuning import kernel_health
     except ImportError as error:
         yield Row("environment", "fastalex", "wrong", _one_line(error))
-
-
-def _parts(everything: bool) -> Iterator[Row]:
-    import torch
-
-    from fastalex.tuning import kernel_health
-
+        return
     yield from gpus(torch)
     if torch.cuda.is_available():
-        found = kernel_health.on_gpu(everything)
+        yield from kernel_health.on_gpu(everything)
     else:
-        found = kernel_health.compiled(kernel_health.targets(QUICK, everything))
-    for row in itertools.chain(found, kernel_health.interpreted()):
-        yield Row(*row)
+        yield from kernel_health.compiled(list(TARGETS) if everything else ["sm_90"])
+    yield from kernel_health.interpreted()
 
 
 def environment() -> Iterator[Row]:
@@ -147,9 +111,8 @@ def environment() -> Iterator[Row]:
 
 def _package(name: str, oldest: str) -> Row:
     """Whether a package is there, new enough, and can be imported."""
-    module = {"pillow": "PIL"}.get(name, name)
     try:
-        importlib.import_module(module)
+        importlib.import_module({"pillow": "PIL"}.get(name, name))
         version = importlib.metadata.version(name)
     except Exception as error:  # a broken installation may raise anything
         return Row("environment", name, "wrong", f"{_one_line(error)}; pip install -U {name}")
@@ -159,38 +122,37 @@ def _package(name: str, oldest: str) -> Row:
     return Row("environment", name, "ok", version, {"version": version})
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+def _numbers(version: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", version)[:2]]
 
 
 def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
 
 
 def gpus(torch: Any) -> Iterator[Row]:
     """The GPUs, their driver, and how they reach each other."""
     count = torch.cuda.device_count()
     if not torch.cuda.is_available():
-        built = torch.version.cuda or torch.version.hip
-        text = f"torch finds none; it is built for {built or 'the CPU alone'}"
-        yield Row("GPU", "GPU", "-", text, {"count": 0})
+        built = torch.version.cuda or torch.version.hip or "the CPU alone"
+        yield Row("GPU", "GPU", "-", f"torch finds none; it is built for {built}", {"count": 0})
         return
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm", "--format=csv"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout
-        yield Row("GPU", "driver", "-", found.strip())
     except (OSError, subprocess.SubprocessError):
-        yield Row("GPU", "driver", "-", "there is no nvidia-smi")
+        found = "there is no nvidia-smi"
+    yield Row("GPU", "driver", "-", found)
     for index in range(count):
         is_ = torch.cuda.get_device_properties(index)
         text = f"{is_.name}, {is_.total_memory / 2**30:.0f} GiB, {is_.multi_processor_count} "
         text += f"processors, compute capability {is_.major}.{is_.minor}"
         yield Row("GPU", f"GPU {index}", "-", text)
     if count > 1:
-        nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None
-        yield Row("GPU", "NCCL", "ok" if nccl else "wrong", ".".join(map(str, nccl or ("none",))))
-        pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
-        without = [p for p in pairs if not torch.cuda.can_device_access_peer(*p)]
+        nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else ("none",)
+        verdict = "wrong" if nccl == ("none",) else "ok"
+        yield Row("GPU", "NCCL", verdict, ".".join(map(str, nccl)))
+        pairs = itertools.permutations(range(count), 2)
+        without = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
         text = f"not between {without}: copies go through the host" if without else "between all"
         yield Row("GPU", "peer access", "-", text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -11,49 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._functorch import config as functorch_config
 from tqdm import tqdm
 
 from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.common.files import replacing
 from fastalex.common.nvtx_ranges import nvtx_range
-from fastalex.common.provenance import device_name, provenance
+from fastalex.common.provenance import provenance
 from fastalex.common.tables import table
 from fastalex.common.timing import clock_of, take_turns
 from fastalex.data.base import MAX_IMAGE_SIZE
-from fastalex.inspection.cost import Floor
-from fastalex.inspection.gpus import find_gpu
 from fastalex.inspection.record import DTYPES, PRECISIONS
 from fastalex.model.variants import VARIANTS
-from fastalex.tuning.layer_pairs import (
-    check,
-    make_call,
-    make_nets,
-    make_pairs,
-    pair_floors,
-    pair_names,
-)
+from fastalex.tuning.layer_pairs import check, make_call, make_pairs, pair_names
 from fastalex.tuning.train_steps import Training, check_steps, stock_step, train_step
 
 NET = "net"  # the row of the whole net, whose one pass is a training step
-_BATCH = {"cpu": 16, "cuda": 128}
-_ROUNDS = {"cpu": 5, "cuda": 30}
-_DIRECTIONS = ("forward", "backward")
 
 Calls = dict[str, Callable[[], object]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit code. 0: measured. 2: something was wrong, one line on stderr says what. 130:
-        Ctrl-C.
-    """
+    """Run the command line; returns its exit code."""
     options = _parser().parse_args(arguments)
     return guarded("profiler", lambda: _run(options))
 
 
 def _parser() -> Parser:
+    gpu = torch.cuda.is_available()
     parser = Parser(
         prog="python -m fastalex.profiler",
         usage="%(prog)s [--batch-size N] [--dtype D] [--output DIR] [options]",
@@ -64,12 +48,12 @@ def _parser() -> Parser:
         epilog="Ranges for Nsight Systems are on: nsys profile --trace=cuda,nvtx -o layers "
         "python -m fastalex.profiler --no-compile",
     )
-    parser.add_count("--batch-size", "images (128 on a GPU, 16 on a CPU)")
-    parser.add_count("--rounds", "times each is timed (30 on a GPU, 5 on a CPU)")
+    parser.add_count("--batch-size", "images", 128 if gpu else 16)
+    parser.add_count("--rounds", "times each is timed", 30 if gpu else 5)
     parser.add_count("--image-size", "pixels of a side (the variant's own)", most=MAX_IMAGE_SIZE)
     parser.add_choice("--variant", VARIANTS, "paper")
-    parser.add_choice("--dtype", DTYPES, None, "(bf16 on a GPU, fp32 on a CPU)")
-    parser.add_choice("--device", ("cuda", "cpu"), None, "(a GPU if there is one)")
+    parser.add_choice("--dtype", DTYPES, "bf16" if gpu else "fp32")
+    parser.add_choice("--device", ("cuda", "cpu"), "cuda" if gpu else "cpu")
     text = f"conv1, pool1, ... fc8, {NET} (all of them)"
     parser.add_argument("--layer", nargs="+", metavar="NAME", help=text)
     parser.add_flag("--no-compile", "without torch.compile")
@@ -78,14 +62,24 @@ def _parser() -> Parser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    _complete(options)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here")
+    names = [*pair_names(options.variant), NET]
+    wrong = [name for name in options.layer or [] if name not in names]
+    if wrong:
+        raise ValueError(f"--layer {wrong[0]}: expected some of {', '.join(names)}")
+    if options.dtype not in PRECISIONS:
+        if NET in (options.layer or []):
+            raise ValueError(f"--layer {NET}: a step takes {' or '.join(PRECISIONS)}, see --dtype")
+        names.remove(NET)
+    options.layer = [name for name in names if name in (options.layer or names)]
     check_output("--output", options.output, folder=True)
     options.output.mkdir(parents=True, exist_ok=True)
     trace, data = (options.output / name for name in ("trace.json", "profile.json"))
-    with _kept_graphs():
+    # A backward pass runs many times: its saved tensors must not be reused by the first.
+    with functorch_config.patch(donated_buffer=False):
         report, calls = profile(options)
-        for line in describe(report):
-            print(line, flush=True)
+        print("\n".join(describe(report)), flush=True)
         write_trace(calls, torch.device(options.device), trace)
     with replacing(data) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -93,141 +87,67 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _complete(options: argparse.Namespace) -> None:
-    """Fill in what depends on the device.
-
-    Raises:
-        ValueError: for a GPU that is not there, and a layer that the net has not.
-    """
-    available = torch.cuda.is_available()
-    if options.device == "cuda" and not available:
-        raise ValueError("--device cuda: torch finds no GPU here")
-    options.device = options.device or ("cuda" if available else "cpu")
-    options.batch_size = options.batch_size or _BATCH[options.device]
-    options.rounds = options.rounds or _ROUNDS[options.device]
-    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
-    names = pair_names(options.variant)
-    if options.dtype in PRECISIONS:
-        names.append(NET)
-    elif NET in (options.layer or []):
-        raise ValueError(f"--layer {NET}: a step takes {' or '.join(PRECISIONS)}, see --dtype")
-    wrong = [name for name in options.layer or [] if name not in names]
-    if wrong:
-        raise ValueError(f"--layer {wrong[0]}: expected some of {', '.join(names)}")
-    options.layer = [name for name in names if name in (options.layer or names)]
-
-
-def profile(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Calls]]:
-    """Every row as plain data, and the calls that were timed by ``"LAYER PASS"``."""
-    device = torch.device(options.device)
-    clock, gpu = clock_of(device), None
-    if device.type == "cuda":
-        gpu = find_gpu(device_name(device))
-    rows: list[dict[str, Any]] = []
-    timed: dict[str, Calls] = {}
-    for name, which, error, calls, floor in _passes(options, device):
-        what = f"{name} {which}"
-        with nvtx_range(what):
-            seconds = take_turns(_marked(calls, what), clock, options.rounds)
-        least = gpu and floor and gpu.seconds(floor.flops, floor.size, options.dtype)
-        rows.append(
-            {
-                "layer": name,
-                "pass": which,
-                "error": error,
-                "ms": {k: 1e3 * statistics.median(s) for k, s in seconds.items()},
-                "floor ms": least and 1e3 * least,
-                "rounds ms": {k: [1e3 * t for t in s] for k, s in seconds.items()},
-            }
-        )
-        timed[what] = calls
+def profile(options: argparse.Namespace) -> tuple[dict[str, Any], Calls]:
+    """Every row as plain data, and the calls that were timed by ``"LAYER PASS, WHOSE"``."""
+    device, rows, timed = torch.device(options.device), [], Calls()
+    clock = clock_of(device)
+    for name, which, error, calls in _passes(options, device):
+        named = {k: _in_range(f"{name} {which}, {k}", call) for k, call in calls.items()}
+        seconds = take_turns(named, clock, options.rounds)
+        rounds = {k: [1e3 * t for t in s] for k, s in seconds.items()}
+        ms = {k: statistics.median(times) for k, times in rounds.items()}
+        rows.append({"layer": name, "pass": which, "error": error, "ms": ms, "rounds ms": rounds})
+        timed |= {f"{name} {which}, {k}": call for k, call in calls.items()}
     given = {k: getattr(options, k) for k in ("variant", "batch_size", "dtype")}
     return {"theme": "profile", **provenance(device), **given, "results": rows}, timed
 
 
 def _passes(
     options: argparse.Namespace, device: torch.device
-) -> Iterator[tuple[str, str, float, Calls, Floor | None]]:
-    """What is to be timed: layer, pass, error, calls and least work, each checked before."""
-    nets = make_nets(options.variant, device, DTYPES[options.dtype])
-    pairs = make_pairs(options.batch_size, nets, options.image_size)
-    floors, how = pair_floors(pairs), _rivals(device, options)
-    for name in tqdm(options.layer, unit=" layers", leave=False, disable=None):
-        if name == NET:
-            yield (NET, "step", *_step(options, device), None)
-            continue
-        errors = check(pairs[name], how["ours"])
-        for which in _DIRECTIONS:
-            calls = {k: make_call(pairs[name], v, which) for k, v in how.items()}
-            yield name, which, errors[which], calls, floors.get((name, which))
-
-
-def _step(options: argparse.Namespace, device: torch.device) -> tuple[float, Calls]:
-    """The error of a training step, and ours beside torch's."""
-    training = Training(
-        device, PRECISIONS[options.dtype], options.batch_size, options.variant, options.image_size
-    )
-    error = check_steps(training, train_step)
-    calls: Calls = {"ours": train_step(training), "torch": stock_step(training)}
-    if not options.no_compile:
-        calls["compiled"] = stock_step(training, compiled=True)
-    return error, calls
-
-
-def _rivals(device: torch.device, options: argparse.Namespace) -> dict[str, str]:
-    """What is timed, by the name it is shown under; see ``layer_pairs.make_call``."""
+) -> Iterator[tuple[str, str, float, Calls]]:
+    """What is to be timed: layer, pass, error and calls, each checked before."""
+    sizes = options.batch_size, options.variant, options.image_size
     gpu = device.type == "cuda"
     how = {"ours": "triton", "torch": "aten"} if gpu else {"ours": "aten", "torch": "stock"}
-    return how if options.no_compile else {**how, "compiled": "compiled"}
+    how |= {} if options.no_compile else {"compiled": "compiled"}
+    pairs = make_pairs(*sizes[:2], device, DTYPES[options.dtype], sizes[2])
+    for name in tqdm(options.layer, unit=" layers", leave=False, disable=None):
+        if name == NET:
+            training = Training(device, PRECISIONS[options.dtype], *sizes)
+            error = check_steps(training, train_step)
+            steps: Calls = {"ours": train_step(training), "torch": stock_step(training)}
+            if not options.no_compile:
+                steps["compiled"] = stock_step(training, compiled=True)
+            yield NET, "step", error, steps
+            continue
+        errors = check(pairs[name], how["ours"])
+        for which, error in errors.items():
+            calls = {k: make_call(pairs[name], v, which) for k, v in how.items()}
+            yield name, which, error, calls
 
 
-@contextlib.contextmanager
-def _kept_graphs() -> Iterator[None]:
-    """torch.compile must not reuse the saved tensors of a backward pass that runs many times."""
-    from torch._functorch import config
+def _in_range(label: str, call: Callable[[], object]) -> Callable[[], object]:
+    def inside() -> object:
+        with nvtx_range(label):
+            return call()
 
-    before, config.donated_buffer = config.donated_buffer, False
-    try:
-        yield
-    finally:
-        config.donated_buffer = before
-
-
-def _marked(calls: Calls, what: str) -> Calls:
-    """The calls, each inside a range of its name."""
-
-    def marked(name: str, call: Callable[[], object]) -> Callable[[], object]:
-        label = nvtx_range(f"{what}, {name}")
-
-        def inside() -> object:
-            with label:
-                return call()
-
-        return inside
-
-    return {name: marked(name, call) for name, call in calls.items()}
+    return inside
 
 
 def describe(report: dict[str, Any]) -> list[str]:
     """The report as text."""
     rows = report["results"]
     names = list(rows[0]["ms"])
-    head = ["layer", "pass", *(f"{name} ms" for name in names)]
-    head += [f"{name}/ours" for name in names[1:]] + ["floor ms", "of floor"]
-    lines = [head]
-    totals: dict[str, float] = dict.fromkeys(names, 0.0)
+    layers = [row["ms"] for row in rows if row["layer"] != NET]
+    if layers:
+        total = {name: sum(ms[name] for ms in layers) for name in names}
+        rows = [*rows, {"layer": "layers", "pass": "both", "ms": total}]
+    lines = [["layer", "pass", *(f"{name} ms" for name in names)]]
+    lines[0] += [f"{name}/ours" for name in names[1:]]
     for row in rows:
-        ms, floor = row["ms"], row["floor ms"]
-        for name in names:
-            totals[name] += ms[name] if row["layer"] != NET else 0.0
+        ms = row["ms"]
         cells = [row["layer"], row["pass"], *(f"{ms[name]:.3f}" for name in names)]
-        cells += [f"{ms[name] / ms['ours']:.2f}" for name in names[1:]]
-        cells += [f"{floor:.4f}", f"{floor / ms['ours']:.0%}"] if floor else ["-", "-"]
-        lines.append(cells)
-    if totals["ours"]:
-        cells = ["layers", "both", *(f"{totals[name]:.3f}" for name in names)]
-        cells += [f"{totals[name] / totals['ours']:.2f}" for name in names[1:]]
-        lines.append([*cells, "-", "-"])
+        lines.append([*cells, *(f"{ms[name] / ms['ours']:.2f}" for name in names[1:])])
     threads = f", {report['threads']} threads" if report["host cpu"] == report["device"] else ""
     return [
         f"AlexNet ({report['variant']}), batch {report['batch_size']}, {report['dtype']}, "
@@ -235,24 +155,20 @@ def describe(report: dict[str, Any]) -> list[str]:
         f"Medians over {len(rows[0]['rounds ms']['ours'])} rounds in turn; a ratio above 1: ours "
         "is faster.",
         "",
-        *table(lines, right=len(head) - 2),
+        *table(lines, right=len(lines[0]) - 2),
     ]
 
 
-def write_trace(calls: dict[str, Calls], device: torch.device, path: Path) -> None:
+def write_trace(calls: Calls, device: torch.device, path: Path) -> None:
     """Run each call once more under torch's profiler and write a Chrome trace.
 
     A range ``"conv1 forward, ours"`` encloses what each call did.
     """
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
-        for what, group in calls.items():
-            for name, call in group.items():
-                with torch.profiler.record_function(f"{what}, {name}"):  # type: ignore[no-untyped-call]
-                    call()
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        for what, call in calls.items():
+            with torch.profiler.record_function(what):  # type: ignore[no-untyped-call]
+                call()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
     with replacing(path) as temporary:
         profiler.export_chrome_trace(str(temporary))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fastalex.common.compile import TARGETS, Compiled, compile_ahead, compile_launch, first_line
 from fastalex.common.timing import Clock, take_turns
 from fastalex.inspection import offline
 from fastalex.inspection.gpus import GPU
@@ -36,14 +36,9 @@ class Config:
     """A candidate for one key, and what became of it."""
 
     tile: Tile
-    skipped: str | None = None
-    seconds: float | None = None
-    estimate: float | None = None  # microseconds, computed
-    launches: list[Launch] = field(default_factory=list)  # on tensors without data
-
-    @property
-    def us(self) -> float | None:
-        return None if self.seconds is None else 1e6 * self.seconds
+    launches: Sequence[Launch] = ()  # on tensors without data
+    skipped: str | None = None  # why
+    us: float | None = None  # timed, or estimated
 
 
 @dataclass
@@ -54,7 +49,6 @@ class Entry:
     phase: str
     key: Key
     configs: list[Config]
-    reached: bool = False
 
     @property
     def own(self) -> Config:
@@ -65,22 +59,23 @@ class Entry:
 
     def best(self) -> Config:
         """The fastest config; the package's own unless another one is clearly faster."""
-        timed = [(c.seconds, c) for c in self.left() if c.seconds is not None]
-        seconds, fastest = min(timed, key=lambda t: t[0], default=(0.0, self.own))
-        own = self.own.seconds if self.own.skipped is None else None
-        return self.own if own is not None and seconds > (1 - _MARGIN) * own else fastest
+        known = [(c.us, c) for c in self.left() if c.us is not None]
+        us, fastest = min(known, key=lambda pair: pair[0], default=(0.0, self.own))
+        own = self.own.us if self.own.skipped is None else None
+        return self.own if own is not None and us > (1 - _MARGIN) * own else fastest
 
     def as_row(self) -> dict[str, Any]:
         """The entry as a table holds it."""
         kernel, kind, sizes = self.key
         best, own = self.best(), self.own
-        tried = [{"tile": list(c.tile), "us": c.us, "estimate us": c.estimate} for c in self.left()]
-        skipped = [{"tile": list(c.tile), "why": c.skipped} for c in self.configs if c.skipped]
         return {
             "layer": self.layer, "pass": self.phase, "kernel": kernel, "kind": kind,
             "sizes": list(sizes), "tile": list(best.tile), "us": best.us,
             "own tile": list(own.tile), "own us": own.us,
-            "tried": tried, "skipped": skipped,
+            "tried": [{"tile": list(c.tile), "us": c.us} for c in self.left()],
+            "skipped": [
+                {"tile": list(c.tile), "why": c.skipped} for c in self.configs if c.skipped
+            ],
         }  # fmt: skip
 
 
@@ -89,7 +84,6 @@ def autotune(
     target: str,
     limit: int,
     measure: Callable[[Entry, dict[Key, Tile]], None],
-    seconds: float,
 ) -> Iterator[Entry]:
     """Find the best config for every key that ``workloads`` look up.
 
@@ -101,28 +95,33 @@ def autotune(
         target: as ``fastalex_kernels`` names it.
         limit: candidates for a key.
         measure: times or estimates the configs of an entry, given the best tiles so far.
-        seconds: no entry is reached after so many.
 
     Yields:
         Every entry, in order.
     """
-    deadline = time.monotonic() + seconds
     best: dict[Key, Tile] = {}
     for splits in (False, True):
         entries = find(workloads, target, limit, best, splits)
         jobs = [config.launches for entry in entries for config in entry.configs[1:]]
-        compiled: Iterator[offline.Compiled] = itertools.repeat(offline.Compiled(None, 0.0))
-        if target in offline.TARGETS:
-            compiled = offline.compile_ahead(jobs, target, offline.unfit)
+        compiled: Iterator[Compiled] = itertools.repeat(Compiled(None, 0.0))
+        if target in TARGETS:
+            compiled = compile_ahead(jobs, target, unfit)
         for entry in entries:
-            late = time.monotonic() > deadline
-            for config in [] if late else entry.configs[1:]:
+            for config in entry.configs[1:]:
                 config.skipped = next(compiled).failure
-            if not late and time.monotonic() <= deadline:
-                measure(entry, best)
-                entry.reached = True
-                best[entry.key] = entry.best().tile
+            measure(entry, best)
+            best[entry.key] = entry.best().tile
             yield entry
+
+
+def unfit(launch: Launch, target: str) -> str | None:
+    """Why a launch should not be made: it spills, or needs more shared memory than there is."""
+    code, limit = offline.read(compile_launch(launch, target)), TARGETS[target].shared_limit
+    if code.spills or code.stack:
+        return f"{launch.name} spills ({code.spills} instructions, {code.stack} bytes)"
+    if code.shared > limit:
+        return f"{launch.name} needs {code.shared} bytes of shared memory, there are {limit}"
+    return None
 
 
 def find(
@@ -134,19 +133,18 @@ def find(
     short to be split.
     """
     entries: dict[Key, Entry] = {}
-    known = offline.TARGETS.get(target)
-    shared = known.shared_limit if known else 1 << 30
+    shared = TARGETS[target].shared_limit if target in TARGETS else 1 << 30
     with record_launches(target, lambda *_: None):
         for workload in workloads:
             trace = workload.run(best)
             for key, own in trace.own.items():
-                launched = trace.launches[key]  # nothing, where it was only asked for
-                if key in entries or is_split(key) is not splits or not launched:
+                asked_only = not trace.launches[key]
+                if key in entries or is_split(key) is not splits or asked_only:
                     continue
                 seen: dict[str, Config] = {}
-                for tile in candidates(key, own, target, workload.bits, shared):
+                for tile in candidates(key, own, workload.bits, shared):
                     launches = workload.run({**best, key: tile}).launches[key]
-                    seen.setdefault(_identity(launches), Config(tile, launches=launches))
+                    seen.setdefault(_identity(launches), Config(tile, launches))
                     if len(seen) == limit:
                         break
                 if len(seen) > 1 or not splits:
@@ -166,7 +164,7 @@ def rank(entry: Entry, layer: Layer, gpu: GPU, dtype: str) -> None:
     for config in entry.left():
         events = [Event(entry.layer, entry.phase, x.name, x) for x in config.launches]
         made = [row.estimate for row in inspect(Step(events, {entry.layer: layer}), gpu, dtype)]
-        config.estimate = 1e6 * sum(one.middle for one in made if one is not None) or None
+        config.us = 1e6 * sum(one.middle for one in made if one is not None) or None
 
 
 def time_configs(
@@ -201,7 +199,7 @@ def time_configs(
             trace = run(config.tile)
             config.skipped = _difference(trace.results, expected, workload.tolerance())
         except Exception as error:  # of any kind: a candidate that fails is left out, and named
-            config.skipped = offline.first_line(error)
+            config.skipped = first_line(error)
             _check_gpu(config)
         if config.skipped is None:
             program = workload.program()
@@ -209,7 +207,7 @@ def time_configs(
             runs[str(config.tile)] = program.run
     times = take_turns(runs, clock, rounds)
     for config in entry.left():
-        config.seconds = statistics.median(times[str(config.tile)])
+        config.us = 1e6 * statistics.median(times[str(config.tile)])
     restore()
 
 
@@ -233,5 +231,5 @@ def _check_gpu(config: Config) -> None:
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        what = f"tile {config.tile} left the GPU unusable: {offline.first_line(error)}"
+        what = f"tile {config.tile} left the GPU unusable: {first_line(error)}"
         raise UnusableGPU(what) from error

@@ -7,6 +7,7 @@ torch's SGD with momentum, of which the others use the fused form. So what diffe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from fastalex.data.augment import Augment
 from fastalex.data.normalization import IMAGENET
 from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.distributed.towers import cut_to_tower
-from fastalex.model.alexnet import AlexNet, ReferenceAlexNet
+from fastalex.model.alexnet import AlexNet
 from fastalex.model.variants import VARIANTS
 from fastalex.training import TrainStep
 from fastalex.training.cuda_graph import WARM_UP, capture_on_gpu
@@ -37,22 +38,13 @@ _RATE = 1e-4  # the loss falls from step to step, and not by leaps, which magnif
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, on what.
-
-    Args:
-        device: where.
-        precision: of the products, ``"float32"`` or ``"bf16"``.
-        batch: images of a step.
-        variant: of the net.
-        image_size: side in pixels; None is the variant's own.
-        dropout: probability.
-    """
+    """What is trained, on what."""
 
     device: torch.device
-    precision: str
+    precision: str  # of the products, float32 or bf16
     batch: int
     variant: str = "paper"
-    image_size: int | None = None
+    image_size: int | None = None  # side in pixels; None is the variant's own
     dropout: float = 0.5
 
     def bytes(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -73,16 +65,10 @@ class Training:
         """What makes images of the bytes."""
         return Augment(IMAGENET, self._side, self.device)
 
-    def ours(self) -> AlexNet:
-        """Our net, with the same weights every time."""
-        model = AlexNet(dropout=self.dropout, variant=self.variant)
+    def net(self, fused: bool = True) -> AlexNet:
+        """Our net, or that of torch's layers, with the same weights every time."""
+        model = AlexNet(dropout=self.dropout, variant=self.variant, fused=fused)
         model.init_parameters("he", torch.Generator().manual_seed(0))
-        return model.to(self.device)
-
-    def stock(self) -> ReferenceAlexNet:
-        """The net of stock layers, with the weights of ours."""
-        model = ReferenceAlexNet(dropout=self.dropout, variant=self.variant)
-        model.load_state_dict(self.ours().state_dict())
         return model.to(self.device)
 
 
@@ -94,38 +80,34 @@ def train_step(training: Training, towers: int = 1, **tricks: bool) -> Step:
         towers: 2 makes one tower of two, whose exchanges bring its own halves back at once.
         tricks: of ``fastalex.training.step.Tricks``, those left out; a graph is one on a GPU.
     """
-    gpu = training.device.type == "cuda"
-    chosen = replace(Tricks(graph=gpu), **tricks)
-    model = training.ours()
+    chosen = replace(Tricks(graph=training.device.type == "cuda"), **tricks)
+    model, numbers = training.net(), itertools.count(1)
     if towers > 1:
         cut_to_tower(model, LoopbackExchange())
+    optimizer, augment = _optimizer(model), training.augment()
     step = TrainStep(
-        model, _optimizer(model), training.precision, augment=training.augment(), tricks=chosen,
-        tell=_fail,
-    )  # fmt: skip
+        model, optimizer, training.precision, augment=augment, tricks=chosen, tell=_fail
+    )
     pixels, labels = training.bytes()
-    number = 0
 
     def once() -> torch.Tensor:
-        nonlocal number
-        number += 1
-        model.seed_dropout(0, number)
+        model.seed_dropout(0, next(numbers))
         return step(pixels, labels)
 
     return once
 
 
+def _fail(message: str) -> None:
+    """A part that runs on ATen is part of how a step trains; without a graph it is another step."""
+    if "CUDA graph" in message:
+        raise RuntimeError(message)
+    print(message)
+
+
 def autograd_step(training: Training) -> Step:
     """Our net by autograd and torch's optimizer, which is what ``--no-fused-update`` trains."""
-    model = training.ours()
-    number = 0
-
-    def seed() -> None:
-        nonlocal number
-        number += 1
-        model.seed_dropout(0, number)
-
-    return _autograd(training, model, seed)
+    model, numbers = training.net(), itertools.count(1)
+    return _autograd(training, model, model, lambda: model.seed_dropout(0, next(numbers)))
 
 
 def stock_step(training: Training, compiled: bool = False, graph: bool = False) -> Step:
@@ -136,21 +118,21 @@ def stock_step(training: Training, compiled: bool = False, graph: bool = False) 
         compiled: by torch.compile.
         graph: as one CUDA graph, from images to updates.
     """
-    model: Any = training.stock()
-    step = _autograd(training, torch.compile(model) if compiled else model)
+    model = training.net(fused=False)
+    step = _autograd(training, model, torch.compile(model) if compiled else model)
     return _captured(step) if graph else step
 
 
-def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
     return torch.optim.SGD(
-        model.parameters(), lr=_RATE, momentum=0.9, weight_decay=5e-4, fused=True
+        model.parameters(), lr=_RATE, momentum=0.9, weight_decay=5e-4, fused=fused
     )
 
 
 def _autograd(
-    training: Training, model: Callable[..., Any], seed: Callable[[], object] = lambda: None
+    training: Training, model: AlexNet, net: Any, seed: Callable[[], object] = lambda: None
 ) -> Step:
-    assert isinstance(model, nn.Module)
+    """A step of ``net``, whose parameters are those of ``model``."""
     optimizer, augment = _optimizer(model), training.augment()
     pixels, labels = training.bytes()
     narrow = training.precision == "bf16"
@@ -158,13 +140,17 @@ def _autograd(
     def once() -> torch.Tensor:
         seed()
         with torch.autocast(training.device.type, dtype=torch.bfloat16, enabled=narrow):
-            loss = F.cross_entropy(model(augment(*pixels)), labels)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        return loss.detach()
+            loss = F.cross_entropy(net(augment(*pixels)), labels)
+        return _update(optimizer, loss)
 
     return once
+
+
+def _update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> torch.Tensor:
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach()
 
 
 def _captured(step: Step) -> Step:
@@ -176,26 +162,14 @@ def _captured(step: Step) -> Step:
         for _ in range(WARM_UP):
             step()
     here.wait_stream(side)
-    loss = torch.empty(())
-
-    def run() -> None:
-        nonlocal loss
-        loss = step()
-
-    replay = capture_on_gpu(run)
+    losses: list[torch.Tensor] = []
+    replay = capture_on_gpu(lambda: losses.append(step()))
 
     def once() -> torch.Tensor:
         replay()
-        return loss
+        return losses[0]
 
     return once
-
-
-def _fail(message: str) -> None:
-    """A part that runs on ATen is part of how a step trains; without a graph it is another step."""
-    if "CUDA graph" in message:
-        raise RuntimeError(message)
-    print(message)
 
 
 def check_steps(training: Training, make: Callable[[Training], Step], steps: int = 2) -> float:
@@ -213,17 +187,14 @@ def check_steps(training: Training, make: Callable[[Training], Step], steps: int
         WrongResult: past ``TOLERANCES``.
     """
     plain = replace(training, dropout=0.0)
-    step, model = make(plain), plain.stock().double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=_RATE, momentum=0.9, weight_decay=5e-4)
+    step, model = make(plain), plain.net(fused=False).double()
+    optimizer = _optimizer(model, fused=False)
     pixels, labels = plain.bytes()
     images = plain.augment()(*pixels).double()
     worst, allowed = 0.0, TOLERANCES[training.precision]
     for number in range(1, steps + 1):
-        loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        error = relative_error(step(), loss.detach())
+        loss = _update(optimizer, F.cross_entropy(model(images), labels))
+        error = relative_error(step(), loss)
         if not error <= allowed:  # NaN is wrong too
             raise WrongResult(
                 f"step {number}: loss is {error:.1e} away from float64, allowed are {allowed:.1e}"

@@ -15,19 +15,19 @@ import torch
 from tqdm import tqdm
 
 from fastalex.common.command_line import Parser, check_output, guarded
+from fastalex.common.compile import TARGETS, check_target, compile_ahead
 from fastalex.common.files import replacing
 from fastalex.common.provenance import provenance
 from fastalex.common.tables import table
 from fastalex.common.timing import clock_of
 from fastalex.data.base import MAX_IMAGE_SIZE
-from fastalex.inspection import offline
 from fastalex.inspection.gpus import GPU, GPUS
 from fastalex.inspection.record import DTYPES, layers_of
 from fastalex.model.alexnet import AlexNet, layer_names
 from fastalex.model.variants import VARIANTS
 from fastalex.tuning import sweep
 from fastalex.tuning.sweep import Config, Entry
-from fastalex.tuning.workloads import WatchedStep, Workload
+from fastalex.tuning.workloads import Workload, record_workloads
 from fastalex_kernels.common import tuned
 from fastalex_kernels.common.backend import interpreted, record_launches
 from fastalex_kernels.common.backend import target as target_of
@@ -36,11 +36,7 @@ _ROUNDS = 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit code. 0: tuned. 2: something was wrong, one line on stderr says what. 130: Ctrl-C.
-    """
+    """Run the command line; returns its exit code."""
     options = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     return guarded("tune", lambda: _run(options))
@@ -63,19 +59,18 @@ def _parser() -> Parser:
     parser.add_argument("--layer", nargs="+", metavar="NAME", help="conv1, ... fc8 (all of them)")
     parser.add_choice("--gpus", (1, 2), 1, "2: one of the two towers")
     parser.add_count("--candidates", "for each key", 16)
-    parser.add_count("--seconds", "start no key after so many")
-    text = "with no GPU: compile for --gpu and rank by the machine code; under TRITON_INTERPRET=1 "
-    parser.add_flag("--dry-run", text + "check and time in the interpreter")
+    text = "time nothing: compile for --gpu, which need not be here, and estimate"
+    parser.add_flag("--dry-run", text)
     parser.add_choice("--gpu", GPUS, "h100")
-    parser.add_path("--output", "(the path it is read from)", "FILE")
+    parser.add_path("--output", "(the path it is read from; of a dry run, none)", "FILE")
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
+    if interpreted():
+        raise ValueError("TRITON_INTERPRET=1 is set, unset it to tune for a GPU")
     if not options.dry_run and not torch.cuda.is_available():
         raise ValueError("torch finds no GPU here; --dry-run --gpu h100 ranks tiles without one")
-    if interpreted() and not options.dry_run:
-        raise ValueError("TRITON_INTERPRET=1 is set, unset it to tune for the GPU")
     if options.gpus > 1 and VARIANTS[options.variant].towers != options.gpus:
         raise ValueError(f"--gpus 2: variant {options.variant} has no two towers, use --gpus 1")
     with torch.device("meta"):
@@ -84,44 +79,44 @@ def _run(options: argparse.Namespace) -> int:
     if wrong:
         raise ValueError(f"--layer {wrong[0]}: expected some of {', '.join(names)}")
     options.layer = options.layer or names
-    if interpreted():
-        return _tune(options, torch.device("cpu"), "interpreter")
     if options.dry_run:
-        offline.check_target(GPUS[options.gpu].target)
-        return _tune(options, torch.device("cpu"), GPUS[options.gpu].name, GPUS[options.gpu])
+        gpu = GPUS[options.gpu]
+        check_target(gpu.target)
+        return tune(options, torch.device("cpu"), gpu.name, options.output, gpu)
     device = torch.device("cuda", torch.cuda.current_device())
-    return _tune(options, device, torch.cuda.get_device_name(device))
+    name = torch.cuda.get_device_name(device)
+    return tune(options, device, name, options.output or tuned.table_path(name))
 
 
-def _tune(
-    options: argparse.Namespace, device: torch.device, name: str, gpu: GPU | None = None
+def tune(
+    options: argparse.Namespace,
+    device: torch.device,
+    name: str,
+    path: Path | None,
+    gpu: GPU | None = None,
 ) -> int:
-    """Tune on ``device``, or rank for ``gpu``; print what comes out, and write it at once."""
-    # A dry run times nothing, so nothing is written unless --output asks for it.
-    path: Path | None = options.output or (None if gpu else tuned.table_path(name))
+    """Tune on ``device``, or estimate for ``gpu``; write what comes out at once, and print it."""
+    if path is not None and path.is_dir():
+        raise ValueError(f"--output {path}: a folder, name a file")
     if path is not None:
-        _check_table(path)
+        check_output("--output", path.parent, folder=True)
     head = {"timed": gpu is None, **provenance(device), **tuned.identity(name)}
     rows = _known(path, name) if path else {}
-    found: list[Entry] = []
+    done: list[Entry] = []
+    entries = _entries(options, device, gpu)
     try:
-        for entry in tqdm(
-            _entries(options, device, gpu), "tuning", unit=" keys", leave=False, disable=None
-        ):
-            found.append(entry)
-            if entry.reached:
-                rows[entry.key] = entry.as_row()
-                _write(path, {**head, "tiles": list(rows.values())})
+        for entry in tqdm(entries, "tuning", unit=" keys", leave=False, disable=None):
+            done.append(entry)
+            rows[entry.key] = entry.as_row()
+            _write(path, {**head, "tiles": list(rows.values())})
     except (KeyboardInterrupt, sweep.UnusableGPU) as stop:
-        kept = f"{len(found)} keys are in {path}" if path and found else "nothing was written"
+        kept = f"{len(done)} keys are in {path}" if path and done else "nothing was written"
         raise type(stop)(f"{str(stop) or 'interrupted'}, {kept}") from None
-    done = [entry for entry in found if entry.reached]
-    print("\n".join(_estimates(done, options) if gpu else _times(done)))
+    if gpu is not None:
+        print(f"{gpu.name}, batch {options.batch_size}, {options.dtype}: nothing was timed\n")
+    print("\n".join(_table(done)))
     for entry, config in ((e, c) for e in done for c in e.configs if c.skipped):
         print(f"skipped {entry.layer} {entry.phase} {_shown(entry, config)}: {config.skipped}")
-    if len(done) < len(found):
-        print(f"{len(found) - len(done)} of {len(found)} keys were not reached")
-    _write(path, {**head, "tiles": list(rows.values())})
     if path is not None:
         print(f"\ntable {path}")
     return 0
@@ -130,7 +125,7 @@ def _tune(
 def _entries(options: argparse.Namespace, device: torch.device, gpu: GPU | None) -> Iterator[Entry]:
     """The keys of the step, as they come timed on ``device`` or estimated for ``gpu``."""
     make = functools.partial(
-        WatchedStep, options.variant, options.batch_size, DTYPES[options.dtype],
+        record_workloads, options.variant, options.batch_size, DTYPES[options.dtype],
         options.image_size, options.gpus,
     )  # fmt: skip
     target = gpu.target if gpu else target_of(device)
@@ -138,7 +133,7 @@ def _entries(options: argparse.Namespace, device: torch.device, gpu: GPU | None)
         found = make("meta")
     size = options.image_size or found.model.variant.image_size
     layers = layers_of(found.model, options.batch_size, size)
-    clock, rounds = clock_of(device), 1 if interpreted() else _ROUNDS
+    clock = clock_of(device)
     real: dict[tuple[str, str], Workload] = {}  # once what they launch is compiled
 
     def measure(entry: Entry, best: dict[tuned.Key, tuned.Tile]) -> None:
@@ -147,21 +142,12 @@ def _entries(options: argparse.Namespace, device: torch.device, gpu: GPU | None)
             return
         if not real:
             real.update(((w.layer, w.phase), w) for w in make(device).workloads)
-        sweep.time_configs(entry, real[entry.layer, entry.phase], best, clock, rounds)
+        sweep.time_configs(entry, real[entry.layer, entry.phase], best, clock, _ROUNDS)
 
-    if gpu is None and target in offline.TARGETS:
-        jobs = [[launch] for launch in found.launches if launch.grid is not None]
-        list(offline.compile_ahead(jobs, target))
+    if gpu is None and target in TARGETS:
+        list(compile_ahead([[launch] for launch in found.launches], target))
     workloads = [w for w in found.workloads if w.layer in options.layer]
-    seconds = options.seconds or math.inf
-    return sweep.autotune(workloads, target, options.candidates, measure, seconds)
-
-
-def _check_table(path: Path) -> None:
-    """Find before any work whether ``_write`` could write it, and its folder."""
-    if path.is_dir():
-        raise ValueError(f"--output {path}: a folder, name a file")
-    check_output("--output", path.parent, folder=True)
+    return sweep.autotune(workloads, target, options.candidates, measure)
 
 
 def _known(path: Path, device: str) -> dict[tuned.Key, dict[str, Any]]:
@@ -193,31 +179,16 @@ def _shown(entry: Entry, config: Config) -> str:
     return ", ".join(f"{name.removeprefix('num_')} {n}" for name, n in named)
 
 
-def _times(entries: list[Entry]) -> list[str]:
+def _table(entries: list[Entry]) -> list[str]:
     lines = [["layer", "pass", "kernel", "own tile", "us", "best tile", "us", "gain", "tried"]]
     for entry in entries:
         own, best = entry.own, entry.best()
-        us = [math.nan if c.seconds is None else 1e6 * c.seconds for c in (own, best)]
+        before, after = (math.nan if c.us is None else c.us for c in (own, best))
         lines.append(
             [
-                entry.layer, entry.phase, entry.key[0], _shown(entry, own), f"{us[0]:.1f}",
-                _shown(entry, best), f"{us[1]:.1f}", f"{us[0] / us[1]:.2f}",
+                entry.layer, entry.phase, entry.key[0], _shown(entry, own), f"{before:.1f}",
+                _shown(entry, best), f"{after:.1f}", f"{before / after:.2f}",
                 str(len(entry.left())),
             ]
         )  # fmt: skip
     return table(lines, right=6)
-
-
-def _estimates(entries: list[Entry], options: argparse.Namespace) -> list[str]:
-    lines = [["layer", "pass", "kernel", "tile", "estimate us", ""]]
-    for entry in entries:
-        for config in sorted(entry.left(), key=lambda c: c.estimate or math.inf):
-            estimate = "-" if config.estimate is None else f"{config.estimate:.1f}"
-            own = "own" if config is entry.own else ""
-            tile = _shown(entry, config)
-            lines.append([entry.layer, entry.phase, entry.key[0], tile, estimate, own])
-    gpu = GPUS[options.gpu].name
-    return [
-        f"{gpu}, batch {options.batch_size}, {options.dtype}: estimates, nothing was timed\n",
-        *table(lines, right=2),
-    ]

@@ -13,28 +13,23 @@ from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.distributed.towers import cut_to_tower
 from fastalex.model.alexnet import AlexNet
 from fastalex.model.variants import Variant
-from fastalex.training import TrainStep
-from fastalex.training.passes import Flatten, Pass, Torch
-from fastalex.training.step import Tricks
+from fastalex.training.chain import Chain
+from fastalex.training.inputs import first_input
+from fastalex.training.layer_check import has_kernels
 from fastalex_kernels.common.program import Launch, Program
 from fastalex_kernels.common.tuned import Key, Tile, choosing, dot_precision
+from fastalex_kernels.cross_entropy import cross_entropy_forward
 from fastalex_kernels.reference import tolerance
 
 _LOSS_SCALE = 1024.0  # in float16
 
 
 class Trace(NamedTuple):
-    """What a pass did.
+    """What a pass did."""
 
-    Attributes:
-        own: the package's own config, by the key that was looked up.
-        launches: of kernels, by the key that was looked up right before them.
-        results: what the pass made and changed; of partial sums their total.
-    """
-
-    own: dict[Key, Tile]
-    launches: dict[Key, list[Launch]]
-    results: list[torch.Tensor]
+    own: dict[Key, Tile]  # the package's own config, by the key that was looked up
+    launches: dict[Key, list[Launch]]  # of kernels, by the key looked up right before them
+    results: list[torch.Tensor]  # made and changed; of partial sums their total
 
 
 class Workload(NamedTuple):
@@ -106,23 +101,24 @@ class Workload(NamedTuple):
         return tolerance(x.dtype, longest, dot_precision(x, kernel))
 
 
-class _Watch(Pass):
-    """A layer of the step that notes what it is given."""
+class Recorded(NamedTuple):
+    """A step that was done once, on random images."""
 
-    def __init__(self, name: str, one: Pass, workloads: list[Workload]) -> None:
-        self._name, self._one, self._workloads = name, one, workloads
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._workloads.append(Workload(self._name, "forward", self._one, (x,)))
-        return self._one.forward(x)
-
-    def backward(self, dy: torch.Tensor, partials: torch.Tensor | None) -> Any:
-        self._workloads.append(Workload(self._name, "backward", self._one, (dy, partials)))
-        return self._one.backward(dy, partials)
+    model: AlexNet
+    workloads: list[Workload]  # the passes of the layers with kernels, in order
+    launches: list[Launch]  # of kernels
 
 
-class WatchedStep(TrainStep):
-    """A training step that is done once, on random images, and keeps what its layers were given.
+@torch.no_grad()
+def record_workloads(
+    variant: str | Variant,
+    batch: int,
+    dtype: torch.dtype,
+    image_size: int | None,
+    towers: int,
+    device: torch.device | str,
+) -> Recorded:
+    """Do a training step, and keep what its layers were given.
 
     Its rates make the momentum buffers the gradients. In float16, which autograd trains, gradients
     are stored as autograd's are.
@@ -134,43 +130,34 @@ class WatchedStep(TrainStep):
         image_size: side in pixels; None is the variant's own.
         towers: 2 takes one of the two towers.
         device: ``"meta"``, on which launches are to be recorded, takes no memory.
-
-    Attributes:
-        workloads: the passes of the layers with kernels, in order.
     """
-
-    def __init__(
-        self,
-        variant: str | Variant,
-        batch: int,
-        dtype: torch.dtype,
-        image_size: int | None,
-        towers: int,
-        device: torch.device | str,
-    ) -> None:
-        self.workloads: list[Workload] = []
-        self._products, fused = dtype, dtype != torch.float16
-        torch.manual_seed(0)
-        with torch.device(device), choosing(lambda key, own: own):
-            model = AlexNet(variant=variant)
-            model.init_parameters("he")
-            if towers > 1:
-                cut_to_tower(model, LoopbackExchange())
-            model.seed_dropout(seed=0, step=0)
-            optimizer = torch.optim.SGD(model.parameters(), lr=float(fused))
-            super().__init__(model, optimizer, tricks=Tricks(fused_update=fused))
-            self._one.fill_(1.0 if fused else _LOSS_SCALE)
-            side = image_size or model.variant.image_size
-            self(torch.randn(batch, 3, side, side), torch.randint(1000, (batch,)))
-
-    def _check_kernels(self, inputs: Any) -> bool:
-        return False  # configs are compared with each other
-
-    def _product_dtype(self) -> torch.dtype:
-        return self._products
-
-    def _passes(self, size: tuple[int, int]) -> list[tuple[str, Pass]]:
-        return [
-            (name, one if isinstance(one, (Torch, Flatten)) else _Watch(name, one, self.workloads))
-            for name, one in super()._passes(size)
-        ]
+    fused, found = dtype != torch.float16, []
+    torch.manual_seed(0)
+    with torch.device(device), choosing(lambda key, own: own):
+        model = AlexNet(variant=variant)
+        model.init_parameters("he")
+        if towers > 1:
+            cut_to_tower(model, LoopbackExchange())
+        model.seed_dropout(seed=0, step=0)
+        side = image_size or model.variant.image_size
+        images, labels = torch.randn(batch, 3, side, side), torch.randint(1000, (batch,))
+        scale = torch.full((), 1.0 if fused else _LOSS_SCALE)
+        optimizer = torch.optim.SGD(model.parameters(), lr=float(fused))
+        chain = Chain(model, optimizer, dtype, True, fused, None)
+        chain.rates.follow()
+        for update in chain.updates.values():
+            update.refresh()
+        passes = chain.passes((side, side), True, True)
+        program = Program([labels])
+        with program.recording():
+            x = first_input([images], None, chain.strided, dtype, True)
+            for name, one in passes:
+                found.append(Workload(name, "forward", one, (x,)))
+                x = one.forward(x)
+            dy, partials = cross_entropy_forward(x, labels, scale)[1], None
+            for name, one in reversed(passes):
+                found.append(Workload(name, "backward", one, (dy, partials)))
+                assert dy is not None
+                dy, partials = one.backward(dy, partials)
+    launches = [launch for launch in program.launches if launch.grid is not None]
+    return Recorded(model, [w for w in found if has_kernels(w.one)], launches)

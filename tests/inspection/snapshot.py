@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -28,7 +29,7 @@ CASES = {
     for gpus, batch in ((1, 128), (1, 1024), (2, 128))
 }
 TOLERANCE = 0.02
-HIGHER = {"useful", "waves", "intensity", "smem"}  # is better; of anything else, lower
+HIGHER = {"useful", "intensity", "smem"}  # is better; of anything else, lower
 Figures = dict[str, dict[str, float]]  # of each launch, and of the step
 
 
@@ -59,7 +60,6 @@ class Bar(NamedTuple):
 BARS = [
     Bar("spills", 0),
     Bar("register loads", 0),
-    Bar("narrow", 1),
     Bar("drains", 0),
     Bar("fences", 0),
     Bar("issue", 0.80, "conv1"),
@@ -67,7 +67,6 @@ BARS = [
     Bar("useful", 0.93, "conv[2-5] forward"),
     Bar("useful", 0.7499, "conv2 input"),
     Bar("useful", 0.72, "conv1"),
-    Bar("waves", 0.85, "conv"),
     # 800 TFLOP/s over 8.1 TB/s from L2, and 270 over 4.2.
     Bar("intensity", 99, "conv(?!2 input)", "h100"),
     Bar("intensity", 85, "conv2 input", "h100"),
@@ -82,12 +81,6 @@ BARS = [
     Bar("launches", 45, "step"),
 ]
 MISSED = {  # (figure, launches): why it misses its bar
-    ("narrow", "augment forward"): "of 12 bytes that start anywhere, up to 4 are loaded alone",
-    ("narrow", "fc8 forward finish_partials"): "fc8 has 1000 columns, which 16 does not divide",
-    ("narrow", "loss forward sum_partials"): "one number of each program, 128 bytes in all",
-    ("narrow", "pool5 backward"): "the bias sums of the ReLU before it",
-    ("narrow", "conv. backward sum_update"): "of a bias each thread sums parts of one element; "
-    "of a weight, copies are 2 bytes; conv1's is padded to 12 x 12",
     ("drains", "conv[12] forward"): "two products a step share a sum: two programs a processor "
     "cover for each other",
     ("issue", "conv2 forward"): "48 channels are taken as 32 + 16, two short products a step",
@@ -96,7 +89,6 @@ MISSED = {  # (figure, launches): why it misses its bar
     ("issue", "fc8 input"): "a sum of 1000 is masked in its last block, and so in every one",
     ("useful", "conv2 input"): "taps that some of four neighbouring pixels lack are zeros",
     ("useful", "conv1 weight"): "48 channels in 64 rows, 96 outputs in 128 columns",
-    ("waves", "conv1 forward"): "9 short steps a program, and first loads and last stores between",
     ("intensity", "conv2 input"): "192 columns of four pixels; on sm_80 48 outputs in 64",
     ("intensity", "conv.*"): "no tile shares x between neighbouring pixels",
     ("smem", "conv2 (input|weight)"): "48 channels in 64 columns: products of 64 x 64",
@@ -125,19 +117,15 @@ def measure(case: str) -> Figures:
         name = f"{row['layer']} {row['role'] or row['phase'] + ' ' + kernel}"
         figures = found.setdefault(name, {})
         for key, value in _of(row).items():
-            if key == "waves" and gpus == 2:
-                continue  # a tower's layers are half as large
             worst = min if key in HIGHER else max
             figures[key] = worst(value, figures.get(key, value))
-    layers, summary = report["layers"], report["summary"]
-    for layer in layers:
-        if layer["layer"] in ("pool1", "pool2"):
-            ratio = layer["size"] / layer["floor_size"]
-            found[f"{layer['layer']} {layer['phase']}"]["bytes over floor"] = ratio
-    linear = [layer for layer in layers if layer["layer"].startswith("fc")]
-    floor = sum(layer["floor_size"] for layer in linear) + 18 * summary["linear_parameters"]
-    ratio = sum(layer["size"] for layer in linear) / floor
-    found["fc6 fc7 fc8"] = {"bytes over floor": ratio}
+    summary = report["summary"]
+    for layer, phase in itertools.product(("pool1", "pool2"), ("forward", "backward")):
+        rows = [r for r in report["launches"] if (r["layer"], r["phase"]) == (layer, phase)]
+        found[f"{layer} {phase}"]["bytes over floor"] = _moved(rows) / _floor(rows)
+    linear = [row for row in report["launches"] if row["layer"].startswith("fc")]
+    floor = _floor(linear) + 18 * summary["linear_parameters"]
+    found["fc6 fc7 fc8"] = {"bytes over floor": _moved(linear) / floor}
     found["step"] = {
         "launches": summary["launches"],
         "bytes a parameter": summary["optimizer_bytes_per_parameter"],
@@ -147,15 +135,23 @@ def measure(case: str) -> Figures:
     return found
 
 
+def _moved(rows: list[dict[str, Any]]) -> float:
+    return float(sum(row["read"] + row["written"] for row in rows))
+
+
+def _floor(rows: list[dict[str, Any]]) -> float:
+    return float(sum(row["floor_size"] or 0.0 for row in rows))
+
+
 def _of(row: dict[str, Any]) -> dict[str, float]:
-    figures = {"registers": row["registers"], "spills": row["spills"], "narrow": row["narrow"]}
+    figures = {"registers": row["registers"], "spills": row["spills"]}
     loop = row["loop"]
     if loop is None:
         return {**figures, "instructions": row["instructions"]} if row["instructions"] else figures
     figures |= {
         "issue": loop["issue_ratio"], "drains": loop["drains"], "smem": loop["shared_ratio"],
         "barriers": 256 * loop["barriers"] / loop["tensor_cycles"],  # for 256 cycles of products
-        "register loads": loop["register_loads"], "useful": row["useful"], "waves": row["waves"],
+        "register loads": loop["register_loads"], "useful": row["useful"],
         "intensity": loop["turn_flops"] / loop["turn_bytes"],
     }  # fmt: skip
     if "TMA" in row["loads"]:
@@ -188,44 +184,13 @@ def _why(name: str, what: str) -> str | None:
     return next((y for (f, w), y in MISSED.items() if f == name and re.fullmatch(w, what)), None)
 
 
-def rows_missed(cases: dict[str, Figures]) -> list[dict[str, Any]]:
-    """Every bar that is missed, with the worst figure, where, and why."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for case, found in cases.items():
-        for what, figures in found.items():
-            for bar in BARS:
-                value = figures.get(bar.figure)
-                if value is None or not bar.holds(bar.figure, what, case):
-                    continue
-                if _worse(bar.figure, value, bar.limit, 0.0):
-                    row = rows.setdefault(
-                        (bar.figure, what),
-                        {
-                            "bar": f"{bar.figure} {bar.limit:g}", "what": what, "figure": value,
-                            "where": [], "reason": _why(bar.figure, what),
-                        },
-                    )  # fmt: skip
-                    worst = min if bar.figure in HIGHER else max
-                    row["figure"] = worst(row["figure"], value)
-                    row["where"].append(case)
-    return list(rows.values())
-
-
 def _shown(content: Any, depth: int = 0) -> str:
     """JSON with a launch on a line."""
-    inside = list(content.values() if isinstance(content, dict) else content)
-    if not any(isinstance(value, dict) for value in inside):
+    if not isinstance(content, dict) or not any(isinstance(x, dict) for x in content.values()):
         return json.dumps(content)
     space = "\n" + " " * (depth + 1)
-    if isinstance(content, list):
-        return f"[{space}" + f",{space}".join(map(json.dumps, content)) + "\n]"
-    lines = [
-        json.dumps(name)
-        + ": "
-        + (_shown(value, depth + 1) if isinstance(value, (dict, list)) else json.dumps(value))
-        for name, value in content.items()
-    ]
-    return f"{{{space}" + f",{space}".join(lines) + "\n" + " " * depth + "}"
+    lines = [f"{json.dumps(name)}: {_shown(x, depth + 1)}" for name, x in content.items()]
+    return f"{{{space}{f',{space}'.join(lines)}\n{' ' * depth}}}"
 
 
 def main() -> None:
@@ -236,7 +201,7 @@ def main() -> None:
             case: {w: {n: round(v, 4) for n, v in f.items()} for w, f in found.items()}
             for case, found in cases.items()
         }
-        content = {"triton": triton.__version__, "missed": rows_missed(rounded), "cases": rounded}
+        content = {"triton": triton.__version__, "cases": rounded}
         PATH.write_text(_shown(content) + "\n")
         return
     held = json.loads(PATH.read_text())["cases"]

@@ -53,7 +53,7 @@ def test_a_launch_s_figures_are_those_of_its_product() -> None:
     assert product.written == finish.read - 2 * 1000 == 8 * 4 * 128 * 1000
     assert product.useful == pytest.approx(1000 / 1024)
     assert product.floor_flops == 2 * 128 * 1000 * 4096
-    assert product.loads == ["TMA"]
+    assert product.loads[0] == "TMA"
     assert (product.spills, finish.spills) == (0, 0)
     loop = product.loop
     assert loop is not None
@@ -61,6 +61,7 @@ def test_a_launch_s_figures_are_those_of_its_product() -> None:
     assert loop.turn_bytes == 2 * 64 * (128 + 64)
     assert loop.turns is not None
     assert loop.turns * loop.turn_flops == product.flops
+    assert loop.loaded == loop.turns * loop.turn_bytes
     assert loop.barriers > 0
     assert (finish.loop, finish.flops, finish.written) == (None, 0.0, 2 * 128 * 1000)
 
@@ -121,7 +122,7 @@ def test_the_floor_of_a_step(gpu: str, batch: int, ceiling: float) -> None:
     augment = floors.pop(("augment", "forward"))
     assert augment.size == batch * (224 * 224 * 3 + 2 * 57 * 57 * 48)  # crops, blocks
     seconds = sum(GPUS[gpu].seconds(f.flops, f.size, "bf16") for f in floors.values())
-    seconds += cost.UPDATE_BYTES * sum(step.parameters) / (1e12 * GPUS[gpu].bandwidth)
+    seconds += cost.UPDATE_BYTES * step.parameters / (1e12 * GPUS[gpu].bandwidth)
     assert batch / seconds == pytest.approx(ceiling, rel=0.01)
 
 
@@ -300,7 +301,7 @@ def test_a_loop_is_what_returns_to_its_label() -> None:
     ("arguments", "message"),
     [
         (["--gpu", "v100"], "argument --gpu: invalid choice: 'v100'"),
-        (["--batch", "0"], "--batch: expected at least 1, got 0"),
+        (["--batch", "0"], "argument --batch: expected a whole number of at least 1, got '0'"),
         (["--gpus", "2", "--variant", "owt"], "--gpus 2: variant owt has no two towers"),
         (["--step", "infer", "--sass", "nosuch"], "--sass: no kernel 'nosuch' here"),
     ],

@@ -11,6 +11,7 @@ import torch
 import triton
 
 import fastalex_kernels as fk
+from fastalex.common.compile import fake_driver
 from fastalex.inspection import offline
 from fastalex.inspection.record import record_step
 from fastalex_kernels.common.backend import interpreted
@@ -198,9 +199,9 @@ def test_launches_of_one_code_share_it() -> None:
 def test_a_driver_is_put_back() -> None:
     driver = triton.runtime.driver
     before = driver._active
-    with pytest.raises(ZeroDivisionError), offline.fake_driver("sm_90"):
+    with pytest.raises(ZeroDivisionError), fake_driver("sm_90"):
         assert driver.active.get_current_target().arch == 90
-        with offline.fake_driver("gfx942"):
+        with fake_driver("gfx942"):
             assert driver.active.get_current_target().backend == "hip"
         assert driver.active.get_current_target().arch == 90
         raise ZeroDivisionError
@@ -208,7 +209,7 @@ def test_a_driver_is_put_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [offline.fake_driver("sm_91").__enter__, lambda: offline.record("sm_91", int)]
+    "function", [fake_driver("sm_91").__enter__, lambda: offline.record("sm_91", int)]
 )
 def test_an_unknown_target(function: Any) -> None:
     with pytest.raises(ValueError, match=r"^target: expected one of sm_80, .*, got 'sm_91'$"):

@@ -7,14 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from bench._report import Report
-from bench._timing import Images, Times
+from bench._timing import Times
 
 
 def test_each_comparison_is_on_disk_as_soon_as_it_is_made(tmp_path: Path) -> None:
     report, benchmark = Report(None, tmp_path), SimpleNamespace(extra_info={})
     times = Times([2e-3, 1e-3, 4e-3], [6e-3, 6e-3, 5e-3], {"ours": 1e-4})
     for count, against in enumerate(("stock", "no graph"), 1):
-        report.add(benchmark, "step", times, Images(8), layer="step", against=against)
+        report.add(benchmark, "step", times, 8, layer="step", against=against)
         (path,) = tmp_path.iterdir()
         rows = json.loads(path.read_text())["results"]
         assert len(rows) == count

@@ -16,7 +16,7 @@ from bench import card
 from tests._commands import ROOT, environment
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-STEPS = ["environment", "doctor", "step", "train", "layers", "tune", "profile", "tests"]
+STEPS = ["environment", "doctor", "step", "train", "layers", "tune", "tests"]
 
 
 def _run(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -42,7 +42,7 @@ def test_the_dry_run_does_every_step(tmp_path: Path) -> None:
     process = _run(tmp_path, "--dry-run")
     assert process.returncode == 0, process.stdout + process.stderr
     assert _summary(process.stdout) == dict.fromkeys(STEPS, "passed")
-    for theme in ("tiles", "step", "layers", "profile"):
+    for theme in ("tiles", "step", "layers"):
         (path,) = tmp_path.glob(f"{theme}_cpu_??????.json")
         content = json.loads(path.read_text())
         assert content["versions"]["torch"] == torch.__version__
@@ -51,7 +51,6 @@ def test_the_dry_run_does_every_step(tmp_path: Path) -> None:
     assert not json.loads(next(tmp_path.glob("tiles_*.json")).read_text())["timed"]
     (log,) = tmp_path.glob("gpu_day_*.log")
     assert log.read_text().strip() == process.stdout.strip()
-    assert (tmp_path / "profile" / "trace.json").is_file()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import torch
 
 import fastalex_kernels as kernels
 from fastalex import AlexNet
-from fastalex.inspection import offline
+from fastalex.common.compile import TARGETS, Compiled, compile_ahead
 from fastalex.inspection.forecast import Estimate
 from fastalex.inspection.gpus import GPUS
 from fastalex.inspection.record import record_step
@@ -27,7 +27,7 @@ from fastalex.training.passes import Pool
 from fastalex.tuning import sweep, tune
 from fastalex.tuning.candidates import candidates, is_split
 from fastalex.tuning.sweep import Config, Entry, autotune
-from fastalex.tuning.workloads import WatchedStep, Workload
+from fastalex.tuning.workloads import Recorded, Workload, record_workloads
 from fastalex_kernels.common import launch, tuned
 from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.common.program import Launch
@@ -42,8 +42,8 @@ OWN = (128, 64, 64, 4, 4)
 ENTRY = {"kernel": KEY[0], "kind": KEY[1], "sizes": list(KEY[2]), "tile": list(TILE)}
 LAUNCH = Launch("fc8", "forward", print, (1,), [], {})
 OPS = tuned.identity(GPU)["kernels"]
-DONE = offline.Compiled(None, 0.0)
-SHARED = offline.TARGETS["sm_90"].shared_limit
+DONE = Compiled(None, 0.0)
+SHARED = TARGETS["sm_90"].shared_limit
 
 
 def _content(**changes: Any) -> dict[str, Any]:
@@ -132,18 +132,18 @@ def test_without_a_table_nothing_is_said(
     assert _tile() == TILE
 
 
-def _entry(*seconds: float | None) -> Entry:
-    configs = [Config((64, 64, 32, 4, i + 1), seconds=s) for i, s in enumerate(seconds)]
+def _entry(*us: float | None) -> Entry:
+    configs = [Config((64, 64, 32, 4, i + 1), us=each) for i, each in enumerate(us)]
     return Entry("conv2", "forward", KEY, configs)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "chosen"), [((1.0, 0.98), 0), ((1.0, 0.9, 0.8), 2), ((1.0, None), 0)]
+    ("us", "chosen"), [((1.0, 0.98), 0), ((1.0, 0.9, 0.8), 2), ((1.0, None), 0)]
 )
 def test_the_own_config_stays_unless_another_is_clearly_faster(
-    seconds: tuple[float | None, ...], chosen: int
+    us: tuple[float | None, ...], chosen: int
 ) -> None:
-    entry = _entry(*seconds)
+    entry = _entry(*us)
     assert entry.best() is entry.configs[chosen]
 
 
@@ -159,7 +159,7 @@ def test_a_skipped_config_is_not_the_best() -> None:
 @pytest.mark.parametrize("bits", [16, 32])
 def test_candidates_fit_and_none_comes_twice(bits: int) -> None:
     for shared in (99 << 10, 227 << 10):
-        own, *others = candidates(KEY, OWN, "sm_90", bits, shared)
+        own, *others = candidates(KEY, OWN, bits, shared)
         assert own == OWN
         assert len(set(others)) == len(others) > 8
         for m, n, k, warps, stages in others:
@@ -181,7 +181,7 @@ def test_candidates_fit_and_none_comes_twice(bits: int) -> None:
 def test_few_candidates_beside_products(
     kernel: str, sizes: tuple[int, ...], own: tuple[int, ...], allowed: Any
 ) -> None:
-    first, *others = dict.fromkeys(candidates((kernel, "bfloat16", sizes), own, "sm_90", 16, 0))
+    first, *others = dict.fromkeys(candidates((kernel, "bfloat16", sizes), own, 16, 0))
     assert first == own
     assert 1 <= len(others) <= 4
     for tile in others:
@@ -200,14 +200,13 @@ def _tuned(
     *names: str,
     dtype: torch.dtype = torch.bfloat16,
     measure: Measure = lambda entry, best: None,
-    seconds: float = 1e9,
 ) -> list[Entry]:
     """The paper's net on an H100, without compiling anything."""
-    monkeypatch.setattr(offline, "compile_ahead", lambda *_: itertools.repeat(DONE))
+    monkeypatch.setattr(sweep, "compile_ahead", lambda *_: itertools.repeat(DONE))
     with record_launches("sm_90", lambda *_: None):
-        step = WatchedStep("paper", 128, dtype, None, gpus, "meta")
+        step = record_workloads("paper", 128, dtype, None, gpus, "meta")
     workloads = [w for w in step.workloads if not names or w.layer in names]
-    return list(autotune(workloads, "sm_90", limit, measure, seconds))
+    return list(autotune(workloads, "sm_90", limit, measure))
 
 
 @pytest.mark.slow
@@ -242,9 +241,9 @@ def test_in_float16_what_autograd_launches_is_tuned(monkeypatch: pytest.MonkeyPa
 def test_what_launches_nothing_is_not_tuned() -> None:
     """A tower asks whether halves of a product gain, and in the interpreter they do not."""
     with kernels.backend("interpreter"), record_launches("interpreter", lambda *_: None):
-        step = WatchedStep(narrow("paper"), 1, torch.float32, 36, 2, "meta")
+        step = record_workloads(narrow("paper"), 1, torch.float32, 36, 2, "meta")
         workloads = [w for w in step.workloads if w.layer == "fc6"]
-        found = list(autotune(workloads, "interpreter", 2, lambda *_: None, 1e9))
+        found = list(autotune(workloads, "interpreter", 2, lambda *_: None))
     kinds = [(entry.phase, entry.key[0]) for entry in found]
     assert kinds == [("forward", "linear"), ("backward", "linear"), ("backward", "linear update")]
     assert all(config.launches for entry in found for config in entry.configs)
@@ -255,7 +254,7 @@ def test_splits_follow_from_the_best_tiles(monkeypatch: pytest.MonkeyPatch) -> N
 
     def measure(entry: Entry, best: dict[tuned.Key, tuned.Tile]) -> None:
         for i, config in enumerate(entry.configs):
-            config.seconds = 1.0 / (i + 1)  # the last is the fastest
+            config.us = 1.0 / (i + 1)  # the last is the fastest
 
     found = _tuned(1, 9, monkeypatch, "fc8", measure=measure)
     kinds = [entry.key[0] for entry in found]
@@ -272,19 +271,13 @@ def test_splits_follow_from_the_best_tiles(monkeypatch: pytest.MonkeyPatch) -> N
             assert len(finish) == (config.tile != (1,))
 
 
-def test_nothing_starts_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = _tuned(1, 2, monkeypatch, "fc8", seconds=-1.0)
-    assert len(found) >= 3
-    assert not any(entry.reached for entry in found)
-
-
 def test_a_config_s_launches_are_estimated_together(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [Row("fc8", "forward", "kernel", estimate=Estimate(1e-6, middle, 9e-6, "L2"))
             for middle in (2e-6, 3e-6)]  # fmt: skip
     monkeypatch.setattr(sweep, "inspect", lambda *_: rows)
     entry = Entry("fc8", "forward", KEY, [Config((8, 4), launches=[LAUNCH])])
     sweep.rank(entry, None, GPUS["h100"], "bf16")  # type: ignore[arg-type]
-    assert entry.own.estimate == pytest.approx(5.0)
+    assert entry.own.us == pytest.approx(5.0)
 
 
 @pytest.mark.parametrize(
@@ -307,9 +300,9 @@ def test_a_candidate_that_spills_or_fails_is_left_out(
             raise code
         return SimpleNamespace(**dict(zip(("spills", "stack", "shared"), code, strict=True)))
 
-    monkeypatch.setattr(offline, "compile_launch", compile_launch)
-    monkeypatch.setattr(offline, "read", lambda compiled: compiled)
-    compiled = offline.compile_ahead([[LAUNCH], [LAUNCH]], "sm_90", offline.unfit)
+    monkeypatch.setattr(sweep, "compile_launch", compile_launch)
+    monkeypatch.setattr(sweep.offline, "read", lambda compiled: compiled)
+    compiled = compile_ahead([[LAUNCH], [LAUNCH]], "sm_90", sweep.unfit)
     assert [job.failure for job in compiled] == [why, why]
 
 
@@ -340,9 +333,9 @@ class Costs:
 
 
 @pytest.fixture(scope="module")
-def small_step() -> WatchedStep:
+def small_step() -> Recorded:
     with kernels.backend("interpreter"):
-        return WatchedStep(narrow("paper"), 1, torch.float32, 36, 1, "cpu")
+        return record_workloads(narrow("paper"), 1, torch.float32, 36, 1, "cpu")
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
@@ -369,12 +362,12 @@ def test_a_wrong_candidate_is_refused_and_a_slow_one_loses(
     assert entry.best().tile[0] == 4
     assert entry.configs[2].skipped is not None
     assert "a result is 1.0e-02 away" in entry.configs[2].skipped
-    assert entry.configs[2].seconds is None
+    assert entry.configs[2].us is None
 
 
 @pytest.mark.slow
 def test_what_an_update_does_is_checked_and_undone(
-    small_step: WatchedStep, monkeypatch: pytest.MonkeyPatch
+    small_step: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A candidate that gets the momentum buffer wrong is refused, and nothing is trained."""
     (work,) = (w for w in small_step.workloads if (w.layer, w.phase) == ("fc8", "backward"))
@@ -400,18 +393,24 @@ def test_what_an_update_does_is_checked_and_undone(
         assert torch.equal(x, value)
 
 
-SWEEP = ["--dry-run", "--batch-size", "1", "--image-size", "36", "--dtype", "fp32"]
+def _tune(path: Path) -> int:
+    """The command on ``pool5``, as if the interpreter were a GPU."""
+    small = ["--batch-size", "1", "--image-size", "36", "--dtype", "fp32", "--layer", "pool5"]
+    options = tune._parser().parse_args(small)
+    with kernels.backend("interpreter"):
+        return tune.tune(options, torch.device("cpu"), "interpreter", path)
 
 
 @pytest.fixture
-def narrow_net(small_step: WatchedStep, monkeypatch: pytest.MonkeyPatch) -> None:
+def narrow_net(small_step: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command tunes ``small_step``."""
     monkeypatch.setitem(VARIANTS, "paper", narrow("paper"))
 
-    def step(*arguments: Any) -> WatchedStep:
-        return WatchedStep(*arguments) if arguments[-1] == "meta" else small_step
+    def step(*arguments: Any) -> Recorded:
+        return record_workloads(*arguments) if arguments[-1] == "meta" else small_step
 
-    monkeypatch.setattr(tune, "WatchedStep", step)
+    monkeypatch.setattr(tune, "record_workloads", step)
+    monkeypatch.setattr(tune, "_ROUNDS", 1)
 
 
 @pytest.mark.slow
@@ -423,9 +422,9 @@ def test_a_table_is_written_and_used_by_the_step(
     costs.cost = lambda rows: 1.0 / rows  # the largest program is the fastest
     monkeypatch.setattr(tuned, "device_name", lambda device: "interpreter")
     monkeypatch.setattr(tune, "clock_of", lambda device: costs)
+    assert _tune(table) == 0
+    assert f"table {table}" in capsys.readouterr().out
     with kernels.backend("interpreter"):
-        assert tune.main([*SWEEP, "--layer", "pool5"]) == 0
-        assert f"table {table}" in capsys.readouterr().out
         entries = {e["pass"]: e for e in json.loads(table.read_text())["tiles"]}
         step = _step()
         step(torch.randn(1, 3, 36, 36), torch.tensor([3]))
@@ -446,7 +445,7 @@ def _step() -> TrainStep:
 @pytest.mark.slow
 @pytest.mark.usefixtures("narrow_net")
 def test_an_interrupted_sweep_keeps_what_it_had(
-    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter([0.0, 2.0, 2.0, 3.0])  # of the first key, which has two candidates
 
@@ -456,9 +455,8 @@ def test_an_interrupted_sweep_keeps_what_it_had(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tune, "clock_of", lambda device: clock)
-    with kernels.backend("interpreter"):
-        assert tune.main([*SWEEP, "--layer", "pool5"]) == 130
-    assert capsys.readouterr().err.endswith(f"interrupted, 1 keys are in {table}\n")
+    with pytest.raises(KeyboardInterrupt, match=f"^interrupted, 1 keys are in {table}$"):
+        _tune(table)
     (found,) = tuned.read_table(table, "interpreter").items()
     assert found[0][0] == "pool forward"
     (entry,) = json.loads(table.read_text())["tiles"]

@@ -38,7 +38,7 @@ def _tried(kernel: str, call: Callable[[], object]) -> tuple[tuned.Key, list[tun
         call()
     key, own = next((key, own) for key, own in looked_up.items() if key[0] == kernel)
     assert len(own) == len(tuned.FIELDS[kernel])
-    first, *tried = dict.fromkeys(candidates(key, own, TARGET, 16, 1 << 20))
+    first, *tried = dict.fromkeys(candidates(key, own, 16, 1 << 20))
     assert first == own
     assert tried
     return key, tried
