@@ -24,7 +24,21 @@ import triton.language as tl
 from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.reduce import blocks, sum_parts
 
-RULES = ("paper", "torch")
+Tensor = torch.Tensor
+
+
+def _paper(w: Tensor, v: Tensor, g: Tensor, lr: Any, momentum: Any, decay: Any) -> None:
+    v.mul_(momentum).sub_(lr * (g + decay * w))
+    w.add_(v)
+
+
+def _torch(w: Tensor, v: Tensor, g: Tensor, lr: Any, momentum: Any, decay: Any) -> None:
+    v.mul_(momentum).add_(g + decay * w)
+    w.sub_(lr * v)
+
+
+# By name, the update of a weight and its momentum buffer in place, by torch's operators.
+RULES = {"paper": _paper, "torch": _torch}
 
 
 @dataclass(eq=False)
@@ -102,16 +116,9 @@ class MomentumUpdate:
             gradient: of the parameter's shape.
             squares: float32 [1], gets the gradient's squared norm.
         """
-        w, v, (lr, momentum, decay) = self.parameter, self.buffer, self.rate.unbind()
         g = gradient.to(torch.float32)
         squares.copy_(g.square().sum().reshape(1))
-        g = g + decay * w
-        if self.rule == "paper":
-            v.mul_(momentum).sub_(lr * g)
-            w.add_(v)
-        else:
-            v.mul_(momentum).add_(g)
-            w.sub_(lr * v)
+        RULES[self.rule](self.parameter, self.buffer, g, *self.rate.unbind())
         self.refresh()
 
 

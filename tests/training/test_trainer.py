@@ -28,6 +28,7 @@ from fastalex.training.run_config import RunConfig
 from fastalex.training.run_folder import RunFolder
 from fastalex.training.step import Tricks
 from fastalex.training.validation import Accuracy, evaluate
+from fastalex_kernels.common.backend import chosen
 from tests._nets import narrow
 
 ALONE = World("cpu", processes=1, towers=1, threads=1)
@@ -236,6 +237,23 @@ def test_a_validation_loss_that_is_not_finite_keeps_the_last_good_weights(
     assert "of epoch 1" in RunFolder(tmp_path).kept()
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").open()]
     assert kinds.count("epoch") == 1
+
+
+@pytest.mark.usefixtures("one_net")
+@pytest.mark.parametrize("wrong", [True, False])
+def test_kernels_that_a_step_does_without_validate_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: bool
+) -> None:
+    chosen_by: list[str] = []
+    monkeypatch.setattr(trainer.TrainStep, "uses_aten", wrong)
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda *_: chosen_by.append(chosen()) or Accuracy(1.0, 0.5, 1.0)
+    )
+    options = ("--batch-size", "4", "--epochs", "1", "--fused-update")
+    run = trainer.Trainer(_plan(tmp_path, FewImages([0, 1, 0, 1], classes=2), *options))
+    run.run()
+    run.close()
+    assert chosen_by == ["aten" if wrong else "auto"]
 
 
 @pytest.mark.usefixtures("one_net")
