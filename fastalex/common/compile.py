@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex_kernels.common.backend import interpreted
+from fastalex_kernels.common.backend import interpreted, record_launches
 from fastalex_kernels.common.program import Launch
 
 
@@ -133,6 +134,30 @@ def without_data(launch: Launch, storages: dict[int, torch.UntypedStorage]) -> L
         return view.set_(storage, x.storage_offset(), x.shape, x.stride())
 
     return replace(launch, arguments=list(map(bare, launch.arguments)))
+
+
+def record(target: str, step: Callable[[], object]) -> list[Launch]:
+    """Every launch that ``step()`` would make on ``target``, in order.
+
+    ``step`` runs on fake tensors: those it creates take no memory and hold no values, whatever
+    their size, and no kernel runs.
+
+    Args:
+        target: one of ``TARGETS``.
+        step: creates its tensors on the default device, then calls functions of
+            ``fastalex_kernels`` (or a model made of them), backward too.
+    """
+    if not can_compile(target):
+        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    recorded: list[Launch] = []
+
+    def recorder(*launch: Any) -> None:
+        recorded.append(Launch.of("", "", *launch))
+
+    with FakeTensorMode(allow_non_fake_inputs=True), record_launches(target, recorder):
+        step()
+    storages: dict[int, torch.UntypedStorage] = {}
+    return [without_data(launch, storages) for launch in recorded]
 
 
 def check_target(target: str) -> None:

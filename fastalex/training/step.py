@@ -98,7 +98,7 @@ class TrainStep:
         if reduce is not None and tricks.fused_update:
             raise ValueError("reduce: fused updates leave no gradient to reduce")
         self.model, self.optimizer, self.precision = model, optimizer, precision
-        self._exchange, self._augment, self._tricks = exchange, augment, tricks
+        self.augment, self.tricks, self._exchange = augment, tricks, exchange
         self._reduce, self._tell = reduce, tell
         self._seeds: tuple[int, int] | None = None  # of a dropout that nobody else seeds
         self._aten: frozenset[str] = frozenset()  # parts that do not run on their kernels
@@ -109,7 +109,7 @@ class TrainStep:
         check(self.model, self.optimizer)
         dtype = torch.float32 if interpreted() else self._product_dtype()
         self._chain = Chain(
-            self.model, self.optimizer, dtype, self._tricks, self._exchange, self._augment,
+            self.model, self.optimizer, dtype, self.tricks, self._exchange, self.augment,
             self._aten,
         )  # fmt: skip
         self._updates = list(self._chain.updates.values())
@@ -126,6 +126,11 @@ class TrainStep:
         return PRODUCTS[self.precision]
 
     @property
+    def exchange(self) -> Exchange | None:
+        """With the other tower; None of a whole net."""
+        return self._chain.exchange
+
+    @property
     def launches(self) -> list[Launch]:
         """What the last call launched, in order; see ``Launch``.
 
@@ -136,7 +141,7 @@ class TrainStep:
 
     def gradient_norms(self) -> dict[str, torch.Tensor]:
         """The Euclidean norm of each parameter's last gradient, float64 scalars on the device."""
-        if not self._tricks.fused_update:
+        if not self.tricks.fused_update:
             return gradient_norms(self.model)
         squares = {} if self._last is None else self._last.squares
         return {name: s.sum(dtype=torch.float64).sqrt() for name, s in squares.items()}
@@ -162,7 +167,7 @@ class TrainStep:
         key = (self.model.training, float32_precisions(), *map(signature, (*parts, labels)))
         recorded = self._recorded.get(key)
         if recorded is None:
-            check_batch(images, labels, self.model, self._augment)
+            check_batch(images, labels, self.model, self.augment)
         inputs = input_tensors(images, labels, self._chain.has_kernels)
         if recorded is None:
             while self._chain.has_kernels and self._check_kernels(inputs):
@@ -172,7 +177,7 @@ class TrainStep:
         else:
             recorded.run(inputs)
         self._last = recorded
-        if not self._tricks.fused_update:
+        if not self.tricks.fused_update:
             self._apply_stored()
         torch.autograd.graph.increment_version(self._written)  # kernels wrote, autograd did not see
         self._versions = [update.parameter._version for update in self._updates]
@@ -213,8 +218,8 @@ class TrainStep:
         updates = self._chain.updates.items()
         squares = {name: u.squares for name, u in updates if u.squares is not None}
         run: Callable[[Inputs], None] = program.run
-        if self._tricks.graph and labels.is_cuda:
-            run = Graph(program, self._chain.exchange, self._tell).run
+        if self.tricks.graph and labels.is_cuda:
+            run = Graph(program, self.exchange, self._tell).run
         return _Recorded(program, loss, squares, run)
 
     def _passes(self, size: tuple[int, int]) -> list[tuple[str, Pass]]:
