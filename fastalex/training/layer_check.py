@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,10 +49,6 @@ _NEAR_TIE = 1e-4  # of the larger of two values: where they are closer, either i
 # The rounding to 16 bits is within the bound in each element. In float32 the error of a sum is a
 # random walk's, and that of the worst of 10^5 rows is so many times the mean.
 _SLICE = {torch.float32: 4}
-
-
-class UnusableGPU(TrainingError):
-    """A kernel left the GPU in an error that stays; the message names it."""
 
 
 class NotChecked(RuntimeError):
@@ -112,13 +107,7 @@ def slice_error(out: Tensor, ref: Tensor) -> float:
 
 
 class Check:
-    """Runs of a part's kernels beside what they should come to.
-
-    Args:
-        name: of the part.
-        verdict: is filled in.
-        dtype: of the products.
-    """
+    """Runs of a part's kernels beside what they should come to; fills in the verdict."""
 
     def __init__(self, name: str, verdict: Verdict, dtype: torch.dtype) -> None:
         self.name, self.verdict, self.dtype = name, verdict, dtype
@@ -132,15 +121,7 @@ class Check:
         expected: Expected,
         changed: Sequence[Tensor] = (),
     ) -> Results:
-        """The results of a pass, by name; none where they are wrong.
-
-        Args:
-            phase: ``"forward"`` or ``"backward"``.
-            make: launches the kernels.
-            inputs: of them.
-            expected: float64's results and their bounds.
-            changed: what the kernels change in place, and is put back.
-        """
+        """What ``make`` makes of ``inputs``, none where it is wrong; ``changed`` is put back."""
         if not all(bool(x.isfinite().all()) for x, _ in expected.values()):
             raise NotChecked(f"{self.name}: a result is not finite in float64 either")
         program, before = Program(inputs), [x.clone() for x in changed]
@@ -161,9 +142,8 @@ class Check:
             wrong = [first_line(error)]
         if wrong:
             kernels = dict.fromkeys(x.name for x in program.launches if x.grid is not None)
-            by = ", ".join(kernels) or "a launch"
-            _check_gpu(by)
-            self.verdict.wrong = f"{phase}: {wrong[0]}, by {by}"
+            self.verdict.wrong = f"{phase}: {wrong[0]}, by {', '.join(kernels) or 'a launch'}"
+            _check_gpu(self.verdict.wrong)
         self.programs.append(program)
         _copy(before, changed)
         return {} if wrong else first
@@ -184,25 +164,17 @@ class Check:
 
 
 class LayerCheck(Check):
-    """A layer's two passes on the data of a step.
-
-    Args:
-        name: of the layer.
-        one: its pass, of a chain whose exchange is a loopback.
-        verdict: is filled in.
-        dtype: of the products.
-    """
+    """A layer's two passes on the data of a step, of a chain whose exchange is a loopback."""
 
     def __init__(self, name: str, one: Pass, verdict: Verdict, dtype: torch.dtype) -> None:
         super().__init__(name, verdict, dtype)
         self.one: Any = one
 
     def forward(self, x: Tensor, read: Tensor) -> Tensor:
-        """Check the forward pass on ``x``; the output, float64's where the kernels' is wrong.
+        """Check the forward pass on ``x``, which the layer's module takes as ``read``.
 
-        Args:
-            x: what the kernels read.
-            read: the same as the layer's module reads it.
+        Returns:
+            The output, float64's where the kernels' is wrong.
         """
         if not has_kernels(self.one):
             return self.one.forward(x)  # type: ignore[no-any-return]
@@ -225,7 +197,7 @@ class LayerCheck(Check):
             dy = torch.where(self._unsure, 0.0, dy)
         if isinstance(one, Pool):
             dy = dy * one_maximum(one, self._x)
-        self._dy, rows = dy, dy.numel() // dy.shape[-1]
+        self._dy, rows, updates = dy, dy.numel() // dy.shape[-1], self._updates()
         wide, gradients = in_float64(one.module, self._x, dy)
         dx = torch.where(self._x <= 0, 0.0, wide) if one.masks_dx else wide
         if one.gather is not None:
@@ -235,10 +207,17 @@ class LayerCheck(Check):
         sums = dx.flatten(0, -2).sum(0)
         expected[SUMS] = (sums, self._bound(max(rows, len(dx))))
         changed = self._expect_updates(expected, gradients, self._bound(rows))
+
+        def make() -> Results:
+            mine, below = one.backward(dy, partials)
+            made = {"gradient of the input": mine, SUMS: below, **changed}
+            made |= {f"squared norm of the {kind}'s gradient": u.squares for kind, u in updates}
+            return {name: x for name, x in made.items() if x is not None}
+
         made: Results = {}
         if self.verdict.wrong is None:
-            inputs = (dy, partials, self._x)
-            made = self.run("backward", lambda: self._made(dy, partials), inputs, expected, changed)
+            inputs, puts_back = (dy, partials, self._x), list(changed.values())
+            made = self.run("backward", make, inputs, expected, puts_back)
         below = sums.float()[None] if SUMS in made else None
         return (dx.to(dy.dtype).contiguous() if one.needs_dx else None), below
 
@@ -256,43 +235,33 @@ class LayerCheck(Check):
 
     def _expect_updates(
         self, expected: Expected, gradients: Sequence[Tensor], bound: float
-    ) -> list[Tensor]:
-        """Add what becomes of the parameters; what the kernels change of them in place.
+    ) -> Results:
+        """Add what becomes of the parameters; where the kernels write it.
 
         Rates and momentum are chosen so that no part of the rule drowns another.
         """
-        changed: list[Tensor] = []
-        for (kind, of), g in zip(self._updates(), gradients, strict=False):
+        changed: Results = {}
+
+        def expect(what: str, place: Tensor, value: Tensor, rows: int) -> None:
+            changed[what], expected[what] = place, (value.reshape(rows, -1), bound)
+
+        for i, ((kind, of), g) in enumerate(zip(self._updates(), gradients, strict=True)):
             w, v = of.parameter.detach(), of.buffer
             if isinstance(self.one.update, StoredGradients):
-                expected[f"gradient of the {kind}"] = (as_matrix(g), bound)
+                expect(f"gradient of the {kind}", self.one.update.gradients[i], g, len(g))
                 continue
             size, step = float(w.norm()) or 1.0, float(g.norm()) or 1.0
             of.rate = torch.tensor([size / step, 0.5, step / size / 4], device=w.device)
             v.copy_(g.roll(1, 0))
             new, momentum = w.double(), v.double()
             RULES[of.rule](new, momentum, g, *of.rate.double())
-            expected[kind] = (as_matrix(new), bound)
-            expected[f"momentum of the {kind}"] = (as_matrix(momentum), bound)
+            expect(kind, w, new, len(w))
+            expect(f"momentum of the {kind}", v, momentum, len(w))
             expected[f"squared norm of the {kind}'s gradient"] = (g.square().sum(), 2 * bound)
-            changed += [w, v]
             if of.operand is not None:
-                expected[f"copy of the {kind}"] = (new if of.pack is None else of.pack(new), bound)
-                changed.append(of.operand)
+                copied = new if of.pack is None else of.pack(new)
+                expect(f"copy of the {kind}", of.operand, copied, copied[..., 0].numel())
         return changed
-
-    def _made(self, dy: Tensor, partials: Tensor | None) -> Results:
-        """What a backward pass makes and changes, by the names of what is expected."""
-        dx, below = self.one.backward(dy, partials)
-        made = {"gradient of the input": dx, SUMS: below}
-        for i, (kind, of) in enumerate(self._updates()):
-            if isinstance(self.one.update, StoredGradients):
-                made[f"gradient of the {kind}"] = self.one.update.gradients[i]
-                continue
-            made[kind], made[f"momentum of the {kind}"] = of.parameter.detach(), of.buffer
-            made[f"squared norm of the {kind}'s gradient"] = of.squares
-            made[f"copy of the {kind}"] = of.operand
-        return {name: x for name, x in made.items() if x is not None}
 
     def _updates(self) -> list[tuple[str, MomentumUpdate]]:
         updates = () if self.one.update is None else self.one.update.updates
@@ -316,10 +285,10 @@ class LayerCheck(Check):
 def check_parts(
     chain: Chain, names: Sequence[str], inputs: Inputs, clock: Clock | None
 ) -> dict[str, Verdict]:
-    """Check every launch of a step, and time each layer.
+    """Check every launch of a step, whose parameters are put back, and time its layers.
 
     Args:
-        chain: of the step, whose parameters and buffers are put back.
+        chain: of the step.
         names: of the parts that have kernels.
         inputs: of the step.
         clock: None times nothing.
@@ -409,11 +378,6 @@ def in_float64(
     return (whole.permute(2, 3, 0, 1) if maps else whole), sums
 
 
-def as_matrix(x: Tensor) -> Tensor:
-    """A parameter as rows, one for each output."""
-    return x.flatten(1) if x.dim() > 1 else x
-
-
 def one_maximum(one: Pool, x: Tensor) -> Tensor:
     """1 where the gradient of a window has one place to go, else 0: [P, Q, N, C].
 
@@ -450,7 +414,7 @@ def _put_back(tensors: Sequence[Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        if sys.exc_info()[0] is not UnusableGPU:  # else nothing can be copied any more
+        with contextlib.suppress(RuntimeError):  # of an unusable GPU, which is being told
             _copy(before, tensors)
 
 
@@ -461,24 +425,20 @@ def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
 
 @contextlib.contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """Fill what is allocated with NaN, so that an element that nobody writes is seen."""
+    """Let torch fill what is allocated with NaN, so that an element that nobody writes is seen."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    settings: Any = torch.utils.deterministic
-    filled, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, True
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        settings.fill_uninitialized_memory = filled
 
 
-def _check_gpu(names: str) -> None:
-    if not torch.cuda.is_available():
-        return
+def _check_gpu(wrong: str) -> None:
+    """Raise where a kernel left the GPU in an error that stays."""
     try:
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
     except RuntimeError as error:
-        line = str(error).splitlines()[0]
-        raise UnusableGPU(f"{names} left the GPU unusable: {line}; {REPORT}") from error
+        raise TrainingError(f"the GPU is unusable after {wrong}; {REPORT}") from error
