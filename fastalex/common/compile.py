@@ -19,7 +19,6 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -55,39 +54,21 @@ def _probe() -> None:
     pass
 
 
-class _AbsentGPU(DriverBase):  # type: ignore[misc]
-    """Answers what a launcher asks before it compiles; nothing is ever run through it."""
+class _AbsentGPU(NamedTuple):
+    """What a launcher asks of a driver before it compiles; nothing is ever run through it."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    name: str
 
     def get_current_target(self) -> GPUTarget:
-        return _gpu(self.name)
+        if self.name in _OTHERS:
+            return GPUTarget("cuda", int(self.name.removeprefix("sm_")), 32)
+        return TARGETS[self.name].gpu
 
     def get_current_device(self) -> str:
         return f"offline {self.name}"  # the key of a kernel's cache: one for each target
 
-    def set_current_device(self, device: Any) -> None:
-        raise RuntimeError("no kernel can run on a GPU that is not here")
-
     def get_current_stream(self, device: Any = None) -> int:
         return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-    def get_device_interface(self) -> Any:
-        raise RuntimeError("no kernel can run on a GPU that is not here")
-
-    def get_benchmarker(self) -> Any:
-        raise RuntimeError("no kernel can be timed on a GPU that is not here")
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
 
 
 def can_compile(name: str) -> bool:
@@ -95,17 +76,15 @@ def can_compile(name: str) -> bool:
     return name in TARGETS or name in _OTHERS
 
 
-def _gpu(name: str) -> GPUTarget:
-    if name in _OTHERS:
-        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
-    return TARGETS[name].gpu
+def _check(target: str) -> None:
+    if not can_compile(target):
+        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
 
 
 @contextlib.contextmanager
 def fake_driver(target: str) -> Iterator[None]:
     """Make ``target`` the current GPU of Triton inside the ``with`` block; see ``can_compile``."""
-    if not can_compile(target):
-        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    _check(target)
     previous = driver._active  # not driver.active, which looks for a real GPU where there is none
     driver.set_active(_AbsentGPU(target))
     try:
@@ -117,9 +96,7 @@ def fake_driver(target: str) -> Iterator[None]:
 def without_data(launch: Launch, storages: dict[int, torch.UntypedStorage]) -> Launch:
     """The launch on meta tensors of the same shapes, strides, alignment and shared memory.
 
-    Args:
-        launch: to copy.
-        storages: of the launches before, by the storage that each stands for; this one's are added.
+    ``storages`` are those of the launches before, by what each stands for; this one's are added.
     """
 
     def bare(x: Any) -> Any:
@@ -147,8 +124,7 @@ def record(target: str, step: Callable[[], object]) -> list[Launch]:
         step: creates its tensors on the default device, then calls functions of
             ``fastalex_kernels`` (or a model made of them), backward too.
     """
-    if not can_compile(target):
-        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    _check(target)
     recorded: list[Launch] = []
 
     def recorder(*launch: Any) -> None:
