@@ -72,12 +72,8 @@ class Pass:
 class Gather:
     """An all-gather of both towers' channels before a layer; backward, the reduce-scatter.
 
-    Channels are the last axis, tower 0's first.
-
-    Args:
-        exchange: with the other tower.
-        summed: whether the two towers' gradients add up: before a layer of which each has half.
-        early: whether work goes on while a half is on its way.
+    Channels are the last axis, tower 0's first. The two towers' gradients add up (``summed``)
+    before a layer of which each has half. ``early``, work goes on while a half is on its way.
     """
 
     def __init__(self, exchange: Exchange, summed: bool, early: bool) -> None:
@@ -107,11 +103,7 @@ class Gather:
         return self.concatenate()
 
     def start_reduce_scatter(self, dx: Tensor) -> Callable[[], Tensor]:
-        """Send the other tower its half of ``dx``.
-
-        Returns:
-            What waits for the other tower's, and returns this tower's half with it.
-        """
+        """Send the other tower its half of ``dx``; what waits for its own and adds it to ours."""
         halves = dx.chunk(TOWERS, -1)
         mine, theirs = halves[self.rank], halves[1 - self.rank]
         if not self.summed:
@@ -289,12 +281,7 @@ class FullyConnected(Pass):
 class Torch(Pass):
     """A layer without kernels, by torch's operators and autograd: on a CPU, that is every layer.
 
-    Args:
-        module: the layer.
-        update: of its parameters; None where it has none.
-        gather: of the other tower's half of its input.
-        autocast: the dtype that torch computes products in.
-        backend: of fastalex_kernels' functions, ``"aten"`` where kernels would run.
+    ``autocast`` is the dtype of products, ``backend`` that of fastalex_kernels' functions.
     """
 
     def __init__(

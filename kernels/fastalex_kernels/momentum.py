@@ -53,7 +53,7 @@ class MomentumUpdate:
         rule: one of ``RULES``.
         operand: what the products read in place of the parameter: a copy of it in their dtype and
             layout, written with it; None where they read the parameter itself.
-        pack: makes of the parameter the layout of ``operand``, where it is another.
+        pack: makes of the parameter the layout that products read, where it is another.
 
     Attributes:
         squares: float32, sums of squares of the last gradient whose sum is its squared norm; None
@@ -85,14 +85,17 @@ class MomentumUpdate:
 
     def read(self) -> torch.Tensor:
         """What the products read."""
-        return self.parameter.detach() if self.operand is None else self.operand
+        return self._packed() if self.operand is None else self.operand
+
+    def _packed(self) -> torch.Tensor:
+        w = self.parameter.detach()
+        return w if self.pack is None else self.pack(w)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the parameter, which something else changed, to where the products read it."""
         if self.operand is not None:
-            w = self.parameter
-            self.operand.copy_(w if self.pack is None else self.pack(w))
+            self.operand.copy_(self._packed())
 
     @torch.no_grad()
     def load_buffer(self, values: torch.Tensor | None) -> None:
