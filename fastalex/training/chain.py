@@ -96,13 +96,8 @@ class Tricks:
 class Chain:
     """A model's layers in order, the updates of their parameters, and the two ends.
 
-    Args:
-        model, optimizer: that passed ``check``.
-        dtype: of the products.
-        tricks: what is done for speed.
-        exchange: with the other tower; None takes the one that ``parallelize`` gave the model.
-        augment: what turns bytes into images.
-        aten: names of layers, and ends, that run on ATen where they have kernels.
+    Of what ``TrainStep`` is given; ``aten`` are names of layers, and ends, that run on ATen where
+    they have kernels.
 
     Attributes:
         has_kernels: whether Triton's kernels run where the model is; else every pass is torch's.
@@ -148,23 +143,16 @@ class Chain:
             layer.weight.data = pack_weight(layer.weight.data).permute(3, 2, 0, 1)
         updates = {}
         for kind, w in layer.named_parameters(recurse=False):
-            state = self.optimizer.state[w]
+            state, buffer = self.optimizer.state[w], torch.zeros_like(w, requires_grad=False)
             before = state.get(BUFFER)
-            if before is None or before.stride() != w.stride():
-                state[BUFFER] = torch.zeros_like(w, requires_grad=False)
-                if before is not None:
-                    state[BUFFER].copy_(before)
-            given = w, state[BUFFER], self.rates.of(w), rule
-            updates[kind] = momentum_update(*given, self.dtype, layer if runs else None)
+            if before is not None and before.dtype == w.dtype and before.stride() == w.stride():
+                buffer = before
+            elif before is not None:
+                buffer.copy_(before)
+            state[BUFFER], rate = buffer, self.rates.of(w)
+            kernels_of = layer if runs else None
+            updates[kind] = momentum_update(w, buffer, rate, rule, self.dtype, kernels_of)
         return updates
-
-    def image_size(self, images: Inputs) -> tuple[int, int]:
-        """Height and width of the images that the net gets."""
-        if len(images) > 1:
-            assert self.augment is not None
-            return self.augment.size, self.augment.size
-        assert images[0] is not None
-        return images[0].shape[2], images[0].shape[3]
 
     def first_input(self, images: Inputs, by_kernel: bool = True) -> torch.Tensor:
         """What the first layer reads: HWNC maps, or blocks of pixels as their channels."""
@@ -183,10 +171,14 @@ class Chain:
         call(_torch_loss, logits, labels, loss, gradient)
         return loss, gradient
 
-    def passes(self, image_size: tuple[int, int]) -> list[tuple[str, Pass]]:
-        """The layers by name, for images of a size, each told what is below and above it."""
-        average = self.model.avgpool
-        nothing_to_do = self.model.map_size(image_size) == average.output_size
+    def passes(self, images: Inputs) -> list[tuple[str, Pass]]:
+        """The layers by name, for such images, each told what is below and above it."""
+        average, first = self.model.avgpool, images[0]
+        assert first is not None
+        size = (first.shape[2], first.shape[3])
+        if len(images) > 1 and self.augment is not None:
+            size = (self.augment.size, self.augment.size)
+        nothing_to_do = self.model.map_size(size) == average.output_size
         passes = [
             (name, self._pass(layer))
             for name, layer in self._layers

@@ -12,7 +12,6 @@ The verdicts are kept beside the tuner's tables, for the GPU, the versions and t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -38,7 +37,6 @@ from fastalex_kernels.common.backend import device_name, recorder
 
 VARIABLE = "FASTALEX_CHECK"
 MODES = ("always", "never")
-_OTHER = "as in the other tower"
 
 
 def mode() -> str:
@@ -73,20 +71,13 @@ class Verdicts:
             return {}  # it is checked again
 
     def keep(self, found: Mapping[str, Verdict]) -> str:
-        """Add verdicts to the file; a line where that can't be done.
-
-        Of two processes that check at once the first one's verdicts hold.
-        """
-        self.known = {**self.known, **found}
+        """Add verdicts to the file; a line where that can't be done."""
+        self.known = {**self._read(), **found}
+        content = {**self._head, "layers": {k: asdict(v) for k, v in self.known.items()}}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path.with_suffix(".lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                others = {} if mode() == "always" else self._read()
-                self.known = {**self.known, **others}
-                content = {**self._head, "layers": {k: asdict(v) for k, v in self.known.items()}}
-                with replacing(self.path) as temporary:
-                    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            with replacing(self.path) as temporary:
+                temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             return f"{self.path} can't be written, the next run checks again: {error.strerror}"
         return ""
@@ -128,13 +119,13 @@ def parts_on_aten(chain: Chain, inputs: Inputs, tell: Callable[[str], object]) -
         tell: is told of each part that is replaced.
     """
     device, how = chain.one.device, mode()
-    if how == "never" or recorder() is not None or not (device.type == "cuda" or how == "always"):
+    on_gpu = device.type == "cuda"
+    if how == "never" or recorder() is not None or not (on_gpu or how == "always"):
         return chain.aten
     keys, store = _keys(chain, inputs), Verdicts(device)
     if how == "always" or not all(key in store.known for key in keys.values()):
-        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         try:
-            with on_device:
+            with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
                 found = check_parts(chain, list(keys), inputs, device_clock(device))
             said = store.keep({keys[name]: verdict for name, verdict in found.items()})
         except NotChecked as error:
@@ -143,20 +134,21 @@ def parts_on_aten(chain: Chain, inputs: Inputs, tell: Callable[[str], object]) -
             said = "the kernels are not checked: that takes more memory than the GPU has left"
         if said:
             tell(said)
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.empty_cache()  # the check held a second step
     verdicts = {name: store.known.get(key, Verdict()) for name, key in keys.items()}
     mine = chain.aten | {name for name, verdict in verdicts.items() if verdict.uses == "aten"}
     both = agree(list(keys), mine, chain.exchange, device)
     for name in sorted(both - chain.aten):
-        tell(f"{name} runs on ATen, {verdicts[name].reason if name in mine else _OTHER}")
+        why = verdicts[name].reason if name in mine else "as in the other tower"
+        tell(f"{name} runs on ATen, {why}")
     return both
 
 
 def _keys(chain: Chain, inputs: Inputs) -> dict[str, str]:
     """What a verdict of each part is filed under: all that its launches depend on."""
     shapes = [list(x.shape) for x in inputs if x is not None]
-    passes = chain.passes(chain.image_size(inputs[:-1]))
+    passes = chain.passes(inputs[:-1])
     parts: list[tuple[str, Pass, object]]
     parts = [(name, one, shapes[0]) for name, one in passes if has_kernels(one)]
     if len(inputs) > 2:

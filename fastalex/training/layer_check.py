@@ -298,13 +298,13 @@ def check_parts(
     alone = None if chain.exchange is None else LoopbackExchange()
     ours, aten = (replace(chain, exchange=alone, aten=chain.aten | on) for on in (set(), {*names}))
     verdicts = {name: Verdict() for name in names}
-    size, dtype = chain.image_size(images), chain.dtype
+    dtype = chain.dtype
     with _put_back([x for u in chain.updates.values() for x in (u.parameter.detach(), u.buffer)]):
         for update in ours.updates.values():
             update.refresh()
         checks = [
             LayerCheck(name, one, verdicts.get(name, Verdict()), dtype)
-            for name, one in ours.passes(size)
+            for name, one in ours.passes(images)
         ]
         x = ours.first_input(images, by_kernel=False)
         if "augment" in names:
@@ -318,7 +318,7 @@ def check_parts(
         for layer in reversed(checks):
             assert dy is not None
             dy, partials = layer.backward(dy, partials)
-        for layer, (_, rival) in zip(checks, aten.passes(size), strict=True):
+        for layer, (_, rival) in zip(checks, aten.passes(images), strict=True):
             if clock is not None and has_kernels(layer.one) and layer.verdict.wrong is None:
                 layer.time(rival, clock)
     return verdicts

@@ -132,11 +132,7 @@ class TrainStep:
 
     @property
     def launches(self) -> list[Launch]:
-        """What the last call launched, in order; see ``Launch``.
-
-        Each has ``layer``, ``phase`` (of the forward or the backward pass), ``kernel``, ``grid``
-        and ``arguments``.
-        """
+        """What the last call launched, in order, with layer and arguments; see ``Launch``."""
         return [] if self._last is None else self._last.program.launches
 
     def gradient_norms(self) -> dict[str, torch.Tensor]:
@@ -200,7 +196,7 @@ class TrainStep:
         """The step, as it is done for the first time."""
         *images, labels = inputs
         assert labels is not None
-        program, layers = Program(inputs), self._passes(self._chain.image_size(images))
+        program, layers = Program(inputs), self._passes(images)
         with program.recording():
             with _at(program, "augment" if len(images) > 1 else layers[0][0], "forward"):
                 x = self._chain.first_input(images)
@@ -222,8 +218,8 @@ class TrainStep:
             run = Graph(program, self.exchange, self._tell).run
         return _Recorded(program, loss, squares, run)
 
-    def _passes(self, size: tuple[int, int]) -> list[tuple[str, Pass]]:
-        return self._chain.passes(size)
+    def _passes(self, images: Inputs) -> list[tuple[str, Pass]]:
+        return self._chain.passes(images)
 
     def _follow(self) -> None:
         """Take over what was changed since the last step."""

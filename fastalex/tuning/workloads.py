@@ -169,8 +169,8 @@ class WatchedStep(TrainStep):
     def _product_dtype(self) -> torch.dtype:
         return self._products
 
-    def _passes(self, size: tuple[int, int]) -> list[tuple[str, Pass]]:
+    def _passes(self, images: Any) -> list[tuple[str, Pass]]:
         return [
             (name, one if isinstance(one, (Torch, Flatten)) else _Watch(name, one, self.workloads))
-            for name, one in super()._passes(size)
+            for name, one in super()._passes(images)
         ]
