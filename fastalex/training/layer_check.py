@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from fastalex.distributed.launch import TrainingError
 from fastalex.model.layers import LRNMaxPool2d
 from fastalex.training.chain import Chain
 from fastalex.training.inputs import Inputs
-from fastalex.training.passes import Convolution, FullyConnected, Gradient, Pass, Pool
+from fastalex.training.passes import Convolution, FullyConnected, Pass, Pool
 from fastalex.training.updates import StoredGradients
 from fastalex_kernels import reference
 from fastalex_kernels.common.backend import chosen
@@ -107,11 +107,57 @@ def slice_error(out: Tensor, ref: Tensor) -> float:
 
 
 class Check:
-    """Runs of a part's kernels beside what they should come to; fills in the verdict."""
+    """The kernels of a part beside what they should come to; fills in the verdict."""
 
-    def __init__(self, name: str, verdict: Verdict, dtype: torch.dtype) -> None:
-        self.name, self.verdict, self.dtype = name, verdict, dtype
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name, self.dtype, self.verdict = name, dtype, Verdict()
         self.programs: list[Program] = []  # of passes that ran
+
+    def layer(self, one: Any, x: Tensor, read: Tensor) -> Tensor:
+        """Check both passes on ``x``, which the layer's module takes as ``read``.
+
+        The gradient of the output is random, but for elements whose sign is within rounding.
+
+        Returns:
+            The output, float64's where the kernels' is wrong.
+        """
+        self._one, self._given = one, read
+        self._x = torch.cat([read, read], -1) if one.gather is not None else read
+        wide, _ = in_float64(one.module, self._x)
+        expected = {"output": (wide, self._bound(self._length(0)))}
+        made = self.run("forward", lambda: {"output": one.forward(x)}, [x], expected)
+        y = made.get("output", wide.to(x.dtype).contiguous())
+        generator = torch.Generator(y.device).manual_seed(0)
+        dy = torch.randn(y.shape, generator=generator, device=y.device)
+        if one.relu:
+            dy *= (y > 0) & (wide > 0) if one.dy_is_preact else (y > 0) == (wide > 0)
+        if isinstance(one, Pool):
+            dy *= one_maximum(one, self._x)
+        self._dy = dy.to(y.dtype)
+        if self.verdict.wrong is None:
+            self._backward(self._dy)
+        return y
+
+    def _backward(self, dy: Tensor) -> None:
+        one, updates, rows = self._one, self._updates(), dy.numel() // dy.shape[-1]
+        dx, gradients = in_float64(one.module, self._x, dy)
+        dx = torch.where(self._x <= 0, 0.0, dx) if one.masks_dx else dx
+        if one.gather is not None:
+            mine, theirs = dx.chunk(2, -1)
+            dx = mine + theirs if one.gather.summed else mine
+        expected = {"gradient of the input": (dx, self._bound(self._length(1)))}
+        expected[SUMS] = (dx.flatten(0, -2).sum(0), self._bound(dx.numel() // dx.shape[-1]))
+        changed = self._expect_updates(expected, gradients, self._bound(rows))
+        partials = dy.flatten(0, -2).sum(0, dtype=torch.float32)[None] if one.dy_is_preact else None
+
+        def make() -> Results:
+            mine, below = one.backward(dy, partials)
+            made = {"gradient of the input": mine, SUMS: below, **changed}
+            made |= {f"squared norm of the {kind}'s gradient": u.squares for kind, u in updates}
+            return {name: x for name, x in made.items() if x is not None}
+
+        inputs = (dy, partials, self._x)
+        self.run("backward", make, inputs, expected, list(changed.values()))
 
     def run(
         self,
@@ -162,74 +208,15 @@ class Check:
             return f"a row or channel of {name} {worst:.1e} from float64, allowed {allowed:.1e}"
         return None
 
-
-class LayerCheck(Check):
-    """A layer's two passes on the data of a step, of a chain whose exchange is a loopback."""
-
-    def __init__(self, name: str, one: Pass, verdict: Verdict, dtype: torch.dtype) -> None:
-        super().__init__(name, verdict, dtype)
-        self.one: Any = one
-
-    def forward(self, x: Tensor, read: Tensor) -> Tensor:
-        """Check the forward pass on ``x``, which the layer's module takes as ``read``.
-
-        Returns:
-            The output, float64's where the kernels' is wrong.
-        """
-        if not has_kernels(self.one):
-            return self.one.forward(x)  # type: ignore[no-any-return]
-        gathered = self.one.gather is not None
-        self._given, self._x = read, torch.cat([read, read], -1) if gathered else read
-        y, _ = in_float64(self.one.module, self._x)
-        expected = {"output": (y, self._bound(self._length(0)))}
-        made = self.run("forward", lambda: {"output": self.one.forward(x)}, [x], expected)
-        self._y = made.get("output", y.to(x.dtype).contiguous())
-        # A sign within rounding decides about the gradient.
-        self._unsure = (self._y > 0) != (y > 0) if self.one.relu else None
-        return self._y
-
-    def backward(self, dy: Tensor, partials: Tensor | None) -> Gradient:
-        """Check the backward pass on ``dy``; what the layer below gets, as float64 has it."""
-        one = self.one
-        if not has_kernels(one):
-            return one.backward(dy, partials)  # type: ignore[no-any-return]
-        if self._unsure is not None:
-            dy = torch.where(self._unsure, 0.0, dy)
-        if isinstance(one, Pool):
-            dy = dy * one_maximum(one, self._x)
-        self._dy, rows, updates = dy, dy.numel() // dy.shape[-1], self._updates()
-        wide, gradients = in_float64(one.module, self._x, dy)
-        dx = torch.where(self._x <= 0, 0.0, wide) if one.masks_dx else wide
-        if one.gather is not None:
-            mine, theirs = dx.chunk(2, -1)
-            dx = mine + theirs if one.gather.summed else mine
-        expected = {"gradient of the input": (dx, self._bound(self._length(1)))}
-        sums = dx.flatten(0, -2).sum(0)
-        expected[SUMS] = (sums, self._bound(max(rows, len(dx))))
-        changed = self._expect_updates(expected, gradients, self._bound(rows))
-
-        def make() -> Results:
-            mine, below = one.backward(dy, partials)
-            made = {"gradient of the input": mine, SUMS: below, **changed}
-            made |= {f"squared norm of the {kind}'s gradient": u.squares for kind, u in updates}
-            return {name: x for name, x in made.items() if x is not None}
-
-        made: Results = {}
-        if self.verdict.wrong is None:
-            inputs, puts_back = (dy, partials, self._x), list(changed.values())
-            made = self.run("backward", make, inputs, expected, puts_back)
-        below = sums.float()[None] if SUMS in made else None
-        return (dx.to(dy.dtype).contiguous() if one.needs_dx else None), below
-
     def _length(self, axis: int) -> int:
         """Products that are summed for an element of the output, or of the input's gradient."""
-        w = getattr(self.one.module, "weight", None)
+        w = getattr(self._one.module, "weight", None)
         return 0 if w is None else int(w.numel() // w.shape[axis])
 
     def _bound(self, length: int) -> float:
         """The relative error of a result of sums of so many products."""
-        kernel = "conv2d" if isinstance(self.one, Convolution) else "linear"
-        products = not isinstance(self.one, Pool)
+        kernel = "conv2d" if isinstance(self._one, Convolution) else "linear"
+        products = not isinstance(self._one, Pool)
         precision = dot_precision(self._x, kernel) if products else "ieee"
         return tolerance(self.dtype, length, precision)
 
@@ -247,8 +234,8 @@ class LayerCheck(Check):
 
         for i, ((kind, of), g) in enumerate(zip(self._updates(), gradients, strict=True)):
             w, v = of.parameter.detach(), of.buffer
-            if isinstance(self.one.update, StoredGradients):
-                expect(f"gradient of the {kind}", self.one.update.gradients[i], g, len(g))
+            if isinstance(self._one.update, StoredGradients):
+                expect(f"gradient of the {kind}", self._one.update.gradients[i], g, len(g))
                 continue
             size, step = float(w.norm()) or 1.0, float(g.norm()) or 1.0
             of.rate = torch.tensor([size / step, 0.5, step / size / 4], device=w.device)
@@ -264,8 +251,21 @@ class LayerCheck(Check):
         return changed
 
     def _updates(self) -> list[tuple[str, MomentumUpdate]]:
-        updates = () if self.one.update is None else self.one.update.updates
+        updates = () if self._one.update is None else self._one.update.updates
         return [(kind, of) for kind, of in zip(("weight", "bias"), updates) if of is not None]  # noqa: B905
+
+    def loss(self, chain: Chain, logits: Tensor, labels: Tensor) -> None:
+        """Check the loss and the gradient of the logits."""
+        leaf = logits.double().requires_grad_()
+        with torch.enable_grad():
+            mean = F.cross_entropy(leaf, labels)
+        gradient = torch.autograd.grad(mean, leaf)[0], tolerance(self.dtype, 0)
+        expected = {"loss": (mean.detach(), tolerance(torch.float32, 0)), "gradient": gradient}
+
+        def make() -> Results:
+            return dict(zip(expected, chain.loss(logits, labels), strict=True))
+
+        self.run("forward", make, [logits, labels], expected)
 
     def time(self, rival: Pass, clock: Clock) -> None:
         """Time both passes beside those of ATen's ``rival``."""
@@ -297,50 +297,27 @@ def check_parts(
     assert labels is not None
     alone = None if chain.exchange is None else LoopbackExchange()
     ours, aten = (replace(chain, exchange=alone, aten=chain.aten | on) for on in (set(), {*names}))
-    verdicts = {name: Verdict() for name in names}
     dtype = chain.dtype
+    checks = {name: Check(name, dtype) for name in names}
     with _put_back([x for u in chain.updates.values() for x in (u.parameter.detach(), u.buffer)]):
         for update in ours.updates.values():
             update.refresh()
-        checks = [
-            LayerCheck(name, one, verdicts.get(name, Verdict()), dtype)
-            for name, one in ours.passes(images)
-        ]
         x = ours.first_input(images, by_kernel=False)
         if "augment" in names:
-            check = Check("augment", verdicts["augment"], dtype)
             make, expected = lambda: {"images": ours.first_input(images)}, (x, tolerance(dtype, 0))
-            x = check.run("forward", make, images, {"images": expected}).get("images", x)
+            made = checks["augment"].run("forward", make, images, {"images": expected})
+            x = made.get("images", x)
         read = aten.first_input(images)
-        for layer in checks:
-            read = x = layer.forward(x, read if layer is checks[0] else x)
-        dy, partials = _check_loss(ours, verdicts, x, labels), None
-        for layer in reversed(checks):
-            assert dy is not None
-            dy, partials = layer.backward(dy, partials)
-        for layer, (_, rival) in zip(checks, aten.passes(images), strict=True):
-            if clock is not None and has_kernels(layer.one) and layer.verdict.wrong is None:
-                layer.time(rival, clock)
-    return verdicts
-
-
-def _check_loss(
-    chain: Chain, verdicts: Mapping[str, Verdict], logits: Tensor, labels: Tensor
-) -> Tensor | None:
-    """The gradient of the logits, as float64 has it."""
-    leaf = logits.double().requires_grad_()
-    with torch.enable_grad():
-        mean = F.cross_entropy(leaf, labels)
-    (gradient,) = torch.autograd.grad(mean, leaf)
-    if "loss" in verdicts:
-
-        def make() -> Results:
-            return dict(zip(("loss", "gradient"), chain.loss(logits, labels), strict=True))
-
-        bounds = {"loss": (mean.detach(), tolerance(torch.float32, 0))}
-        bounds["gradient"] = (gradient, tolerance(logits.dtype, 0))
-        Check("loss", verdicts["loss"], logits.dtype).run("forward", make, [logits, labels], bounds)
-    return gradient.to(logits.dtype)
+        for (name, one), (_, rival) in zip(ours.passes(images), aten.passes(images), strict=True):
+            if not has_kernels(one):
+                read = x = one.forward(x)
+                continue
+            read = x = checks[name].layer(one, x, read)
+            if clock is not None and checks[name].verdict.wrong is None:
+                checks[name].time(rival, clock)
+        if "loss" in names:
+            checks["loss"].loss(ours, x, labels)
+    return {name: check.verdict for name, check in checks.items()}
 
 
 def in_float64(
