@@ -28,12 +28,7 @@ from fastalex_kernels.common.program import Launch
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to compile for.
-
-    Args:
-        gpu: what Triton calls it.
-        shared_limit: bytes of shared memory (LDS on AMD) that one program can have.
-    """
+    """A GPU to compile for, and the bytes of shared memory (AMD: LDS) that a program can have."""
 
     gpu: GPUTarget
     shared_limit: int
@@ -137,11 +132,7 @@ def record(target: str, step: Callable[[], object]) -> list[Launch]:
 
 
 def check_target(target: str) -> None:
-    """Compile an empty kernel.
-
-    Raises:
-        ValueError: where the installed Triton can't compile for ``target``, or interprets.
-    """
+    """Raise a ValueError where the installed Triton can't compile for ``target``, or interprets."""
     if interpreted():
         raise ValueError("TRITON_INTERPRET=1 is set: an interpreted kernel has no machine code")
     try:
@@ -153,10 +144,7 @@ def check_target(target: str) -> None:
 
 
 def compile_launch(launch: Launch, target: str) -> Any:
-    """Triton's compiled kernel for ``launch`` on ``target``.
-
-    Launches that run the same machine code get the same object, compiled once.
-    """
+    """Triton's compiled kernel; one object for launches that run the same machine code."""
     if interpreted():
         raise ValueError("offline: the kernels were imported under TRITON_INTERPRET=1, unset it")
     with fake_driver(target):
@@ -164,15 +152,10 @@ def compile_launch(launch: Launch, target: str) -> Any:
 
 
 class Compiled(NamedTuple):
-    """What became of a job of ``compile_ahead``.
+    """What became of a job of ``compile_ahead``."""
 
-    Attributes:
-        failure: why it should not run, or None.
-        seconds: of a processor that it took; next to none from Triton's cache.
-    """
-
-    failure: str | None
-    seconds: float
+    failure: str | None  # why it should not run
+    seconds: float  # of a processor that it took; next to none from Triton's cache
 
 
 def _compiles(launch: Launch, target: str) -> None:

@@ -325,11 +325,7 @@ def in_float64(
 ) -> tuple[Tensor, list[Tensor]]:
     """A layer's output on ATen, from inputs and parameters as rounded to x's dtype.
 
-    Args:
-        module: the layer.
-        x: HWNC maps, or rows.
-        dy: the gradient of the output; with it the input's is returned in place of the output, and
-            the parameters'.
+    With ``dy``, the output's gradient, the input's is in its place, and the parameters' go along.
     """
     module = copy.copy(module)
     weights = [nn.Parameter(p.detach().to(x.dtype).double()) for p in module.parameters()]

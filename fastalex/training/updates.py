@@ -75,9 +75,7 @@ class FusedUpdate:
         """Take whole gradients, in the order of the parameters."""
         for update, gradient in zip(self.updates, gradients, strict=False):
             assert update is not None
-            if update.squares is None:
-                update.squares = update.rate.new_empty(1)
-            update.apply(gradient, update.squares)
+            update.apply(gradient)
 
 
 class StoredGradients(FusedUpdate):

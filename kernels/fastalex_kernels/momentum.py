@@ -56,12 +56,10 @@ class MomentumUpdate:
         pack: makes of the parameter the layout that products read, where it is another.
 
     Attributes:
-        squares: float32, sums of squares of the last gradient whose sum is its squared norm; None
-            before the first.
+        squares: float32, whose sum is the squared norm of the last gradient; None before the first.
 
     Raises:
-        ValueError: for a parameter of another dtype, or memory that the kernels would take for
-            contiguous.
+        ValueError: for another dtype, or memory that the kernels would take for contiguous.
     """
 
     parameter: torch.Tensor
@@ -103,24 +101,18 @@ class MomentumUpdate:
         self.buffer.zero_() if values is None else self.buffer.copy_(values)
 
     def written(self, programs: int) -> tuple[torch.Tensor, ...]:
-        """What a kernel of so many programs writes: parameter, buffer, operand, squares.
-
-        Where it writes no operand, the parameter stands in its place.
-        """
+        """What kernels write: parameter, buffer, operand (or again the parameter) and squares."""
         w = self.parameter.detach()
         self.squares = self.rate.new_empty(programs)
         return w, self.buffer, w if self.operand is None else self.operand, self.squares
 
     @torch.no_grad()
-    def apply(self, gradient: torch.Tensor, squares: torch.Tensor) -> None:
-        """The update by torch's operators.
-
-        Args:
-            gradient: of the parameter's shape.
-            squares: float32 [1], gets the gradient's squared norm.
-        """
+    def apply(self, gradient: torch.Tensor) -> None:
+        """The update by torch's operators, by a ``gradient`` of the parameter's shape."""
         g = gradient.to(torch.float32)
-        squares.copy_(g.square().sum().reshape(1))
+        if self.squares is None:
+            self.squares = self.rate.new_empty(1)
+        self.squares.copy_(g.square().sum().reshape(1))
         RULES[self.rule](self.parameter, self.buffer, g, *self.rate.unbind())
         self.refresh()
 
