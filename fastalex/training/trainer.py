@@ -12,7 +12,7 @@ import torch
 from fastalex._version import __version__
 from fastalex.common import interrupts
 from fastalex.common.interrupts import Interrupted
-from fastalex.common.provenance import device_name, versions
+from fastalex.common.provenance import versions
 from fastalex.data import DataError, ImageDataset
 from fastalex.data.batches import Batch, Batches, Share, Transform
 from fastalex.data.datasets import color_noise
@@ -31,7 +31,7 @@ from fastalex.training.optim import (
     set_learning_rate,
     set_momentum_buffers,
 )
-from fastalex.training.precompile import Work, compile_first
+from fastalex.training.precompile import compile_first
 from fastalex.training.prepare import RunConfig
 from fastalex.training.progress import Progress
 from fastalex.training.run_folder import RunFolder
@@ -39,7 +39,7 @@ from fastalex.training.schedule import Schedule
 from fastalex.training.step import TrainStep, Tricks
 from fastalex.training.validation import TOP, Accuracy, evaluate, fetch
 from fastalex.training.weights import save_weights
-from fastalex_kernels.common.backend import backend, target
+from fastalex_kernels.common.backend import backend
 
 _NAMED = 3  # samples of a bad batch that the message names
 # The attributes of a trainer that a checkpoint keeps.
@@ -176,10 +176,8 @@ class Trainer:
         if settings.fused_update:
             alone = parallel.replicas == 1  # else a gradient is not whole when it is made
             tricks = Tricks(fused_update=alone, graph=settings.cuda_graph)
-            if parallel.device.type == "cuda":
-                self._compile_kernels(tricks)
             try:
-                return TrainStep(
+                step = TrainStep(
                     self.model,
                     self.optimizer,
                     settings.precision.replace("tf32", "float32"),
@@ -190,31 +188,21 @@ class Trainer:
                 )
             except ValueError as error:
                 self.progress.warn(f"autograd and the optimizer make each step: {error}")
+            else:
+                if parallel.device.type == "cuda":
+                    self._compile_kernels(step)
+                return step
         return AutogradStep(
             self.model, self.optimizer, settings.precision, augment, parallel, self.scaler
         )
 
-    def _compile_kernels(self, tricks: Tricks) -> None:
+    def _compile_kernels(self, step: TrainStep) -> None:
         """Compile what the run launches, before its first step and for all processes at once."""
-        settings, parallel, batch = self.settings, self.parallel, self.settings.batch_size
-        images = {batch, len(self.val_batches.dataset) % batch}  # the last batch of a validation
-        rows = sorted({count // parallel.replicas for count in images} - {0}, reverse=True)
-        work = Work(
-            settings.variant,
-            len(self.config.classes),
-            settings.image_size,
-            rows[:1],  # a last batch for training is filled up
-            rows,
-            settings.precision.replace("tf32", "float32"),
-            settings.momentum_rule,
-            tricks.fused_update,
-            self.config.world.towers,
-            self.config.normalization,
-            settings.augmentation,
-            settings.dropout,
-        )
+        settings, parallel = self.settings, self.parallel
+        last = len(self.val_batches.dataset) % settings.batch_size
+        counts = [n // parallel.replicas for n in (settings.batch_size, last)]
         say = self.progress.say if parallel.is_main else print  # whichever comes first compiles
-        compile_first(work, target(parallel.device), device_name(parallel.device), say)
+        compile_first(step, settings.augmentation, [n for n in counts if n], say)
 
     def run(self) -> None:
         keep = self.settings.keep_checkpoints

@@ -14,7 +14,7 @@ from fastalex.inspection.cost import Floor, floors
 from fastalex.inspection.record import layers_of
 from fastalex.model.alexnet import AlexNet, ReferenceAlexNet
 from fastalex.model.layers import Conv2dReLU, Dropout
-from fastalex.training.layer_reference import single_maxima
+from fastalex.training.layer_check import single_maxima
 from fastalex_kernels.common.tuned import dot_precision
 from fastalex_kernels.reference import relative_error, tolerance
 

@@ -13,12 +13,10 @@ from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.distributed.towers import cut_to_tower
 from fastalex.model.alexnet import AlexNet
 from fastalex.model.variants import Variant
-from fastalex.training.chain import Chain
-from fastalex.training.inputs import first_input
+from fastalex.training.chain import Chain, Tricks
 from fastalex.training.layer_check import has_kernels
 from fastalex_kernels.common.program import Launch, Program
 from fastalex_kernels.common.tuned import Key, Tile, choosing, dot_precision
-from fastalex_kernels.cross_entropy import cross_entropy_forward
 from fastalex_kernels.reference import tolerance
 
 _LOSS_SCALE = 1024.0  # in float16
@@ -141,20 +139,21 @@ def record_workloads(
         model.seed_dropout(seed=0, step=0)
         side = image_size or model.variant.image_size
         images, labels = torch.randn(batch, 3, side, side), torch.randint(1000, (batch,))
-        scale = torch.full((), 1.0 if fused else _LOSS_SCALE)
         optimizer = torch.optim.SGD(model.parameters(), lr=float(fused))
-        chain = Chain(model, optimizer, dtype, True, fused, None)
+        chain = Chain(model, optimizer, dtype, Tricks(fused_update=fused), None, None)
+        chain.one.fill_(1.0 if fused else _LOSS_SCALE)
         chain.rates.follow()
         for update in chain.updates.values():
             update.refresh()
-        passes = chain.passes((side, side), True, True)
+        passes = chain.passes([images])
         program = Program([labels])
         with program.recording():
-            x = first_input([images], None, chain.strided, dtype, True)
+            x = chain.first_input([images])
             for name, one in passes:
                 found.append(Workload(name, "forward", one, (x,)))
                 x = one.forward(x)
-            dy, partials = cross_entropy_forward(x, labels, scale)[1], None
+            dy: torch.Tensor | None = chain.loss(x, labels)[1]
+            partials = None
             for name, one in reversed(passes):
                 found.append(Workload(name, "backward", one, (dy, partials)))
                 assert dy is not None

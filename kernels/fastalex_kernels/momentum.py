@@ -24,7 +24,21 @@ import triton.language as tl
 from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.reduce import blocks, sum_parts
 
-RULES = ("paper", "torch")
+Tensor = torch.Tensor
+
+
+def _paper(w: Tensor, v: Tensor, g: Tensor, lr: Any, momentum: Any, decay: Any) -> None:
+    v.mul_(momentum).sub_(lr * (g + decay * w))
+    w.add_(v)
+
+
+def _torch(w: Tensor, v: Tensor, g: Tensor, lr: Any, momentum: Any, decay: Any) -> None:
+    v.mul_(momentum).add_(g + decay * w)
+    w.sub_(lr * v)
+
+
+# By name, the update of a weight and its momentum buffer in place, by torch's operators.
+RULES = {"paper": _paper, "torch": _torch}
 
 
 @dataclass(eq=False)
@@ -39,15 +53,13 @@ class MomentumUpdate:
         rule: one of ``RULES``.
         operand: what the products read in place of the parameter: a copy of it in their dtype and
             layout, written with it; None where they read the parameter itself.
-        pack: makes of the parameter the layout of ``operand``, where it is another.
+        pack: makes of the parameter the layout that products read, where it is another.
 
     Attributes:
-        squares: float32, sums of squares of the last gradient whose sum is its squared norm; None
-            before the first.
+        squares: float32, whose sum is the squared norm of the last gradient; None before the first.
 
     Raises:
-        ValueError: for a parameter of another dtype, or memory that the kernels would take for
-            contiguous.
+        ValueError: for another dtype, or memory that the kernels would take for contiguous.
     """
 
     parameter: torch.Tensor
@@ -71,14 +83,17 @@ class MomentumUpdate:
 
     def read(self) -> torch.Tensor:
         """What the products read."""
-        return self.parameter.detach() if self.operand is None else self.operand
+        return self._packed() if self.operand is None else self.operand
+
+    def _packed(self) -> torch.Tensor:
+        w = self.parameter.detach()
+        return w if self.pack is None else self.pack(w)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the parameter, which something else changed, to where the products read it."""
         if self.operand is not None:
-            w = self.parameter
-            self.operand.copy_(w if self.pack is None else self.pack(w))
+            self.operand.copy_(self._packed())
 
     @torch.no_grad()
     def load_buffer(self, values: torch.Tensor | None) -> None:
@@ -86,32 +101,19 @@ class MomentumUpdate:
         self.buffer.zero_() if values is None else self.buffer.copy_(values)
 
     def written(self, programs: int) -> tuple[torch.Tensor, ...]:
-        """What a kernel of so many programs writes: parameter, buffer, operand, squares.
-
-        Where it writes no operand, the parameter stands in its place.
-        """
+        """What kernels write: parameter, buffer, operand (or again the parameter) and squares."""
         w = self.parameter.detach()
         self.squares = self.rate.new_empty(programs)
         return w, self.buffer, w if self.operand is None else self.operand, self.squares
 
     @torch.no_grad()
-    def apply(self, gradient: torch.Tensor, squares: torch.Tensor) -> None:
-        """The update by torch's operators.
-
-        Args:
-            gradient: of the parameter's shape.
-            squares: float32 [1], gets the gradient's squared norm.
-        """
-        w, v, (lr, momentum, decay) = self.parameter, self.buffer, self.rate.unbind()
+    def apply(self, gradient: torch.Tensor) -> None:
+        """The update by torch's operators, by a ``gradient`` of the parameter's shape."""
         g = gradient.to(torch.float32)
-        squares.copy_(g.square().sum().reshape(1))
-        g = g + decay * w
-        if self.rule == "paper":
-            v.mul_(momentum).sub_(lr * g)
-            w.add_(v)
-        else:
-            v.mul_(momentum).add_(g)
-            w.sub_(lr * v)
+        if self.squares is None:
+            self.squares = self.rate.new_empty(1)
+        self.squares.copy_(g.square().sum().reshape(1))
+        RULES[self.rule](self.parameter, self.buffer, g, *self.rate.unbind())
         self.refresh()
 
 

@@ -17,12 +17,13 @@ def test_update_by_torch(rule: str, shape: tuple[int, ...]) -> None:
     w, v, g = (torch.randn(shape, generator=generator) for _ in range(3))
     wanted = updates.by_hand(rule, w.double(), v.double(), g.double())
     rate = torch.tensor([updates.LR, updates.MOMENTUM, updates.DECAY])
-    copy, squares = torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(1)
-    MomentumUpdate(w, v, rate, rule, copy).apply(g, squares)
+    copy = torch.zeros(shape, dtype=torch.bfloat16)
+    update = MomentumUpdate(w, v, rate, rule, copy)
+    update.apply(g)
     for found, value in zip((w, v), wanted, strict=True):
         assert updates.relative_error(found, value) <= 1e-6
     assert torch.equal(copy, w.bfloat16())
-    assert float(squares) == pytest.approx(float(g.double().square().sum()), rel=1e-6)
+    assert float(update.squares) == pytest.approx(float(g.double().square().sum()), rel=1e-6)
 
 
 def test_a_parameter_that_a_kernel_would_misread_is_refused() -> None:
