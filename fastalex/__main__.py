@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": ("fastalex.evaluation.evaluate", "the errors of one net, or of several averaged"),
     "predict": ("fastalex.evaluation.predict", "name what is in photographs"),
     "figures": ("fastalex.evaluation.figures", "draw the paper's figures from a trained net"),
+    "report": ("fastalex.inspection.run_report", "one page about a run, for a browser"),
     "convert": ("fastalex.formats.convert", "take over weights of Caffe, torchvision, ONNX, ..."),
     "export": ("fastalex.formats.export", "write weights for ONNX, torch.export, torchvision"),
     "ablate": ("fastalex.evaluation.ablate", "train the net with parts of it taken out"),

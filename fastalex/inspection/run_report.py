@@ -1,0 +1,246 @@
+"""One page about a training run, for any browser: ``python -m fastalex.report RUN``."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastalex.common.command_line import Parser, check_output, guarded
+from fastalex.common.figures import new_figure
+from fastalex.common.files import replacing
+from fastalex.evaluation import drawing, figures
+from fastalex.evaluation.ensemble import TOP, Ensemble, Scores, evaluate, open_dataset
+from fastalex.inspection import roofline
+from fastalex.inspection.gpus import GPUS
+from fastalex.inspection.report import Row
+
+_SQUARES = 50  # classes of which a matrix can still be read
+_MISTAKES = 10  # pairs of classes listed
+_DPI = 150
+_STYLE = """
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222;
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+table { border-collapse: collapse; } td, th { padding: .15rem 1rem .15rem 0; text-align: left; }
+td.number { text-align: right; } td:first-child { color: #666; }
+img { max-width: 100%; height: auto; } pre { overflow-x: auto; font-size: 12px; }
+p.note { color: #666; }
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 2 where no page could be made."""
+    options = _parser().parse_args(arguments)
+    return guarded("report", lambda: _run(options))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m fastalex.report",
+        usage="%(prog)s RUN [--data DIR] [--gpu NAME] [--output FILE]",
+        description="Write one HTML page about a run, which needs no other file: settings, curves, "
+        "errors, confusion, conv1, predictions and, with --gpu, the roofline of its step.",
+    )
+    parser.add_path("run", "folder of a run", "RUN")
+    text = "folder of images, if it is not where the run found them (default: the run's)"
+    parser.add_path("--data", text, "DIR")
+    parser.add_choice("--gpu", GPUS, None, "add what the run's step could take on this GPU at best")
+    parser.add_path("--output", "the page (default: RUN/report.html)", "FILE")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    new_figure(1, 1)  # before any work: matplotlib may be missing
+    folder: Path = options.run
+    output: Path = options.output or folder / "report.html"
+    run = _read(folder / "run.json")
+    check_output("--output", output)
+    settings = run["settings"]
+    data = options.data or (settings["data"] and Path(settings["data"]))
+    ensemble = Ensemble([folder / "model.safetensors"])
+    dataset = open_dataset(data, "val", ensemble)
+    scores = evaluate(ensemble, dataset, crops=1)
+    parts = [
+        _facts(run, ensemble, scores),
+        _section(
+            "Curves", _image(drawing.draw_curves(figures.read_metrics(folder / "metrics.jsonl")))
+        ),
+        _section("Mistakes", *_mistakes(scores)),
+        _section("conv1", _image(figures.draw_first_layer(ensemble))),
+        _section(
+            "Predictions", _image(drawing.draw_predictions(figures.predict_some(ensemble, dataset)))
+        ),
+    ]
+    if options.gpu is not None:
+        parts.append(_section("Roofline of a step", *_roofline(options.gpu, settings)))
+    title = f"AlexNet ({settings['variant']}): {1 - scores.top1:.1%} right"
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
+        f"<h1>{html.escape(title)}</h1>{''.join(parts)}</html>\n"
+    )
+    with replacing(output) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    print(f"report: {output}", flush=True)
+    return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The contents of a run.json.
+
+    Raises:
+        ValueError: where it is none.
+    """
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if not run["settings"]:
+            raise ValueError("the run had not begun")
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent}: no run in it, there is no {path.name}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the run.json of a run ({error})") from error
+    return dict(run)
+
+
+def _facts(run: dict[str, Any], ensemble: Ensemble, scores: Scores) -> str:
+    settings, world, member = run["settings"], run["world"], ensemble.members[0]
+    parameters = sum(p.numel() for p in member.model.parameters())
+    split = "two towers" if world["towers"] == 2 else "whole"
+    done = member.metadata
+    rows = {
+        "status": f"{run['status']}, epoch {done['epoch']}, step {done['step']}",
+        "errors": f"top-1 {scores.top1:.1%}, top-{TOP} {scores.top5:.1%} "
+        f"of {len(scores.labels)} validation images, centre crop",
+        "net": f"{settings['variant']}, {parameters:,} parameters, dropout {settings['dropout']}",
+        "data": f"{settings['data'] or 'built-in set'}, {len(scores.classes)} classes, "
+        f"{settings['image_size']} px, augmentation {settings['augmentation']}",
+        "training": f"{settings['epochs']} epochs, {settings['batch_size']} images a step, "
+        f"{settings['precision']}, seed {settings['seed']}, recipe {settings['recipe'] or 'none'}",
+        "ran on": f"{world['processes']} {world['device_type']} process(es), {split}",
+        "time": _time(run),
+        "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+        "commit": run["commit"] or "an installed package",
+    }
+    return _table(rows.items())
+
+
+def _time(run: dict[str, Any]) -> str:
+    started, ended = run["started"], run.get("ended")
+    if ended is None:
+        return f"started {started}"
+    taken = datetime.fromisoformat(ended) - datetime.fromisoformat(started)
+    return f"{started} to {ended}: {str(taken).split('.')[0]} since it was started or resumed"
+
+
+def _mistakes(scores: Scores) -> list[str]:
+    """The confusion matrix, where it can be read, and the most frequent mistakes."""
+    confusion = scores.confusion()
+    parts = []
+    if len(scores.classes) <= _SQUARES:
+        parts.append(_image(draw_confusion(confusion, scores.classes)))
+    wrong = confusion * (1 - np.eye(len(confusion), dtype=int))
+    order = np.argsort(wrong, axis=None)[::-1][:_MISTAKES]
+    pairs = [divmod(int(i), len(wrong)) for i in order if wrong.flat[i]]
+    names = scores.classes
+    if pairs:
+        rows = [(f"{names[a]} taken for {names[b]}", str(wrong[a, b])) for a, b in pairs]
+        parts.append(_table(rows))
+    return parts or ['<p class="note">None.</p>']
+
+
+def draw_confusion(confusion: Any, classes: Sequence[str]) -> Any:
+    """A square of colour for each pair of classes: of a row's images, the share of the column.
+
+    Args:
+        confusion: int64 [classes, classes], as ``Scores.confusion`` counts it.
+        classes: names, by label.
+    """
+    side = 1.6 + 0.13 * len(classes)
+    figure = new_figure(side, side)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    shares = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
+    axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
+    places, names = range(len(classes)), [name.replace("_", " ") for name in classes]
+    axes.set_xticks(places, names, rotation=90)
+    axes.set_yticks(places, names)
+    axes.set(xlabel="predicted", ylabel="correct")
+    return figure
+
+
+def _roofline(gpu: str, settings: dict[str, Any]) -> list[str]:
+    """The roofline report of the run's own step and a chart of it."""
+    dtype = {"bf16": "bf16", "fp16": "bf16"}.get(settings["precision"], "fp32")
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    report, rows = roofline.make_report(
+        argparse.Namespace(
+            gpu=gpu,
+            batch=settings["batch_size"],
+            gpus=1,
+            step="train",
+            dtype=dtype,
+            variant=settings["variant"],
+        )
+    )
+    text = "\n".join(roofline.describe(report, rows))
+    note = "Computed from machine code; nothing was timed. Images of the variant's published size."
+    return [
+        _image(draw_layers(report["layers"], rows)),
+        f'<p class="note">{note}</p>',
+        f"<pre>{html.escape(text)}</pre>",
+    ]
+
+
+def draw_layers(layers: Sequence[dict[str, Any]], rows: Sequence[Row]) -> Any:
+    """A bar for the estimate of each layer and pass, and a line where its floor is.
+
+    Args:
+        layers: as the roofline's report has them.
+        rows: the launches of the step.
+    """
+    names, floors, estimates = [], [], []
+    for one in layers:
+        mine = [row for row in rows if (row.layer, row.phase) == (one["layer"], one["phase"])]
+        names.append(f"{one['layer']} {one['phase']}")
+        floors.append(1e6 * one["floor"])
+        estimates.append(1e6 * sum(row.estimate.middle for row in mine if row.estimate))
+    figure = new_figure(6.4, 0.5 + 0.15 * len(names))
+    figure.set_layout_engine("constrained")
+    axes, places = figure.subplots(), range(len(names))
+    axes.barh(places, estimates, color="#9db8d2", label="estimate, unmeasured")
+    axes.plot(floors, places, "|", color="black", markersize=7, label="floor")
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.set_xlabel("microseconds")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<h2>{html.escape(title)}</h2>{''.join(parts)}"
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    cells = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
+        for name, value in rows
+    )
+    return f"<table>{cells}</table>"
+
+
+def _image(figure: Any) -> str:
+    """A figure as an element that holds its own pixels."""
+    memory = io.BytesIO()
+    figure.savefig(memory, format="png", dpi=_DPI)
+    pixels = base64.b64encode(memory.getvalue()).decode()
+    return f'<img alt="" src="data:image/png;base64,{pixels}">'
