@@ -9,11 +9,13 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from safetensors.torch import save_file
 
 from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.common.files import replacing
 from fastalex.data import Normalization, decode_size
 from fastalex.evaluation.pretrained import load_net
+from fastalex.formats.model_card import write_hub_folder
 from fastalex.formats.onnx_graph import build
 from fastalex.model.ablations import split_name
 from fastalex.model.alexnet import AlexNet
@@ -22,6 +24,8 @@ _TO = {
     "onnx": "for ONNX Runtime and others, LRN as ONNX's own",
     "pt2": "a program of torch.export, which runs where fastalex is not installed",
     "torchvision": "a .pth that torchvision's alexnet loads (variant owt)",
+    "safetensors": "the tensors under torchvision's names",
+    "hub": "a folder for the Hugging Face Hub, model.safetensors and a model card",
 }
 
 
@@ -44,7 +48,7 @@ def _parser() -> Parser:
     parser.add_path("--weights", text, "W", required=True)
     text = "; ".join(f"{name}: {text}" for name, text in _TO.items())
     parser.add_argument("--to", choices=tuple(_TO), required=True, help=text)
-    parser.add_path("--output", "the file to write", "F", required=True)
+    parser.add_path("--output", "the file or, for hub, the folder to write", "F", required=True)
     text = (
         "onnx: take uint8 images [N, height, width, 3], RGB, of any size, and resize, crop "
         "and normalise them in the graph (default: float32 [N, 3, S, S], normalised by the caller)"
@@ -54,7 +58,7 @@ def _parser() -> Parser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    check_output("--output", options.output)
+    check_output("--output", options.output, folder=options.to == "hub")
     if options.preprocess and options.to != "onnx":
         raise ValueError(f"--preprocess: only an ONNX graph holds it; leave it out of {options.to}")
     _, net, metadata, scale = load_net(options.weights)
@@ -70,6 +74,10 @@ def _run(options: argparse.Namespace) -> int:
         "image_size": str(size),
         "normalization": json.dumps(metadata["normalization"]),
     }
+    if options.to == "hub":
+        write_hub_folder(options.output, options.weights, metadata)
+        print(f"hub: {options.output}; hf upload USER/NAME {options.output} publishes it")
+        return 0
     unfused = net.unfused().requires_grad_(False)
     with replacing(options.output) as temporary:
         if options.to == "onnx":
@@ -77,8 +85,10 @@ def _run(options: argparse.Namespace) -> int:
             temporary.write_bytes(build(unfused, size, pixels, about).SerializeToString())
         elif options.to == "pt2":
             temporary.write_bytes(_program(unfused, size, about))
-        else:
+        elif options.to == "torchvision":
             torch.save(dict(unfused.state_dict()), temporary)
+        else:
+            save_file(dict(unfused.state_dict()), temporary, {"format": "pt", **about})
     given = "uint8 [N, height, width, 3], RGB" if options.preprocess else _describe(scale, size)
     print(f"{options.to}: {options.output}\ninput: {given}")
     return 0
