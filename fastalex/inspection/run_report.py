@@ -18,7 +18,7 @@ import numpy as np
 from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.common.figures import new_figure
 from fastalex.common.files import replacing
-from fastalex.evaluation import drawing, figures
+from fastalex.evaluation import figures
 from fastalex.evaluation.ensemble import TOP, Ensemble, Scores, evaluate, open_dataset
 from fastalex.inspection import roofline
 from fastalex.inspection.gpus import GPUS
@@ -73,12 +73,12 @@ def _run(options: argparse.Namespace) -> int:
     parts = [
         _facts(run, ensemble, scores),
         _section(
-            "Curves", _image(drawing.draw_curves(figures.read_metrics(folder / "metrics.jsonl")))
+            "Curves", _image(figures.draw_curves(figures.read_metrics(folder / "metrics.jsonl")))
         ),
         _section("Mistakes", *_mistakes(scores)),
         _section("conv1", _image(figures.draw_first_layer(ensemble))),
         _section(
-            "Predictions", _image(drawing.draw_predictions(figures.predict_some(ensemble, dataset)))
+            "Predictions", _image(figures.draw_predictions(figures.predict_some(ensemble, dataset)))
         ),
     ]
     if options.gpu is not None:
