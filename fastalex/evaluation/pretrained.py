@@ -105,3 +105,32 @@ def load(path: str | os.PathLike[str], fused: bool = True) -> AlexNet:
     """
     model = load_net(Path(path)).model
     return model if fused else model.unfused()
+
+
+def alexnet(
+    pretrained: str | os.PathLike[str] | None = None,
+    num_classes: int | None = None,
+    dropout: float = 0.5,
+    variant: str = "owt",
+    fused: bool = True,
+) -> AlexNet:
+    """AlexNet by torchvision's name, with random weights or those of a file.
+
+    Args:
+        pretrained: a weights file, as for ``load``; its net is returned, in evaluation mode.
+        num_classes: outputs, 1000 if there is no file; of another number than the file's, the last
+            layer is new.
+        dropout: of a net without a file.
+        variant: of a net without a file.
+        fused: as for ``AlexNet``.
+
+    Raises:
+        ValueError: for an argument out of range, and as ``load``.
+    """
+    if pretrained is None:
+        return AlexNet(1000 if num_classes is None else num_classes, dropout, variant, fused)
+    model = load(pretrained, fused)
+    if num_classes not in (None, model.num_classes):
+        model.reset_classifier(num_classes)
+        model.classes = None
+    return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +13,20 @@ from safetensors import safe_open
 
 from fastalex.formats.layers import ForeignNet
 
+_HASH = re.compile(r"-([0-9a-f]{8,64})\.[^.]+$")  # as in alexnet-owt-7be5be79.pth
 _PARAMETER = re.compile(r"(features|classifier)\.(\d+)\.(weight|bias)")
 
 
 def read_torch(path: Path) -> ForeignNet:
-    """The layers of a file of ``torch.save``; of its pickle nothing but tensors is made."""
+    """The layers of a file of ``torch.save``; of its pickle nothing but tensors is made.
+
+    Raises:
+        ValueError: where the file's name carries a checksum that the file has not.
+    """
+    match = _HASH.search(path.name)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if match else ""
+    if match and not digest.startswith(match[1]):
+        raise ValueError(f"its SHA-256 begins {digest[:8]}, its name says {match[1]}: damaged")
     found = torch.load(path, map_location="cpu", weights_only=True)
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
@@ -27,10 +37,11 @@ def read_torch(path: Path) -> ForeignNet:
 def read_safetensors(path: Path) -> ForeignNet:
     """The layers of a safetensors file with torchvision's names."""
     with safe_open(path, "pt") as file:
-        if "fastalex" in (file.metadata() or {}):
+        metadata = file.metadata() or {}
+        if "fastalex" in metadata:
             raise ValueError("already weights of fastalex's: give them to the commands")
         tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    return _net("safetensors", tensors, path)
+    return _net("safetensors", tensors, path).told(metadata)
 
 
 def _net(kind: str, tensors: Any, path: Path) -> ForeignNet:

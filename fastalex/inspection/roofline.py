@@ -65,15 +65,20 @@ def _run(options: argparse.Namespace) -> int:
     if options.sass:
         print(machine_code(step, gpu, options.sass))
         return 0
+    rows = compile_and_inspect(step, gpu, options.dtype)
+    report = make_report(step, rows, gpu, options)
+    print(json.dumps(report, indent=1) if options.json else "\n".join(describe(report, rows)))
+    return 0
+
+
+def compile_and_inspect(step: Step, gpu: GPU, dtype: str) -> list[Row]:
+    """The launches of a step on a GPU, compiled on all cores, with a bar."""
     jobs = [[event.launch] for event in step.events if event.launch is not None]
     jobs.sort(key=lambda job: "lrn" not in job[0].name)  # the longest first
     compiled = compile_ahead(jobs, gpu.target)
     for _ in tqdm(compiled, "compiling", len(jobs), unit=" kernels", leave=False, disable=None):
         pass
-    rows = inspect(step, gpu, options.dtype)
-    report = make_report(step, rows, gpu, options)
-    print(json.dumps(report, indent=1) if options.json else "\n".join(describe(report, rows)))
-    return 0
+    return inspect(step, gpu, dtype)
 
 
 def make_report(

@@ -6,6 +6,7 @@ import argparse
 import base64
 import html
 import io
+import itertools
 import json
 import warnings
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ from fastalex.evaluation import figures
 from fastalex.evaluation.ensemble import TOP, Ensemble, Scores, evaluate, open_dataset
 from fastalex.inspection import roofline
 from fastalex.inspection.gpus import GPUS
+from fastalex.inspection.record import record_step
 from fastalex.inspection.report import Row
 
 _SQUARES = 50  # classes of which a matrix can still be read
@@ -72,9 +74,7 @@ def _run(options: argparse.Namespace) -> int:
     scores = evaluate(ensemble, dataset, crops=1)
     parts = [
         _facts(run, ensemble, scores),
-        _section(
-            "Curves", _image(figures.draw_curves(figures.read_metrics(folder / "metrics.jsonl")))
-        ),
+        _section("Curves", _image(draw_curves(*read_metrics(folder / "metrics.jsonl")))),
         _section("Mistakes", *_mistakes(scores)),
         _section("conv1", _image(figures.draw_first_layer(ensemble))),
         _section(
@@ -142,6 +142,53 @@ def _time(run: dict[str, Any]) -> str:
     return f"{started} to {ended}: {str(taken).split('.')[0]} since it was started or resumed"
 
 
+Records = list[dict[str, Any]]
+
+
+def read_metrics(path: Path) -> tuple[Records, Records]:
+    """The records of steps and of epochs, each in order; written twice, the later one counts.
+
+    Raises:
+        ValueError: where ``path`` can't be read, or holds none.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "epoch": {}}
+    try:
+        for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            if record["kind"] in found and record["loss"] is not None:
+                found[record["kind"]][int(record["step"])] = record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the metrics of a run ({error})") from error
+    steps, epochs = ([records[n] for n in sorted(records)] for records in found.values())
+    if not steps and not epochs:
+        raise ValueError(f"{path}: no step and no epoch recorded in it")
+    return steps, epochs
+
+
+def draw_curves(steps: Records, epochs: Records) -> Any:
+    """Training and validation loss, and validation errors, over the steps of a run."""
+    figure = new_figure(6.9, 2.6)
+    figure.set_layout_engine("constrained", w_pad=0.1)
+    left, right = figure.subplots(1, 2)
+    ends = [record["step"] for record in epochs]
+    left.plot([r["step"] for r in steps], [r["loss"] for r in steps], label="training")
+    left.plot(ends, [r["val_loss"] for r in epochs], ".-", label="validation")
+    left.set_ylabel("loss (nats)")
+    for top in (1, TOP):
+        errors = [100 * (1 - record[f"top{top}"]) for record in epochs]
+        right.plot(ends, errors, ".-", label=f"top-{top}, validation")
+    right.set_ylabel("error (%)")
+    pairs = itertools.pairwise(steps)
+    drops = [before["step"] for before, after in pairs if after["lr"] <= before["lr"] / 2]
+    for axes in (left, right):
+        axes.set(xlabel="step", xlim=0)
+        axes.set_ylim(bottom=0)
+        for number, step in enumerate(drops):
+            label = None if number else "learning rate falls"
+            axes.axvline(step, color="#888888", linestyle=":", label=label)
+        axes.legend(frameon=False)
+    return figure
+
+
 def _mistakes(scores: Scores) -> list[str]:
     """The confusion matrix, where it can be read, and the most frequent mistakes."""
     confusion = scores.confusion()
@@ -182,44 +229,33 @@ def _roofline(gpu: str, settings: dict[str, Any]) -> list[str]:
     """The roofline report of the run's own step and a chart of it."""
     dtype = {"bf16": "bf16", "fp16": "bf16"}.get(settings["precision"], "fp32")
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-    report, rows = roofline.make_report(
-        argparse.Namespace(
-            gpu=gpu,
-            batch=settings["batch_size"],
-            gpus=1,
-            step="train",
-            dtype=dtype,
-            variant=settings["variant"],
-        )
-    )
+    batch, variant = settings["batch_size"], settings["variant"]
+    step = record_step(GPUS[gpu].target, batch, dtype, variant=variant)
+    rows = roofline.compile_and_inspect(step, GPUS[gpu], dtype)
+    options = argparse.Namespace(batch=batch, gpus=1, step="train", dtype=dtype, variant=variant)
+    report = roofline.make_report(step, rows, GPUS[gpu], options)
     text = "\n".join(roofline.describe(report, rows))
     note = "Computed from machine code; nothing was timed. Images of the variant's published size."
     return [
-        _image(draw_layers(report["layers"], rows)),
+        _image(draw_layers(rows)),
         f'<p class="note">{note}</p>',
         f"<pre>{html.escape(text)}</pre>",
     ]
 
 
-def draw_layers(layers: Sequence[dict[str, Any]], rows: Sequence[Row]) -> Any:
-    """A bar for the estimate of each layer and pass, and a line where its floor is.
-
-    Args:
-        layers: as the roofline's report has them.
-        rows: the launches of the step.
-    """
-    names, floors, estimates = [], [], []
-    for one in layers:
-        mine = [row for row in rows if (row.layer, row.phase) == (one["layer"], one["phase"])]
-        names.append(f"{one['layer']} {one['phase']}")
-        floors.append(1e6 * one["floor"])
-        estimates.append(1e6 * sum(row.estimate.middle for row in mine if row.estimate))
-    figure = new_figure(6.4, 0.5 + 0.15 * len(names))
+def draw_layers(rows: Sequence[Row]) -> Any:
+    """A bar for the estimate of each layer and pass, and a line where its floor is."""
+    places = dict.fromkeys(f"{row.layer} {row.phase}" for row in rows)
+    floors, estimates = dict.fromkeys(places, 0.0), dict.fromkeys(places, 0.0)
+    for row in rows:
+        floors[f"{row.layer} {row.phase}"] += 1e6 * (row.floor or 0)
+        estimates[f"{row.layer} {row.phase}"] += 1e6 * (row.estimate.middle if row.estimate else 0)
+    figure = new_figure(6.4, 0.5 + 0.15 * len(places))
     figure.set_layout_engine("constrained")
-    axes, places = figure.subplots(), range(len(names))
-    axes.barh(places, estimates, color="#9db8d2", label="estimate, unmeasured")
-    axes.plot(floors, places, "|", color="black", markersize=7, label="floor")
-    axes.set_yticks(places, names)
+    axes = figure.subplots()
+    names = list(places)
+    axes.barh(names, list(estimates.values()), color="#9db8d2", label="estimate, unmeasured")
+    axes.plot(list(floors.values()), names, "|", color="black", markersize=7, label="floor")
     axes.invert_yaxis()
     axes.set_xlabel("microseconds")
     axes.legend(frameon=False)

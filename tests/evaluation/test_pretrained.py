@@ -1,4 +1,4 @@
-"""``fastalex.load``: nets of files with their transforms and classes."""
+"""``fastalex.load`` and ``fastalex.alexnet``: nets of files with their transforms and classes."""
 
 from __future__ import annotations
 
@@ -47,13 +47,17 @@ def test_a_loaded_net_names_an_image_as_evaluation_does(
         net.transforms(np.zeros((9, 9, 3)))
 
 
-def test_a_loaded_net_takes_a_new_last_layer(tmp_path: Path) -> None:
+def test_alexnet_is_made_by_torchvision_s_name(tmp_path: Path) -> None:
     random_weights(tmp_path / "w", 1)
-    net, other = fastalex.load(tmp_path / "w"), fastalex.load(str(tmp_path / "w"))
+    net = fastalex.alexnet(pretrained=tmp_path / "w")
     assert (net.num_classes, net.classes) == (len(CLASSES), CLASSES)
-    other.reset_classifier(3)
+    other = fastalex.alexnet(str(tmp_path / "w"), num_classes=3)
     assert other(torch.zeros(1, 3, SIZE, SIZE)).shape == (1, 3)
+    assert other.classes is None
     assert torch.equal(other.features[0].weight, net.features[0].weight)
+    with torch.device("meta"):
+        new = fastalex.alexnet()
+    assert (new.variant.name, new.num_classes, new.transforms) == ("owt", 1000, None)
     with pytest.raises(ValueError, match="no such weights file"):
         fastalex.load(tmp_path / "none")
-    assert {"AlexNet", "load"} <= set(dir(fastalex))
+    assert {"AlexNet", "alexnet", "load"} <= set(dir(fastalex))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -293,3 +294,17 @@ def test_a_whole_net_needs_no_option(name: str, tmp_path: Path) -> None:
     found, _ = load_model(tmp_path / "w")
     pairs = zip(found.parameters(), net.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_checksum_in_the_name_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, net = _file("torchvision", tmp_path)
+    good = tmp_path / f"alexnet-owt-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth"
+    bad = tmp_path / "alexnet-owt-7be5be79.pth"
+    for copy in (good, bad):
+        copy.write_bytes(path.read_bytes())
+    options = ["--output", str(tmp_path / "w"), "--variant", net.variant.name]
+    assert main([str(good), *options]) == 0
+    assert main([str(bad), *options]) == 2
+    assert "its name says 7be5be79: damaged" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from fastalex import AlexNet
 from fastalex.data import Normalization
@@ -125,12 +126,14 @@ def test_a_mean_image_is_in_the_graph(centred: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(found, probabilities, rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("to", ["onnx", "safetensors"])
 @pytest.mark.parametrize("variant", ["paper", "owt", "caffenet"])
-def test_what_was_exported_comes_back_whole(variant: str, tmp_path: Path) -> None:
-    pytest.importorskip("onnx")
+def test_what_was_exported_comes_back_whole(variant: str, to: str, tmp_path: Path) -> None:
+    if to == "onnx":
+        pytest.importorskip("onnx")
     weights, file, again = (tmp_path / name for name in ("w", "f", "again"))
     _weights(weights, variant + SMALL, size=150)
-    assert main(["--weights", str(weights), "--to", "onnx", "--output", str(file)]) == 0
+    assert main(["--weights", str(weights), "--to", to, "--output", str(file)]) == 0
     assert convert.main([str(file), "--output", str(again)]) == 0
     (net, before), (twin, after) = load_model(weights), load_model(again)
     assert all(map(torch.equal, net.state_dict().values(), twin.state_dict().values()))
@@ -142,7 +145,7 @@ def test_labels_stand_in_the_file(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     weights = tmp_path / "w"
     _weights(weights, "paper" + SMALL)
-    for to in ("onnx", "pt2"):
+    for to in ("onnx", "pt2", "safetensors"):
         assert main(["--weights", str(weights), "--to", to, "--output", str(tmp_path / to)]) == 0
     model = onnx.load(tmp_path / "onnx")
     found = {pair.key: pair.value for pair in model.metadata_props}
@@ -152,6 +155,8 @@ def test_labels_stand_in_the_file(tmp_path: Path) -> None:
     extra = {"fastalex.json": ""}
     torch.export.load(tmp_path / "pt2", extra_files=extra)
     assert json.loads(extra["fastalex.json"]) == found
+    with safe_open(tmp_path / "safetensors", "pt") as file:
+        assert {k: v for k, v in file.metadata().items() if k != "format"} == found
 
 
 @pytest.mark.slow
