@@ -47,7 +47,7 @@ from fastalex.data.packed import (
 SIZE = 256  # P§2
 _SHARD_IMAGES = 1024  # 200 MB at 256 pixels
 _LEAST_SHARD_IMAGES = 64
-_SHARDS = 64  # that many at least, if they do not get too small, for as little lost work
+_SHARDS = 64  # that many at least, if they do not get too small: a stop loses one
 VAL_SPLIT = 0.1  # of the images of each class, where there is no folder of validation images
 ODD, LEFT_OUT = "odd.tsv", "left_out.tsv"
 _ANOTHER = "holds a packed set of other images, or of another size; name a new folder"
