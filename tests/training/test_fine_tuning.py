@@ -69,8 +69,7 @@ def test_a_linear_probe_trains_the_last_layer_alone(here: Path) -> None:
 def test_a_finished_run_is_trained_on_without_the_file(here: Path) -> None:
     _weights(here / "w")
     options = [*OPTIONS[:4], "--log-every", "1", "--threads", "1", "--keep-checkpoints", "2"]
-    options += ["--lr", "0.002", "--init-from", "w", "--freeze", "features", "--schedule",
-                "constant"]  # fmt: skip
+    options += ["--lr", "0.002", "--init-from", "w", "--freeze", "features", "--lr-drop", "1"]
     assert train.main([*options, "--epochs", "2", "--output", "whole"]) == 0
     assert train.main([*options, "--epochs", "1", "--output", "run"]) == 0
     (here / "w").unlink()
