@@ -357,13 +357,3 @@ def test_another_number_of_processes_than_torchrun_started_is_refused(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "--gpus 1 under a launcher" in _refused(["--gpus", "1"], capsys, folders)
-
-
-@pytest.mark.slow
-def test_what_several_processes_refuse_is_said_once(tmp_path: Path) -> None:
-    process = _train(tmp_path, "--gpus", "2", "--variant", "owt", "--batch-size", "3")
-    assert process.returncode == 2
-    assert process.stderr.splitlines() == [
-        "train: error: --batch-size 3: 2 processes share each batch, name a multiple of 2"
-    ]
-    assert not list(tmp_path.iterdir())
