@@ -119,7 +119,7 @@ tiles="$results/tiles$suffix"
 step environment 60 "$python" -m bench.card environment "$results"
 if [[ -n $dry ]]; then
     step doctor 240 bash -c doctor
-    step step 180 "${bench[@]}" --batch-size 1 --rounds 1 -k stock bench/bench_step.py
+    step step 180 "${bench[@]}" --batch-size 1 --rounds 1 -k "stock and not shared" bench/bench_step.py
     step train 120 bash -c 'train 1 128 float32 --image-size 64 --max-steps 2 --workers 1'
     step layers 120 "${bench[@]}" --batch-size 1 --rounds 1 -k "conv5 or pool5" bench/bench_layers.py
     step tune 120 "$python" -m fastalex.tune --dry-run --gpu h100 --layer fc8 --batch-size 16 \
