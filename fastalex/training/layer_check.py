@@ -299,12 +299,12 @@ class LayerCheck(Check):
             of.rate = torch.tensor([size / step, 0.5, step / size / 4], device=w.device)
             of.buffer.copy_(g.roll(1, 0))
             twin = MomentumUpdate(w.clone(), of.buffer.clone(), of.rate, of.rule)
-            squares = w.new_empty(1)
-            twin.apply(g, squares)
+            twin.apply(g)
+            assert twin.squares is not None
             before += [(x, x.clone()) for x in (w, of.buffer, of.operand) if x is not None]
             expected[kind] = (twin.parameter, bound)
             expected[f"momentum of the {kind}"] = (twin.buffer, bound)
-            expected[f"squared norm of the {kind}'s gradient"] = (squares.sum(), 2 * bound)
+            expected[f"squared norm of the {kind}'s gradient"] = (twin.squares.sum(), 2 * bound)
             if of.operand is not None:
                 copy = twin.parameter if of.pack is None else of.pack(twin.parameter)
                 narrow = tolerance(of.operand.dtype, 0)

@@ -84,9 +84,16 @@ class FusedUpdate:
         """Take whole gradients, in the order of the parameters."""
         for update, gradient in zip(self.updates, gradients, strict=False):
             assert update is not None
-            if update.squares is None:
-                update.squares = update.rate.new_empty(1)
-            update.apply(gradient, update.squares)
+            update.apply(gradient)
+
+    def parameters(self) -> list[Tensor]:
+        return [update.parameter for update in self.updates if update is not None]
+
+    def product(self, dz: Tensor, x: Tensor) -> None:
+        """Take the factors of the weight's gradient, dz^T x, on a CPU."""
+        self.updates.weight.apply_product(dz, x)
+        if self.updates.bias is not None:
+            self.updates.bias.apply(dz.sum(0))
 
 
 class StoredGradients(FusedUpdate):
@@ -98,12 +105,11 @@ class StoredGradients(FusedUpdate):
 
     def __init__(self, layer: nn.Module, updates: Updates) -> None:
         super().__init__(layer, updates)
-        self._parameters = [update.parameter for update in updates if update is not None]
-        self.gradients = [torch.empty_like(parameter) for parameter in self._parameters]
+        self.gradients = [torch.empty_like(parameter) for parameter in self.parameters()]
 
     def attach(self) -> None:
         """Give the parameters their gradients, which an optimizer may have taken away."""
-        for parameter, gradient in zip(self._parameters, self.gradients, strict=True):
+        for parameter, gradient in zip(self.parameters(), self.gradients, strict=True):
             parameter.grad = gradient
 
     def convolution(self, partials: Tensor, bias_partials: Tensor) -> None:
@@ -131,6 +137,9 @@ class StoredGradients(FusedUpdate):
     def torch(self, gradients: list[Tensor]) -> None:
         for stored, gradient in zip(self.gradients, gradients, strict=True):
             stored.copy_(gradient)
+
+    def product(self, dz: Tensor, x: Tensor) -> None:
+        self.torch([dz.t() @ x, dz.sum(0)])
 
 
 def _copy_blocks(out: Tensor, packed: Tensor, stride: int) -> None:

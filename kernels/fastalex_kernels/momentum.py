@@ -21,10 +21,12 @@ import torch
 import triton
 import triton.language as tl
 
+from fastalex_kernels.aten import share
 from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.reduce import blocks, sum_parts
 
 RULES = ("paper", "torch")
+_ROWS = 128  # that a thread of a CPU updates at a time
 
 
 @dataclass(eq=False)
@@ -95,24 +97,51 @@ class MomentumUpdate:
         return w, self.buffer, w if self.operand is None else self.operand, self.squares
 
     @torch.no_grad()
-    def apply(self, gradient: torch.Tensor, squares: torch.Tensor) -> None:
-        """The update by torch's operators.
-
-        Args:
-            gradient: of the parameter's shape.
-            squares: float32 [1], gets the gradient's squared norm.
-        """
-        w, v, (lr, momentum, decay) = self.parameter, self.buffer, self.rate.unbind()
-        g = gradient.to(torch.float32)
-        squares.copy_(g.square().sum().reshape(1))
-        g = g + decay * w
-        if self.rule == "paper":
-            v.mul_(momentum).sub_(lr * g)
-            w.add_(v)
-        else:
-            v.mul_(momentum).add_(g)
-            w.sub_(lr * v)
+    def apply(self, gradient: torch.Tensor) -> None:
+        """The update by torch's operators, with a gradient of the parameter's shape."""
+        g = torch.empty_like(self.buffer).copy_(gradient)
+        self._keep(g.square().sum().reshape(1))
+        _descend(self.rule, self.parameter, self.buffer, g, self.rate)
         self.refresh()
+
+    @torch.no_grad()
+    def apply_product(self, dz: torch.Tensor, x: torch.Tensor) -> None:
+        """``apply(dz.t() @ x)`` on a CPU, rows by rows: their gradient stays in the cache."""
+
+        def apply(w: torch.Tensor, v: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+            g = columns @ x
+            square = g.view(-1).dot(g.view(-1))
+            _descend(self.rule, w, v, g, self.rate)
+            return square
+
+        parts = (a.split(_ROWS) for a in (self.parameter, self.buffer, dz.t()))
+        self._keep(torch.stack(share(apply, *parts)))
+
+    def _keep(self, squares: torch.Tensor) -> None:
+        self.squares = squares if self.squares is None else self.squares.copy_(squares)
+
+
+def _descend(
+    rule: str, w: torch.Tensor, v: torch.Tensor, g: torch.Tensor, rate: torch.Tensor
+) -> None:
+    """The update of a weight and its momentum buffer; ``g`` may be overwritten."""
+    if w.is_cpu and rate.numpy()[1]:  # in one pass, which torch has with momentum alone
+        lr, momentum, decay = rate.numpy().tolist()
+        if rule == "paper":
+            g, lr, decay = g.mul_(-lr), -1.0, -lr * decay
+        torch._fused_sgd_(
+            [w], [g], [v], weight_decay=decay, momentum=momentum, lr=lr, dampening=0.0,
+            nesterov=False, maximize=False, is_first_step=False,
+        )  # fmt: skip
+        return
+    lr, momentum, decay = rate.unbind()
+    g = g + decay * w
+    if rule == "paper":
+        v.mul_(momentum).sub_(lr * g)
+        w.add_(v)
+    else:
+        v.mul_(momentum).add_(g)
+        w.sub_(lr * v)
 
 
 class Updates(NamedTuple):
