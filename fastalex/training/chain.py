@@ -22,6 +22,7 @@ from fastalex.model.layers import (
     MaxPool2d,
     SpatialResponseNorm,
 )
+from fastalex.training.cpu_passes import cpu_passes
 from fastalex.training.optim import BUFFER, Rates, update_rule
 from fastalex.training.passes import (
     Convolution,
@@ -145,11 +146,11 @@ class Chain:
         """
         average = self._model.avgpool
         nothing_to_do = self._model.map_size(image_size) == average.output_size
-        passes = [
-            (name, self._pass(layer, early))
-            for name, layer in self._layers
-            if layer is not average or not nothing_to_do
-        ]
+        layers = [x for x in self._layers if x[1] is not average or not nothing_to_do]
+        on_a_cpu = next(self._model.parameters()).is_cpu and not self._triton
+        if on_a_cpu and self.exchange is None and self._dtype == torch.float32:
+            return cpu_passes(layers, self.by_layer)
+        passes = [(name, self._pass(layer, early)) for name, layer in layers]
         passes[0][1].needs_dx = False
         for (_, below), (_, above) in itertools.pairwise(passes):
             above.masks_dx = below.dy_is_preact = fused_activation and below.relu and above.can_mask
