@@ -19,9 +19,9 @@ import fastalex_kernels as kernels
 from fastalex.model.layers import Linear, LinearReLUDropout
 from fastalex.training.passes import Gradient, Pass, Torch
 from fastalex.training.updates import FusedUpdate
-from fastalex_kernels.aten import share
 from fastalex_kernels.common.launch import call
 from fastalex_kernels.common.layout import as_nchw
+from fastalex_kernels.common.threads import share
 
 Tensor = torch.Tensor
 

@@ -7,10 +7,7 @@ oneDNN and cuDNN prefer and where the window of LRN is a run of neighbours.
 from __future__ import annotations
 
 import functools
-import os
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -18,7 +15,8 @@ import torch.nn.functional as F
 
 from fastalex_kernels.common import philox
 from fastalex_kernels.common.backend import operator
-from fastalex_kernels.common.parameters import Dropout, Norm, Window, norm_of
+from fastalex_kernels.common.parameters import Dropout, Norm, Pooling, Window, norm_of
+from fastalex_kernels.common.threads import share
 
 _NO_LABEL = -(2**63)  # every other one that is no class is an error
 _IN_CACHE = 2**19  # numbers of a CPU's last cache that a thread's images may fill
@@ -41,36 +39,6 @@ def conv2d_relu(
     weight = weight.contiguous()  # torch's slow convolution cannot differentiate other strides
     output = F.conv2d(input, weight, bias, stride, (top, left), groups=groups)
     return output.relu_() if relu else output
-
-
-def _start_worker(ready: threading.Barrier) -> None:
-    torch.get_num_threads()  # a thread's first question sets its number to that of all
-    torch.set_num_threads(1)
-    ready.wait()
-
-
-@functools.cache
-def _workers(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads of ``process`` in which torch's operators start no threads of their own."""
-    ready = threading.Barrier(threads + 1)
-    workers = ThreadPoolExecutor(threads, "fastalex", _start_worker, (ready,))
-    for _ in range(threads):
-        workers.submit(int)
-    ready.wait()
-    torch.set_num_threads(threads)  # a worker's number had become that of threads yet to start
-    return workers
-
-
-def share(function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
-    """``list(map(function, *arguments))`` on as many threads of a CPU as torch uses.
-
-    So a pass is one parallel region. With one for each operator, every operator would wait for the
-    slowest thread: where another process has one of the cores, that takes a hundred times as long.
-    """
-    threads = torch.get_num_threads()
-    if threads == 1 or len(arguments[0]) == 1:
-        return list(map(function, *arguments))
-    return list(_workers(threads, os.getpid()).map(torch.no_grad()(function), *arguments))
 
 
 def _share_images(function: Callable[..., None], input: torch.Tensor, *more: torch.Tensor) -> None:
@@ -101,7 +69,7 @@ class _Lines:
         """The rows of a line, where a row's values start at column ``first``."""
         return line[: self.length].view(-1, self._width)[:, first : first + self.channels]
 
-    def windows(self, operation: Any, before: int, *operands: Any) -> torch.Tensor:
+    def windows(self, operation: Any, before: int, *operands: torch.Tensor) -> torch.Tensor:
         """A line of the sums of the operation's results over windows from ``before`` them on."""
         padded = operands[0].new_zeros(self.length + self.below + self.above)
         operation(*operands, out=self.columns(padded, before))
@@ -121,47 +89,45 @@ def _sum_neighbours(line: torch.Tensor, count: int) -> torch.Tensor:
     return sums[:-1].add_(line[count - 1 :]) if count % 2 else sums
 
 
-def _root(d: torch.Tensor, beta: float) -> torch.Tensor:
-    """What is kept of the denominators d: a root, where their power is made of it, or d."""
-    return d.rsqrt_().rsqrt_() if beta == 0.75 else d
-
-
 def _powers(root: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """d ^ beta and d. Two roots are far cheaper than a power."""
+    """d ^ beta and d, from d ^ 1/4 where beta is 3/4, as roots are cheaper than a power; or d."""
     if beta != 0.75:
         return root**beta, root
     square = root * root
     return square * root, square.mul_(square)
 
 
-def lrn_forward(
-    norm: Norm, groups: int, window: Window, ceil_mode: bool,
+def _forward(
+    pooling: Pooling, ceil_mode: bool,
     input: torch.Tensor, output: torch.Tensor, argmax: torch.Tensor, roots: torch.Tensor,
 ) -> None:  # fmt: skip
     """Fill ``output``, ``argmax`` where anything is pooled, and ``roots`` where they are kept."""
+    norm, groups, window = pooling
+    assert norm is not None
     lines = _Lines(input, norm, groups)
     rows = lines.rows(input)
     d = lines.windows(torch.mul, lines.below, rows, rows).mul_(norm.scale).add_(norm.offset)
-    root = _root(d, norm.beta)
+    root = d.rsqrt_().rsqrt_() if norm.beta == 0.75 else d
     if roots.numel():
         roots.view(-1).copy_(root)
     power = lines.columns(_powers(root, norm.beta)[0])
-    if window == (1, 1):
-        torch.div(rows, power, out=lines.rows(output))
-        return
-    normalised = torch.empty_like(input)
+    pooled = window != (1, 1)
+    normalised = torch.empty_like(input) if pooled else output
     torch.div(rows, power, out=lines.rows(normalised))
-    torch.ops.aten.max_pool2d_with_indices.out(
-        normalised, window.size, window.stride, 0, 1, ceil_mode, out=output, indices=argmax
-    )
+    if pooled:
+        torch.ops.aten.max_pool2d_with_indices.out(
+            normalised, window.size, window.stride, 0, 1, ceil_mode, out=output, indices=argmax
+        )
 
 
-def lrn_backward(
-    norm: Norm, groups: int, window: Window, ceil_mode: bool,
+def _backward(
+    pooling: Pooling, ceil_mode: bool,
     input: torch.Tensor, grad: torch.Tensor, argmax: torch.Tensor, roots: torch.Tensor,
     result: torch.Tensor,
 ) -> None:  # fmt: skip
     """Fill ``result``."""
+    norm, groups, window = pooling
+    assert norm is not None
     lines = _Lines(input, norm, groups)
     if window != (1, 1):
         grad = torch.ops.aten.max_pool2d_with_indices_backward(
@@ -174,10 +140,19 @@ def lrn_backward(
     torch.addcmul(z, lines.columns(sums), rows, value=-2.0 * norm.beta, out=lines.rows(result))
 
 
+def _pooling(norm: Sequence[float], groups: int, window: Sequence[int]) -> Pooling:
+    return Pooling(norm_of(norm), groups, Window(*window))
+
+
 def _outputs(
-    input: torch.Tensor, norm: Sequence[float], groups: int, window: Sequence[int],
-    pooled: Sequence[int], save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    input: torch.Tensor,
+    norm: Sequence[float],
+    groups: int,
+    window: Sequence[int],
+    ceil_mode: bool,
+    pooled: Sequence[int],
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Memory for the output; the places of its maxima, if anything is pooled; the roots, if kept.
 
     Channels last; allocated so and not a view: autograd refuses to change a view that an operator
@@ -202,15 +177,13 @@ def _lrn_max_pool2d(
     pooled: Sequence[int],
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    outputs = _outputs(input, norm, groups, window, pooled, save)
-    arguments = (norm_of(norm), groups, Window(*window), ceil_mode)
-    _share_images(functools.partial(lrn_forward, *arguments), input, *outputs)
+    outputs = _outputs(input, norm, groups, window, ceil_mode, pooled, save)
+    forward = functools.partial(_forward, _pooling(norm, groups, window), ceil_mode)
+    _share_images(forward, input, *outputs)
     return outputs
 
 
-@_lrn_max_pool2d.register_fake
-def _(input, norm, groups, window, ceil_mode, pooled, save):
-    return _outputs(input, norm, groups, window, pooled, save)
+_lrn_max_pool2d.register_fake(_outputs)
 
 
 @operator("aten_lrn_max_pool2d_backward")
@@ -226,15 +199,12 @@ def _lrn_max_pool2d_backward(
 ) -> torch.Tensor:
     grad = grad.contiguous(memory_format=torch.channels_last)
     result = torch.empty_like(input)
-    arguments = (norm_of(norm), groups, Window(*window), ceil_mode)
-    function = functools.partial(lrn_backward, *arguments)
-    _share_images(function, input, grad, argmax, roots, result)
+    backward = functools.partial(_backward, _pooling(norm, groups, window), ceil_mode)
+    _share_images(backward, input, grad, argmax, roots, result)
     return result
 
 
-@_lrn_max_pool2d_backward.register_fake
-def _(grad, input, *_):
-    return torch.empty_like(input)
+_lrn_max_pool2d_backward.register_fake(lambda grad, input, *_: torch.empty_like(input))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
