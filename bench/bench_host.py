@@ -27,8 +27,8 @@ from fastalex.training.optim import build_optimizer, set_learning_rate
 from fastalex.tuning.train_steps import Training
 from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.common.program import Launch
-from tests.training._libcuda import StubDriver
 
+from ._libcuda import StubDriver
 from ._report import Report
 from ._timing import Images, take_turns
 

@@ -17,23 +17,18 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex_kernels.common.backend import interpreted
+from fastalex_kernels.common.backend import interpreted, record_launches
 from fastalex_kernels.common.program import Launch
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to compile for.
-
-    Args:
-        gpu: what Triton calls it.
-        shared_limit: bytes of shared memory (LDS on AMD) that one program can have.
-    """
+    """A GPU to compile for, and the bytes of shared memory (AMD: LDS) that a program can have."""
 
     gpu: GPUTarget
     shared_limit: int
@@ -54,39 +49,21 @@ def _probe() -> None:
     pass
 
 
-class _AbsentGPU(DriverBase):  # type: ignore[misc]
-    """Answers what a launcher asks before it compiles; nothing is ever run through it."""
+class _AbsentGPU(NamedTuple):
+    """What a launcher asks of a driver before it compiles; nothing is ever run through it."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    name: str
 
     def get_current_target(self) -> GPUTarget:
-        return _gpu(self.name)
+        if self.name in _OTHERS:
+            return GPUTarget("cuda", int(self.name.removeprefix("sm_")), 32)
+        return TARGETS[self.name].gpu
 
     def get_current_device(self) -> str:
         return f"offline {self.name}"  # the key of a kernel's cache: one for each target
 
-    def set_current_device(self, device: Any) -> None:
-        raise RuntimeError("no kernel can run on a GPU that is not here")
-
     def get_current_stream(self, device: Any = None) -> int:
         return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-    def get_device_interface(self) -> Any:
-        raise RuntimeError("no kernel can run on a GPU that is not here")
-
-    def get_benchmarker(self) -> Any:
-        raise RuntimeError("no kernel can be timed on a GPU that is not here")
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
 
 
 def can_compile(name: str) -> bool:
@@ -94,17 +71,15 @@ def can_compile(name: str) -> bool:
     return name in TARGETS or name in _OTHERS
 
 
-def _gpu(name: str) -> GPUTarget:
-    if name in _OTHERS:
-        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
-    return TARGETS[name].gpu
+def _check(target: str) -> None:
+    if not can_compile(target):
+        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
 
 
 @contextlib.contextmanager
 def fake_driver(target: str) -> Iterator[None]:
     """Make ``target`` the current GPU of Triton inside the ``with`` block; see ``can_compile``."""
-    if not can_compile(target):
-        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    _check(target)
     previous = driver._active  # not driver.active, which looks for a real GPU where there is none
     driver.set_active(_AbsentGPU(target))
     try:
@@ -116,9 +91,7 @@ def fake_driver(target: str) -> Iterator[None]:
 def without_data(launch: Launch, storages: dict[int, torch.UntypedStorage]) -> Launch:
     """The launch on meta tensors of the same shapes, strides, alignment and shared memory.
 
-    Args:
-        launch: to copy.
-        storages: of the launches before, by the storage that each stands for; this one's are added.
+    ``storages`` are those of the launches before, by what each stands for; this one's are added.
     """
 
     def bare(x: Any) -> Any:
@@ -135,12 +108,31 @@ def without_data(launch: Launch, storages: dict[int, torch.UntypedStorage]) -> L
     return replace(launch, arguments=list(map(bare, launch.arguments)))
 
 
-def check_target(target: str) -> None:
-    """Compile an empty kernel.
+def record(target: str, step: Callable[[], object]) -> list[Launch]:
+    """Every launch that ``step()`` would make on ``target``, in order.
 
-    Raises:
-        ValueError: where the installed Triton can't compile for ``target``, or interprets.
+    ``step`` runs on fake tensors: those it creates take no memory and hold no values, whatever
+    their size, and no kernel runs.
+
+    Args:
+        target: one of ``TARGETS``.
+        step: creates its tensors on the default device, then calls functions of
+            ``fastalex_kernels`` (or a model made of them), backward too.
     """
+    _check(target)
+    recorded: list[Launch] = []
+
+    def recorder(*launch: Any) -> None:
+        recorded.append(Launch.of("", "", *launch))
+
+    with FakeTensorMode(allow_non_fake_inputs=True), record_launches(target, recorder):
+        step()
+    storages: dict[int, torch.UntypedStorage] = {}
+    return [without_data(launch, storages) for launch in recorded]
+
+
+def check_target(target: str) -> None:
+    """Raise a ValueError where the installed Triton can't compile for ``target``, or interprets."""
     if interpreted():
         raise ValueError("TRITON_INTERPRET=1 is set: an interpreted kernel has no machine code")
     try:
@@ -152,10 +144,7 @@ def check_target(target: str) -> None:
 
 
 def compile_launch(launch: Launch, target: str) -> Any:
-    """Triton's compiled kernel for ``launch`` on ``target``.
-
-    Launches that run the same machine code get the same object, compiled once.
-    """
+    """Triton's compiled kernel; one object for launches that run the same machine code."""
     if interpreted():
         raise ValueError("offline: the kernels were imported under TRITON_INTERPRET=1, unset it")
     with fake_driver(target):
@@ -163,15 +152,10 @@ def compile_launch(launch: Launch, target: str) -> Any:
 
 
 class Compiled(NamedTuple):
-    """What became of a job of ``compile_ahead``.
+    """What became of a job of ``compile_ahead``."""
 
-    Attributes:
-        failure: why it should not run, or None.
-        seconds: of a processor that it took; next to none from Triton's cache.
-    """
-
-    failure: str | None
-    seconds: float
+    failure: str | None  # why it should not run
+    seconds: float  # of a processor that it took; next to none from Triton's cache
 
 
 def _compiles(launch: Launch, target: str) -> None:

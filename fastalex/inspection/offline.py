@@ -17,13 +17,10 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastalex.common.compile import (
     TARGETS,
@@ -34,10 +31,10 @@ from fastalex.common.compile import (
     compile_launch,
     fake_driver,
     first_line,
+    record,
     without_data,
 )
 from fastalex.inspection import sass
-from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.common.program import Launch
 
 __all__ = [
@@ -55,30 +52,6 @@ __all__ = [
     "unfit",
     "without_data",
 ]
-
-
-def record(target: str, step: Callable[[], object]) -> list[Launch]:
-    """Every launch that ``step()`` would make on ``target``, in order.
-
-    ``step`` runs on fake tensors: those it creates take no memory and hold no values, whatever
-    their size, and no kernel runs.
-
-    Args:
-        target: one of ``TARGETS``.
-        step: creates its tensors on the default device, then calls functions of
-            ``fastalex_kernels`` (or a model made of them), backward too.
-    """
-    if target not in TARGETS:
-        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
-    recorded: list[Launch] = []
-
-    def recorder(*launch: Any) -> None:
-        recorded.append(Launch.of("", "", *launch))
-
-    with FakeTensorMode(allow_non_fake_inputs=True), record_launches(target, recorder):
-        step()
-    storages: dict[int, torch.UntypedStorage] = {}
-    return [without_data(launch, storages) for launch in recorded]
 
 
 def unfit(launch: Launch, target: str) -> str | None:

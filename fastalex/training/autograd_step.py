@@ -67,13 +67,7 @@ class LossScaler(torch.amp.GradScaler):
 class AutogradStep:
     """``loss = step(pixels, labels)``: forward, loss, backward and update of one batch.
 
-    Args:
-        model: this process's part of the net.
-        optimizer: over its parameters.
-        precision: one of ``config.PRECISIONS``.
-        augment: what turns bytes into images.
-        parallel: the other processes.
-        scaler: of the loss.
+    Its kernels are not checked before their first use, as ``TrainStep``'s are.
     """
 
     def __init__(

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+import fastalex_kernels as kernels
+from fastalex.data.augment import Augment
 from fastalex.distributed.exchange import Exchange
 from fastalex.distributed.towers import GatherInput
 from fastalex.model.alexnet import HOOKS, AlexNet, layer_names
@@ -23,6 +27,7 @@ from fastalex.model.layers import (
     SpatialResponseNorm,
 )
 from fastalex.training.cpu_passes import cpu_passes
+from fastalex.training.inputs import Inputs, augmented, by_torch
 from fastalex.training.optim import BUFFER, Rates, update_rule
 from fastalex.training.passes import (
     Convolution,
@@ -35,7 +40,10 @@ from fastalex.training.passes import (
     Torch,
 )
 from fastalex.training.updates import FusedUpdate, StoredGradients, momentum_update
+from fastalex_kernels.common.backend import use_triton
+from fastalex_kernels.common.launch import call
 from fastalex_kernels.conv2d.forward import pack_weight
+from fastalex_kernels.cross_entropy import cross_entropy_forward
 from fastalex_kernels.lrn_pool.function import MAX_CHANNELS
 from fastalex_kernels.momentum import MomentumUpdate, Updates
 
@@ -68,103 +76,130 @@ def check(model: AlexNet, optimizer: torch.optim.Optimizer) -> None:
         raise ValueError("optimizer: it has parameters that are not the model's")
 
 
-class Chain:
-    """A model's layers in order, and the updates of their parameters.
-
-    Args:
-        model, optimizer: that passed ``check``.
-        dtype: of the products.
-        has_kernels: whether Triton's kernels run where the model is; else every pass is torch's.
-        fused_update: whether kernels apply the gradients that they make.
-        exchange: with the other tower; None takes the one that ``parallelize`` gave the model.
-        aten: names of layers that run on ATen where they have kernels.
+@dataclass(frozen=True)
+class Tricks:
+    """What makes the step fast beyond its kernels; each can be left out, to measure its worth.
 
     Attributes:
+        fused_update: gradients are applied by the kernels that make them.
+        fused_activation: a ReLU's backward pass is done by the kernel that makes its gradient.
+        early: what needs no answer of the other tower runs while its half is on its way.
+        graph: on a GPU the recorded launches are captured as a CUDA graph.
+    """
+
+    fused_update: bool = True
+    fused_activation: bool = True
+    early: bool = True
+    graph: bool = False
+
+
+@dataclass
+class Chain:
+    """A model's layers in order, the updates of their parameters, and the two ends.
+
+    Of what ``TrainStep`` is given; ``aten`` are names of layers, and ends, that run on ATen where
+    they have kernels.
+
+    Attributes:
+        has_kernels: whether Triton's kernels run where the model is; else every pass is torch's.
         rates: of the optimizer.
         updates: of the parameters, by name.
         by_layer: of each layer that has parameters, what becomes of their gradients.
-        strided: the first layer, where its kernels read its stride's blocks of pixels.
-        exchange: the one that is used; None of a whole net.
+        one: the gradient of the loss.
     """
 
-    def __init__(
-        self,
-        model: AlexNet,
-        optimizer: torch.optim.Optimizer,
-        dtype: torch.dtype,
-        has_kernels: bool,
-        fused_update: bool,
-        exchange: Exchange | None,
-        aten: frozenset[str] = frozenset(),
-    ) -> None:
-        self._model, self._optimizer = model, optimizer
-        self._dtype, self._triton = dtype, has_kernels
-        self._layers = list(_layers(model))
-        self._on_aten = {layer for name, layer in self._layers if name in aten}
-        gathers = [_gather_hook(layer) for _, layer in self._layers]
-        self.exchange = exchange or next((h.exchange for h in gathers if h is not None), None)
-        self.rates, rule = Rates(optimizer), update_rule(optimizer)
+    model: AlexNet
+    optimizer: torch.optim.Optimizer
+    dtype: torch.dtype
+    tricks: Tricks
+    exchange: Exchange | None
+    augment: Augment | None
+    aten: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        first = next(self.model.parameters())
+        self.has_kernels, self.one = use_triton(first), torch.ones((), device=first.device)
+        self._layers = list(_layers(self.model))
+        self._on_aten = {layer for name, layer in self._layers if name in self.aten}
+        hooks = [_gather_hook(layer) for _, layer in self._layers]
+        self.exchange = self.exchange or next((h.exchange for h in hooks if h is not None), None)
+        self.rates = Rates(self.optimizer)
         self.updates: dict[str, MomentumUpdate] = {}
         self.by_layer: dict[nn.Module, FusedUpdate] = {}
-        form = FusedUpdate if fused_update else StoredGradients
-        paths = {module: name for name, module in model.named_modules()}
+        form = FusedUpdate if self.tricks.fused_update else StoredGradients
+        paths = {module: name for name, module in self.model.named_modules()}
         for _, layer in self._layers:
             if layer is not None and layer._parameters:
-                updates = self._updates(layer, rule)
-                named = {f"{paths[layer]}.{kind}": x for kind, x in updates.items()}
-                self.updates.update(named)
-                self.by_layer[layer] = form(layer, Updates(*named.values()))
-        self.strided: Conv2dReLU | None = None
-        first = self._layers[0][1]
-        if isinstance(first, Conv2dReLU) and first.stride[0] > 1 and self._has_kernels(first):
-            self.strided = first
+                updates = self._updates(layer)
+                self.by_layer[layer] = form(layer, Updates(*updates.values()))
+                self.updates.update({f"{paths[layer]}.{kind}": x for kind, x in updates.items()})
+        conv1: Any = self._layers[0][1]
+        blocks = isinstance(conv1, Conv2dReLU) and conv1.stride[0] > 1 and self._runs(conv1)
+        self._strided = conv1 if blocks else None  # it reads blocks of pixels as channels
 
-    def _updates(self, layer: nn.Module, rule: str) -> dict[str, MomentumUpdate]:
+    def _updates(self, layer: nn.Module) -> dict[str, MomentumUpdate]:
         """The updates of a layer's parameters, in the memory order that its kernels read."""
-        kernels_of = layer if self._has_kernels(layer) else None
-        if isinstance(kernels_of, Conv2dReLU) and kernels_of.stride[0] == 1:
-            weight = kernels_of.weight
-            weight.data = pack_weight(weight.data).permute(3, 2, 0, 1)
+        runs, rule = self._runs(layer), update_rule(self.optimizer)
+        if runs and isinstance(layer, Conv2dReLU) and layer.stride[0] == 1:
+            layer.weight.data = pack_weight(layer.weight.data).permute(3, 2, 0, 1)
         updates = {}
-        for kind, parameter in layer.named_parameters(recurse=False):
-            state, buffer = self._optimizer.state[parameter], torch.zeros_like(parameter)
-            if state.get(BUFFER) is not None:
-                buffer.copy_(state[BUFFER])
-            state[BUFFER], rate = buffer, self.rates.of(parameter)
-            updates[kind] = momentum_update(parameter, buffer, rate, rule, self._dtype, kernels_of)
+        for kind, w in layer.named_parameters(recurse=False):
+            state, buffer = self.optimizer.state[w], torch.zeros_like(w, requires_grad=False)
+            before = state.get(BUFFER)
+            if before is not None and before.dtype == w.dtype and before.stride() == w.stride():
+                buffer = before
+            elif before is not None:
+                buffer.copy_(before)
+            state[BUFFER], rate = buffer, self.rates.of(w)
+            kernels_of = layer if runs else None
+            updates[kind] = momentum_update(w, buffer, rate, rule, self.dtype, kernels_of)
         return updates
 
-    def passes(
-        self, image_size: tuple[int, int], fused_activation: bool, early: bool
-    ) -> list[tuple[str, Pass]]:
-        """The layers by name, each told what is below and above it.
+    def first_input(self, images: Inputs, by_kernel: bool = True) -> torch.Tensor:
+        """What the first layer reads: HWNC maps, or blocks of pixels as their channels."""
+        augment = self.augment if len(images) > 1 else None
+        if augment is not None and by_kernel and self.has_kernels and "augment" not in self.aten:
+            return augmented(images, augment, self._strided, self.dtype)
+        return by_torch(images, augment, self._strided, self.dtype)
 
-        Args:
-            image_size: height and width.
-            fused_activation: whether a layer's kernels do the backward pass of the ReLU below it.
-            early: whether what needs no answer of the other tower runs before it is waited for.
-        """
-        average = self._model.avgpool
-        nothing_to_do = self._model.map_size(image_size) == average.output_size
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean loss, and the gradient of the logits."""
+        if self.has_kernels and "loss" not in self.aten:
+            loss, gradient = cross_entropy_forward(logits, labels, self.one)
+            assert gradient is not None
+            return loss, gradient
+        loss, gradient = self.one.new_empty(()), torch.empty_like(logits)
+        call(_torch_loss, logits, labels, loss, gradient)
+        return loss, gradient
+
+    def passes(self, images: Inputs) -> list[tuple[str, Pass]]:
+        """The layers by name, for such images, each told what is below and above it."""
+        average, first = self.model.avgpool, images[0]
+        assert first is not None
+        size = (first.shape[2], first.shape[3])
+        if len(images) > 1 and self.augment is not None:
+            size = (self.augment.size, self.augment.size)
+        nothing_to_do = self.model.map_size(size) == average.output_size
         layers = [x for x in self._layers if x[1] is not average or not nothing_to_do]
-        on_a_cpu = next(self._model.parameters()).is_cpu and not self._triton
-        if on_a_cpu and self.exchange is None and self._dtype == torch.float32:
+        on_a_cpu = first.is_cpu and not self.has_kernels
+        if on_a_cpu and self.exchange is None and self.dtype == torch.float32:
             return cpu_passes(layers, self.by_layer)
-        passes = [(name, self._pass(layer, early)) for name, layer in layers]
+        passes = [(name, self._pass(layer)) for name, layer in layers]
         passes[0][1].needs_dx = False
         for (_, below), (_, above) in itertools.pairwise(passes):
-            above.masks_dx = below.dy_is_preact = fused_activation and below.relu and above.can_mask
+            masks = self.tricks.fused_activation and below.relu and above.can_mask
+            above.masks_dx = below.dy_is_preact = masks
         return passes
 
-    def _pass(self, layer: nn.Module | None, early: bool) -> Pass:
+    def _pass(self, layer: nn.Module | None) -> Pass:
         if layer is None:
             return Flatten()
         hook, update, gather = _gather_hook(layer), self.by_layer.get(layer), None
         if hook is not None and self.exchange is not None:
-            gather = Gather(self.exchange, hook.summed, early)
-        if not self._has_kernels(layer):
+            gather = Gather(self.exchange, hook.summed, self.tricks.early)
+        if not self._runs(layer):
             backend = "aten" if layer in self._on_aten else "auto"
-            return Torch(layer, update, gather, self._dtype, backend)
+            return Torch(layer, update, gather, self.dtype, backend)
         if isinstance(layer, MaxPool2d):
             return Pool(layer)
         if isinstance(layer, Dropout):
@@ -175,8 +210,9 @@ class Chain:
         assert isinstance(layer, (Linear, LinearReLUDropout))
         return FullyConnected(layer, update, gather)
 
-    def _has_kernels(self, layer: nn.Module) -> bool:
-        if not self._triton or layer in self._on_aten:
+    def _runs(self, layer: nn.Module) -> bool:
+        """Whether a layer runs on kernels."""
+        if not self.has_kernels or layer in self._on_aten:
             return False
         if isinstance(layer, Conv2dReLU):
             first = layer is self._layers[0][1]
@@ -201,6 +237,17 @@ def _layers(model: AlexNet) -> Iterator[tuple[str, nn.Module | None]]:
     for module in model.classifier.modules():
         if module in names:
             yield names[module], module
+
+
+def _torch_loss(
+    logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor, gradient: torch.Tensor
+) -> None:
+    """The loss by torch's operators."""
+    leaf = logits.detach().requires_grad_()
+    with torch.enable_grad(), kernels.backend("aten"):
+        mean = kernels.cross_entropy(leaf, labels)
+    loss.copy_(mean.detach())
+    gradient.copy_(torch.autograd.grad(mean, leaf)[0])
 
 
 def _gather_hook(layer: nn.Module | None) -> GatherInput | None:

@@ -12,7 +12,6 @@ The verdicts are kept beside the tuner's tables, for the GPU, the versions and t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -20,31 +19,21 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import fastalex_kernels
 from fastalex.common.files import replacing
 from fastalex.common.provenance import versions
 from fastalex.common.timing import Clock, clock_of
-from fastalex.distributed.exchange import Exchange
-from fastalex.training.layer_check import (
-    LayerCheck,
-    NotChecked,
-    UnusableGPU,
-    Verdict,
-    check_function,
-    check_layers,
-    has_kernels,
-)
-from fastalex.training.optim import BUFFER
+from fastalex.distributed.exchange import Exchange, exchanged
+from fastalex.training.chain import Chain
+from fastalex.training.inputs import Inputs
+from fastalex.training.layer_check import NotChecked, Verdict, check_parts, has_kernels
 from fastalex.training.passes import Pass
 from fastalex_kernels.common import tuned
 from fastalex_kernels.common.backend import device_name, recorder
-
-Tensor = torch.Tensor
 
 VARIABLE = "FASTALEX_CHECK"
 MODES = ("always", "never")
@@ -82,20 +71,13 @@ class Verdicts:
             return {}  # it is checked again
 
     def keep(self, found: Mapping[str, Verdict]) -> str:
-        """Add verdicts to the file; a line where that can't be done.
-
-        Of two processes that check at once the first one's verdicts hold.
-        """
-        self.known = {**self.known, **found}
+        """Add verdicts to the file; a line where that can't be done."""
+        self.known = {**self._read(), **found}
+        content = {**self._head, "layers": {k: asdict(v) for k, v in self.known.items()}}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path.with_suffix(".lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                others = {} if mode() == "always" else self._read()
-                self.known = {**self.known, **others}
-                content = {**self._head, "layers": {k: asdict(v) for k, v in self.known.items()}}
-                with replacing(self.path) as temporary:
-                    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            with replacing(self.path) as temporary:
+                temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             return f"{self.path} can't be written, the next run checks again: {error.strerror}"
         return ""
@@ -118,151 +100,65 @@ def float32_precisions() -> tuple[str, str]:
 def signature(name: str, one: Pass, x: object, dtype: torch.dtype) -> str:
     """All that decides which kernels a layer launches, and on what sizes."""
     flags = [n for n in ("needs_dx", "masks_dx", "dy_is_preact") if getattr(one, n)]
-    gather = getattr(one, "_gather", None)
-    flags += ["gathers"] if gather is not None else []
-    flags += ["early"] if getattr(gather, "early", False) else []
-    update, module = getattr(one, "update", None), getattr(one, "module", None)
-    flags += [type(update).__name__, *(u.rule for u in getattr(update, "updates", ()) if u)]
-    flags += ["training"] if module is not None and module.training else []
+    if one.gather is not None:
+        flags += ["gathers", *(["early"] if one.gather.early else [])]
+    if one.update is not None:
+        flags += [type(one.update).__name__, one.update.updates.weight.rule]
+    flags += ["training"] if one.module is not None and one.module.training else []
     kind = str(dtype).removeprefix("torch.")
     kind += f" {' '.join(float32_precisions())}" if dtype == torch.float32 else ""
-    return f"{name} {getattr(one, 'module', type(one).__name__)} {x} {kind} {flags}"
+    return f"{name} {one.module} {x} {kind} {flags}"
 
 
-class FirstUse(NamedTuple):
-    """A step before it is recorded, and what is needed to check its launches.
+def parts_on_aten(chain: Chain, inputs: Inputs, tell: Callable[[str], object]) -> frozenset[str]:
+    """The parts of a step that are to run on ATen: those of ``chain.aten``, and what fails here.
 
-    Attributes:
-        passes: of the step.
-        make_passes: others of the same layers, exchanging with nobody, some by name on ATen.
-        first: makes what the first layer reads, by the kernel of augmentation or by torch, in
-            blocks of pixels as its kernels read it or else as images.
-        loss: makes the mean loss and the gradient of the logits from them and the labels.
+    Args:
+        chain: of the step, before it is recorded for ``inputs``.
         inputs: of the step; labels are the last.
-        dtype: of the products.
+        tell: is told of each part that is replaced.
     """
-
-    passes: Sequence[tuple[str, Pass]]
-    make_passes: Callable[[frozenset[str]], list[tuple[str, Pass]]]
-    first: Callable[..., Tensor]
-    loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    inputs: Sequence[Tensor | None]
-    dtype: torch.dtype
-
-    def on_aten(
-        self,
-        known: frozenset[str],
-        optimizer: torch.optim.Optimizer,
-        exchange: Exchange | None,
-        tell: Callable[[str], object],
-    ) -> frozenset[str]:
-        """The parts of the step that are to run on ATen: those ``known``, and what fails here.
-
-        Args:
-            known: were found before.
-            optimizer: of the parameters, which are left as they are.
-            exchange: with the other tower, which does as this one.
-            tell: is told of each part that is replaced.
-        """
-        x, how = self._labels, mode()
-        if how == "never" or recorder() is not None or not (x.is_cuda or how == "always"):
-            return known
-        keys, store = self._keys(known), Verdicts(x.device)
-        if how == "always" or not all(key in store.known for key in keys.values()):
-            on_device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-            try:
-                with on_device:
-                    found = self.check(known, optimizer)
-                said = store.keep({keys[name]: verdict for name, verdict in found.items()})
-            except NotChecked as error:
-                said = f"the kernels are not checked now: {error}"
-            except torch.OutOfMemoryError:
-                said = "the kernels are not checked: that takes more memory than the GPU has left"
-            if said:
-                tell(said)
-            if x.is_cuda:
-                torch.cuda.empty_cache()  # the check held a second step
-        verdicts = {name: store.known.get(key, Verdict()) for name, key in keys.items()}
-        mine = known | {name for name, verdict in verdicts.items() if verdict.uses == "aten"}
-        both = agree(list(keys), mine, exchange, x.device)
-        for name in sorted(both - known):
-            why = verdicts[name].reason if name in mine else "as in the other tower"
-            tell(f"{name} runs on ATen, {why}")
-        return both
-
-    def check(self, known: frozenset[str], optimizer: torch.optim.Optimizer) -> dict[str, Verdict]:
-        """Check every launch of the step, and time each layer on a GPU."""
-        weights = [p for group in optimizer.param_groups for p in group["params"]]
-        buffers = {p: optimizer.state[p].get(BUFFER) for p in weights}
-        values = [p.detach().clone() for p in weights]
-        verdicts = {name: Verdict() for name in self._keys(known)}
-        clock = device_clock(self._labels.device)
-
-        def restore() -> None:
-            for p, value in zip(weights, values, strict=True):
-                p.detach().copy_(value)
-                if buffers[p] is not None:
-                    optimizer.state[p][BUFFER] = buffers[p]
-
+    device, how = chain.one.device, mode()
+    on_gpu = device.type == "cuda"
+    if how == "never" or recorder() is not None or not (on_gpu or how == "always"):
+        return chain.aten
+    keys, store = _keys(chain, inputs), Verdicts(device)
+    if how == "always" or not all(key in store.known for key in keys.values()):
         try:
-            passes = self.make_passes(known)
-            layers = self._check_launches(verdicts, passes)
-            every = frozenset(verdicts)
-            rivals = dict(reversed(self.make_passes(every))) if clock is not None else {}
-            for layer in layers:
-                if clock is not None and layer.verdict.wrong is None:
-                    first = layer.one is passes[0][1]
-                    x = self.first(False, False).to(self.dtype) if first else None
-                    layer.time(rivals[layer.name], x, clock)
-        except UnusableGPU:  # nothing can be copied any more
-            raise
-        except BaseException:
-            restore()
-            raise
-        restore()
-        return verdicts
+            with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+                found = check_parts(chain, list(keys), inputs, device_clock(device))
+            said = store.keep({keys[name]: verdict for name, verdict in found.items()})
+        except NotChecked as error:
+            said = f"the kernels are not checked now: {error}"
+        except torch.OutOfMemoryError:
+            said = "the kernels are not checked: that takes more memory than the GPU has left"
+        if said:
+            tell(said)
+        if on_gpu:
+            torch.cuda.empty_cache()  # the check held a second step
+    verdicts = {name: store.known.get(key, Verdict()) for name, key in keys.items()}
+    mine = chain.aten | {name for name, verdict in verdicts.items() if verdict.uses == "aten"}
+    both = agree(list(keys), mine, chain.exchange, device)
+    for name in sorted(both - chain.aten):
+        why = verdicts[name].reason if name in mine else "as in the other tower"
+        tell(f"{name} runs on ATen, {why}")
+    return both
 
-    @property
-    def _labels(self) -> Tensor:
-        labels = self.inputs[-1]
-        assert labels is not None
-        return labels
 
-    def _keys(self, known: frozenset[str]) -> dict[str, str]:
-        """What a verdict of each part is filed under: all that its launches depend on."""
-        shapes = [list(x.shape) for x in self.inputs if x is not None]
-        keys = {
-            name: signature(name, one, shapes[0], self.dtype)
-            for name, one in self.passes
-            if has_kernels(one)
-        }
-        first, last = self.passes[0], self.passes[-1]
-        ends = {"augment": (first, shapes), "loss": (last, shapes[-1:])}
-        for name, ((_, one), of) in ends.items():
-            if name not in known and (name == "loss" or len(self.inputs) > 2):
-                keys[name] = signature(name, one, of, self.dtype)
-        return keys
-
-    def _check_launches(
-        self, verdicts: Mapping[str, Verdict], passes: list[tuple[str, Pass]]
-    ) -> list[LayerCheck]:
-        if "augment" in verdicts:
-            expected = self.first(False)
-            check_function("augment", verdicts["augment"], lambda: [self.first(True)], [expected])
-        augmented = "augment" in verdicts and verdicts["augment"].wrong is None
-        x = self.first(True) if augmented else self.first(False).to(self.dtype)
-
-        def loss(logits: Tensor) -> Tensor:
-            leaf = logits.double().requires_grad_()
-            with torch.enable_grad():
-                mean = F.cross_entropy(leaf, self._labels)
-            expected = [mean.detach(), *torch.autograd.grad(mean, leaf)]
-            if "loss" in verdicts:
-                make = lambda: self.loss(logits, self._labels)  # noqa: E731
-                check_function("loss", verdicts["loss"], make, expected)
-            return expected[1].to(logits.dtype)
-
-        return check_layers(passes, verdicts, x, loss)
+def _keys(chain: Chain, inputs: Inputs) -> dict[str, str]:
+    """What a verdict of each part is filed under: all that its launches depend on."""
+    shapes = [list(x.shape) for x in inputs if x is not None]
+    passes = chain.passes(inputs[:-1])
+    parts: list[tuple[str, Pass, object]]
+    parts = [(name, one, shapes[0]) for name, one in passes if has_kernels(one)]
+    if len(inputs) > 2:
+        parts.append(("augment", passes[0][1], shapes))
+    parts.append(("loss", passes[-1][1], shapes[-1:]))
+    return {
+        name: signature(name, one, of, chain.dtype)
+        for name, one, of in parts
+        if name not in chain.aten
+    }
 
 
 def device_clock(device: torch.device) -> Clock | None:
@@ -277,8 +173,5 @@ def agree(
     if exchange is None:
         return mine
     flags = torch.tensor([float(name in mine) for name in names], device=device)
-    transfer = exchange.transfer(flags)
-    transfer.start()
-    transfer.wait()
-    theirs = transfer.received.tolist()
+    theirs = exchanged(exchange, flags).tolist()
     return mine | {name for name, flag in zip(names, theirs, strict=True) if flag}

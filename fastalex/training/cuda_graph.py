@@ -7,18 +7,33 @@ that are written in place before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from fastalex.distributed.exchange import Exchange, exchanged
+from fastalex.training.inputs import Inputs
 from fastalex_kernels.common.program import Program
 
 Replay = Callable[[], object]
-Inputs = Sequence[torch.Tensor | None]
+Places = tuple[int, ...]  # in memory, of inputs
 
 WARM_UP = 3  # runs before the capture: they load kernels and open connections
 _CAPTURES = 2  # a loader alternates between two buffers
+
+
+def capture_on_gpu(run: Callable[[], None]) -> Replay:
+    """``run``, captured and not run."""
+    graph = torch.cuda.CUDAGraph()
+    # Threads that load batches lock pages meanwhile, which forbids every other mode.
+    captured = torch.cuda.graph(graph, capture_error_mode="thread_local")
+    try:
+        # Whatever becomes of the capture, the stream is the one it was before.
+        with torch.cuda.stream(torch.cuda.current_stream()), captured:
+            run()
+    except RuntimeError as error:
+        raise error.__context__ or error from None  # ending a broken capture raises another one
+    return graph.replay
 
 
 class Graph:
@@ -39,86 +54,48 @@ class Graph:
         program: Program,
         exchange: Exchange | None,
         tell: Callable[[str], object],
-        capture: Callable[[Callable[[], None]], Replay] | None = None,
+        capture: Callable[[Callable[[], None]], Replay] = capture_on_gpu,
     ) -> None:
         self._program, self._exchange, self._tell = program, exchange, tell
-        self._capture = capture or capture_on_gpu
-        self._runs = 1
-        self._captured: list[tuple[Inputs, Replay]] = []
-        self._failed = False
+        self._capture, self._runs, self._most = capture, 1, _CAPTURES
+        self._captured: dict[Places, tuple[Inputs, Replay]] = {}
 
     def run(self, inputs: Inputs) -> None:
         """Run the program with ``inputs``, of the shapes it was recorded with."""
         self._runs += 1
-        wanted = self._runs > WARM_UP and len(self._captured) < _CAPTURES
-        if wanted and not self._failed:
-            self._program.set_inputs(inputs)
+        if self._runs > WARM_UP and len(self._captured) < self._most:
             self._try_to_capture(inputs)
-        replay = next((r for held, r in self._captured if _same_memory(held, inputs)), None)
-        if replay is None and self._captured:
-            held, replay = self._captured[0]
+        if not self._captured:
+            self._program.run(inputs)
+            return
+        held, replay = self._captured.get(_places(inputs)) or next(iter(self._captured.values()))
+        if _places(held) != _places(inputs):
             for mine, new in zip(held, inputs, strict=True):
                 if mine is not None and new is not None:
                     mine.copy_(new)
-        if replay is not None:
-            replay()
-        else:
-            self._program.run(inputs)
+        replay()
 
     def _try_to_capture(self, inputs: Inputs) -> None:
-        failure, replay = "not in another process", None
+        self._program.set_inputs(inputs)
+        failure = "not in another process"
         try:
-            replay = self._capture(self._program.run)
+            self._captured[_places(inputs)] = list(inputs), self._capture(self._program.run)
+            works = True
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            failure = str(error).splitlines()[0]
-        if self._agree(replay is not None):
-            assert replay is not None
-            self._captured.append((list(inputs), replay))
-            return
-        self._failed = True
-        self._captured.clear()
-        self._tell(
-            f"the step can't be captured as a CUDA graph and goes on launch by launch: {failure}"
-        )
-
-    def _agree(self, verdict: bool) -> bool:
-        """Whether the capture worked in both towers."""
-        if self._exchange is None:
-            return verdict
-        device = next(x.device for x in self._program.inputs if x is not None)
-        theirs = exchanged(self._exchange, torch.tensor([float(verdict)], device=device))
-        return verdict and bool(theirs.item())
+            failure, works = str(error).splitlines()[0], False
+        if self._exchange is not None:  # both towers, or neither
+            device = next(x.device for x in inputs if x is not None)
+            theirs = exchanged(self._exchange, torch.tensor([float(works)], device=device))
+            works = works and bool(theirs.item())
+        if not works:
+            self._captured, self._most = {}, 0
+            self._tell(
+                "the step can't be captured as a CUDA graph and goes on launch by launch: "
+                f"{failure}"
+            )
 
 
-def _same_memory(one: Inputs, other: Inputs) -> bool:
-    pairs = zip(one, other, strict=True)
-    return all(
-        a is b or (a is not None and b is not None and a.data_ptr() == b.data_ptr())
-        for a, b in pairs
-    )
-
-
-def capture_on_gpu(run: Callable[[], None]) -> Replay:
-    """``run``, captured and not run."""
-    graph = torch.cuda.CUDAGraph()
-    failure: BaseException | None = None
-
-    def watched() -> None:
-        nonlocal failure
-        try:
-            run()
-        except BaseException as error:
-            failure = error
-            raise
-
-    # Threads that load batches lock pages meanwhile, which forbids every other mode.
-    captured = torch.cuda.graph(graph, capture_error_mode="thread_local")
-    try:
-        # Whatever becomes of the capture, the stream is the one it was before.
-        with torch.cuda.stream(torch.cuda.current_stream()), captured:
-            watched()
-    except RuntimeError as error:
-        raise failure or error from None  # ending a broken capture raises an error of its own
-    return graph.replay
+def _places(inputs: Inputs) -> Places:
+    return tuple(0 if x is None else x.data_ptr() for x in inputs)

@@ -26,7 +26,7 @@ def check_batch(images: Any, labels: torch.Tensor, model: AlexNet, augment: Augm
         if augment is None:
             raise ValueError("images: bytes need augment=, which says what becomes of them")
         augment(*(x[:0] for x in images))
-        count, device = len(images[0]), images[0].device
+        images = images[0]
     elif not isinstance(images, torch.Tensor):
         raise TypeError(f"images: expected a tensor or bytes, got {type(images).__name__}")
     elif images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
@@ -34,15 +34,13 @@ def check_batch(images: Any, labels: torch.Tensor, model: AlexNet, augment: Augm
         raise ValueError(f"images: expected floats [N, 3, H, W], got {got}")
     else:
         model.check_image_size(images.shape[2], images.shape[3])
-        count, device = len(images), images.device
-    expected = next(model.parameters()).device
-    if device != expected:
-        raise ValueError(f"images: expected device {expected}, got {device}")
+    count, expected = len(images), next(model.parameters()).device
     if labels.dtype != torch.int64 or labels.shape != (count,):
         got = f"{labels.dtype} {list(labels.shape)}"
         raise ValueError(f"labels: expected int64 [{count}], got {got}")
-    if labels.device != device:
-        raise ValueError(f"labels: expected device {device}, got {labels.device}")
+    for name, device in (("images", images.device), ("labels", labels.device)):
+        if device != expected:
+            raise ValueError(f"{name}: expected device {expected}, got {device}")
 
 
 def signature(x: Any) -> object:
@@ -64,36 +62,23 @@ def input_tensors(images: Any, labels: torch.Tensor, has_kernels: bool) -> Input
     return [pixels, tops, lefts, mirrors, colors[0] if colors else None, labels]
 
 
-def image_size(images: Inputs, augment: Augment | None) -> tuple[int, int]:
-    """Height and width of the images that the net gets."""
-    if augment is not None:
-        return augment.size, augment.size
-    assert images[0] is not None
-    return images[0].shape[2], images[0].shape[3]
-
-
-def first_input(
-    images: Inputs,
-    augment: Augment | None,
-    strided: Conv2dReLU | None,
-    dtype: torch.dtype,
-    has_kernels: bool,
+def augmented(
+    images: Sequence[Any], augment: Augment, strided: Conv2dReLU | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """What the first layer reads: HWNC maps, or blocks of pixels as their channels.
+    """Bytes as the first layer reads them, by the kernel: HWNC maps, or its stride's blocks."""
+    pixels, tops, lefts, mirrors, colors = images
+    size, conv1 = augment.size, None
+    if strided is not None and strided.stride[0] == BLOCK:
+        conv1 = strided.sides(size, size), strided.kernel_size[0]
+    crops = Crops(tops, lefts, mirrors)
+    out = augment_forward(pixels, crops, colors, augment.norm, size, dtype, conv1)
+    return out if conv1 is not None else by_torch([out.permute(0, 3, 1, 2)], None, strided, dtype)
 
-    Args:
-        images: of ``input_tensors``, without the labels.
-        augment: of bytes; None where there are images.
-        strided: the first layer, where its kernels read blocks.
-        dtype: of the maps.
-        has_kernels: whether a kernel augments.
-    """
-    if augment is not None and has_kernels:
-        blocks = strided is not None and strided.stride[0] == BLOCK
-        x = _augment(images, augment, strided if blocks else None, dtype)
-        if blocks:
-            return x
-        images, augment = [x.permute(0, 3, 1, 2)], None
+
+def by_torch(
+    images: Inputs, augment: Augment | None, strided: Conv2dReLU | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Images, or bytes that ``augment`` makes images of, likewise."""
     maps = _maps(augment, strided, *images)
     order = torch.contiguous_format if use_triton(maps) else torch.preserve_format
     out = torch.empty_like(maps, dtype=dtype, memory_format=order)
@@ -101,24 +86,7 @@ def first_input(
     return out
 
 
-def _augment(
-    images: Inputs, augment: Augment, strided: Conv2dReLU | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """The images of bytes: NHWC, or the blocks that ``strided`` reads."""
-    pixels, tops, lefts, mirrors, colors = images
-    assert pixels is not None
-    assert tops is not None
-    assert lefts is not None
-    assert mirrors is not None
-    size, conv1 = augment.size, None
-    if strided is not None:
-        conv1 = strided.sides(size, size), strided.kernel_size[0]
-    crops = Crops(tops, lefts, mirrors)
-    return augment_forward(pixels, crops, colors, augment.norm, size, dtype, conv1)
-
-
 def _maps(augment: Augment | None, strided: Conv2dReLU | None, *images: Any) -> torch.Tensor:
-    """Images, or what ``augment`` makes of bytes, as HWNC; as blocks where ``strided`` is given."""
     x: torch.Tensor = images[0]
     if augment is not None:
         pixels, tops, lefts, mirrors, *colors = (x for x in images if x is not None)

@@ -1,48 +1,54 @@
 """A layer's kernels beside float64, and their time beside ATen's, on the data of a step.
 
 Each pass runs twice, into memory that was filled with NaN. Its results have to be the same bits
-both times, and float64's on the same rounded inputs, within the bounds of TOLERANCES.
+both times, and those of the layer's module in float64, on ATen, from the same rounded inputs: the
+whole of a result within the bounds of TOLERANCES, and each row and each channel of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from fastalex.common.compile import first_line
 from fastalex.common.timing import Clock, take_turns
+from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.distributed.launch import TrainingError
-from fastalex.model.layers import LinearReLUDropout
-from fastalex.training.layer_reference import (
-    as_parameter,
-    both_halves,
-    expected_gradients,
-    expected_output,
-    one_maximum,
-    own_half,
-)
-from fastalex.training.passes import Convolution, FullyConnected, Gradient, Pass, Pool
+from fastalex.model.layers import LRNMaxPool2d
+from fastalex.training.chain import Chain
+from fastalex.training.inputs import Inputs
+from fastalex.training.passes import Convolution, FullyConnected, Pass, Pool
 from fastalex.training.updates import StoredGradients
+from fastalex_kernels import reference
 from fastalex_kernels.common.backend import chosen
-from fastalex_kernels.common.program import Launch, Program, tensor_of
+from fastalex_kernels.common.layout import as_nchw
+from fastalex_kernels.common.program import Program
 from fastalex_kernels.common.tuned import dot_precision
-from fastalex_kernels.momentum import MomentumUpdate
+from fastalex_kernels.momentum import RULES, MomentumUpdate
 from fastalex_kernels.reference import relative_error, tolerance
 
 Tensor = torch.Tensor
 
+Results = dict[str, Tensor]
+Expected = dict[str, tuple[Tensor, float]]  # float64's results, and the relative errors allowed
+
 REPORT = "please report it with the output of python -m fastalex.doctor --json"
-_SUMMED = ("sums of the input's gradient",)  # partials, of which only the total is known
+SUMS = "sums of the input's gradient"  # partial sums, of which the total is known
 _ROUNDS = 10  # that a layer is timed
 _MARGIN = 0.05  # of time, by which ATen has to be faster
-
-
-class UnusableGPU(TrainingError):
-    """A kernel left the GPU in an error that stays; the message names it."""
+_IMAGES = 32  # of which float64 is computed at once
+_NEAR_TIE = 1e-4  # of the larger of two values: where they are closer, either is the maximum
+# The rounding to 16 bits is within the bound in each element. In float32 the error of a sum is a
+# random walk's, and that of the worst of 10^5 rows is so many times the mean.
+_SLICE = {torch.float32: 4}
 
 
 class NotChecked(RuntimeError):
@@ -55,7 +61,7 @@ class Verdict:
 
     Attributes:
         error, allowed: of the result that was closest to its bound, or past it.
-        wrong: what is wrong, naming the kernel; None where all is right.
+        wrong: what is wrong, naming the kernels; None where all is right.
         ours, aten: seconds of both passes; None where they were not timed.
     """
 
@@ -64,17 +70,6 @@ class Verdict:
     wrong: str | None = None
     ours: float | None = None
     aten: float | None = None
-
-    def add(self, error: float, allowed: float) -> bool:
-        """Take in a result; whether it is right."""
-        if not error * self.allowed <= self.error * allowed or self.allowed == 0:
-            self.error, self.allowed = error, allowed
-        return error <= allowed  # NaN is not
-
-    @property
-    def slow(self) -> bool:
-        timed = self.ours is not None and self.aten is not None
-        return timed and self.aten < (1 - _MARGIN) * self.ours  # type: ignore[operator]
 
     @property
     def reason(self) -> str:
@@ -88,7 +83,9 @@ class Verdict:
     @property
     def uses(self) -> str:
         """The backend of the layer in a step; ``backend("triton")`` takes a slow kernel too."""
-        return "aten" if self.wrong or (self.slow and chosen() != "triton") else "triton"
+        timed = self.ours is not None and self.aten is not None
+        slow = timed and self.aten < (1 - _MARGIN) * self.ours  # type: ignore[operator]
+        return "aten" if self.wrong or (slow and chosen() != "triton") else "triton"
 
 
 def has_kernels(one: Pass) -> bool:
@@ -96,245 +93,185 @@ def has_kernels(one: Pass) -> bool:
     return isinstance(one, (Convolution, Pool, FullyConnected))
 
 
-class Check:
-    """Runs of kernels beside what they should come to.
+def slice_error(out: Tensor, ref: Tensor) -> float:
+    """The relative error of the worst row or channel, which is the last axis.
 
-    Args:
-        name: of the layer.
-        verdict: is filled in.
+    A slice that is smaller than one mean element counts as large as that: it may be what a sum left
+    whose terms cancelled.
     """
+    ref = ref.reshape(-1, ref.shape[-1] if ref.dim() else 1).double()
+    difference, element = out.reshape(ref.shape).double() - ref, ref.square().mean().sqrt()
+    least = torch.where(element > 0, element, 1.0)
+    worst = [(difference.norm(dim=i) / ref.norm(dim=i).clamp(least)).max() for i in (0, 1)]
+    return float(torch.stack(worst).max())  # NaN where one is
 
-    def __init__(self, name: str, verdict: Verdict) -> None:
-        self.name, self.verdict = name, verdict
+
+class Check:
+    """The kernels of a part beside what they should come to; fills in the verdict."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name, self.dtype, self.verdict = name, dtype, Verdict()
         self.programs: list[Program] = []  # of passes that ran
-        self.made: list[Tensor | None] = []
+
+    def layer(self, one: Any, x: Tensor, read: Tensor) -> Tensor:
+        """Check both passes on ``x``, which the layer's module takes as ``read``.
+
+        The gradient of the output is random, but for elements whose sign is within rounding.
+
+        Returns:
+            The output, float64's where the kernels' is wrong.
+        """
+        self._one, self._given = one, read
+        self._x = torch.cat([read, read], -1) if one.gather is not None else read
+        wide, _ = in_float64(one.module, self._x)
+        expected = {"output": (wide, self._bound(self._length(0)))}
+        made = self.run("forward", lambda: {"output": one.forward(x)}, [x], expected)
+        y = made.get("output", wide.to(x.dtype).contiguous())
+        generator = torch.Generator(y.device).manual_seed(0)
+        dy = torch.randn(y.shape, generator=generator, device=y.device)
+        if one.relu:
+            dy *= (y > 0) & (wide > 0) if one.dy_is_preact else (y > 0) == (wide > 0)
+        if isinstance(one, Pool):
+            dy *= one_maximum(one, self._x)
+        self._dy = dy.to(y.dtype)
+        if self.verdict.wrong is None:
+            self._backward(self._dy)
+        return y
+
+    def _backward(self, dy: Tensor) -> None:
+        one, updates, rows = self._one, self._updates(), dy.numel() // dy.shape[-1]
+        dx, gradients = in_float64(one.module, self._x, dy)
+        dx = torch.where(self._x <= 0, 0.0, dx) if one.masks_dx else dx
+        if one.gather is not None:
+            mine, theirs = dx.chunk(2, -1)
+            dx = mine + theirs if one.gather.summed else mine
+        expected = {"gradient of the input": (dx, self._bound(self._length(1)))}
+        expected[SUMS] = (dx.flatten(0, -2).sum(0), self._bound(dx.numel() // dx.shape[-1]))
+        changed = self._expect_updates(expected, gradients, self._bound(rows))
+        partials = dy.flatten(0, -2).sum(0, dtype=torch.float32)[None] if one.dy_is_preact else None
+
+        def make() -> Results:
+            mine, below = one.backward(dy, partials)
+            made = {"gradient of the input": mine, SUMS: below, **changed}
+            made |= {f"squared norm of the {kind}'s gradient": u.squares for kind, u in updates}
+            return {name: x for name, x in made.items() if x is not None}
+
+        inputs = (dy, partials, self._x)
+        self.run("backward", make, inputs, expected, list(changed.values()))
 
     def run(
         self,
         phase: str,
-        make: Callable[[], Sequence[Tensor | None]],
-        restore: Callable[[], None] = lambda: None,
-        *inputs: Tensor | None,
-    ) -> list[Tensor | None]:
-        """The results of a pass, which two runs have to agree on; none where it fails.
-
-        Args:
-            phase: ``"forward"`` or ``"backward"``.
-            make: launches the kernels.
-            restore: undoes what they change in place.
-            inputs: of them.
-        """
-        program = self._program = Program(inputs)
+        make: Callable[[], Results],
+        inputs: Sequence[Tensor | None],
+        expected: Expected,
+        changed: Sequence[Tensor] = (),
+    ) -> Results:
+        """What ``make`` makes of ``inputs``, none where it is wrong; ``changed`` is put back."""
+        if not all(bool(x.isfinite().all()) for x, _ in expected.values()):
+            raise NotChecked(f"{self.name}: a result is not finite in float64 either")
+        program, before = Program(inputs), [x.clone() for x in changed]
         program.at(self.name, phase)
+        first: Results = {}
         try:
-            restore()
             with _poisoned_memory(), program.recording():
-                self.made = list(make())
-            first = [None if x is None else x.clone() for x in self.made]
-            restore()
+                made = make()
+            first = {name: x.clone() for name, x in made.items()}
+            _copy(before, changed)
             program.run()
-            for one, other in zip(first, self.made, strict=True):
-                if one is not None and other is not None and not _same_bits(one, other):
-                    self.condemn(phase, f"two runs on the same data differ, by {self._by(other)}")
-            restore()
+            wrong = [line for name, x in first.items() if (line := self._judge(x, name, expected))]
+            if not all(torch.equal(x, first[name]) for name, x in made.items()):
+                wrong.append("two runs on the same data differ")
         except torch.OutOfMemoryError:  # which says nothing of the kernels
             raise
         except Exception as error:  # of any kind: a kernel that fails is named, and left out
-            names = ", ".join(dict.fromkeys(x.name for x in program.launches)) or "a launch"
-            first_line = (str(error).strip().splitlines() or [""])[0]
-            self.condemn(phase, f"{names}: {type(error).__name__}: {first_line}")
-            _check_gpu(names)
-            return []
+            wrong = [first_line(error)]
+        if wrong:
+            kernels = dict.fromkeys(x.name for x in program.launches if x.grid is not None)
+            self.verdict.wrong = f"{phase}: {wrong[0]}, by {', '.join(kernels) or 'a launch'}"
+            _check_gpu(self.verdict.wrong)
         self.programs.append(program)
-        return first
+        _copy(before, changed)
+        return {} if wrong else first
 
-    def hold(
-        self, phase: str, found: list[Tensor | None], expected: Mapping[str, tuple[Tensor, float]]
-    ) -> None:
-        """Compare the results of ``run`` with float64's, by name and each with its bound."""
-        right, failed = [], []
-        results = zip(found, self.made, expected.items(), strict=bool(found))
-        for x, made, (what, (wanted, bound)) in results if found else ():
-            if x is None or made is None:
-                continue
-            if not bool(wanted.isfinite().all()):
-                raise NotChecked(f"{self.name}: a result is not finite in float64 either")
-            x = x.flatten(0, -2).sum(0, dtype=torch.float64) if what in _SUMMED else x
-            error = relative_error(x.sum() if wanted.dim() == 0 else x, wanted)
-            if self.verdict.add(error, bound):
-                right.append(made)
-            else:
-                failed.append((made, f"{what} {error:.1e} from float64, allowed {bound:.1e}"))
-        if failed:
-            made, why = failed[0]
-            self.condemn(phase, f"{why}, by {self._by(made, right)}")
+    def _judge(self, out: Tensor, name: str, expected: Expected) -> str | None:
+        """What is wrong with a result, if anything is."""
+        (ref, bound), verdict = expected[name], self.verdict
+        out = out.reshape(-1, ref.numel()).sum(0, dtype=torch.float64).view(ref.shape)  # partials
+        error = relative_error(out, ref)
+        if not error * verdict.allowed <= verdict.error * bound or verdict.allowed == 0:
+            verdict.error, verdict.allowed = error, bound
+        if not error <= bound:  # NaN is not
+            return f"{name} {error:.1e} from float64, allowed {bound:.1e}"
+        worst, allowed = slice_error(out, ref), bound * _SLICE.get(self.dtype, 1)
+        if not worst <= allowed:
+            return f"a row or channel of {name} {worst:.1e} from float64, allowed {allowed:.1e}"
+        return None
 
-    def condemn(self, phase: str, why: str) -> None:
-        """Note what is wrong, unless something was before."""
-        self.verdict.wrong = self.verdict.wrong or f"{phase}: {why}"
+    def _length(self, axis: int) -> int:
+        """Products that are summed for an element of the output, or of the input's gradient."""
+        w = getattr(self._one.module, "weight", None)
+        return 0 if w is None else int(w.numel() // w.shape[axis])
 
-    def _by(self, wrong: Tensor, right: Sequence[Tensor] = ()) -> str:
-        """The kernels of the last run that ``wrong`` depends on, and no ``right`` result."""
-        kernels = [x for x in self._program.launches if x.grid is not None]
-        behind = {_memory(wrong)}
-        upstream: list[Launch] = []
-        given = {_memory(x) for x in self._program.inputs if x is not None}
-        for launch in reversed(kernels):
-            touched = {_memory(x) for x in map(tensor_of, launch.arguments) if x is not None}
-            if touched & behind:
-                upstream.insert(0, launch)
-                behind |= touched - given
-        sound = {_memory(x) for x in right} - {_memory(wrong)}
-        suspects = [
-            launch
-            for launch in upstream
-            if not sound & {_memory(x) for x in map(tensor_of, launch.arguments) if x is not None}
-        ]
-        return ", ".join(dict.fromkeys(x.name for x in suspects or upstream[-1:] or kernels))
-
-
-class LayerCheck(Check):
-    """A layer's two passes on the data of a step.
-
-    Args:
-        name: of the layer.
-        one: its pass, of a chain whose exchange is a loopback.
-        verdict: is filled in.
-    """
-
-    def __init__(self, name: str, one: Pass, verdict: Verdict) -> None:
-        super().__init__(name, verdict)
-        self.one, self._kernels = one, has_kernels(one)
-        self._w: Tensor | None = None
-        self._b: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Check the forward pass on ``x``; the output, float64's where the kernels' is wrong."""
-        one, self._given = self.one, x
-        if not self._kernels:
-            return one.forward(x)
-        self._x = both_halves(one, x)
-        if isinstance(one, (Convolution, FullyConnected)):
-            bias = one.update.bias()
-            self._w, self._b = one.update.weight().clone(), None if bias is None else bias.clone()
-        expected = expected_output(one, self._x, self._w, self._b)
-        found = self.run("forward", lambda: [one.forward(x)], lambda: None, x)
-        self.hold("forward", found, {"output": (expected, self._bound())})
-        y = found[0] if found and self.verdict.wrong is None else None
-        self._y = expected.to(x.dtype).contiguous() if y is None else y
-        return self._y
-
-    def backward(self, dy: Tensor, partials: Tensor | None) -> Gradient:
-        """Check the backward pass on ``dy``; what the layer below gets, as float64 has it."""
-        one = self.one
-        if not self._kernels:
-            return one.backward(dy, partials)
-        if isinstance(one, Pool):
-            dy = dy * one_maximum(one, self._x)
-        self._dy = dy
-        dx, dw, db = self._gradients(dy)
-        expected: dict[str, tuple[Tensor, float]] = {}
-        mine = sums = None
-        if dx is not None:
-            mine, rows = own_half(one, dx), self._x.numel() // self._x.shape[-1]
-            sums = dx.flatten(0, -2).sum(0)
-            expected["gradient of the input"] = (mine, self._bound())
-            expected[_SUMMED[0]] = (sums, self._bound(rows))
-        restore: Callable[[], None] = lambda: None  # noqa: E731
-        if isinstance(one, (Convolution, FullyConnected)):
-            restore = self._expect_updates(expected, one, (dw, db))
-        if self.verdict.wrong is None:
-            inputs = (dy, partials, self._x)
-            found = self.run("backward", lambda: self._results(dy, partials), restore, *inputs)
-            self.hold("backward", found, expected)
-        if mine is None or sums is None:
-            return None, None
-        # Sums go along where a kernel has them: it undid the ReLU below, and no half was sent away.
-        below = one.masks_dx and mine.dim() == 4 and mine.shape == self._x.shape
-        return mine.to(dy.dtype).contiguous(), sums.float()[None] if below else None
-
-    def _bound(self, rows: int = 0) -> float:
-        """The relative error that a result may have, for the longest of the layer's sums."""
-        if self._w is not None:
-            inputs = self._w[..., 0].numel() if self._w.dim() == 4 else self._w.shape[1]
-            outputs = self._w.numel() // inputs
-            rows = max(rows, inputs, outputs, self._x.numel() // self._x.shape[-1])
-        kernel = "conv2d" if isinstance(self.one, Convolution) else "linear"
-        precision = "ieee" if self._w is None else dot_precision(self._x, kernel)
-        return tolerance(self._x.dtype, rows, precision)
-
-    def _gradients(self, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Those of input, packed weight and bias in float64, before any update."""
-        one, dz = self.one, dy.double()
-        if one.relu and not one.dy_is_preact:
-            dz = torch.where(self._y <= 0, 0.0, dz)
-        module = getattr(one, "module", None)
-        if isinstance(module, LinearReLUDropout) and module.training:
-            dz = dz / (1.0 - module.p)
-        dx, dw, db = expected_gradients(one, self._x, self._w, self._b, dz)
-        if dx is not None and one.masks_dx:
-            dx = torch.where(self._x <= 0, 0.0, dx)
-        return dx, dw, db
+    def _bound(self, length: int) -> float:
+        """The relative error of a result of sums of so many products."""
+        kernel = "conv2d" if isinstance(self._one, Convolution) else "linear"
+        products = not isinstance(self._one, Pool)
+        precision = dot_precision(self._x, kernel) if products else "ieee"
+        return tolerance(self.dtype, length, precision)
 
     def _expect_updates(
-        self,
-        expected: dict[str, tuple[Tensor, float]],
-        one: Convolution | FullyConnected,
-        gradients: tuple[Tensor | None, ...],
-    ) -> Callable[[], None]:
-        """Add what the updates should come to; returns what sets parameters and momentum back.
+        self, expected: Expected, gradients: Sequence[Tensor], bound: float
+    ) -> Results:
+        """Add what becomes of the parameters; where the kernels write it.
 
         Rates and momentum are chosen so that no part of the rule drowns another.
         """
-        update, bound = one.update, self._bound()
-        before: list[tuple[Tensor, Tensor]] = []
-        for kind, of, gradient in zip(("weight", "bias"), update.updates, gradients, strict=True):
-            if of is None or gradient is None:
-                continue
-            w, g = of.parameter.detach(), as_parameter(gradient, of.parameter)
-            if isinstance(update, StoredGradients):
-                expected[f"gradient of the {kind}"] = (g, bound)
+        changed: Results = {}
+
+        def expect(what: str, place: Tensor, value: Tensor, rows: int) -> None:
+            changed[what], expected[what] = place, (value.reshape(rows, -1), bound)
+
+        for i, ((kind, of), g) in enumerate(zip(self._updates(), gradients, strict=True)):
+            w, v = of.parameter.detach(), of.buffer
+            if isinstance(self._one.update, StoredGradients):
+                expect(f"gradient of the {kind}", self._one.update.gradients[i], g, len(g))
                 continue
             size, step = float(w.norm()) or 1.0, float(g.norm()) or 1.0
             of.rate = torch.tensor([size / step, 0.5, step / size / 4], device=w.device)
-            of.buffer.copy_(g.roll(1, 0))
-            twin = MomentumUpdate(w.clone(), of.buffer.clone(), of.rate, of.rule)
-            twin.apply(g)
-            assert twin.squares is not None
-            before += [(x, x.clone()) for x in (w, of.buffer, of.operand) if x is not None]
-            expected[kind] = (twin.parameter, bound)
-            expected[f"momentum of the {kind}"] = (twin.buffer, bound)
-            expected[f"squared norm of the {kind}'s gradient"] = (twin.squares.sum(), 2 * bound)
+            v.copy_(g.roll(1, 0))
+            new, momentum = w.double(), v.double()
+            RULES[of.rule](new, momentum, g, *of.rate.double())
+            expect(kind, w, new, len(w))
+            expect(f"momentum of the {kind}", v, momentum, len(w))
+            expected[f"squared norm of the {kind}'s gradient"] = (g.square().sum(), 2 * bound)
             if of.operand is not None:
-                copy = twin.parameter if of.pack is None else of.pack(twin.parameter)
-                narrow = tolerance(of.operand.dtype, 0)
-                expected[f"copy of the {kind}"] = (copy, max(bound, narrow))
+                copied = new if of.pack is None else of.pack(new)
+                expect(f"copy of the {kind}", of.operand, copied, copied[..., 0].numel())
+        return changed
 
-        def restore() -> None:
-            for x, value in before:
-                x.copy_(value)
+    def _updates(self) -> list[tuple[str, MomentumUpdate]]:
+        updates = () if self._one.update is None else self._one.update.updates
+        return [(kind, of) for kind, of in zip(("weight", "bias"), updates) if of is not None]  # noqa: B905
 
-        return restore
+    def loss(self, chain: Chain, logits: Tensor, labels: Tensor) -> None:
+        """Check the loss and the gradient of the logits."""
+        leaf = logits.double().requires_grad_()
+        with torch.enable_grad():
+            mean = F.cross_entropy(leaf, labels)
+        gradient = torch.autograd.grad(mean, leaf)[0], tolerance(self.dtype, 0)
+        expected = {"loss": (mean.detach(), tolerance(torch.float32, 0)), "gradient": gradient}
 
-    def _results(self, dy: Tensor, partials: Tensor | None) -> list[Tensor | None]:
-        """What a backward pass makes and changes, in the order in which it is expected."""
-        dx, below = self.one.backward(dy, partials)
-        results = [dx, below] if self.one.needs_dx else []
-        update = getattr(self.one, "update", None)
-        if isinstance(update, StoredGradients):
-            return [*results, *update.gradients]
-        for of in update.updates if update is not None else ():
-            if of is not None:
-                results += [of.parameter.detach(), of.buffer, of.squares]
-                results += [] if of.operand is None else [of.operand]
-        return results
+        def make() -> Results:
+            return dict(zip(expected, chain.loss(logits, labels), strict=True))
 
-    def time(self, rival: Pass, images: Tensor | None, clock: Clock) -> None:
-        """Time both passes beside those of ATen's ``rival``, which may read ``images`` instead."""
-        x = self._given if images is None else images
-        aten = Program([x])
+        self.run("forward", make, [logits, labels], expected)
+
+    def time(self, rival: Pass, clock: Clock) -> None:
+        """Time both passes beside those of ATen's ``rival``."""
+        aten = Program([self._given])
         with aten.recording():
-            rival.forward(x)
+            rival.forward(self._given)
             rival.backward(self._dy, None)
 
         def ours() -> None:
@@ -345,73 +282,136 @@ class LayerCheck(Check):
         self.verdict.ours, self.verdict.aten = map(statistics.median, seconds.values())
 
 
-def check_function(
-    name: str, verdict: Verdict, make: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor]
-) -> None:
-    """Check what launches kernels and is no layer: augmentation, or the loss."""
-    check = Check(name, verdict)
-    found = check.run("forward", make, lambda: None, expected[0])
-    dtypes = [x.dtype for x in found if x is not None]
-    bounds = [(x, tolerance(kind, 0)) for x, kind in zip(expected, dtypes, strict=bool(found))]
-    check.hold("forward", found, {f"result {i + 1}": x for i, x in enumerate(bounds)})
-
-
-def check_layers(
-    passes: Sequence[tuple[str, Pass]],
-    verdicts: Mapping[str, Verdict],
-    x: Tensor,
-    loss: Callable[[Tensor], Tensor],
-) -> list[LayerCheck]:
-    """Go through a step's layers, forward and backward, and check each.
+def check_parts(
+    chain: Chain, names: Sequence[str], inputs: Inputs, clock: Clock | None
+) -> dict[str, Verdict]:
+    """Check every launch of a step, whose parameters are put back, and time its layers.
 
     Args:
-        passes: of a chain whose exchange is a loopback; the parameters change.
-        verdicts: by layer, are filled in.
-        x: what the first layer reads.
-        loss: makes the gradient of the logits from them.
-
-    Returns:
-        The layers with kernels.
+        chain: of the step.
+        names: of the parts that have kernels.
+        inputs: of the step.
+        clock: None times nothing.
     """
-    checks = [LayerCheck(name, one, verdicts.get(name, Verdict())) for name, one in passes]
-    for layer in checks:
-        x = layer.forward(x)
-    dy: Tensor | None = loss(x)
-    partials: Tensor | None = None
-    for layer in reversed(checks):
-        assert dy is not None
-        dy, partials = layer.backward(dy, partials)
-    return [layer for layer in checks if has_kernels(layer.one)]
+    *images, labels = inputs
+    assert labels is not None
+    alone = None if chain.exchange is None else LoopbackExchange()
+    ours, aten = (replace(chain, exchange=alone, aten=chain.aten | on) for on in (set(), {*names}))
+    dtype = chain.dtype
+    checks = {name: Check(name, dtype) for name in names}
+    with _put_back([x for u in chain.updates.values() for x in (u.parameter.detach(), u.buffer)]):
+        for update in ours.updates.values():
+            update.refresh()
+        x = ours.first_input(images, by_kernel=False)
+        if "augment" in names:
+            make, expected = lambda: {"images": ours.first_input(images)}, (x, tolerance(dtype, 0))
+            made = checks["augment"].run("forward", make, images, {"images": expected})
+            x = made.get("images", x)
+        read = aten.first_input(images)
+        for (name, one), (_, rival) in zip(ours.passes(images), aten.passes(images), strict=True):
+            if not has_kernels(one):
+                read = x = one.forward(x)
+                continue
+            read = x = checks[name].layer(one, x, read)
+            if clock is not None and checks[name].verdict.wrong is None:
+                checks[name].time(rival, clock)
+        if "loss" in names:
+            checks["loss"].loss(ours, x, labels)
+    return {name: check.verdict for name, check in checks.items()}
+
+
+def in_float64(
+    module: nn.Module, x: Tensor, dy: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """A layer's output on ATen, from inputs and parameters as rounded to x's dtype.
+
+    With ``dy``, the output's gradient, the input's is in its place, and the parameters' go along.
+    """
+    module = copy.copy(module)
+    weights = [nn.Parameter(p.detach().to(x.dtype).double()) for p in module.parameters()]
+    module._parameters = dict(zip(module._parameters, weights, strict=True))
+    sums, parts, maps = [torch.zeros_like(w) for w in weights], [], x.dim() == 4
+    if maps:  # some images at a time; rows, by whose number units are dropped, all at once
+        tensors = (x,) if dy is None else (x, dy)
+        pieces = list(zip(*(torch.split(as_nchw(t), _IMAGES) for t in tensors), strict=True))
+    else:
+        pieces = [(x,) if dy is None else (x, dy)]
+    for given, *gradient in pieces:
+        leaf = given.double().requires_grad_()
+        with torch.enable_grad():
+            y = module.forward(leaf)
+        if not gradient:
+            parts.append(y.detach())
+            continue
+        dx, *found = torch.autograd.grad(y, [leaf, *weights], gradient[0].double())
+        parts.append(dx)
+        for total, one in zip(sums, found, strict=True):
+            total += one
+    whole = torch.cat(parts)
+    return (whole.permute(2, 3, 0, 1) if maps else whole), sums
+
+
+def one_maximum(one: Pool, x: Tensor) -> Tensor:
+    """1 where the gradient of a window has one place to go, else 0: [P, Q, N, C].
+
+    That is where no second value is near the largest, or a ReLU below takes the gradient anyway.
+    """
+    module, masks = one.module, []
+    for part in torch.split(as_nchw(x), _IMAGES):
+        part = part.double()
+        if isinstance(module, LRNMaxPool2d):
+            norm = (module.size, module.alpha, module.beta, module.k)
+            part = reference.local_response_norm(part, *norm, module.groups or 1)
+        sides = tuple(map(module.output_size, part.shape[2:]))
+        window = (module.kernel_size, module.stride)
+        masked = one.masks_dx and F.max_pool2d(part, *window, ceil_mode=module.ceil_mode) <= 0
+        masks.append(single_maxima(part, *window, sides) | masked)
+    return torch.cat(masks).permute(2, 3, 0, 1).to(x.dtype)
+
+
+def single_maxima(x: Tensor, size: int, stride: int, pooled: tuple[int, ...]) -> Tensor:
+    """Which of the ``pooled`` windows of x [N, C, H, W] have no second value near the largest."""
+    sides = zip(pooled, x.shape[2:], strict=True)
+    below, right = (max(0, (n - 1) * stride + size - side) for n, side in sides)
+    x = F.pad(x, (0, right, 0, below), value=float("-inf"))
+    windows = x.unfold(2, size, stride).unfold(3, size, stride).flatten(-2)
+    largest = windows.amax(-1, keepdim=True)
+    near = windows >= largest - _NEAR_TIE * largest.abs()
+    return near.sum(-1) == 1
+
+
+@contextlib.contextmanager
+def _put_back(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Whatever happens inside the ``with`` block, the tensors are as before after it."""
+    before = [x.clone() for x in tensors]
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):  # of an unusable GPU, which is being told
+            _copy(before, tensors)
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
 
 
 @contextlib.contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """Fill what is allocated with NaN, so that an element that nobody writes is seen."""
+    """Let torch fill what is allocated with NaN, so that an element that nobody writes is seen."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    settings: Any = torch.utils.deterministic
-    filled, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, True
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        settings.fill_uninitialized_memory = filled
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one, other) or bool((one.isnan() & other.isnan() | (one == other)).all())
-
-
-def _memory(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
-
-
-def _check_gpu(names: str) -> None:
-    if not torch.cuda.is_available():
-        return
+def _check_gpu(wrong: str) -> None:
+    """Raise where a kernel left the GPU in an error that stays."""
     try:
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
     except RuntimeError as error:
-        line = str(error).splitlines()[0]
-        raise UnusableGPU(f"{names} left the GPU unusable: {line}; {REPORT}") from error
+        raise TrainingError(f"the GPU is unusable after {wrong}; {REPORT}") from error

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, overload
+from functools import partial
+from typing import Any
 
 import torch
 
 from fastalex.model.alexnet import AlexNet
-from fastalex.training.recipes import MOMENTUM_RULES
+from fastalex_kernels.momentum import RULES
 
 BUFFER = "momentum_buffer"  # where both rules keep it, as torch does
 
@@ -40,44 +42,29 @@ class PaperSGD(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; ``closure`` recomputes the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        skipped: Any = getattr(self, "found_inf", None)
+        scale: Any = getattr(self, "grad_scale", None)
         for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            if weights:
-                self._update(weights, group)
+            options = [group[name] for name in ("lr", "momentum", "weight_decay")]
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                if BUFFER not in self.state[w]:
+                    self.state[w][BUFFER] = torch.zeros_like(w)
+                v, g = self.state[w][BUFFER], w.grad if scale is None else w.grad / scale
+                before = None if skipped is None else (w.clone(), v.clone())
+                RULES["paper"](w, v, g, *options)
+                if before is not None:
+                    w.copy_(torch.where(skipped > 0, before[0], w))
+                    v.copy_(torch.where(skipped > 0, before[1], v))
         return loss
-
-    def _update(self, weights: list[torch.Tensor], group: dict[str, Any]) -> None:
-        for w in weights:
-            if BUFFER not in self.state[w]:
-                self.state[w][BUFFER] = torch.zeros_like(w)
-        velocities = [self.state[w][BUFFER] for w in weights]
-        gradients = [w.grad for w in weights if w.grad is not None]
-        skipped, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if scale is not None:
-            gradients = list(torch._foreach_div(gradients, scale))
-        before = [] if skipped is None else [x.clone() for x in (*velocities, *weights)]
-        lr, decay = group["lr"], group["weight_decay"]
-        torch._foreach_mul_(velocities, group["momentum"])
-        if decay:
-            torch._foreach_add_(velocities, weights, alpha=-decay * lr)
-        torch._foreach_add_(velocities, gradients, alpha=-lr)
-        torch._foreach_add_(weights, velocities)
-        if skipped is not None:
-            for x, old in zip((*velocities, *weights), before, strict=True):
-                x.copy_(torch.where(skipped > 0, old, x))
 
 
 def build_optimizer(
@@ -113,16 +100,15 @@ def build_optimizer(
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
-    if rule not in MOMENTUM_RULES:
-        raise ValueError(f"rule: expected one of {', '.join(MOMENTUM_RULES)}, got {rule!r}")
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if value < 0:
             raise ValueError(f"{name}: expected at least 0, got {value}")
-    variant = model.variant
     if bias_lr is None:
-        bias_lr = variant.bias_lr_multiplier
+        bias_lr = model.variant.bias_lr_multiplier
     if bias_decay is None:
-        bias_decay = 1.0 if variant.bias_weight_decay else 0.0
+        bias_decay = float(model.variant.bias_weight_decay)
     named = list(model.named_parameters())
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in named if not name.endswith("bias")], "lr_multiplier": 1.0},
@@ -133,14 +119,9 @@ def build_optimizer(
             "fixed_lr": None if bias_schedule else bias_lr * lr,
         },
     ]
-    optimizer: torch.optim.Optimizer
-    if rule == "paper":
-        optimizer = PaperSGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    else:
-        # Fused: one pass over weights, gradients and velocities instead of five.
-        optimizer = torch.optim.SGD(
-            groups, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
-        )
+    # Fused: one pass over weights, gradients and velocities instead of five.
+    kind = PaperSGD if rule == "paper" else partial(torch.optim.SGD, fused=True)
+    optimizer = kind(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
     # From zero, not from the first gradient: torch's fused step makes the buffers without filling
     # them, and where the first step overflows in float16 it leaves them like that.
     for parameter in model.parameters():
@@ -164,24 +145,25 @@ class Rates:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._groups = {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
-        firsts = [group["params"][0] for group in optimizer.param_groups]
-        self._rates = [torch.empty(3, device=first.device) for first in firsts]
-        self._written: list[tuple[float | None, ...]] = [(None, None, None)] * len(firsts)
+        self._of: dict[torch.Tensor, torch.Tensor] = {}
+        self._written: list[list[float]] = []
+        for group in optimizer.param_groups:
+            rates = torch.full((3,), math.nan, device=group["params"][0].device)
+            self._of.update(dict.fromkeys(group["params"], rates))
+            self._written.append([math.nan] * 3)
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """The rates of a parameter's group; ``follow`` changes them in place."""
-        return self._rates[self._groups[parameter]]
+        return self._of[parameter]
 
     def follow(self) -> None:
         """Write what is new in ``param_groups``: a rate that stays costs no launch."""
-        for i, group in enumerate(self._optimizer.param_groups):
-            now = tuple(float(group[name]) for name in ("lr", "momentum", "weight_decay"))
-            for place, (value, before) in enumerate(zip(now, self._written[i], strict=True)):
-                if value != before:
+        for group, written in zip(self._optimizer.param_groups, self._written, strict=True):
+            for place, name in enumerate(("lr", "momentum", "weight_decay")):
+                if group[name] != written[place]:
+                    written[place] = float(group[name])
                     # Filled and not copied: a copy from the host waits for the GPU to be done.
-                    self._rates[i][place].fill_(value)
-            self._written[i] = now
+                    self._of[group["params"][0]][place].fill_(written[place])
 
 
 def update_rule(optimizer: torch.optim.Optimizer) -> str:

@@ -48,8 +48,14 @@ class Pass:
         needs_dx: whether a layer below needs the gradient of its input.
         masks_dx: whether it does the backward pass of the ReLU below it.
         dy_is_preact: whether the layer above did that of its own ReLU.
+        module: the layer; None where it is none of the model's.
+        update: of its parameters; None where it has none.
+        gather: of the other tower's half of its input; None where it needs none.
     """
 
+    module: Any = None
+    update: FusedUpdate | None = None
+    gather: Gather | None = None
     relu = can_mask = False
     needs_dx = True
     masks_dx = dy_is_preact = False
@@ -66,17 +72,13 @@ class Pass:
 class Gather:
     """An all-gather of both towers' channels before a layer; backward, the reduce-scatter.
 
-    Channels are the last axis, tower 0's first.
-
-    Args:
-        exchange: with the other tower.
-        summed: whether the two towers' gradients add up: before a layer of which each has half.
-        early: whether work goes on while a half is on its way.
+    Channels are the last axis, tower 0's first. The two towers' gradients add up (``summed``)
+    before a layer of which each has half. ``early``, work goes on while a half is on its way.
     """
 
     def __init__(self, exchange: Exchange, summed: bool, early: bool) -> None:
         self.rank, self.early = exchange.rank, early
-        self._exchange, self._summed = exchange, summed
+        self._exchange, self.summed = exchange, summed
 
     def start(self, mine: Tensor) -> None:
         self._mine, self._transfer = mine, self._exchange.transfer(mine)
@@ -101,14 +103,10 @@ class Gather:
         return self.concatenate()
 
     def start_reduce_scatter(self, dx: Tensor) -> Callable[[], Tensor]:
-        """Send the other tower its half of ``dx``.
-
-        Returns:
-            What waits for the other tower's, and returns this tower's half with it.
-        """
+        """Send the other tower its half of ``dx``; what waits for its own and adds it to ours."""
         halves = dx.chunk(TOWERS, -1)
         mine, theirs = halves[self.rank], halves[1 - self.rank]
-        if not self._summed:
+        if not self.summed:
             return lambda: mine
         sent, out = theirs.new_empty(theirs.shape), mine.new_empty(mine.shape)
         call(sent.copy_, theirs)
@@ -129,17 +127,18 @@ class Gather:
 class Convolution(Pass):
     """Convolution + bias + ReLU at stride 1; the first layer of the net at any stride."""
 
+    update: FusedUpdate
     can_mask = True
 
     def __init__(self, module: Conv2dReLU, update: FusedUpdate, gather: Gather | None) -> None:
-        self.module, self.update, self._gather = module, update, gather
+        self.module, self.update, self.gather = module, update, gather
         self.relu, self._groups = module.relu, module.groups
         # Of a stride, blocks of pixels became channels, and the padding zeros among them.
         pad = int(module.padding[0]) if module.stride[0] == 1 else 0
         self._padding = ((pad, pad), (pad, pad))
 
     def forward(self, x: Tensor) -> Tensor:
-        self._x = x = x if self._gather is None else self._gather(x)
+        self._x = x = x if self.gather is None else self.gather(x)
         self._w = self.update.weight()
         y = conv2d_relu_forward(
             x, self._w, self.update.bias(), self._padding, self._groups, self.relu
@@ -160,8 +159,8 @@ class Convolution(Pass):
                 x if self.masks_dx else None,
             )  # fmt: skip
             dx = as_hwnc(grad)
-            if self._gather is not None:
-                wait, below = self._gather.start_reduce_scatter(dx), None  # sums of one share
+            if self.gather is not None:
+                wait, below = self.gather.start_reduce_scatter(dx), None  # sums of one share
         R, S = self._w.shape[:2]
         partials = conv2d_relu_backward_weight(x, dz, (R, S), self._padding, self._groups)
         self.update.convolution(partials, bias_partials)
@@ -237,12 +236,13 @@ class DropRows(Pass):
 class FullyConnected(Pass):
     """Fully connected + bias, with ReLU and dropout but in the last layer."""
 
+    update: FusedUpdate
     can_mask = True
 
     def __init__(
         self, module: Linear | LinearReLUDropout, update: FusedUpdate, gather: Gather | None
     ) -> None:
-        self.module, self.update, self._gather = module, update, gather
+        self.module, self.update, self.gather = module, update, gather
         self.relu = isinstance(module, LinearReLUDropout)
         self._dropout = NO_DROPOUT
         if isinstance(module, LinearReLUDropout) and module.p and module.dropping:
@@ -251,7 +251,7 @@ class FullyConnected(Pass):
     def forward(self, x: Tensor) -> Tensor:
         self._w = w = self.update.weight()
         epilogue = Epilogue(self.update.bias(), self.relu, self._dropout)
-        gather = self._gather
+        gather = self.gather
         if gather is not None and gather.early and HalvedProduct.gains(x, w):
             gather.start(x)
             product = HalvedProduct(x, w)
@@ -273,7 +273,7 @@ class FullyConnected(Pass):
             dx = matmul(
                 dz, self._w, Epilogue(dropout=Dropout(p), mask=self._x if self.masks_dx else None)
             )
-            wait = None if self._gather is None else self._gather.start_reduce_scatter(dx)
+            wait = None if self.gather is None else self.gather.start_reduce_scatter(dx)
         self.update.linear(dz, self._x, p)
         return (dx if wait is None else wait()), None
 
@@ -281,12 +281,7 @@ class FullyConnected(Pass):
 class Torch(Pass):
     """A layer without kernels, by torch's operators and autograd: on a CPU, that is every layer.
 
-    Args:
-        module: the layer.
-        update: of its parameters; None where it has none.
-        gather: of the other tower's half of its input.
-        autocast: the dtype that torch computes products in.
-        backend: of fastalex_kernels' functions, ``"aten"`` where kernels would run.
+    ``autocast`` is the dtype of products, ``backend`` that of fastalex_kernels' functions.
     """
 
     def __init__(
@@ -297,14 +292,14 @@ class Torch(Pass):
         autocast: torch.dtype,
         backend: str = "auto",
     ) -> None:
-        self.module, self.update, self._gather = module, update, gather
+        self.module, self.update, self.gather = module, update, gather
         self._backend = backend
         self._autocast, self._parameters = autocast, list(module.parameters())
         self._y: Tensor | None = None
         self._dx: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self._x = x if self._gather is None else self._gather(x)
+        self._x = x if self.gather is None else self.gather(x)
         call(self._forward)
         assert self._y is not None
         return self._y
@@ -329,8 +324,8 @@ class Torch(Pass):
 
     def backward(self, dy: Tensor, bias_partials: Tensor | None) -> Gradient:
         call(self._backward, dy)
-        if self._gather is not None and self._dx is not None:
-            return self._gather.start_reduce_scatter(self._dx)(), None
+        if self.gather is not None and self._dx is not None:
+            return self.gather.start_reduce_scatter(self._dx)(), None
         return self._dx, None
 
     def _backward(self, dy: Tensor) -> None:

@@ -21,48 +21,25 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-import fastalex_kernels as kernels
 from fastalex.common.nvtx_ranges import listening, nvtx_range
 from fastalex.data.augment import Augment
-from fastalex.distributed.exchange import Exchange, LoopbackExchange
+from fastalex.distributed.exchange import Exchange
 from fastalex.model.alexnet import HOOKS, AlexNet
-from fastalex.training.chain import Chain, check
-from fastalex.training.check import FirstUse
+from fastalex.training.chain import Chain, Tricks, check
+from fastalex.training.check import float32_precisions, parts_on_aten
 from fastalex.training.cuda_graph import Graph
-from fastalex.training.inputs import (
-    Inputs,
-    check_batch,
-    first_input,
-    image_size,
-    input_tensors,
-    signature,
-)
-from fastalex.training.optim import BUFFER
+from fastalex.training.inputs import Inputs, check_batch, input_tensors, signature
+from fastalex.training.optim import BUFFER, gradient_norms
 from fastalex.training.passes import Pass
 from fastalex.training.updates import StoredGradients
-from fastalex_kernels.common.backend import interpreted, use_triton
+from fastalex_kernels.common.backend import interpreted
 from fastalex_kernels.common.launch import call
 from fastalex_kernels.common.program import Launch, Program
-from fastalex_kernels.cross_entropy import cross_entropy_forward
+
+__all__ = ["TrainStep", "Tricks"]
 
 PRODUCTS = {"float32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Tricks:
-    """What makes the step fast beyond its kernels; each can be left out, to measure its worth.
-
-    Attributes:
-        fused_update: gradients are applied by the kernels that make them.
-        fused_activation: a ReLU's backward pass is done by the kernel that makes its gradient.
-        early: what needs no answer of the other tower runs while its half is on its way.
-        graph: on a GPU the recorded launches are captured as a CUDA graph.
-    """
-
-    fused_update: bool = True
-    fused_activation: bool = True
-    early: bool = True
-    graph: bool = False
+_ALL = Tricks()
 
 
 @dataclass
@@ -109,7 +86,7 @@ class TrainStep:
         precision: str = "float32",
         exchange: Exchange | None = None,
         augment: Augment | None = None,
-        tricks: Tricks = Tricks(),
+        tricks: Tricks = _ALL,
         reduce: Callable[[], object] | None = None,
         tell: Callable[[str], object] = print,
     ) -> None:
@@ -121,7 +98,7 @@ class TrainStep:
         if reduce is not None and tricks.fused_update:
             raise ValueError("reduce: fused updates leave no gradient to reduce")
         self.model, self.optimizer, self.precision = model, optimizer, precision
-        self._exchange, self._augment, self._tricks = exchange, augment, tricks
+        self.augment, self.tricks, self._exchange = augment, tricks, exchange
         self._reduce, self._tell = reduce, tell
         self._seeds: tuple[int, int] | None = None  # of a dropout that nobody else seeds
         self._aten: frozenset[str] = frozenset()  # parts that do not run on their kernels
@@ -130,12 +107,10 @@ class TrainStep:
     def _build(self) -> None:
         """Everything that is a function of the model and the optimizer as they are now."""
         check(self.model, self.optimizer)
-        first = next(self.model.parameters())
-        self._has_kernels = use_triton(first)
-        self._dtype = torch.float32 if interpreted() else self._product_dtype()
+        dtype = torch.float32 if interpreted() else self._product_dtype()
         self._chain = Chain(
-            self.model, self.optimizer, self._dtype, self._has_kernels, self._tricks.fused_update,
-            self._exchange, self._aten,
+            self.model, self.optimizer, dtype, self.tricks, self._exchange, self.augment,
+            self._aten,
         )  # fmt: skip
         self._updates = list(self._chain.updates.values())
         self._written = [x for update in self._updates for x in (update.parameter, update.buffer)]
@@ -143,7 +118,6 @@ class TrainStep:
         kinds = ("_modules", "_parameters", *HOOKS)
         self._registries = [getattr(m, kind) for m in self.model.modules() for kind in kinds]
         self._built_of = self._identity()
-        self._one = torch.ones((), device=first.device)
         self._dropout_version = -1  # after the last step
         self._recorded: dict[Any, _Recorded] = {}
         self._last: _Recorded | None = None
@@ -152,19 +126,19 @@ class TrainStep:
         return PRODUCTS[self.precision]
 
     @property
-    def launches(self) -> list[Launch]:
-        """What the last call launched, in order; see ``Launch``.
+    def exchange(self) -> Exchange | None:
+        """With the other tower; None of a whole net."""
+        return self._chain.exchange
 
-        Each has ``layer``, ``phase`` (of the forward or the backward pass), ``kernel``, ``grid``
-        and ``arguments``.
-        """
+    @property
+    def launches(self) -> list[Launch]:
+        """What the last call launched, in order, with layer and arguments; see ``Launch``."""
         return [] if self._last is None else self._last.program.launches
 
     def gradient_norms(self) -> dict[str, torch.Tensor]:
         """The Euclidean norm of each parameter's last gradient, float64 scalars on the device."""
-        if not self._tricks.fused_update:
-            gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-            return {n: g.norm(dtype=torch.float64) for n, g in gradients.items()}
+        if not self.tricks.fused_update:
+            return gradient_norms(self.model)
         squares = {} if self._last is None else self._last.squares
         return {name: s.sum(dtype=torch.float64).sqrt() for name, s in squares.items()}
 
@@ -186,20 +160,20 @@ class TrainStep:
         self._follow()
         images = getattr(images, "pixels", images)
         parts = images if isinstance(images, (tuple, list)) else (images,)
-        key = (self.model.training, *map(signature, parts), signature(labels))
+        key = (self.model.training, float32_precisions(), *map(signature, (*parts, labels)))
         recorded = self._recorded.get(key)
         if recorded is None:
-            check_batch(images, labels, self.model, self._augment)
-        inputs = input_tensors(images, labels, self._has_kernels)
+            check_batch(images, labels, self.model, self.augment)
+        inputs = input_tensors(images, labels, self._chain.has_kernels)
         if recorded is None:
-            while self._has_kernels and self._check_kernels(inputs):
+            while self._chain.has_kernels and self._check_kernels(inputs):
                 self._build()
                 self._follow()
             recorded = self._recorded[key] = self._record(inputs)
         else:
             recorded.run(inputs)
         self._last = recorded
-        if not self._tricks.fused_update:
+        if not self.tricks.fused_update:
             self._apply_stored()
         torch.autograd.graph.increment_version(self._written)  # kernels wrote, autograd did not see
         self._versions = [update.parameter._version for update in self._updates]
@@ -214,48 +188,25 @@ class TrainStep:
     @torch.no_grad()
     def _check_kernels(self, inputs: Inputs) -> bool:
         """Check what was not checked before on this GPU; whether ATen takes over another part."""
-        *images, labels = inputs
-        assert labels is not None
-        augment = self._augment if len(images) > 1 else None
-        size, tricks, strided = image_size(images, augment), self._tricks, self._chain.strided
-
-        def passes(aten: frozenset[str]) -> list[tuple[str, Pass]]:
-            alone = None if self._chain.exchange is None else LoopbackExchange()
-            chain = Chain(
-                self.model, self.optimizer, self._dtype, True, tricks.fused_update, alone, aten
-            )
-            for update in chain.updates.values():
-                update.refresh()
-            return chain.passes(size, tricks.fused_activation, tricks.early)
-
-        def first(by_kernel: bool, blocks: bool = True) -> torch.Tensor:
-            dtype = self._dtype if by_kernel else torch.float32
-            return first_input(images, augment, strided if blocks else None, dtype, by_kernel)
-
-        checked = FirstUse(self._passes(size), passes, first, self._loss, inputs, self._dtype)
-        aten = checked.on_aten(self._aten, self.optimizer, self._chain.exchange, self._tell)
-        more, self._aten = bool(aten - self._aten), aten
-        return more
+        before, self._aten = self._aten, parts_on_aten(self._chain, inputs, self._tell)
+        return self._aten != before
 
     @torch.no_grad()
     def _record(self, inputs: Inputs) -> _Recorded:
         """The step, as it is done for the first time."""
         *images, labels = inputs
         assert labels is not None
-        augment = self._augment if len(images) > 1 else None
-        layers = self._passes(image_size(images, augment))
-        program = Program(inputs)
+        program, layers = Program(inputs), self._passes(images)
         with program.recording():
-            with _at(program, "augment" if augment is not None else layers[0][0], "forward"):
-                by_kernel = self._has_kernels and "augment" not in self._aten
-                x = first_input(images, augment, self._chain.strided, self._dtype, by_kernel)
+            with _at(program, "augment" if len(images) > 1 else layers[0][0], "forward"):
+                x = self._chain.first_input(images)
             for name, layer in layers:
                 with _at(program, name, "forward"):
                     x = layer.forward(x)
             with _at(program, "loss", "forward"):
-                loss, dlogits = self._loss(x, labels)
+                loss, dlogits = self._chain.loss(x, labels)
             dy: torch.Tensor | None = dlogits
-            bias_partials: torch.Tensor | None = None
+            bias_partials = None
             for name, layer in reversed(layers):
                 assert dy is not None
                 with _at(program, name, "backward"):
@@ -263,25 +214,12 @@ class TrainStep:
         updates = self._chain.updates.items()
         squares = {name: u.squares for name, u in updates if u.squares is not None}
         run: Callable[[Inputs], None] = program.run
-        if self._tricks.graph and labels.is_cuda:
-            run = Graph(program, self._chain.exchange, self._tell).run
+        if self.tricks.graph and labels.is_cuda:
+            run = Graph(program, self.exchange, self._tell).run
         return _Recorded(program, loss, squares, run)
 
-    def _passes(self, size: tuple[int, int]) -> list[tuple[str, Pass]]:
-        """The layers for images of a size."""
-        return self._chain.passes(size, self._tricks.fused_activation, self._tricks.early)
-
-    def _loss(
-        self, logits: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean loss, and the gradient of the logits."""
-        if self._has_kernels and "loss" not in self._aten:
-            loss, gradient = cross_entropy_forward(logits, labels, self._one)
-            assert gradient is not None
-            return loss, gradient
-        loss, gradient = self._one.new_empty(()), torch.empty_like(logits)
-        call(_torch_loss, logits, labels, loss, gradient)
-        return loss, gradient
+    def _passes(self, images: Inputs) -> list[tuple[str, Pass]]:
+        return self._chain.passes(images)
 
     def _follow(self) -> None:
         """Take over what was changed since the last step."""
@@ -341,14 +279,3 @@ def _at(program: Program, layer: str, phase: str) -> Iterator[None]:
     call(shown.__enter__)
     yield
     call(shown.__exit__, None, None, None)
-
-
-def _torch_loss(
-    logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor, gradient: torch.Tensor
-) -> None:
-    """The loss by torch's operators."""
-    leaf = logits.detach().requires_grad_()
-    with torch.enable_grad(), kernels.backend("aten"):
-        mean = kernels.cross_entropy(leaf, labels)
-    loss.copy_(mean.detach())
-    gradient.copy_(torch.autograd.grad(mean, leaf)[0])

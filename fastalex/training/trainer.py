@@ -13,7 +13,7 @@ from fastalex._version import __version__
 from fastalex.common import interrupts
 from fastalex.common.command_line import output_may_fail
 from fastalex.common.interrupts import Interrupted
-from fastalex.common.provenance import device_name, versions
+from fastalex.common.provenance import versions
 from fastalex.data import DataError, ImageDataset
 from fastalex.data.batches import Batch, Batches, Share, Transform
 from fastalex.data.datasets import color_noise, open_datasets
@@ -32,7 +32,7 @@ from fastalex.training.optim import (
     set_learning_rate,
     set_momentum_buffers,
 )
-from fastalex.training.precompile import Work, compile_first
+from fastalex.training.precompile import compile_first
 from fastalex.training.progress import Progress
 from fastalex.training.run_config import RunConfig
 from fastalex.training.run_folder import RunFolder
@@ -40,7 +40,7 @@ from fastalex.training.schedule import Schedule
 from fastalex.training.step import TrainStep, Tricks
 from fastalex.training.validation import TOP, Accuracy, evaluate, fetch
 from fastalex.training.weights import save_weights
-from fastalex_kernels.common.backend import backend, target
+from fastalex_kernels.common.backend import backend
 
 _NAMED = 3  # samples of a bad batch that the message names
 
@@ -167,35 +167,28 @@ class Trainer:
             alone = parallel.replicas == 1  # else a gradient is not whole when it is made
             tricks = Tricks(fused_update=alone, graph=settings.cuda_graph)
             reduce = None if alone else lambda: parallel.reduce_gradients(self.model)
-            if parallel.device.type == "cuda":
-                self._compile_kernels(tricks)
             try:
-                return TrainStep(
+                step = TrainStep(
                     self.model, self.optimizer, settings.precision.replace("tf32", "float32"),
                     augment=augment, tricks=tricks, reduce=reduce, tell=self.progress.warn,
                 )  # fmt: skip
             except ValueError as error:
                 self.progress.warn(f"autograd and the optimizer make each step: {error}")
+            else:
+                if parallel.device.type == "cuda":
+                    self._compile_kernels(step)
+                return step
         return AutogradStep(
             self.model, self.optimizer, settings.precision, augment, parallel, self.scaler
         )
 
-    def _compile_kernels(self, tricks: Tricks) -> None:
+    def _compile_kernels(self, step: TrainStep) -> None:
         """Compile what the run launches, before its first step and for all processes at once."""
         settings, parallel = self.settings, self.parallel
-        device = parallel.device
-        count, last = (n // parallel.replicas for n in (
-            settings.batch_size, len(self.val_batches.dataset) % settings.batch_size
-        ))  # fmt: skip
-        work = Work(
-            settings.variant, len(self.config.classes), settings.image_size,
-            [count], [count, *([last] if last else [])],  # a last batch for training is filled up
-            settings.precision.replace("tf32", "float32"), settings.momentum_rule,
-            tricks.fused_update, self.config.world.towers, self.config.normalization,
-            settings.augmentation, settings.dropout,
-        )  # fmt: skip
+        last = len(self.val_batches.dataset) % settings.batch_size
+        counts = [n // parallel.replicas for n in (settings.batch_size, last)]
         say = self.progress.say if parallel.is_main else print  # whichever comes first compiles
-        compile_first(work, target(device), device_name(device), say)
+        compile_first(step, settings.augmentation, [n for n in counts if n], say)
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, as ``_state`` returned it; from the beginning where it is empty."""

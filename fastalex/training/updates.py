@@ -38,36 +38,27 @@ def momentum_update(
 
     The products of kernels read a copy where they need another dtype or another layout.
     """
-    if not isinstance(layer, Conv2dReLU) or parameter.dim() == 1:
-        copied = layer is not None and dtype != torch.float32
-        operand = torch.empty_like(parameter, dtype=dtype, requires_grad=False) if copied else None
-        return MomentumUpdate(parameter, buffer, rate, rule, operand)
-    pack, operand = partial(pack_weight, stride=layer.stride[0]), None
-    if dtype != torch.float32 or layer.stride[0] > 1:
-        packed = pack(parameter.detach())
-        operand = packed.new_empty(packed.shape, dtype=dtype)
+    pack = operand = None
+    copied = layer is not None and dtype != torch.float32
+    if isinstance(layer, Conv2dReLU) and parameter.dim() > 1:
+        pack = partial(pack_weight, stride=layer.stride[0])
+        copied = copied or layer.stride[0] > 1
+    if copied:
+        w = parameter.detach()
+        operand = torch.empty_like(w if pack is None else pack(w), dtype=dtype)
     return MomentumUpdate(parameter, buffer, rate, rule, operand, pack)
 
 
 class FusedUpdate:
-    """Gradients are applied where they are made, and never stored.
-
-    Args:
-        layer: whose parameters they are.
-        updates: of weight and bias.
-    """
+    """Gradients are applied where they are made, and never stored."""
 
     def __init__(self, layer: nn.Module, updates: Updates) -> None:
         self.updates = updates
-        self._convolution = isinstance(layer, Conv2dReLU)
         self._stride = layer.stride[0] if isinstance(layer, Conv2dReLU) else 1
 
     def weight(self) -> Tensor:
         """What the products read."""
-        update = self.updates.weight
-        if self._convolution and update.operand is None:
-            return pack_weight(update.parameter.detach())  # a view: it is in that order
-        return update.read()
+        return self.updates.weight.read()
 
     def bias(self) -> Tensor | None:
         return None if self.updates.bias is None else self.updates.bias.read()
@@ -97,11 +88,7 @@ class FusedUpdate:
 
 
 class StoredGradients(FusedUpdate):
-    """Gradients are left in ``parameter.grad``, float32, for an optimizer.
-
-    Attributes:
-        gradients: of weight and bias.
-    """
+    """Gradients, of weight and bias, are left in ``parameter.grad`` for an optimizer: float32."""
 
     def __init__(self, layer: nn.Module, updates: Updates) -> None:
         super().__init__(layer, updates)
@@ -115,10 +102,7 @@ class StoredGradients(FusedUpdate):
     def convolution(self, partials: Tensor, bias_partials: Tensor) -> None:
         packed = sum_partials(partials, partials.new_empty(partials.shape[1:]))
         weight, bias = self.gradients
-        if self._stride > 1:
-            call(_copy_blocks, weight, packed, self._stride)
-        else:
-            call(weight.copy_, packed.permute(3, 2, 0, 1))
+        call(_copy_blocks, weight, packed, self._stride)
         sum_partials(bias_partials, bias)
 
     def linear(self, dz: Tensor, x: Tensor, p: float) -> None:

@@ -18,7 +18,7 @@ from fastalex.inspection.record import Layer, layers_of
 from fastalex.model.alexnet import AlexNet, layer_names
 from fastalex.model.layers import Conv2dReLU, LinearReLUDropout, MaxPool2d
 from fastalex.model.reference import ReferenceAlexNet
-from fastalex.training.layer_reference import single_maxima
+from fastalex.training.layer_check import single_maxima
 from fastalex_kernels.common.tuned import dot_precision
 from fastalex_kernels.reference import relative_error, tolerance
 

@@ -159,7 +159,7 @@ class WatchedStep(TrainStep):
             model.seed_dropout(seed=0, step=0)
             optimizer = torch.optim.SGD(model.parameters(), lr=float(fused))
             super().__init__(model, optimizer, tricks=Tricks(fused_update=fused))
-            self._one.fill_(1.0 if fused else _LOSS_SCALE)
+            self._chain.one.fill_(1.0 if fused else _LOSS_SCALE)
             side = image_size or model.variant.image_size
             self(torch.randn(batch, 3, side, side), torch.randint(1000, (batch,)))
 
@@ -169,8 +169,8 @@ class WatchedStep(TrainStep):
     def _product_dtype(self) -> torch.dtype:
         return self._products
 
-    def _passes(self, size: tuple[int, int]) -> list[tuple[str, Pass]]:
+    def _passes(self, images: Any) -> list[tuple[str, Pass]]:
         return [
             (name, one if isinstance(one, (Torch, Flatten)) else _Watch(name, one, self.workloads))
-            for name, one in super()._passes(size)
+            for name, one in super()._passes(images)
         ]

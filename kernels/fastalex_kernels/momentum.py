@@ -25,8 +25,23 @@ from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.reduce import blocks, sum_parts
 from fastalex_kernels.common.threads import share
 
-RULES = ("paper", "torch")
 _ROWS = 128  # that a thread of a CPU updates at a time
+
+Tensor = torch.Tensor
+
+
+def _paper(w: Tensor, v: Tensor, g: Tensor, lr: Any, momentum: Any, decay: Any) -> None:
+    v.mul_(momentum).sub_(lr * (g + decay * w))
+    w.add_(v)
+
+
+def _torch(w: Tensor, v: Tensor, g: Tensor, lr: Any, momentum: Any, decay: Any) -> None:
+    v.mul_(momentum).add_(g + decay * w)
+    w.sub_(lr * v)
+
+
+# By name, the update of a weight and its momentum buffer in place, by torch's operators.
+RULES = {"paper": _paper, "torch": _torch}
 
 
 @dataclass(eq=False)
@@ -41,15 +56,13 @@ class MomentumUpdate:
         rule: one of ``RULES``.
         operand: what the products read in place of the parameter: a copy of it in their dtype and
             layout, written with it; None where they read the parameter itself.
-        pack: makes of the parameter the layout of ``operand``, where it is another.
+        pack: makes of the parameter the layout that products read, where it is another.
 
     Attributes:
-        squares: float32, sums of squares of the last gradient whose sum is its squared norm; None
-            before the first.
+        squares: float32, whose sum is the squared norm of the last gradient; None before the first.
 
     Raises:
-        ValueError: for a parameter of another dtype, or memory that the kernels would take for
-            contiguous.
+        ValueError: for another dtype, or memory that the kernels would take for contiguous.
     """
 
     parameter: torch.Tensor
@@ -73,14 +86,17 @@ class MomentumUpdate:
 
     def read(self) -> torch.Tensor:
         """What the products read."""
-        return self.parameter.detach() if self.operand is None else self.operand
+        return self._packed() if self.operand is None else self.operand
+
+    def _packed(self) -> torch.Tensor:
+        w = self.parameter.detach()
+        return w if self.pack is None else self.pack(w)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the parameter, which something else changed, to where the products read it."""
         if self.operand is not None:
-            w = self.parameter
-            self.operand.copy_(w if self.pack is None else self.pack(w))
+            self.operand.copy_(self._packed())
 
     @torch.no_grad()
     def load_buffer(self, values: torch.Tensor | None) -> None:
@@ -88,10 +104,7 @@ class MomentumUpdate:
         self.buffer.zero_() if values is None else self.buffer.copy_(values)
 
     def written(self, programs: int) -> tuple[torch.Tensor, ...]:
-        """What a kernel of so many programs writes: parameter, buffer, operand, squares.
-
-        Where it writes no operand, the parameter stands in its place.
-        """
+        """What kernels write: parameter, buffer, operand (or again the parameter) and squares."""
         w = self.parameter.detach()
         self.squares = self.rate.new_empty(programs)
         return w, self.buffer, w if self.operand is None else self.operand, self.squares
@@ -101,7 +114,7 @@ class MomentumUpdate:
         """The update by torch's operators, with a gradient of the parameter's shape."""
         g = torch.empty_like(self.buffer).copy_(gradient)
         self._keep(g.square().sum().reshape(1))
-        _descend(self.rule, self.parameter, self.buffer, g, self.rate)
+        self._descend(self.parameter, self.buffer, g)
         self.refresh()
 
     @torch.no_grad()
@@ -111,7 +124,7 @@ class MomentumUpdate:
         def apply(w: torch.Tensor, v: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
             g = columns @ x
             square = g.view(-1).dot(g.view(-1))
-            _descend(self.rule, w, v, g, self.rate)
+            self._descend(w, v, g)
             return square
 
         parts = (a.split(_ROWS) for a in (self.parameter, self.buffer, dz.t()))
@@ -120,28 +133,18 @@ class MomentumUpdate:
     def _keep(self, squares: torch.Tensor) -> None:
         self.squares = squares if self.squares is None else self.squares.copy_(squares)
 
-
-def _descend(
-    rule: str, w: torch.Tensor, v: torch.Tensor, g: torch.Tensor, rate: torch.Tensor
-) -> None:
-    """The update of a weight and its momentum buffer; ``g`` may be overwritten."""
-    if w.is_cpu and rate.numpy()[1]:  # in one pass, which torch has with momentum alone
-        lr, momentum, decay = rate.numpy().tolist()
-        if rule == "paper":
+    def _descend(self, w: Tensor, v: Tensor, g: Tensor) -> None:
+        """The update of some rows, by torch's operators; ``g`` may be overwritten."""
+        if not w.is_cpu or not self.rate.numpy()[1]:  # torch's own needs momentum
+            RULES[self.rule](w, v, g, *self.rate.unbind())
+            return
+        lr, momentum, decay = self.rate.numpy().tolist()
+        if self.rule == "paper":
             g, lr, decay = g.mul_(-lr), -1.0, -lr * decay
         torch._fused_sgd_(
             [w], [g], [v], weight_decay=decay, momentum=momentum, lr=lr, dampening=0.0,
             nesterov=False, maximize=False, is_first_step=False,
         )  # fmt: skip
-        return
-    lr, momentum, decay = rate.unbind()
-    g = g + decay * w
-    if rule == "paper":
-        v.mul_(momentum).sub_(lr * g)
-        w.add_(v)
-    else:
-        v.mul_(momentum).add_(g)
-        w.sub_(lr * v)
 
 
 class Updates(NamedTuple):

@@ -8,41 +8,67 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
 
+from fastalex import AlexNet
 from fastalex.common import compile as pool
 from fastalex.data import Normalization
+from fastalex.data.augment import Augment
+from fastalex.distributed.exchange import LoopbackExchange
+from fastalex.distributed.towers import cut_to_tower
 from fastalex.inspection.record import record_step
-from fastalex.training import precompile
-from fastalex.training.precompile import Work
+from fastalex.training import TrainStep, precompile
+from fastalex.training.optim import build_optimizer
 from fastalex_kernels.common.backend import interpreted
+from fastalex_kernels.common.tuned import Key, Tile
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="an interpreted kernel is never compiled")
 
-SCALE = Normalization((0.0,) * 3, (1.0,) * 3)
-WORK = Work("paper", 1000, 224, [128], [128, 80], "bf16", "torch", True, 1, SCALE, "crop", 0.5)
+CPU = torch.device("cpu")
+RUN = ("crop", [128, 80], "sm_90", "NVIDIA H100")
+
+
+def a_step(towers: int = 1) -> TrainStep:
+    model = AlexNet()
+    if towers > 1:
+        cut_to_tower(model, LoopbackExchange())
+    augment = Augment(Normalization((0.0,) * 3, (1.0,) * 3), 224, CPU)
+    return TrainStep(model, build_optimizer(model, 0.01), "bf16", augment=augment)
 
 
 @pytest.mark.parametrize("towers", [1, 2])
 def test_every_launch_of_a_step_is_known_before(towers: int) -> None:
-    known = precompile.unique(precompile.launches_of(WORK._replace(towers=towers), "sm_90"))
+    step = a_step(towers)
+    known = precompile.unique(precompile.launches_of(step, *RUN))
     events = record_step("sm_90", 128, towers=towers).events
     needed = precompile.unique(e.launch for e in events if e.launch is not None)
     assert len(needed) > 20
-    named = {precompile._specialisation(launch) for launch in known}
-    assert {precompile._specialisation(launch) for launch in needed} <= named
+    named = set(map(precompile.specialisation, known))
+    assert set(map(precompile.specialisation, needed)) <= named
     # A validation's last batch of another size launches others.
-    alone = WORK._replace(towers=towers, val_batches=[])
-    assert len(precompile.unique(precompile.launches_of(alone, "sm_90"))) < len(known)
+    alone = precompile.launches_of(step, "crop", [128], *RUN[2:])
+    assert len(precompile.unique(alone)) < len(known)
+
+
+def test_tiles_that_were_tuned_here_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles: dict[Key, Tile] = {("linear update", "bfloat16", (4096, 9216, 128)): (32, 32, 32, 4, 2)}
+    monkeypatch.setattr(precompile, "read_table", lambda path, device: tiles)
+    blocks = [
+        launch.named["BLOCK_M"]
+        for launch in precompile.launches_of(a_step(), *RUN)
+        if launch.name.endswith("_linear_bwd_weight_update_kernel")
+    ]
+    assert len(blocks) == 3
+    assert blocks.count(32) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.compiled
 def test_what_counts_as_one_kernel_is_one_to_triton() -> None:
-    """fc8 and the loss: as many compiled kernels as specialisations, and no fewer."""
-    launches = [
-        x for x in precompile.launches_of(WORK, "sm_80") if x.layer in ("fc8", "loss", "step")
-    ]
+    """Of products and the loss: as many compiled kernels as specialisations, and no fewer."""
+    every = precompile.launches_of(a_step(), "crop", [128, 80], "sm_80", "")
+    launches = [x for x in every if "linear" in x.name or "cross_entropy" in x.name]
     apart = precompile.unique(launches)
     compiled = {id(pool.compile_launch(launch, "sm_80")) for launch in launches}
     assert len(compiled) == len(apart) < len(launches)
@@ -57,12 +83,14 @@ def test_a_machine_compiles_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         return iter([pool.Compiled(None, 0.1)] * len(jobs))
 
     monkeypatch.setattr(precompile, "compile_ahead", compile_ahead)
-    monkeypatch.setattr(precompile, "launches_of", lambda work, target: [])
-    monkeypatch.setattr(precompile, "unique", lambda launches: [object()] * 7)
+    monkeypatch.setattr(precompile, "launches_of", lambda step, augmentation, counts, *_: counts)
+    monkeypatch.setattr(precompile, "specialisation", str)
     said: list[str] = []
+    step = a_step()
 
-    def rank() -> None:
-        precompile.compile_first(WORK, "sm_90", "NVIDIA H100", said.append)
+    def rank(*counts: int, gpu: str = "sm_90") -> None:
+        monkeypatch.setattr(precompile, "target_of", lambda device: gpu)
+        precompile.compile_first(step, "crop", counts or (1, 2, 3), said.append)
 
     ranks = [threading.Thread(target=rank) for _ in range(2)]
     for one in ranks:
@@ -70,9 +98,9 @@ def test_a_machine_compiles_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for one in ranks:
         one.join()
     rank()
-    assert (compiled, said) == ([7], ["compiling 7 kernels, once on this machine"])
-    precompile.compile_first(WORK._replace(image_size=64), "sm_90", "NVIDIA H100", said.append)
-    assert compiled == [7, 7]
-    precompile.compile_first(WORK, "gfx90a", "MI250", said.append)  # for which nothing stands in
-    assert compiled == [7, 7]
+    assert (compiled, said) == ([3], ["compiling 3 kernels, once on this machine"])
+    rank(4, 5)
+    assert compiled == [3, 2]
+    rank(6, gpu="gfx90a")  # for which nothing stands in
+    assert compiled == [3, 2]
     assert said[-1] == "compiling kernels during the first steps, once on this machine"

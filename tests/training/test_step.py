@@ -21,6 +21,7 @@ from fastalex.distributed.towers import cut_to_tower
 from fastalex.model.layers import Conv2dReLU, Linear
 from fastalex.model.variants import VARIANTS, Variant
 from fastalex.training import TrainStep
+from fastalex.training.autograd_step import tf32
 from fastalex.training.optim import build_optimizer
 from fastalex.training.step import Tricks
 from tests._nets import narrow
@@ -234,6 +235,21 @@ def test_what_needs_no_answer_runs_while_halves_are_exchanged() -> None:
     assert layers == ["conv3", "fc6", "fc7", "fc8", "fc7", "fc6", "conv3"]
     assert meanwhile[0] == 0, "conv3's forward pass waits"
     assert all(meanwhile[1:])
+
+
+def test_another_precision_of_torch_makes_other_launches() -> None:
+    from fastalex_kernels.common.backend import record_launches
+
+    model = make_net(bare("paper"))
+    found = []
+    with record_launches("sm_90", lambda *_: None):
+        step = TrainStep(model, build_optimizer(model, 0.01))
+        for precision in ("float32", "tf32", "float32"):
+            with tf32(precision):
+                one_by_step(step, 0)
+            fc6 = next(x for x in step.launches if x.layer == "fc6" and "PRECISION" in x.named)
+            found.append(fc6.named["PRECISION"])
+    assert found == ["ieee", "tf32", "ieee"]
 
 
 def counted(step: TrainStep) -> list[tuple[Any, ...]]:

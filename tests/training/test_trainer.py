@@ -26,8 +26,9 @@ from fastalex.training.metrics import is_stuck
 from fastalex.training.options import parse_arguments
 from fastalex.training.run_config import RunConfig
 from fastalex.training.run_folder import RunFolder
-from fastalex.training.step import Tricks
+from fastalex.training.step import TrainStep
 from fastalex.training.validation import Accuracy, evaluate
+from fastalex_kernels.common.backend import chosen
 from tests._nets import narrow
 
 ALONE = World("cpu", processes=1, towers=1, threads=1)
@@ -239,21 +240,36 @@ def test_a_validation_loss_that_is_not_finite_keeps_the_last_good_weights(
 
 
 @pytest.mark.usefixtures("one_net")
+@pytest.mark.parametrize("wrong", [True, False])
+def test_kernels_that_a_step_does_without_validate_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: bool
+) -> None:
+    chosen_by: list[str] = []
+    monkeypatch.setattr(trainer.TrainStep, "uses_aten", wrong)
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda *_: chosen_by.append(chosen()) or Accuracy(1.0, 0.5, 1.0)
+    )
+    options = ("--batch-size", "4", "--epochs", "1", "--fused-update")
+    run = trainer.Trainer(_plan(tmp_path, FewImages([0, 1, 0, 1], classes=2), *options))
+    run.run()
+    run.close()
+    assert chosen_by == ["aten" if wrong else "auto"]
+
+
+@pytest.mark.usefixtures("one_net")
 def test_on_a_gpu_the_kernels_of_the_run_are_compiled_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(trainer, "compile_first", lambda *given: asked.append(given))
-    monkeypatch.setattr(trainer, "target", lambda device: "sm_90")
     options = ("--batch-size", "4", "--epochs", "1", "--fused-update")
     run = trainer.Trainer(_plan(tmp_path, FewImages([0, 1, 0], classes=2), *options))
     assert asked == []  # nothing of it on a CPU
-    run._compile_kernels(Tricks())
+    step = run.train_step
+    assert isinstance(step, TrainStep)
+    run._compile_kernels(step)
     run.close()
-    ((work, target, *_),) = asked
-    assert target == "sm_90"
-    assert (work.train_batches, work.val_batches) == ([4], [4, 3])
-    assert (work.classes, work.precision, work.towers) == (2, "float32", 1)
+    assert [given[:3] for given in asked] == [(step, "crop", [4, 3])]
 
 
 @pytest.mark.usefixtures("one_net")

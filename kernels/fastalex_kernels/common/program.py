@@ -12,8 +12,6 @@ allocated and that the list holds.
 from __future__ import annotations
 
 import contextlib
-import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +45,6 @@ class Launch:
     arguments: list[Any]
     options: dict[str, Any]
     run: Run = field(init=False, repr=False)
-    _compiled: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.run = self._call if self.grid is None else self._launch
@@ -79,29 +76,13 @@ class Launch:
         """A kernel's arguments by their names, constexprs too."""
         return dict(zip(self.kernel.arg_names, self.arguments, strict=True))
 
-    def bind(self, compiled: Any) -> None:
-        """From the next run on, hand the arguments to the ``compiled`` kernel as they are.
-
-        ``compiled[grid](*arguments)`` is how Triton's tutorials call a kernel that is compiled; it
-        looks up and specialises nothing. Where this Triton returned no such kernel, as its
-        interpreter does not, the launch goes on as ``kernel[grid](...)``.
-        """
-        if self.grid is None or not hasattr(compiled, "__getitem__"):
-            return
-        self._compiled, arguments = compiled, self.arguments
-        start = compiled[_three(self.grid)]
-        self.run = lambda stream: start(*arguments, stream=stream)
-
-    def pack(self) -> None:
-        """From the next run on, launch with the arguments of now, in the memory of now."""
-        if self._compiled is not None:
-            assert self.grid is not None
-            packed = _packed(self._compiled, _three(self.grid), self.arguments)
-            self.run = packed or self.run
-
     def _launch(self, stream: int) -> None:
         assert self.grid is not None
-        self.bind(execute(self.kernel, self.grid, tuple(self.arguments), self.options))
+        arguments = self.arguments
+        compiled = execute(self.kernel, self.grid, tuple(arguments), self.options)
+        if hasattr(compiled, "__getitem__"):  # as it is, Triton looks up and specialises nothing
+            start = compiled[(*self.grid, 1, 1)[:3]]
+            self.run = lambda stream: start(*arguments, stream=stream)
 
     def _call(self, stream: int) -> None:
         self.kernel(*self.arguments, **self.options)
@@ -114,42 +95,6 @@ def tensor_of(argument: Any) -> torch.Tensor | None:
     return argument if isinstance(argument, torch.Tensor) else None
 
 
-def _three(grid: tuple[int, ...]) -> tuple[int, ...]:
-    return (*grid, 1, 1)[:3]
-
-
-def _packed(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> Run | None:
-    """A launch as one call of the C function that Triton has for it, with everything prepared.
-
-    Triton's launcher encodes each tensor descriptor at each launch, and asks the driver about each
-    pointer. Here it does so once, and is given a function that keeps what the C function would get.
-
-    This is Triton's private interface, as of 3.9. Returns None where it is another.
-    """
-    kept: list[tuple[Any, ...]] = []
-    stream = object()
-    try:
-        launcher = copy.copy(compiled.run)
-        if getattr(launcher, "gsan_enabled", False):  # what it counts changes from launch to launch
-            return None
-        c_launch = driver.active.utils.launch
-        launcher.launch = sys.modules[type(launcher).__module__].wrap_handle_tensordesc(
-            lambda *values: kept.append(values),
-            dict(compiled.src.signature),
-            getattr(compiled.metadata, "tensordesc_meta", None),
-        )
-        launcher(
-            *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
-        )
-        ((*values, tensors_and_numbers),) = kept
-        at = next(i for i, value in enumerate(values) if value is stream)
-    except Exception:  # a private interface may change in any way
-        return None
-    before, after = values[:at], values[at + 1 :]
-    plain = tuple(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in tensors_and_numbers)
-    return lambda stream: c_launch(*before, stream, *after, plain)
-
-
 class Program:
     """The launches of a step in order, for inputs of one shape.
 
@@ -160,7 +105,7 @@ class Program:
     def __init__(self, inputs: Sequence[torch.Tensor | None]) -> None:
         self.launches: list[Launch] = []
         self.inputs = list(inputs)
-        self._input_arguments: list[tuple[int, list[Any], int]] = []  # input, arguments, index
+        self._reads: list[tuple[int, list[Any], int]] = []  # input, arguments, index
         self._device = next(x.device for x in inputs if x is not None)
         self._at = ("step", "forward")
 
@@ -169,16 +114,13 @@ class Program:
         """Collect what runs inside the ``with`` block."""
         with collecting(self):
             yield self
-        for launch in self.launches:
-            reads = [
-                (number, launch.arguments, index)
-                for index, argument in enumerate(launch.arguments)
-                for number, x in enumerate(self.inputs)
-                if x is not None and argument is x
-            ]
-            self._input_arguments += reads
-            if not reads:
-                launch.pack()
+        self._reads = [
+            (number, launch.arguments, index)
+            for launch in self.launches
+            for index, argument in enumerate(launch.arguments)
+            for number, x in enumerate(self.inputs)
+            if x is not None and argument is x
+        ]
 
     def at(self, layer: str, phase: str) -> None:
         """Say whose launches follow."""
@@ -197,15 +139,13 @@ class Program:
         grid: tuple[int, ...] | None,
         arguments: Sequence[Any],
         options: dict[str, Any],
-    ) -> Launch:
+    ) -> None:
         """Add a launch, or a call where ``grid`` is None, without running it."""
-        launch = Launch(*self._at, function, grid, list(arguments), options)
-        self.launches.append(launch)
-        return launch
+        self.launches.append(Launch(*self._at, function, grid, list(arguments), options))
 
     def set_inputs(self, inputs: Sequence[torch.Tensor | None]) -> None:
         """Read ``inputs``, of the recorded ones' shapes, strides and dtypes, from now on."""
-        for number, arguments, index in self._input_arguments:
+        for number, arguments, index in self._reads:
             arguments[index] = inputs[number]
 
     def run(self, inputs: Sequence[torch.Tensor | None] | None = None) -> None:
