@@ -26,6 +26,7 @@ from fastalex.model.layers import (
     MaxPool2d,
     SpatialResponseNorm,
 )
+from fastalex.training.cpu_passes import cpu_passes
 from fastalex.training.inputs import Inputs, augmented, by_torch
 from fastalex.training.optim import BUFFER, Rates, update_rule
 from fastalex.training.passes import (
@@ -179,11 +180,11 @@ class Chain:
         if len(images) > 1 and self.augment is not None:
             size = (self.augment.size, self.augment.size)
         nothing_to_do = self.model.map_size(size) == average.output_size
-        passes = [
-            (name, self._pass(layer))
-            for name, layer in self._layers
-            if layer is not average or not nothing_to_do
-        ]
+        layers = [x for x in self._layers if x[1] is not average or not nothing_to_do]
+        on_a_cpu = first.is_cpu and not self.has_kernels
+        if on_a_cpu and self.exchange is None and self.dtype == torch.float32:
+            return cpu_passes(layers, self.by_layer)
+        passes = [(name, self._pass(layer)) for name, layer in layers]
         passes[0][1].needs_dx = False
         for (_, below), (_, above) in itertools.pairwise(passes):
             masks = self.tricks.fused_activation and below.relu and above.can_mask

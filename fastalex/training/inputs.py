@@ -13,6 +13,7 @@ from fastalex.model.alexnet import AlexNet
 from fastalex.model.layers import Conv2dReLU
 from fastalex_kernels.augment import BLOCK, Crops, augment_forward
 from fastalex_kernels.common.arguments import aligned
+from fastalex_kernels.common.backend import use_triton
 from fastalex_kernels.common.launch import call
 from fastalex_kernels.conv2d.arguments import space_to_depth
 
@@ -79,7 +80,8 @@ def by_torch(
 ) -> torch.Tensor:
     """Images, or bytes that ``augment`` makes images of, likewise."""
     maps = _maps(augment, strided, *images)
-    out = maps.new_empty(maps.shape, dtype=dtype)
+    order = torch.contiguous_format if use_triton(maps) else torch.preserve_format
+    out = torch.empty_like(maps, dtype=dtype, memory_format=order)
     call(_write_maps, out, augment, strided, *images)
     return out
 

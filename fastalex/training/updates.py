@@ -77,18 +77,26 @@ class FusedUpdate:
             assert update is not None
             update.apply(gradient)
 
+    def parameters(self) -> list[Tensor]:
+        return [update.parameter for update in self.updates if update is not None]
+
+    def product(self, dz: Tensor, x: Tensor) -> None:
+        """Take the factors of the weight's gradient, dz^T x, on a CPU."""
+        self.updates.weight.apply_product(dz, x)
+        if self.updates.bias is not None:
+            self.updates.bias.apply(dz.sum(0))
+
 
 class StoredGradients(FusedUpdate):
     """Gradients, of weight and bias, are left in ``parameter.grad`` for an optimizer: float32."""
 
     def __init__(self, layer: nn.Module, updates: Updates) -> None:
         super().__init__(layer, updates)
-        self._parameters = [update.parameter for update in updates if update is not None]
-        self.gradients = [torch.empty_like(parameter) for parameter in self._parameters]
+        self.gradients = [torch.empty_like(parameter) for parameter in self.parameters()]
 
     def attach(self) -> None:
         """Give the parameters their gradients, which an optimizer may have taken away."""
-        for parameter, gradient in zip(self._parameters, self.gradients, strict=True):
+        for parameter, gradient in zip(self.parameters(), self.gradients, strict=True):
             parameter.grad = gradient
 
     def convolution(self, partials: Tensor, bias_partials: Tensor) -> None:
@@ -113,6 +121,9 @@ class StoredGradients(FusedUpdate):
     def torch(self, gradients: list[Tensor]) -> None:
         for stored, gradient in zip(self.gradients, gradients, strict=True):
             stored.copy_(gradient)
+
+    def product(self, dz: Tensor, x: Tensor) -> None:
+        self.torch([dz.t() @ x, dz.sum(0)])
 
 
 def _copy_blocks(out: Tensor, packed: Tensor, stride: int) -> None:

@@ -7,10 +7,7 @@ oneDNN and cuDNN prefer and where the window of LRN is a run of neighbours.
 from __future__ import annotations
 
 import functools
-import os
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -18,9 +15,11 @@ import torch.nn.functional as F
 
 from fastalex_kernels.common import philox
 from fastalex_kernels.common.backend import operator
-from fastalex_kernels.common.parameters import Dropout, Norm, Window, norm_of
+from fastalex_kernels.common.parameters import Dropout, Norm, Pooling, Window, norm_of
+from fastalex_kernels.common.threads import share
 
 _NO_LABEL = -(2**63)  # every other one that is no class is an error
+_IN_CACHE = 2**19  # numbers of a CPU's last cache that a thread's images may fill
 
 
 def conv2d_relu(
@@ -42,149 +41,130 @@ def conv2d_relu(
     return output.relu_() if relu else output
 
 
-def _start_worker(ready: threading.Barrier) -> None:
-    torch.set_num_threads(1)
-    ready.wait()
-
-
-@functools.cache
-def _workers(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads of ``process`` in which torch's operators start no threads of their own."""
-    ready = threading.Barrier(threads + 1)
-    workers = ThreadPoolExecutor(threads, "fastalex", _start_worker, (ready,))
-    for _ in range(threads):
-        workers.submit(int)
-    ready.wait()
-    torch.set_num_threads(threads)  # a worker's number had become that of threads yet to start
-    return workers
-
-
-def _share_images(function: Callable[..., None], *batches: torch.Tensor) -> None:
-    """Call ``function`` with a share of the images in each of as many threads as torch uses.
-
-    So a pass is one parallel region. With one for each operator, every operator would wait for the
-    slowest thread: where another process has one of the cores, that takes a hundred times as long.
-    """
-    threads = torch.get_num_threads()
-    shares = min(threads, len(batches[0]))
-    if shares == 1 or batches[0].is_cuda:
-        function(*batches)
-    if shares < 2 or batches[0].is_cuda:
-        return
-    split = (batch.tensor_split(shares) for batch in batches)
-    list(_workers(threads, os.getpid()).map(torch.inference_mode()(function), *split))
+def _share_images(function: Callable[..., None], input: torch.Tensor, *more: torch.Tensor) -> None:
+    """Call ``function`` with as many images at a time as a CPU's cache holds; a GPU takes all."""
+    image = max(input[:1].numel(), 1)
+    at_once = max(len(input) if input.is_cuda else _IN_CACHE // image, 1)
+    share(function, *(batch.split(at_once) for batch in (input, *more)))
 
 
 class _Lines:
-    """Memory for the steps of LRN on images [n, C, H, W], channels last.
+    """The layout in which LRN sums windows, for images [n, C, H, W], channels last.
 
     The channels of one group of a pixel are a row. A line holds all rows, each followed by as many
     zeros as a window has further channels, so that no window reaches the next row's.
     """
 
-    def __init__(self, x: torch.Tensor, norm: Norm, groups: int, count: int) -> None:
+    def __init__(self, x: torch.Tensor, norm: Norm, groups: int) -> None:
         self.channels = x.shape[1] // groups
         below, above = norm.size // 2, (norm.size - 1) // 2
         self.below, self.above = (min(reach, self.channels - 1) for reach in (below, above))
         self._width = self.channels + self.below + self.above
-        self._length = x.numel() // self.channels * self._width
-        self._lines = x.new_zeros((count, self._length + self.below + self.above))
+        self.length = x.numel() // self.channels * self._width
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         return x.permute(0, 2, 3, 1).view(-1, self.channels)
 
-    def line(self, i: int) -> torch.Tensor:
-        return self._lines[i, : self._length]
+    def columns(self, line: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """The rows of a line, where a row's values start at column ``first``."""
+        return line[: self.length].view(-1, self._width)[:, first : first + self.channels]
 
-    def columns(self, i: int, first: int = 0) -> torch.Tensor:
-        """The rows of line i, where a row's values start at column ``first``."""
-        return self.line(i).view(-1, self._width)[:, first : first + self.channels]
-
-    def sum_windows(self, i: int, out: int) -> torch.Tensor:
-        """Line ``out``: for each value of line i, the sum of the window that starts with it.
-
-        A value goes into the windows that hold it and into no other, also where it is not finite.
-        """
-        total = torch.mul(self.line(i), 1, out=self.line(out))
-        for shift in range(1, 1 + self.below + self.above):
-            total += self._lines[i, shift : shift + self._length]
-        return total
-
-    def denominator(self, rows: torch.Tensor, norm: Norm, squares: int, out: int) -> torch.Tensor:
-        torch.mul(rows, rows, out=self.columns(squares, self.below))
-        return self.sum_windows(squares, out).mul_(norm.scale).add_(norm.offset)
-
-    def power(self, d: torch.Tensor, beta: float, out: int, scratch: int) -> torch.Tensor:
-        """The rows of d ^ beta; two square roots are far cheaper than a power."""
-        if beta == 0.75:
-            root = torch.sqrt(d, out=self.line(scratch))
-            torch.sqrt(root, out=self.line(out)).mul_(root)
-        else:
-            torch.pow(d, beta, out=self.line(out))
-        return self.columns(out)
+    def windows(self, operation: Any, before: int, *operands: torch.Tensor) -> torch.Tensor:
+        """A line of the sums of the operation's results over windows from ``before`` them on."""
+        padded = operands[0].new_zeros(self.length + self.below + self.above)
+        operation(*operands, out=self.columns(padded, before))
+        return _sum_neighbours(padded, 1 + self.below + self.above)
 
 
-def _images(*batches: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Batches image by image on a CPU, in whose cache an image stays; all at once on a GPU."""
-    at_once = max(len(batches[0]), 1) if batches[0].is_cuda else 1
-    return list(zip(*(batch.split(at_once) for batch in batches), strict=True))
+def _sum_neighbours(line: torch.Tensor, count: int) -> torch.Tensor:
+    """For each value of a line, the sum of ``count`` from it on, in memory of its own.
+
+    A value goes into the sums that hold it and into no other, also where it is not finite.
+    """
+    if count == 1:
+        return line.clone()
+    half = count // 2
+    sums = _sum_neighbours(line, half) if half > 1 else line
+    sums = sums[:-half] + sums[half:]
+    return sums[:-1].add_(line[count - 1 :]) if count % 2 else sums
+
+
+def _powers(root: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """d ^ beta and d, from d ^ 1/4 where beta is 3/4, as roots are cheaper than a power; or d."""
+    if beta != 0.75:
+        return root**beta, root
+    square = root * root
+    return square * root, square.mul_(square)
 
 
 def _forward(
-    norm: Norm, groups: int, window: Window, ceil_mode: bool,
-    input: torch.Tensor, output: torch.Tensor, argmax: torch.Tensor,
+    pooling: Pooling, ceil_mode: bool,
+    input: torch.Tensor, output: torch.Tensor, argmax: torch.Tensor, roots: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Fill ``output`` and, where anything is pooled, ``argmax``."""
-    images = _images(input, output, argmax)
-    lines, normalised = _Lines(images[0][0], norm, groups, 3), torch.empty_like(images[0][0])
+    """Fill ``output``, ``argmax`` where anything is pooled, and ``roots`` where they are kept."""
+    norm, groups, window = pooling
+    assert norm is not None
+    lines = _Lines(input, norm, groups)
+    rows = lines.rows(input)
+    d = lines.windows(torch.mul, lines.below, rows, rows).mul_(norm.scale).add_(norm.offset)
+    root = d.rsqrt_().rsqrt_() if norm.beta == 0.75 else d
+    if roots.numel():
+        roots.view(-1).copy_(root)
+    power = lines.columns(_powers(root, norm.beta)[0])
     pooled = window != (1, 1)
-    for x, y, at in images:
-        rows = lines.rows(x)
-        power = lines.power(lines.denominator(rows, norm, 0, 1), norm.beta, 1, 2)
-        torch.div(rows, power, out=lines.rows(normalised if pooled else y))
-        if pooled:
-            torch.ops.aten.max_pool2d_with_indices.out(
-                normalised, window.size, window.stride, 0, 1, ceil_mode, out=y, indices=at
-            )
+    normalised = torch.empty_like(input) if pooled else output
+    torch.div(rows, power, out=lines.rows(normalised))
+    if pooled:
+        torch.ops.aten.max_pool2d_with_indices.out(
+            normalised, window.size, window.stride, 0, 1, ceil_mode, out=output, indices=argmax
+        )
 
 
 def _backward(
-    norm: Norm, groups: int, window: Window, ceil_mode: bool,
-    grad: torch.Tensor, input: torch.Tensor, argmax: torch.Tensor, result: torch.Tensor,
+    pooling: Pooling, ceil_mode: bool,
+    input: torch.Tensor, grad: torch.Tensor, argmax: torch.Tensor, roots: torch.Tensor,
+    result: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Fill ``result``. The denominators are computed again, which costs less than reading them."""
-    images = _images(grad, input, argmax, result)
-    first = images[0][1]
-    lines, (dy, z, t) = _Lines(first, norm, groups, 5), (torch.empty_like(first) for _ in range(3))
-    for g, x, at, dx in images:
-        if window == (1, 1):
-            dy = g
-        else:
-            torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
-                g, x, window.size, window.stride, 0, 1, ceil_mode, at, grad_input=dy
-            )
-        rows, z_rows, t_rows = (lines.rows(a) for a in (x, z, t))
-        d = lines.denominator(rows, norm, 0, 1)
-        torch.div(lines.rows(dy), lines.power(d, norm.beta, 2, 3), out=z_rows)
-        # The scale goes with 1 / d: apart, the largest alpha leaves float32's range.
-        torch.mul(z_rows, rows, out=t_rows).mul_(norm.scale)
-        torch.div(t_rows, lines.columns(1), out=lines.columns(4, lines.above))
-        lines.sum_windows(4, 2)
-        torch.addcmul(z_rows, lines.columns(2), rows, value=-2.0 * norm.beta, out=lines.rows(dx))
+    """Fill ``result``."""
+    norm, groups, window = pooling
+    assert norm is not None
+    lines = _Lines(input, norm, groups)
+    if window != (1, 1):
+        grad = torch.ops.aten.max_pool2d_with_indices_backward(
+            grad, input, window.size, window.stride, 0, 1, ceil_mode, argmax
+        )
+    rows, (power, d) = lines.rows(input), map(lines.columns, _powers(roots.view(-1), norm.beta))
+    z = lines.rows(grad) / power
+    # The scale goes with 1 / d: apart, the largest alpha leaves float32's range.
+    sums = lines.windows(torch.div, lines.above, (z * rows).mul_(norm.scale), d)
+    torch.addcmul(z, lines.columns(sums), rows, value=-2.0 * norm.beta, out=lines.rows(result))
+
+
+def _pooling(norm: Sequence[float], groups: int, window: Sequence[int]) -> Pooling:
+    return Pooling(norm_of(norm), groups, Window(*window))
 
 
 def _outputs(
-    input: torch.Tensor, window: Sequence[int], pooled: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for the output and the places of its maxima, if anything is pooled; channels last.
+    input: torch.Tensor,
+    norm: Sequence[float],
+    groups: int,
+    window: Sequence[int],
+    ceil_mode: bool,
+    pooled: Sequence[int],
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Memory for the output; the places of its maxima, if anything is pooled; the roots, if kept.
 
-    Allocated so and not a view: autograd refuses to change a view that an operator returned.
+    Channels last; allocated so and not a view: autograd refuses to change a view that an operator
+    returned.
     """
     N, C = input.shape[:2]
     size = (N, C, *pooled)
     places = size if list(window) != [1, 1] else (N, 0, 0, 0)
     make = functools.partial(torch.empty, device=input.device, memory_format=torch.channels_last)
-    return make(size, dtype=input.dtype), make(places, dtype=torch.int64)
+    length = _Lines(input[:1], norm_of(norm), groups).length if save else 0
+    roots = input.new_empty((N, length))
+    return make(size, dtype=input.dtype), make(places, dtype=torch.int64), roots
 
 
 @operator("aten_lrn_max_pool2d")
@@ -195,16 +175,15 @@ def _lrn_max_pool2d(
     window: Sequence[int],
     ceil_mode: bool,
     pooled: Sequence[int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    output, argmax = _outputs(input, window, pooled)
-    arguments = (norm_of(norm), groups, Window(*window), ceil_mode)
-    _share_images(functools.partial(_forward, *arguments), input, output, argmax)
-    return output, argmax
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    outputs = _outputs(input, norm, groups, window, ceil_mode, pooled, save)
+    forward = functools.partial(_forward, _pooling(norm, groups, window), ceil_mode)
+    _share_images(forward, input, *outputs)
+    return outputs
 
 
-@_lrn_max_pool2d.register_fake
-def _(input, norm, groups, window, ceil_mode, pooled):
-    return _outputs(input, window, pooled)
+_lrn_max_pool2d.register_fake(_outputs)
 
 
 @operator("aten_lrn_max_pool2d_backward")
@@ -212,6 +191,7 @@ def _lrn_max_pool2d_backward(
     grad: torch.Tensor,
     input: torch.Tensor,
     argmax: torch.Tensor,
+    roots: torch.Tensor,
     norm: Sequence[float],
     groups: int,
     window: Sequence[int],
@@ -219,25 +199,23 @@ def _lrn_max_pool2d_backward(
 ) -> torch.Tensor:
     grad = grad.contiguous(memory_format=torch.channels_last)
     result = torch.empty_like(input)
-    arguments = (norm_of(norm), groups, Window(*window), ceil_mode)
-    _share_images(functools.partial(_backward, *arguments), grad, input, argmax, result)
+    backward = functools.partial(_backward, _pooling(norm, groups, window), ceil_mode)
+    _share_images(backward, input, grad, argmax, roots, result)
     return result
 
 
-@_lrn_max_pool2d_backward.register_fake
-def _(grad, input, *_):
-    return torch.empty_like(input)
+_lrn_max_pool2d_backward.register_fake(lambda grad, input, *_: torch.empty_like(input))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    input, *arguments, _ = inputs
-    ctx.save_for_backward(input, output[1])
+    input, *arguments, _, _ = inputs
+    ctx.save_for_backward(input, *output[1:])
     ctx.arguments = arguments
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     dx = _lrn_max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.arguments)
-    return dx, None, None, None, None, None
+    return dx, None, None, None, None, None, None
 
 
 _lrn_max_pool2d.register_autograd(_differentiate, setup_context=_save)
@@ -254,7 +232,8 @@ def lrn_max_pool2d(
     # Rounding before the maximum would make equals of neighbours: stay wide until the end.
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
     wide = wide.contiguous(memory_format=torch.channels_last)
-    arguments = (list(map(float, norm)), groups, window, ceil_mode, pooled)
+    save = torch.is_grad_enabled() and input.requires_grad
+    arguments = (list(map(float, norm)), groups, window, ceil_mode, pooled, save)
     output: torch.Tensor = _lrn_max_pool2d(wide, *arguments)[0]
     return output.to(input.dtype)
 

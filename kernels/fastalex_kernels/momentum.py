@@ -23,6 +23,9 @@ import triton.language as tl
 
 from fastalex_kernels.common.launch import launch
 from fastalex_kernels.common.reduce import blocks, sum_parts
+from fastalex_kernels.common.threads import share
+
+_ROWS = 128  # that a thread of a CPU updates at a time
 
 Tensor = torch.Tensor
 
@@ -108,13 +111,40 @@ class MomentumUpdate:
 
     @torch.no_grad()
     def apply(self, gradient: torch.Tensor) -> None:
-        """The update by torch's operators, by a ``gradient`` of the parameter's shape."""
-        g = gradient.to(torch.float32)
-        if self.squares is None:
-            self.squares = self.rate.new_empty(1)
-        self.squares.copy_(g.square().sum().reshape(1))
-        RULES[self.rule](self.parameter, self.buffer, g, *self.rate.unbind())
+        """The update by torch's operators, with a gradient of the parameter's shape."""
+        g = torch.empty_like(self.buffer).copy_(gradient)
+        self._keep(g.square().sum().reshape(1))
+        self._descend(self.parameter, self.buffer, g)
         self.refresh()
+
+    @torch.no_grad()
+    def apply_product(self, dz: torch.Tensor, x: torch.Tensor) -> None:
+        """``apply(dz.t() @ x)`` on a CPU, rows by rows: their gradient stays in the cache."""
+
+        def apply(w: torch.Tensor, v: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+            g = columns @ x
+            square = g.view(-1).dot(g.view(-1))
+            self._descend(w, v, g)
+            return square
+
+        parts = (a.split(_ROWS) for a in (self.parameter, self.buffer, dz.t()))
+        self._keep(torch.stack(share(apply, *parts)))
+
+    def _keep(self, squares: torch.Tensor) -> None:
+        self.squares = squares if self.squares is None else self.squares.copy_(squares)
+
+    def _descend(self, w: Tensor, v: Tensor, g: Tensor) -> None:
+        """The update of some rows, by torch's operators; ``g`` may be overwritten."""
+        if not w.is_cpu or not self.rate.numpy()[1]:  # torch's own needs momentum
+            RULES[self.rule](w, v, g, *self.rate.unbind())
+            return
+        lr, momentum, decay = self.rate.numpy().tolist()
+        if self.rule == "paper":
+            g, lr, decay = g.mul_(-lr), -1.0, -lr * decay
+        torch._fused_sgd_(
+            [w], [g], [v], weight_decay=decay, momentum=momentum, lr=lr, dampening=0.0,
+            nesterov=False, maximize=False, is_first_step=False,
+        )  # fmt: skip
 
 
 class Updates(NamedTuple):

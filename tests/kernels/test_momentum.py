@@ -23,7 +23,27 @@ def test_update_by_torch(rule: str, shape: tuple[int, ...]) -> None:
     for found, value in zip((w, v), wanted, strict=True):
         assert updates.relative_error(found, value) <= 1e-6
     assert torch.equal(copy, w.bfloat16())
+    assert update.squares is not None
     assert float(update.squares) == pytest.approx(float(g.double().square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, updates.MOMENTUM])
+@pytest.mark.parametrize("rule", updates.RULES)
+def test_update_by_the_factors_of_a_gradient(rule: str, momentum: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    (w, v), dz, x = (
+        torch.randn(size, generator=generator) for size in ((2, 300, 7), (5, 300), (5, 7))
+    )
+    rate = torch.tensor([updates.LR, momentum, updates.DECAY])
+    whole, parts = (MomentumUpdate(w.clone(), v.clone(), rate, rule) for _ in range(2))
+    for _ in range(2):
+        whole.apply(dz.t() @ x)
+        parts.apply_product(dz, x)
+    assert updates.relative_error(parts.parameter, whole.parameter) <= 1e-6
+    assert updates.relative_error(parts.buffer, whole.buffer) <= 1e-6
+    assert whole.squares is not None
+    assert parts.squares is not None
+    assert float(parts.squares.sum()) == pytest.approx(float(whole.squares), rel=1e-6)
 
 
 def test_a_parameter_that_a_kernel_would_misread_is_refused() -> None:

@@ -269,6 +269,24 @@ def test_later_steps_run_the_recorded_launches_on_the_same_memory() -> None:
     assert len(differ) <= 2
 
 
+def test_a_step_on_a_cpu_has_the_same_bits_each_time_and_close_ones_on_other_threads() -> None:
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (2, 2, 3, 1):
+            torch.set_num_threads(threads)
+            model = make_net()
+            step = TrainStep(model, build_optimizer(model, 0.01))
+            for number in range(2):
+                model.seed_dropout(3, number)
+                step(*images(number))
+            results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    for other in results[2:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-6)
+
+
 class _NoHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Fails where a value is read on the host, or a tensor is made of the host's values."""
 
