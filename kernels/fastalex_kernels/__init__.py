@@ -4,13 +4,13 @@ Every function takes logical NCHW tensors of any strides and is differentiable. 
 Triton kernels, on a CPU torch's own operators; ``backend`` chooses otherwise.
 """
 
-from fastalex_kernels import reference
-from fastalex_kernels.augment import Crops, PixelNorm, augment
-from fastalex_kernels.common.backend import backend
-from fastalex_kernels.conv2d.function import conv2d_relu
-from fastalex_kernels.cross_entropy import cross_entropy
-from fastalex_kernels.linear.function import dropout, linear_relu_dropout
-from fastalex_kernels.lrn_pool.function import lrn_max_pool2d, max_pool2d, pooled_size
+from . import reference
+from .augment import Crops, PixelNorm, augment
+from .common.backend import backend
+from .conv2d.function import conv2d_relu
+from .cross_entropy import cross_entropy
+from .linear.function import dropout, linear_relu_dropout
+from .lrn_pool.function import lrn_max_pool2d, max_pool2d, pooled_size
 
 __all__ = [
     "Crops",

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastalex_kernels.common import philox
-from fastalex_kernels.common.backend import operator
-from fastalex_kernels.common.parameters import Dropout, Norm, Pooling, Window, norm_of
-from fastalex_kernels.common.threads import share
+from .common import philox
+from .common.backend import operator
+from .common.parameters import Dropout, Norm, Pooling, Window, norm_of
+from .common.threads import share
 
 _NO_LABEL = -(2**63)  # every other one that is no class is an error
 _IN_CACHE = 2**19  # numbers of a CPU's last cache that a thread's images may fill

@@ -28,18 +28,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalex_kernels import aten
-from fastalex_kernels.common.arguments import (
+from . import aten
+from .common.arguments import (
     aligned,
     check_dtype,
     check_int,
     check_tensor,
     expect,
 )
-from fastalex_kernels.common.backend import interpreted, target, use_triton
-from fastalex_kernels.common.blocks import join8
-from fastalex_kernels.common.launch import call, launch
-from fastalex_kernels.conv2d.arguments import Padding
+from .common.backend import interpreted, target, use_triton
+from .common.blocks import join8
+from .common.launch import call, launch
+from .conv2d.arguments import Padding
 
 BLOCK = 4  # the stride of a first convolution that reads blocks of pixels
 _ITEMS = 128  # of a program, one a thread: 4 warps

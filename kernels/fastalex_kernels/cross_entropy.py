@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalex_kernels import aten
-from fastalex_kernels.common.arguments import check_tensor, expect, interpretable
-from fastalex_kernels.common.backend import interpreted, operator, use_triton
-from fastalex_kernels.common.launch import launch
-from fastalex_kernels.common.reduce import sum_partials
+from . import aten
+from .common.arguments import check_tensor, expect, interpretable
+from .common.backend import interpreted, operator, use_triton
+from .common.launch import launch
+from .common.reduce import sum_partials
 
 _COLUMNS = 1024  # of a block, at most
 _BLOCK = 4096  # elements a program holds, in 8 warps: 4 rows of 1000 classes

@@ -21,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalex_kernels.common.launch import launch
-from fastalex_kernels.common.reduce import blocks, sum_parts
-from fastalex_kernels.common.threads import share
+from .common.launch import launch
+from .common.reduce import blocks, sum_parts
+from .common.threads import share
 
 _ROWS = 128  # that a thread of a CPU updates at a time
 

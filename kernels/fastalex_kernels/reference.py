@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalex_kernels.common.philox import keep_mask
+from .common.philox import keep_mask
 
 # ||out - ref|| / ||ref||. float32: rounding grows as the square root of a sum's length. The others
 # round the result once to their 8 or 11 bits of significand, and so were the inputs of a gradient

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalex_kernels.common import backend
+from ..common import backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels store
 FLOATING = (*DTYPES, torch.float64)

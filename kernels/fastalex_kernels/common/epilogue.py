@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalex_kernels.common import philox
-from fastalex_kernels.common.backend import interpreted
-from fastalex_kernels.common.launch import launch
-from fastalex_kernels.common.parameters import NO_DROPOUT, Dropout
+from ..common import philox
+from ..common.backend import interpreted
+from ..common.launch import launch
+from ..common.parameters import NO_DROPOUT, Dropout
 
 _PROGRAMS = 512  # at most this many row chunks, so that the second stage stays short
 

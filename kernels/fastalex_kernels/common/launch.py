@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from fastalex_kernels.common import backend
+from ..common import backend
 
 MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # along the axes of a grid
 MOST_COUNTED = 2**31 - 2**24  # so that a block more than that still fits in 32 bits

@@ -20,7 +20,7 @@ import torch
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex_kernels.common.launch import collecting, execute
+from ..common.launch import collecting, execute
 
 Run = Callable[[int], object]  # with the handle of a stream, 0 where there is none
 

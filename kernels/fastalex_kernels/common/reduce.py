@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalex_kernels.common.backend import interpreted
-from fastalex_kernels.common.launch import launch
+from ..common.backend import interpreted
+from ..common.launch import launch
 
 _MOST_PARTIALS = 8192  # that an update adds up: some 32 loads, one waiting for another
 _AT_ONCE = 256  # partials that ``fold`` adds up in one program

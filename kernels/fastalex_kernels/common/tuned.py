@@ -24,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastalex_kernels.common.backend import device_name, replaced, target
+from ..common.backend import device_name, replaced, target
 
 VARIABLE = "FASTALEX_TILES"
 # Of the largest GPU of a target. What is chosen by them is a speed, and the same everywhere.

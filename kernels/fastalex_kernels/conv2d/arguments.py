@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalex_kernels.common.arguments import check_groups, check_tensor, expect
-from fastalex_kernels.common.layout import as_nchw
+from ..common.arguments import check_groups, check_tensor, expect
+from ..common.layout import as_nchw
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
 

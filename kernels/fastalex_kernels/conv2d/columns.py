@@ -22,10 +22,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex_kernels.common.launch import launch
-from fastalex_kernels.common.layout import as_hwnc, empty_nchw
-from fastalex_kernels.conv2d.arguments import Padding
-from fastalex_kernels.conv2d.tiles import next_tap, tma_fits
+from ..common.launch import launch
+from ..common.layout import as_hwnc, empty_nchw
+from ..conv2d.arguments import Padding
+from ..conv2d.tiles import next_tap, tma_fits
 
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 128, 64
 _WARPS, _STAGES = 8, 4

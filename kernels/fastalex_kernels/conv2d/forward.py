@@ -29,15 +29,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex_kernels.common.backend import TRITON, target
-from fastalex_kernels.common.blocks import load_block
-from fastalex_kernels.common.launch import launch
-from fastalex_kernels.common.layout import as_hwnc, empty_nchw
-from fastalex_kernels.common.reduce import fold
-from fastalex_kernels.common.tuned import cut, dot_precision, tile_entry
-from fastalex_kernels.conv2d.arguments import Padding, space_to_depth_weight
-from fastalex_kernels.conv2d.columns import conv2d_backward_input_columns, pixels_as_columns
-from fastalex_kernels.conv2d.tiles import (
+from ..common.backend import TRITON, target
+from ..common.blocks import load_block
+from ..common.launch import launch
+from ..common.layout import as_hwnc, empty_nchw
+from ..common.reduce import fold
+from ..common.tuned import cut, dot_precision, tile_entry
+from ..conv2d.arguments import Padding, space_to_depth_weight
+from ..conv2d.columns import conv2d_backward_input_columns, pixels_as_columns
+from ..conv2d.tiles import (
     halved_warps,
     next_tap,
     row_blocks,

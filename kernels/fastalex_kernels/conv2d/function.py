@@ -7,20 +7,20 @@ from typing import Any
 
 from torch import Tensor
 
-from fastalex_kernels import aten
-from fastalex_kernels.common.arguments import autocast, interpretable, placed
-from fastalex_kernels.common.backend import operator, use_triton
-from fastalex_kernels.common.epilogue import epilogue_backward
-from fastalex_kernels.common.layout import as_hwnc, empty_nchw, hwnc_strided
-from fastalex_kernels.common.reduce import sum_partials
-from fastalex_kernels.conv2d import arguments
-from fastalex_kernels.conv2d.arguments import Padding
-from fastalex_kernels.conv2d.forward import (
+from .. import aten
+from ..common.arguments import autocast, interpretable, placed
+from ..common.backend import operator, use_triton
+from ..common.epilogue import epilogue_backward
+from ..common.layout import as_hwnc, empty_nchw, hwnc_strided
+from ..common.reduce import sum_partials
+from ..conv2d import arguments
+from ..conv2d.arguments import Padding
+from ..conv2d.forward import (
     conv2d_relu_backward_input,
     conv2d_relu_forward,
     pack_weight,
 )
-from fastalex_kernels.conv2d.weight import conv2d_relu_backward_weight
+from ..conv2d.weight import conv2d_relu_backward_weight
 
 
 def _sides(padding: Sequence[int]) -> Padding:

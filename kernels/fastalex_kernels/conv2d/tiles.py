@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex_kernels.common.arguments import aligned
-from fastalex_kernels.common.backend import has_tma
-from fastalex_kernels.common.tuned import cut
+from ..common.arguments import aligned
+from ..common.backend import has_tma
+from ..common.tuned import cut
 
 
 @triton.jit

@@ -24,11 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalex_kernels.common.backend import target
-from fastalex_kernels.common.launch import launch
-from fastalex_kernels.common.tuned import PROCESSORS, dot_precision, tile_entry, tuned
-from fastalex_kernels.conv2d.arguments import Padding
-from fastalex_kernels.conv2d.tiles import halved_warps, row_blocks, split_channels, tma_fits
+from ..common.backend import target
+from ..common.launch import launch
+from ..common.tuned import PROCESSORS, dot_precision, tile_entry, tuned
+from ..conv2d.arguments import Padding
+from ..conv2d.tiles import halved_warps, row_blocks, split_channels, tma_fits
 
 # The weight gradient's M is input channels, its K is rows.
 _WEIGHT_TILES = {

@@ -23,12 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalex_kernels.common import philox
-from fastalex_kernels.common.backend import interpreted
-from fastalex_kernels.common.launch import launch
-from fastalex_kernels.common.parameters import NO_DROPOUT, Dropout
-from fastalex_kernels.common.tuned import Tiles, cut, tile_entry, tuned
-from fastalex_kernels.linear.product import operands, product
+from ..common import philox
+from ..common.backend import interpreted
+from ..common.launch import launch
+from ..common.parameters import NO_DROPOUT, Dropout
+from ..common.tuned import Tiles, cut, tile_entry, tuned
+from ..linear.product import operands, product
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
 _TILES = {

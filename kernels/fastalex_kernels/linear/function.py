@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalex_kernels import aten
-from fastalex_kernels.common.arguments import (
+from .. import aten
+from ..common.arguments import (
     autocast,
     check_int,
     check_number,
@@ -18,11 +18,11 @@ from fastalex_kernels.common.arguments import (
     interpretable,
     placed,
 )
-from fastalex_kernels.common.backend import operator, use_triton
-from fastalex_kernels.common.epilogue import drop, epilogue_backward
-from fastalex_kernels.common.parameters import NO_DROPOUT, Dropout
-from fastalex_kernels.common.reduce import sum_partials
-from fastalex_kernels.linear.forward import Epilogue, matmul
+from ..common.backend import operator, use_triton
+from ..common.epilogue import drop, epilogue_backward
+from ..common.parameters import NO_DROPOUT, Dropout
+from ..common.reduce import sum_partials
+from ..linear.forward import Epilogue, matmul
 
 
 @operator("linear_relu_dropout")

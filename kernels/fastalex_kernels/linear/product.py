@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalex_kernels.common.arguments import aligned
-from fastalex_kernels.common.backend import has_tma
-from fastalex_kernels.common.blocks import load_block
-from fastalex_kernels.common.tuned import dot_precision
+from ..common.arguments import aligned
+from ..common.backend import has_tma
+from ..common.blocks import load_block
+from ..common.tuned import dot_precision
 
 
 @triton.jit

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalex_kernels.common.launch import launch
-from fastalex_kernels.linear.forward import product_tile
-from fastalex_kernels.linear.product import operands, product
-from fastalex_kernels.momentum import MomentumUpdate, momentum_step, update_by
+from ..common.launch import launch
+from ..linear.forward import product_tile
+from ..linear.product import operands, product
+from ..momentum import MomentumUpdate, momentum_step, update_by
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
 _TILES = {

@@ -33,12 +33,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalex_kernels.common.arguments import aligned
-from fastalex_kernels.common.backend import target
-from fastalex_kernels.common.blocks import join8
-from fastalex_kernels.common.launch import MOST_COUNTED, launch
-from fastalex_kernels.common.parameters import Norm, Window
-from fastalex_kernels.common.tuned import PROCESSORS, tuned
+from ..common.arguments import aligned
+from ..common.backend import target
+from ..common.blocks import join8
+from ..common.launch import MOST_COUNTED, launch
+from ..common.parameters import Norm, Window
+from ..common.tuned import PROCESSORS, tuned
 
 CHUNK = 8  # channels
 # What a program holds unless a table of ``fastalex.tune`` says otherwise.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalex_kernels import aten
-from fastalex_kernels.common.arguments import (
+from .. import aten
+from ..common.arguments import (
     check_groups,
     check_int,
     check_number,
@@ -18,10 +18,10 @@ from fastalex_kernels.common.arguments import (
     expect,
     interpretable,
 )
-from fastalex_kernels.common.backend import operator, use_triton
-from fastalex_kernels.common.layout import as_hwnc, empty_nchw, hwnc_strided
-from fastalex_kernels.common.parameters import Norm, Pooling, Window, norm_of
-from fastalex_kernels.lrn_pool.general import lrn_max_pool2d_backward, lrn_max_pool2d_forward
+from ..common.backend import operator, use_triton
+from ..common.layout import as_hwnc, empty_nchw, hwnc_strided
+from ..common.parameters import Norm, Pooling, Window, norm_of
+from ..lrn_pool.general import lrn_max_pool2d_backward, lrn_max_pool2d_forward
 
 MAX_KERNEL_SIZE = 15  # the position of a maximum is one byte
 MAX_CHANNELS = 4096  # of one group: they share a program

@@ -27,14 +27,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalex_kernels.common.backend import interpreted
-from fastalex_kernels.common.epilogue import epilogue_backward
-from fastalex_kernels.common.launch import launch
-from fastalex_kernels.common.layout import as_hwnc, as_nchw, empty_nchw
-from fastalex_kernels.common.parameters import Norm, Pooling
-from fastalex_kernels.common.reduce import fold
-from fastalex_kernels.common.tuned import tuned
-from fastalex_kernels.lrn_pool import alexnet
+from ..common.backend import interpreted
+from ..common.epilogue import epilogue_backward
+from ..common.launch import launch
+from ..common.layout import as_hwnc, as_nchw, empty_nchw
+from ..common.parameters import Norm, Pooling
+from ..common.reduce import fold
+from ..common.tuned import tuned
+from ..lrn_pool import alexnet
 
 _BLOCK = 512  # elements a warp holds
 _INTERPRETER_BLOCK = 1 << 18
