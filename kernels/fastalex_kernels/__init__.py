@@ -4,7 +4,7 @@ Every function takes logical NCHW tensors of any strides and is differentiable. 
 Triton kernels, on a CPU torch's own operators; ``backend`` chooses otherwise.
 """
 
-from . import reference
+from . import layers, reference
 from .augment import Crops, PixelNorm, augment
 from .common.backend import backend
 from .conv2d.function import conv2d_relu
@@ -20,6 +20,7 @@ __all__ = [
     "conv2d_relu",
     "cross_entropy",
     "dropout",
+    "layers",
     "linear_relu_dropout",
     "lrn_max_pool2d",
     "max_pool2d",

@@ -15,6 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
+_PACKAGE = __name__.split(".")[0]
+_NAMESPACE = "fastalex" if _PACKAGE == "fastalex_kernels" else _PACKAGE
 BACKENDS = ("auto", "triton", "aten", "interpreter")
 TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
 INTERPRETED_AT_IMPORT: bool = triton.knobs.runtime.interpret  # by TRITON_INTERPRET=1
@@ -136,6 +138,8 @@ def has_tma(device: torch.device) -> bool:
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Register an implementation as torch's operator ``fastalex::name``, for eager and compiled.
 
+    Where a build for the Kernel Hub is loaded, its id stands for ``fastalex``.
+
     Its ``register_fake`` says what comes out of tensors without data. While launches are recorded
     the implementation itself runs on those tensors, as launches need none; not where torch.compile
     traces, whose graph launches them later.
@@ -154,7 +158,7 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
         schema = torch.library.infer_schema(implementation, mutates_args=())
         registered = torch.library.custom_op(
-            f"fastalex::{name}", run, mutates_args=(), schema=schema
+            f"{_NAMESPACE}::{name}", run, mutates_args=(), schema=schema
         )
         register_fake = registered.register_fake
 
