@@ -2,19 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-
-class Row(NamedTuple):
-    """One thing that the doctor looked at."""
-
-    part: str  # environment, kernels, ...
-    what: str  # was looked at
-    verdict: str  # ok, wrong, or - where nothing can be wrong
-    text: str  # what was found
-    values: Mapping[str, Any] = {}  # the same as data
-
 
 def table(rows: list[list[str]], right: int) -> list[str]:
     """Lines of aligned columns, the last ``right`` of them to the right."""

@@ -16,16 +16,25 @@ import re
 import subprocess
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from fastalex._version import __version__
 from fastalex.common.command_line import Parser, guarded
-from fastalex.common.tables import Row
 
 OLDEST = {"torch": "2.11", "triton": "3.6", "numpy": "", "pillow": "", "safetensors": ""}
 _WIDTH = 100
 _WRONG = 1  # exit code
+
+
+class Row(NamedTuple):
+    """One thing that was looked at."""
+
+    part: str  # environment, kernels, ...
+    what: str  # was looked at
+    verdict: str  # ok, wrong, or - where nothing can be wrong
+    text: str  # what was found
+    values: Mapping[str, Any] = {}  # the same as data
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 import fastalex_kernels as kernels
 from fastalex.common.compile import check_target, compile_ahead, first_line
-from fastalex.common.tables import Row
 from fastalex.inspection.record import record_step
 from fastalex.training.check import VARIABLE, Verdicts
 from fastalex.training.precompile import unique
+from fastalex.tuning.doctor import Row
 from fastalex.tuning.train_steps import Training, train_step
 from fastalex_kernels import reference
 from fastalex_kernels.common.backend import interpreted as is_interpreted
