@@ -93,10 +93,11 @@ def look(everything: bool) -> Iterator[Row]:
         return
     yield from gpus(torch)
     if torch.cuda.is_available():
-        yield from kernel_health.on_gpu(everything)
+        found = kernel_health.on_gpu(everything)
     else:
-        yield from kernel_health.compiled(list(TARGETS) if everything else ["sm_90"])
-    yield from kernel_health.interpreted()
+        found = kernel_health.compiled(list(TARGETS) if everything else ["sm_90"])
+    for parts in itertools.chain(found, kernel_health.interpreted()):
+        yield Row(*parts)
 
 
 def environment() -> Iterator[Row]:

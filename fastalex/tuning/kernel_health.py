@@ -18,12 +18,13 @@ from fastalex.common.compile import check_target, compile_ahead, first_line
 from fastalex.inspection.record import record_step
 from fastalex.training.check import VARIABLE, Verdicts
 from fastalex.training.precompile import unique
-from fastalex.tuning.doctor import Row
 from fastalex.tuning.train_steps import Training, train_step
 from fastalex_kernels import reference
 from fastalex_kernels.common.backend import interpreted as is_interpreted
 from fastalex_kernels.common.backend import target as target_of
 from fastalex_kernels.reference import relative_error, tolerance
+
+Row = tuple[Any, ...]  # what doctor.Row is made of
 
 _BATCH = 128
 
@@ -32,14 +33,14 @@ def compiled(targets: Sequence[str]) -> Iterator[Row]:
     """Whether every kernel of a training step in bfloat16 compiles for some targets."""
     part = "kernels compile for"
     if is_interpreted():
-        yield Row(part, "Triton", "-", "TRITON_INTERPRET=1 is set: nothing can be compiled")
+        yield (part, "Triton", "-", "TRITON_INTERPRET=1 is set: nothing can be compiled")
         return
     for name in targets:
         start = time.monotonic()
         try:
             check_target(name)
         except ValueError as error:
-            yield Row(part, name, "wrong", str(error))
+            yield (part, name, "wrong", str(error))
             continue
         events = record_step(name, _BATCH).events
         jobs = unique(event.launch for event in events if event.launch is not None)
@@ -52,7 +53,7 @@ def compiled(targets: Sequence[str]) -> Iterator[Row]:
         seconds = {"seconds": time.monotonic() - start, "cpu": sum(one.seconds for one in done)}
         text = f"{len(jobs)} kernels of a bf16 step at batch {_BATCH}, {seconds['cpu']:.0f} s "
         text += f"of CPU, {seconds['seconds']:.0f} s"
-        yield Row(part, name, "wrong" if failed else "ok", text + "".join(failed), seconds)
+        yield (part, name, "wrong" if failed else "ok", text + "".join(failed), seconds)
 
 
 def on_gpu(everything: bool) -> Iterator[Row]:
@@ -79,7 +80,7 @@ def verdict_rows(store: Verdicts, precision: str, batch: int) -> Iterator[Row]:
         text += f"; {verdict.wrong}" if verdict.wrong else ""
         state = "wrong" if verdict.wrong else "ok"
         values = {**vars(verdict), "uses": verdict.uses, "batch": batch}
-        yield Row(f"{precision}, batch {batch}", key.split()[0], state, text, values)
+        yield (f"{precision}, batch {batch}", key.split()[0], state, text, values)
 
 
 def interpreted() -> Iterator[Row]:
@@ -101,7 +102,7 @@ def interpreted() -> Iterator[Row]:
             with kernels.backend("interpreter"):
                 found = _with_gradients(getattr(kernels, name), tensors, options)
         except Exception as error:  # of any kind: it is what the doctor looks for
-            yield Row("interpreted", name, "wrong", first_line(error))
+            yield ("interpreted", name, "wrong", first_line(error))
             continue
         worst, allowed = max(map(relative_error, found, expected)), tolerance(torch.float32, 0)
         text = f"error {worst:.1e}, allowed {allowed:.1e}, with its gradients"
@@ -109,7 +110,7 @@ def interpreted() -> Iterator[Row]:
             "ok" if worst <= allowed else "wrong",
             {"error": worst, "allowed": allowed},
         )
-        yield Row("interpreted", name, verdict, text, values)
+        yield ("interpreted", name, verdict, text, values)
 
 
 def _with_gradients(
