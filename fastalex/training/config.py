@@ -105,7 +105,7 @@ class Settings:
     )
     precision: str = option("auto", PRECISIONS, None, "")
     fused_update: bool = option(
-        None, bool, None, "steps without autograd, see docs/step.md (default: on a GPU)"
+        None, bool, None, "steps without autograd, see docs/step.md (default: but in fp16)"
     )
     cuda_graph: bool = option(
         None, bool, None, "a step is one launch (default: on a GPU, with --fused-update)"
@@ -224,9 +224,9 @@ class Settings:
 
 
 def _execution(given: Mapping[str, Any], precision: str, device_type: str) -> dict[str, bool]:
-    """How a step is executed; on a GPU as few kernels as can be, in one launch."""
+    """How a step is executed; without autograd, and on a GPU in one launch."""
     gpu, scaled = device_type == "cuda", precision == "fp16"
-    fused = given.get("fused_update", gpu and not scaled)
+    fused = given.get("fused_update", not scaled)
     if fused and scaled:
         raise ValueError(
             "--fused-update can't look at a gradient before it is applied, as float16 needs: "

@@ -20,12 +20,12 @@ from tests._runs import OPTIONS, before_step, terminate
 @pytest.mark.parametrize(
     ("options", "device", "expected"),
     [
-        ([], "cpu", (False, False)),
+        ([], "cpu", (True, False)),
         ([], "cuda", (True, True)),
         (["--precision", "fp16"], "cuda", (False, False)),
         (["--no-fused-update"], "cuda", (False, False)),
         (["--no-cuda-graph"], "cuda", (True, False)),
-        (["--fused-update"], "cpu", (True, False)),
+        (["--no-fused-update"], "cpu", (False, False)),
     ],
 )
 def test_defaults_follow_the_device(
