@@ -270,19 +270,27 @@ def test_what_is_done_is_not_done_again_and_leftovers_go(
     assert contents(root) == contents(made.root)
 
 
+# Of the same command, with a pause before each file.
+SLOWLY = """
+import sys, time
+import fastalex.data.pack
+from fastalex.data.__main__ import main
+pack = sys.modules["fastalex.data.pack"]
+read = pack.try_read
+
+def slowly(*arguments, **options):
+    time.sleep(0.01)
+    return read(*arguments, **options)
+
+pack.try_read = slowly
+sys.exit(main())
+"""
+
+
 def test_ctrl_c_says_what_is_kept(made: Set, tmp_path: Path) -> None:
     root = tmp_path / "stopped"
-    arguments = [
-        "-m",
-        "fastalex.data",
-        "pack",
-        str(made.source),
-        str(root),
-        "--workers",
-        "1",
-        *SIZED,
-    ]
-    process = _commands.start(arguments, tmp_path)
+    command = ["pack", str(made.source), str(root), "--workers", "1", *SIZED]
+    process = _commands.start(["-c", SLOWLY, *command], tmp_path)
     try:
         _commands.wait_until(lambda: shards_done(root) > 0, "a shard")
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does

@@ -72,7 +72,7 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "dropout": (rows, 0.5, rng, 1, 2),
         "linear_relu_dropout": (rows, weight, bias, 0.5, True, rng, 1, 2),
         "without_relu": (rows, weight, None, 0.5, False, rng, 1, 2),
-        "aten_lrn_max_pool2d": (last.requires_grad_(), norm, 2, [3, 2], False, [2, 2]),
+        "aten_lrn_max_pool2d": (last.requires_grad_(), norm, 2, [3, 2], False, [2, 2], True),
     }
 
 
