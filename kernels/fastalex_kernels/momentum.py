@@ -112,8 +112,10 @@ class MomentumUpdate:
     @torch.no_grad()
     def apply(self, gradient: torch.Tensor) -> None:
         """The update by torch's operators, with a gradient of the parameter's shape."""
-        g = torch.empty_like(self.buffer).copy_(gradient)
-        self._keep(g.square().sum().reshape(1))
+        g = gradient
+        if g.stride() != self.buffer.stride():
+            g = torch.empty_like(self.buffer).copy_(gradient)
+        self._keep(torch.linalg.vector_norm(g).square().reshape(1))
         self._descend(self.parameter, self.buffer, g)
         self.refresh()
 
@@ -134,13 +136,13 @@ class MomentumUpdate:
         self.squares = squares if self.squares is None else self.squares.copy_(squares)
 
     def _descend(self, w: Tensor, v: Tensor, g: Tensor) -> None:
-        """The update of some rows, by torch's operators; ``g`` may be overwritten."""
+        """The update of some rows, by torch's operators."""
         if not w.is_cpu or not self.rate.numpy()[1]:  # torch's own needs momentum
             RULES[self.rule](w, v, g, *self.rate.unbind())
             return
         lr, momentum, decay = self.rate.numpy().tolist()
         if self.rule == "paper":
-            g, lr, decay = g.mul_(-lr), -1.0, -lr * decay
+            g, lr, decay = g * -lr, -1.0, -lr * decay
         torch._fused_sgd_(
             [w], [g], [v], weight_decay=decay, momentum=momentum, lr=lr, dampening=0.0,
             nesterov=False, maximize=False, is_first_step=False,
