@@ -9,14 +9,16 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import nn
 
 from fastalex.common.command_line import Parser, check_output, guarded
 from fastalex.common.files import replacing
 from fastalex.data import Normalization, decode_size
 from fastalex.evaluation.pretrained import load_net
 from fastalex.formats.model_card import write_hub_folder
-from fastalex.formats.onnx_graph import build
+from fastalex.formats.onnx_graph import build, mean_and_std
 from fastalex.model.ablations import split_name
 from fastalex.model.alexnet import AlexNet
 
@@ -50,7 +52,7 @@ def _parser() -> Parser:
     parser.add_argument("--to", choices=tuple(_TO), required=True, help=text)
     parser.add_path("--output", "the file or, for hub, the folder to write", "F", required=True)
     text = (
-        "onnx: take uint8 images [N, height, width, 3], RGB, of any size, and resize, crop "
+        "onnx and pt2: take uint8 images [N, height, width, 3], RGB, of any size, and resize, crop "
         "and normalise them in the graph (default: float32 [N, 3, S, S], normalised by the caller)"
     )
     parser.add_flag("--preprocess", text)
@@ -59,8 +61,8 @@ def _parser() -> Parser:
 
 def _run(options: argparse.Namespace) -> int:
     check_output("--output", options.output, folder=options.to == "hub")
-    if options.preprocess and options.to != "onnx":
-        raise ValueError(f"--preprocess: only an ONNX graph holds it; leave it out of {options.to}")
+    if options.preprocess and options.to not in ("onnx", "pt2"):
+        raise ValueError(f"--preprocess: {options.to} holds no graph: leave it out")
     _, net, metadata, scale = load_net(options.weights)
     size: int = metadata["image_size"]
     if options.to == "torchvision" and split_name(net.variant.name) != ("owt", (), False):
@@ -79,12 +81,12 @@ def _run(options: argparse.Namespace) -> int:
         print(f"hub: {options.output}; hf upload USER/NAME {options.output} publishes it")
         return 0
     unfused = net.unfused().requires_grad_(False)
+    pixels = scale if options.preprocess else None
     with replacing(options.output) as temporary:
         if options.to == "onnx":
-            pixels = scale if options.preprocess else None
             temporary.write_bytes(build(unfused, size, pixels, about).SerializeToString())
         elif options.to == "pt2":
-            temporary.write_bytes(_program(unfused, size, about))
+            temporary.write_bytes(_program(unfused, size, pixels, about))
         elif options.to == "torchvision":
             torch.save(dict(unfused.state_dict()), temporary)
         else:
@@ -104,13 +106,42 @@ def _describe(scale: Normalization, size: int) -> str:
     )
 
 
-def _program(net: AlexNet, size: int, about: dict[str, str]) -> bytes:
+class _FromPixels(nn.Module):
+    """The net behind what fastalex's own commands do to an image."""
+
+    def __init__(self, net: AlexNet, scale: Normalization, size: int) -> None:
+        super().__init__()
+        self.net, self.size = net, size
+        self.mean, self.std = (nn.Buffer(torch.from_numpy(x)) for x in mean_and_std(scale, size))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = images.shape[1], images.shape[2]
+        short = torch.sym_min(height, width)  # type: ignore[no-untyped-call]
+        # Indices and no slices, of which a program would ask whether they are the whole image.
+        places = torch.arange(short, device=images.device)
+        square = images.index_select(1, places + (height - short) // 2)
+        square = square.index_select(2, places + (width - short) // 2).permute(0, 3, 1, 2).float()
+        side = decode_size(self.size)
+        for sides in ((short, side), (side, side)):  # rounded twice, as Pillow does
+            square = F.interpolate(square, sides, mode="bilinear", antialias=True).round()
+        start = (side - self.size) // 2
+        part = square[:, :, start : start + self.size, start : start + self.size]
+        return self.net((part - self.mean) / self.std)  # type: ignore[no-any-return]
+
+
+def _program(net: AlexNet, size: int, scale: Normalization | None, about: dict[str, str]) -> bytes:
     """A program of torch.export for any batch, as torch.export.save writes it."""
-    shapes = ({0: torch.export.Dim("batch")},)
+    batch, module = (
+        torch.export.Dim("batch"),
+        net if scale is None else _FromPixels(net, scale, size),
+    )
+    images, shapes = torch.zeros(2, 3, size, size), {0: batch}
+    if scale is not None:
+        images = torch.zeros(2, 300, 260, 3, dtype=torch.uint8)
+        shapes |= {n: torch.export.Dim(s, min=2) for n, s in ((1, "height"), (2, "width"))}
     file = io.BytesIO()
     with warnings.catch_warnings():  # torch's, about itself
         warnings.simplefilter("ignore")
-        images = torch.zeros(2, 3, size, size)
-        program = torch.export.export(net, (images,), dynamic_shapes=shapes)
+        program = torch.export.export(module.eval(), (images,), dynamic_shapes=(shapes,))
         torch.export.save(program, file, extra_files={"fastalex.json": json.dumps(about)})
     return file.getvalue()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -191,9 +192,18 @@ class _Graph:
         bounds = {"start": [start] * 2, "end": [start + image_size] * 2, "last axes": [2, 3]}
         self.add("Slice", *(self.store(name, np.array(v)) for name, v in bounds.items()))
         self.add("Cast", to=1)  # float32
-        mean, std = (np.array(x, np.float32)[:, None, None] for x in (scale.mean, scale.std))
-        if scale.mean_image is not None:  # of the centre crop the centre is subtracted
-            centre = slice(start, start + image_size)
-            mean = scale.mean_image.pixels[centre, centre].transpose(2, 0, 1)
+        mean, std = mean_and_std(scale, image_size)
         self.add("Sub", self.store("mean", mean))
         self.add("Div", self.store("std", std))
+
+
+def mean_and_std(
+    scale: Normalization, image_size: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """float32 [3, 1, 1] each, and of a mean image its centre [3, image_size, image_size]."""
+    mean, std = (np.array(x, np.float32)[:, None, None] for x in (scale.mean, scale.std))
+    if scale.mean_image is not None:
+        start = (decode_size(image_size) - image_size) // 2
+        centre = slice(start, start + image_size)
+        mean = np.ascontiguousarray(scale.mean_image.pixels[centre, centre].transpose(2, 0, 1))
+    return mean, std

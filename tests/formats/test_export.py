@@ -87,6 +87,7 @@ CASES = [
     *((name, "onnx", name != "owt") for name in (*VARIANTS, *FOREIGN)),
     *(pytest.param(name, "onnx", name == "owt", marks=SLOW) for name in (*VARIANTS, *FOREIGN)),
     *(pytest.param(name, "pt2", False, marks=SLOW) for name in (*VARIANTS, *FOREIGN)),
+    *(pytest.param(name, "pt2", True, marks=SLOW) for name in ("paper", "owt", "caffe")),
 ]
 
 
@@ -198,7 +199,7 @@ def test_wrong_arguments_are_a_line(
         ({3: "torchvision"}, "its alexnet is variant owt, and this is paper-without-fc6+fc7"),
         ({5: str(tmp_path)}, "a folder, name a file"),
         ({5: str(tmp_path / "no" / "f")}, "its folder does not exist"),
-        ({3: "torchvision", 6: "--preprocess"}, "only an ONNX graph holds it"),
+        ({3: "safetensors", 6: "--preprocess"}, "holds no graph"),
     ):
         arguments = dict(enumerate(good)) | changed
         assert main([arguments[i] for i in sorted(arguments)]) == 2
