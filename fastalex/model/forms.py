@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,11 @@ from fastalex.model.layers import (
 from fastalex.model.variants import Convolution, Variant
 
 USE_UNFUSED = "use model.unfused(), which has the same parameters in torch's own layers"
+Module = TypeVar("Module", bound=nn.Module)
+_HOOKS = (
+    "register_forward_pre_hook", "register_forward_hook", "register_backward_hook",
+    "register_full_backward_pre_hook", "register_full_backward_hook",
+)  # fmt: skip
 
 
 class CeilConv2d(nn.Conv2d):
@@ -61,42 +66,42 @@ class TowerLinear(nn.Linear):
         return torch.cat([first, second], 1)
 
 
-class _Absorbed(nn.Module):
-    """A ReLU or dropout that the layer before computes: it passes its input on.
+def absorb(module: Module) -> Module:
+    """Make ``module``, a ReLU or dropout that the layer before computes, pass its input on.
 
-    It stays a ReLU or dropout, so that tools which look for those find it. As its input is not the
+    Its type stays, so that tools which look for just that type find it. As its input is not the
     ReLU's, it refuses their hooks.
     """
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input
-
-    def extra_repr(self) -> str:
-        return "computed by the layer before"
-
-    def _refuse_hook(self, *_: Any, **__: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"the layer before computes this one, and what it reads is not kept: {USE_UNFUSED}"
-        )
-
-    register_forward_pre_hook = register_forward_hook = _refuse_hook
-    register_backward_hook = register_full_backward_hook = _refuse_hook
-    register_full_backward_pre_hook = _refuse_hook
-
-
-class AbsorbedReLU(_Absorbed, nn.ReLU):
-    """The ReLU of a fused layer."""
-
-
-class AbsorbedDropout(_Absorbed, nn.Dropout):
-    """The dropout of a fused layer, which drops while this is in training, with its ``p``."""
+    vars(module).update(forward=_pass_on, extra_repr=_absorbed_repr)
+    vars(module).update(dict.fromkeys(_HOOKS, _refuse_hook))
+    return module
 
 
 def is_absorbed(module: nn.Module) -> bool:
     """Whether ``module``, or all that is in it, is computed by the layer before it."""
     if isinstance(module, nn.Sequential):
         return len(module) > 0 and all(map(is_absorbed, module))
-    return isinstance(module, _Absorbed)
+    return vars(module).get("forward") is _pass_on
+
+
+def _restore(module: nn.Module) -> None:
+    """Undo ``absorb``."""
+    for name in ("forward", "extra_repr", *_HOOKS):
+        del vars(module)[name]
+
+
+def _pass_on(input: Tensor) -> Tensor:
+    return input
+
+
+def _absorbed_repr() -> str:
+    return "computed by the layer before"
+
+
+def _refuse_hook(*_: Any, **__: Any) -> NoReturn:
+    raise NotImplementedError(
+        f"the layer before computes this one, and what it reads is not kept: {USE_UNFUSED}"
+    )
 
 
 class FusedSequential(nn.Sequential):
@@ -115,7 +120,7 @@ class FusedSequential(nn.Sequential):
                 if isinstance(value, LinearReLUDropout) and isinstance(module, nn.Dropout):
                     value.absorb(module)
                 elif not fused:  # a ReLU or dropout again
-                    module.__class__ = type(module).__mro__[2]
+                    _restore(module)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -124,9 +129,9 @@ class FusedSequential(nn.Sequential):
 
     def _check_free(self, name: str, old: nn.Module | None) -> None:
         if old is not None and is_absorbed(old):
-            kind = type(old).__name__.removeprefix("Absorbed")
-            message = f"{name}: the layer before computes this {kind}: {USE_UNFUSED}"
-            raise NotImplementedError(message)
+            raise NotImplementedError(
+                f"{name}: the layer before computes this {type(old).__name__}: {USE_UNFUSED}"
+            )
 
     def _absorbed_by(self, name: str, layer: nn.Module) -> list[nn.Module]:
         """The modules that ``layer``, called ``name``, computes."""
@@ -134,7 +139,7 @@ class FusedSequential(nn.Sequential):
             return []
         following = list(self)[list(self._modules).index(name) + 1 :]
         absorbed = itertools.takewhile(is_absorbed, following)
-        return [m for each in absorbed for m in each.modules() if isinstance(m, _Absorbed)]
+        return [m for each in absorbed for m in each.modules() if "forward" in vars(m)]
 
 
 def feature_layers(variant: Variant, fused: bool) -> nn.Sequential:
@@ -158,7 +163,7 @@ def _convolution(spec: Convolution, channels: int, fused: bool) -> list[nn.Modul
     late = spec.relu_after_pool
     if fused:
         layer = Conv2dReLU(*window, spec.groups, spec.ceil_mode, relu=not late)
-        return [layer, nn.Identity() if late else AbsorbedReLU()]
+        return [layer, nn.Identity() if late else absorb(nn.ReLU())]
     kind = CeilConv2d if spec.ceil_mode else nn.Conv2d
     return [kind(*window, groups=spec.groups), nn.Identity() if late else nn.ReLU()]
 
@@ -201,8 +206,8 @@ def classifier_layers(
         drops = left > 0 or not variant.dropout_on_input  # what the next layer reads
         if fused:
             layer = LinearReLUDropout(width, spec.features, 0.0, spec.groups)
-            drop = AbsorbedDropout(dropout)
-            layers += [layer, AbsorbedReLU(), drop if drops else nn.Identity()]
+            drop = absorb(nn.Dropout(dropout))
+            layers += [layer, absorb(nn.ReLU()), drop if drops else nn.Identity()]
             if drops:
                 layer.absorb(drop)
         else:

@@ -98,6 +98,19 @@ def test_both_forms_hold_the_same_parameters_and_compute_the_same(name: str) -> 
     assert unfused.map_size((67, 90)) == fused.map_size((67, 90))
 
 
+def test_a_tool_that_looks_for_just_this_type_of_module_is_refused() -> None:
+    """captum's DeepLift, for one, would silently leave out a subclass of nn.ReLU."""
+    with torch.device("meta"):
+        net = AlexNet(variant="owt")
+    for kind, count in ((torch.nn.ReLU, 7), (torch.nn.Dropout, 1)):
+        found = [m for m in net.modules() if type(m) is kind]
+        assert len(found) == count
+        for module in found:
+            for register in ("register_forward_pre_hook", "register_full_backward_hook"):
+                with pytest.raises(NotImplementedError, match="use model.unfused"):
+                    getattr(module, register)(print)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_unfused_is_traced_scripted_and_mapped(name: str) -> None:
     net, images = _net(name, fused=False), _images()
