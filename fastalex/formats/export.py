@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
@@ -116,17 +115,24 @@ class _FromPixels(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[1], images.shape[2]
-        short = torch.sym_min(height, width)  # type: ignore[no-untyped-call]
-        # Indices and no slices, of which a program would ask whether they are the whole image.
-        places = torch.arange(short, device=images.device)
-        square = images.index_select(1, places + (height - short) // 2)
-        square = square.index_select(2, places + (width - short) // 2).permute(0, 3, 1, 2).float()
-        side = decode_size(self.size)
-        for sides in ((short, side), (side, side)):  # rounded twice, as Pillow does
-            square = F.interpolate(square, sides, mode="bilinear", antialias=True).round()
+        short, side = torch.sym_min(height, width), decode_size(self.size)  # type: ignore[no-untyped-call]
+        resized = images.permute(0, 3, 1, 2).float()
+        # Rounded after each axis, halves up, as Pillow does.
+        resized = (resized @ _triangles(width, short, side).T + 0.5).floor()
+        resized = (_triangles(height, short, side) @ resized + 0.5).floor()
         start = (side - self.size) // 2
-        part = square[:, :, start : start + self.size, start : start + self.size]
+        part = resized[:, :, start : start + self.size, start : start + self.size]
         return self.net((part - self.mean) / self.std)  # type: ignore[no-any-return]
+
+
+def _triangles(length: int, short: int, side: int) -> torch.Tensor:
+    """[side, length]: what the pixels along an axis count in each of ``side`` of the centre."""
+    step = short / side
+    centres = (torch.arange(side) + 0.5)[:, None] * step + (length - short) / 2
+    distance = (torch.arange(length) + 0.5 - centres).abs() / torch.sym_max(step, 1.0)  # type: ignore[no-untyped-call]
+    triangles = (1 - distance).relu()
+    weights: torch.Tensor = triangles / triangles.sum(1, keepdim=True)
+    return weights
 
 
 def _program(net: AlexNet, size: int, scale: Normalization | None, about: dict[str, str]) -> bytes:

@@ -17,7 +17,8 @@ from fastalex.model.alexnet import AlexNet
 from fastalex.model.forms import TowerLinear, TowerLocalResponseNorm
 from fastalex.model.layers import SpatialResponseNorm
 
-_OPSET = 18  # the first whose Resize smooths what it shrinks
+_FLOAT = 1  # ONNX's number for float32
+_OPSET = 18  # the first whose Split is told into how many parts
 _IR_VERSION = 8  # which runtimes from 2022 on read
 
 
@@ -174,27 +175,65 @@ class _Graph:
         self.halves("Gemm", stored, transB=1)
 
     def preprocess(self, scale: Normalization, image_size: int) -> None:
-        """Bytes [N, height, width, 3] to normalised images, as fastalex's own commands do it."""
-        sides = self.add("Shape", start=1, end=3)
-        short = self.add("ReduceMin", source=sides, keepdims=1)
-        spare = self.add("Sub", short, source=sides)
-        first = self.add("Div", self.store("two", np.array([2])), source=spare)
-        last = self.add("Add", short, source=first)
-        axes = self.store("height and width", np.array([1, 2]))
-        self.add("Slice", first, last, axes, source="images")
-        square = self.add("Transpose", perm=[0, 3, 1, 2])
+        """Bytes [N, height, width, 3] to normalised images, as fastalex's own commands do it.
+
+        The centre square is resized by products with triangles, which are the same everywhere, as
+        Resize is not. They are rounded after each axis, as Pillow does.
+        """
         side = decode_size(image_size)
-        sizes = self.store("decoded", np.array([3, side, side]))
-        count = self.add("Shape", start=0, end=1)
-        sizes = self.add("Concat", sizes, source=count, axis=0)
-        self.add("Resize", "", "", sizes, source=square, mode="linear", antialias=1)
+        sides = self.add("Shape", source="images", start=1, end=3)
+        self.add("ReduceMin", source=sides, keepdims=1)
+        short = self.add("Cast", to=_FLOAT)
+        step = self.add("Div", self.store("side", np.array([side], np.float32)), source=short)
+        for name, value in {"half": 0.5, "one": 1.0}.items():
+            self.store(name, np.array([value], np.float32))
+        for name, number in {"first": 0, "next": 1}.items():
+            self.store(name, np.array(number))
+        self.store("pixels", np.array([1]))
+        self.store("places", np.arange(side, dtype=np.float32)[:, None] + 0.5)
+        down, across = (self._triangles(axis, short, step) for axis in (1, 2))
+        columns = self.add("Transpose", source=across, perm=[1, 0])
+        self.add("Cast", source="images", to=_FLOAT)
+        pixels = self.add("Transpose", perm=[0, 3, 1, 2])
+        self.add("MatMul", columns, source=pixels)
+        self._round()
+        self.add("MatMul", self.last, source=down)
+        self._round()
         start = (side - image_size) // 2
         bounds = {"start": [start] * 2, "end": [start + image_size] * 2, "last axes": [2, 3]}
         self.add("Slice", *(self.store(name, np.array(v)) for name, v in bounds.items()))
-        self.add("Cast", to=1)  # float32
         mean, std = mean_and_std(scale, image_size)
         self.add("Sub", self.store("mean", mean))
         self.add("Div", self.store("std", std))
+
+    def _triangles(self, axis: int, short: str, step: str) -> str:
+        """[side, length]: what the pixels along an axis count in each of those made of them.
+
+        The pixel at ``place`` is made around ``place * step``, from where the centre begins.
+        """
+        length = self.add("Shape", source="images", start=axis, end=axis + 1)
+        self.add("Cast", to=_FLOAT)
+        self.add("Sub", short)
+        spare = self.add("Mul", "half")
+        self.add("Mul", step, source="places")
+        centres = self.add("Add", spare)
+        limit = self.add("Squeeze", source=length)
+        self.add("Range", limit, "next", source="first")
+        self.add("Cast", to=_FLOAT)
+        self.add("Add", "half")
+        distance = self.add("Sub", centres)
+        width = self.add("Max", "one", source=step)
+        self.add("Div", width, source=distance)
+        distance = self.add("Abs")
+        self.add("Sub", distance, source="one")
+        triangles = self.add("Relu")
+        total = self.add("ReduceSum", "pixels", source=triangles, keepdims=1)
+        return self.add("Div", total, source=triangles)
+
+    def _round(self) -> None:
+        """To whole numbers, halves up."""
+        self.add("Add", "half")
+        self.add("Floor")
 
 
 def mean_and_std(

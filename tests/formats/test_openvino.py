@@ -18,12 +18,10 @@ from tests.formats.test_export import BOUND, _expected, _pictures, _weights
 pytest.importorskip("onnx")
 openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
 
-# OpenVINO 2026.4 passes over antialias of ONNX's Resize, and rounds once where Pillow does twice.
-RESIZED = pytest.mark.xfail(reason="OpenVINO's Resize is another: 1 % of the logits")
 CASES = [
     *((name, False, 0) for name in VARIANTS),
     *((name, True, 0) for name in VARIANTS),
-    pytest.param("paper", True, 54, marks=RESIZED),
+    ("paper", True, 54),
 ]
 
 
