@@ -137,14 +137,11 @@ def _triangles(length: int, short: int, side: int) -> torch.Tensor:
 
 def _program(net: AlexNet, size: int, scale: Normalization | None, about: dict[str, str]) -> bytes:
     """A program of torch.export for any batch, as torch.export.save writes it."""
-    batch, module = (
-        torch.export.Dim("batch"),
-        net if scale is None else _FromPixels(net, scale, size),
-    )
-    images, shapes = torch.zeros(2, 3, size, size), {0: batch}
+    module: nn.Module = net if scale is None else _FromPixels(net, scale, size)
+    images, shapes = torch.zeros(2, 3, size, size), {0: torch.export.Dim("batch")}
     if scale is not None:
         images = torch.zeros(2, 300, 260, 3, dtype=torch.uint8)
-        shapes |= {n: torch.export.Dim(s, min=2) for n, s in ((1, "height"), (2, "width"))}
+        shapes |= {1: torch.export.Dim("height", min=2), 2: torch.export.Dim("width", min=2)}
     file = io.BytesIO()
     with warnings.catch_warnings():  # torch's, about itself
         warnings.simplefilter("ignore")
