@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fastalex_kernels.common.backend import backend, chosen
 from fastalex_kernels.common.threads import share
 
 
@@ -31,3 +32,9 @@ def test_an_operator_of_a_worker_starts_no_threads_and_may_share_too() -> None:
 
     assert share(work, [300] * 4) == [(1, [0, 1, 2])] * 4
     assert torch.get_num_threads() == 2
+
+
+def test_a_worker_has_the_backend_of_whoever_shares() -> None:
+    with backend("interpreter"):
+        assert share(lambda _: chosen(), range(8)) == ["interpreter"] * 8
+    assert share(lambda _: chosen(), range(8)) == ["auto"] * 8

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .backend import backend, chosen
+
 
 def _start_worker(ready: threading.Barrier) -> None:
     torch.get_num_threads()  # a thread's first question sets its number to that of all
@@ -39,4 +41,10 @@ def share(function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
     threads = torch.get_num_threads()
     if threads == 1 or len(arguments[0]) == 1:
         return list(map(function, *arguments))
-    return list(_workers(threads, os.getpid()).map(torch.no_grad()(function), *arguments))
+    name = chosen()
+
+    def work(*some: Any) -> Any:
+        with torch.no_grad(), backend(name):  # which a thread chooses for itself
+            return function(*some)
+
+    return list(_workers(threads, os.getpid()).map(work, *arguments))
