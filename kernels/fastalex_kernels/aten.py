@@ -132,7 +132,7 @@ def _backward(
     if window != (1, 1):
         grad = torch.ops.aten.max_pool2d_with_indices_backward(
             grad, input, window.size, window.stride, 0, 1, ceil_mode, argmax
-        )
+        ).contiguous(memory_format=torch.channels_last)  # of one image it may be plain
     rows, (power, d) = lines.rows(input), map(lines.columns, _powers(roots.view(-1), norm.beta))
     z = lines.rows(grad) / power
     # The scale goes with 1 / d: apart, the largest alpha leaves float32's range.

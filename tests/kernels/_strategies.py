@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from hypothesis import strategies as st
@@ -57,12 +58,15 @@ def _pooling(draw: Any) -> tuple[tuple[int, int], dict[str, Any]]:
 def normalisations(draw: Any) -> Case:
     image, arguments = draw(_pooling())
     groups = draw(st.integers(1, 4))
+    shape = (draw(st.integers(0, 4)), groups * draw(st.integers(1, 9)), *image)
+    # With a large alpha the two terms of a gradient may cancel: not of many elements at once.
+    alphas = [1e-4, 0.1, 3.0] if math.prod(shape) >= 64 else [1e-4, 0.1]
     return lrn(
         "any",
-        (draw(st.integers(0, 4)), groups * draw(st.integers(1, 9)), *image),
+        shape,
         draw(_layouts),
         size=draw(st.integers(1, 7)),
-        alpha=draw(st.sampled_from([1e-4, 0.1, 3.0])),
+        alpha=draw(st.sampled_from(alphas)),
         beta=draw(st.sampled_from([0.75, 0.75, 0.5, 1.0])),
         k=draw(st.sampled_from([0.5, 1.0, 2.0])),
         groups=groups,

@@ -82,6 +82,11 @@ def test_pooling_that_pools_nothing_leaves_the_input_alone() -> None:
     assert torch.equal(x, before)
 
 
+def test_the_gradient_of_one_image_may_come_in_another_order() -> None:
+    pooled = {"kernel_size": 2, "stride": 1}
+    check(lrn("one image", (1, 2, 2, 2), "hwnc", size=1, groups=2, **pooled), torch.float32)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_dropout_drops_what_is_not_finite(value: float) -> None:
     x, w = torch.full((4, 3), value), torch.ones(50, 3)
