@@ -11,7 +11,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -58,48 +58,60 @@ def _run(options: argparse.Namespace) -> int:
     gpu = GPUS[options.gpu]
     if options.gpus > 1 and VARIANTS[options.variant].towers != options.gpus:
         raise ValueError(f"--gpus 2: variant {options.variant} has no two towers, use --gpus 1")
-    check_target(gpu.target)
-    step = record_step(
-        gpu.target, options.batch, options.dtype, options.step, options.gpus, options.variant
-    )
+    case = Case(options.batch, options.dtype, options.step, options.gpus, options.variant)
     if options.sass:
-        print(machine_code(step, gpu, options.sass))
+        print(machine_code(_recorded(gpu, case), gpu, options.sass))
         return 0
-    rows = compile_and_inspect(step, gpu, options.dtype)
-    report = make_report(step, rows, gpu, options)
+    report, rows = make_report(gpu, case)
     print(json.dumps(report, indent=1) if options.json else "\n".join(describe(report, rows)))
     return 0
 
 
-def compile_and_inspect(step: Step, gpu: GPU, dtype: str) -> list[Row]:
-    """The launches of a step on a GPU, compiled on all cores, with a bar."""
+class Case(NamedTuple):
+    """Which step is reported, as ``record_step`` takes it; ``gpus`` 2 is one of the two towers."""
+
+    batch: int
+    dtype: str = "bf16"
+    step: str = "train"
+    gpus: int = 1
+    variant: str = "paper"
+
+
+def _recorded(gpu: GPU, case: Case) -> Step:
+    check_target(gpu.target)
+    return record_step(gpu.target, *case)
+
+
+def make_report(gpu: GPU, case: Case) -> tuple[dict[str, Any], list[Row]]:
+    """Everything that is known of a step, as plain data, and its launches.
+
+    They are compiled on all cores, with a bar.
+
+    Raises:
+        ValueError: where nothing can be compiled for the GPU, or the step can't be recorded.
+    """
+    step = _recorded(gpu, case)
     jobs = [[event.launch] for event in step.events if event.launch is not None]
     jobs.sort(key=lambda job: "lrn" not in job[0].name)  # the longest first
     compiled = compile_ahead(jobs, gpu.target)
     for _ in tqdm(compiled, "compiling", len(jobs), unit=" kernels", leave=False, disable=None):
         pass
-    return inspect(step, gpu, dtype)
-
-
-def make_report(
-    step: Step, rows: list[Row], gpu: GPU, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Everything that is known of a step, as plain data."""
-    names = ("batch", "gpus", "step", "dtype", "variant")
+    rows = inspect(step, gpu, case.dtype)
     exchanges = _exchanges(step, rows)
-    return {
+    report = {
         "computed": "nothing here was timed",
         "gpu": dataclasses.asdict(gpu),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        **{name: getattr(options, name) for name in names},
+        **case._asdict(),
         "launches": [
             {**dataclasses.asdict(row), "estimate": row.estimate and row.estimate._asdict()}
             for row in rows
         ],
         "exchanges": exchanges,
-        "summary": _summary(step, rows, gpu, sum(one["waited"] for one in exchanges), options),
+        "summary": _summary(step, rows, gpu, sum(one["waited"] for one in exchanges), case),
     }
+    return report, rows
 
 
 def _sum(rows: list[Row], *fields: str) -> float:
@@ -115,11 +127,9 @@ def _estimates(rows: list[Row], waited: float) -> dict[str, float] | None:
     return {name: sum(getattr(one, name) for one in made) + waited for name in names}
 
 
-def _summary(
-    step: Step, rows: list[Row], gpu: GPU, waited: float, options: argparse.Namespace
-) -> dict[str, Any]:
+def _summary(step: Step, rows: list[Row], gpu: GPU, waited: float, case: Case) -> dict[str, Any]:
     linear = [x.module for x in step.layers.values() if isinstance(x.module, nn.Linear)]
-    update = cost.UPDATE_BYTES * step.parameters if options.step == "train" else 0
+    update = cost.UPDATE_BYTES * step.parameters if case.step == "train" else 0
     floor = _sum(rows, "floor") + update / (1e12 * gpu.bandwidth)
     ours = sum(row.grid is not None for row in rows)
     updated = _sum(rows, "updated")
@@ -134,7 +144,7 @@ def _summary(
         "loaded": sum(row.loop.loaded or 0 for row in rows if row.loop),
         "floor": floor,
         # Two towers share the images of a step. The floor takes their exchange to be hidden.
-        "ceiling_images_per_second": options.batch / floor,
+        "ceiling_images_per_second": case.batch / floor,
         "waited": waited,
         "estimate": _estimates(rows, waited),
     }

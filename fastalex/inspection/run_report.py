@@ -23,8 +23,8 @@ from fastalex.evaluation import figures
 from fastalex.evaluation.ensemble import TOP, Ensemble, Scores, evaluate, open_dataset
 from fastalex.inspection import roofline
 from fastalex.inspection.gpus import GPUS
-from fastalex.inspection.record import record_step
 from fastalex.inspection.report import Row
+from fastalex.training.run_folder import RunFolder
 
 _SQUARES = 50  # classes of which a matrix can still be read
 _MISTAKES = 10  # pairs of classes listed
@@ -34,7 +34,7 @@ body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222;
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 table { border-collapse: collapse; } td, th { padding: .15rem 1rem .15rem 0; text-align: left; }
-td.number { text-align: right; } td:first-child { color: #666; }
+td:first-child { color: #666; }
 img { max-width: 100%; height: auto; } pre { overflow-x: auto; font-size: 12px; }
 p.note { color: #666; }
 """
@@ -63,26 +63,27 @@ def _parser() -> Parser:
 
 def _run(options: argparse.Namespace) -> int:
     new_figure(1, 1)  # before any work: matplotlib may be missing
-    folder: Path = options.run
-    output: Path = options.output or folder / "report.html"
-    run = _read(folder / "run.json")
+    folder = RunFolder(options.run)
+    output: Path = options.output or folder.path / "report.html"
+    run = _read(folder)
     check_output("--output", output)
     settings = run["settings"]
+    step = _roofline(options.gpu, run) if options.gpu is not None else []
     data = options.data or (settings["data"] and Path(settings["data"]))
-    ensemble = Ensemble([folder / "model.safetensors"])
+    ensemble = Ensemble([folder.weights])
     dataset = open_dataset(data, "val", ensemble)
     scores = evaluate(ensemble, dataset, crops=1)
     parts = [
         _facts(run, ensemble, scores),
-        _section("Curves", _image(draw_curves(*read_metrics(folder / "metrics.jsonl")))),
+        _section("Curves", _image(draw_curves(*read_metrics(folder.metrics)))),
         _section("Mistakes", *_mistakes(scores)),
         _section("conv1", _image(figures.draw_first_layer(ensemble))),
         _section(
             "Predictions", _image(figures.draw_predictions(figures.predict_some(ensemble, dataset)))
         ),
     ]
-    if options.gpu is not None:
-        parts.append(_section("Roofline of a step", *_roofline(options.gpu, settings)))
+    if step:
+        parts.append(_section("Roofline of a step", *step))
     title = f"AlexNet ({settings['variant']}): {1 - scores.top1:.1%} right"
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -95,21 +96,18 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(folder: RunFolder) -> dict[str, Any]:
     """The contents of a run.json.
 
     Raises:
         ValueError: where it is none.
     """
+    if not folder.holds_run:
+        raise ValueError(f"{folder.path}: no run in it, there is no {folder.report.name}")
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        if not run["settings"]:
-            raise ValueError("the run had not begun")
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent}: no run in it, there is no {path.name}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the run.json of a run ({error})") from error
-    return dict(run)
+        return folder.read_report()
+    except ValueError as error:
+        raise ValueError(f"{folder.report}: not the run.json of a run ({error})") from error
 
 
 def _facts(run: dict[str, Any], ensemble: Ensemble, scores: Scores) -> str:
@@ -225,15 +223,14 @@ def draw_confusion(confusion: Any, classes: Sequence[str]) -> Any:
     return figure
 
 
-def _roofline(gpu: str, settings: dict[str, Any]) -> list[str]:
-    """The roofline report of the run's own step and a chart of it."""
+def _roofline(gpu: str, run: dict[str, Any]) -> list[str]:
+    """The roofline report of a process's step in the run, and a chart of it."""
+    settings, world = run["settings"], run["world"]
     dtype = {"bf16": "bf16", "fp16": "bf16"}.get(settings["precision"], "fp32")
+    batch = settings["batch_size"] * world["towers"] // world["processes"]  # of a replica
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-    batch, variant = settings["batch_size"], settings["variant"]
-    step = record_step(GPUS[gpu].target, batch, dtype, variant=variant)
-    rows = roofline.compile_and_inspect(step, GPUS[gpu], dtype)
-    options = argparse.Namespace(batch=batch, gpus=1, step="train", dtype=dtype, variant=variant)
-    report = roofline.make_report(step, rows, GPUS[gpu], options)
+    case = roofline.Case(batch, dtype, gpus=world["towers"], variant=settings["variant"])
+    report, rows = roofline.make_report(GPUS[gpu], case)
     text = "\n".join(roofline.describe(report, rows))
     note = "Computed from machine code; nothing was timed. Images of the variant's published size."
     return [
