@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from fastalex.data.packed import file_digest
 from fastalex.formats.layers import ForeignNet
 
 _HASH = re.compile(r"-([0-9a-f]{8,64})\.[^.]+$")  # as in alexnet-owt-7be5be79.pth
@@ -24,7 +24,7 @@ def read_torch(path: Path) -> ForeignNet:
         ValueError: where the file's name carries a checksum that the file has not.
     """
     match = _HASH.search(path.name)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest() if match else ""
+    digest = file_digest(path) if match else ""
     if match and not digest.startswith(match[1]):
         raise ValueError(f"its SHA-256 begins {digest[:8]}, its name says {match[1]}: damaged")
     found = torch.load(path, map_location="cpu", weights_only=True)

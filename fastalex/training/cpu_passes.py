@@ -26,7 +26,6 @@ from fastalex_kernels.common.threads import share
 Tensor = torch.Tensor
 
 _IMAGES = 8  # taken through the layers at a time: fewer would make more gradients to add up
-_ROWS = 64  # of a weight, updated at a time
 
 
 class Maps(Pass):
