@@ -84,12 +84,14 @@ class Tricks:
         fused_update: gradients are applied by the kernels that make them.
         fused_activation: a ReLU's backward pass is done by the kernel that makes its gradient.
         early: what needs no answer of the other tower runs while its half is on its way.
+        dependent_launch: on sm_90 and newer a kernel starts while the one before it still ends.
         graph: on a GPU the recorded launches are captured as a CUDA graph.
     """
 
     fused_update: bool = True
     fused_activation: bool = True
     early: bool = True
+    dependent_launch: bool = True
     graph: bool = False
 
 

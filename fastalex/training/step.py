@@ -196,7 +196,8 @@ class TrainStep:
         """The step, as it is done for the first time."""
         *images, labels = inputs
         assert labels is not None
-        program, layers = Program(inputs), self._passes(images)
+        program = Program(inputs, self.tricks.dependent_launch)
+        layers = self._passes(images)
         with program.recording():
             with _at(program, "augment" if len(images) > 1 else layers[0][0], "forward"):
                 x = self._chain.first_input(images)

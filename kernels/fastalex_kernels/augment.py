@@ -38,6 +38,7 @@ from .common.arguments import (
 )
 from .common.backend import interpreted, target, use_triton
 from .common.blocks import join8
+from .common.dependent import wait_for_predecessor
 from .common.launch import call, launch
 from .conv2d.arguments import Padding
 
@@ -183,6 +184,7 @@ def _augment_kernel(
     HAS_SCALE: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
+    wait_for_predecessor()
     pid = tl.program_id(0)
     n = pid % N
     item = pid // N * ITEMS + tl.arange(0, ITEMS)

@@ -25,6 +25,7 @@ from torch import Tensor
 from . import aten
 from .common.arguments import check_tensor, expect, interpretable
 from .common.backend import interpreted, operator, use_triton
+from .common.dependent import wait_for_predecessor
 from .common.launch import launch
 from .common.reduce import sum_partials
 
@@ -48,6 +49,7 @@ def _cross_entropy_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    wait_for_predecessor()
     C = C // ALIGN * ALIGN
     program = tl.program_id(0)
     offs_m = program * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .common.dependent import wait_for_predecessor
 from .common.launch import launch
 from .common.reduce import blocks, sum_parts
 from .common.threads import share
@@ -242,6 +243,7 @@ def _sum_update_kernel(
     BIAS_PARTS: tl.constexpr,
     BIAS_BLOCK: tl.constexpr,
 ):
+    wait_for_predecessor()
     program = tl.program_id(0) - BIAS_PROGRAMS
     if program < 0:
         _sum_update_bias(

@@ -135,6 +135,12 @@ def has_tma(device: torch.device) -> bool:
     return target(device) in ("sm_90", "sm_100")
 
 
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may start there while the one before it still ends; see dependent.py."""
+    name = target(device)
+    return name.startswith("sm_") and int(name.removeprefix("sm_")) >= 90
+
+
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Register an implementation as torch's operator ``fastalex::name``, for eager and compiled.
 

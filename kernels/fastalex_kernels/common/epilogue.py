@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..common import philox
 from ..common.backend import interpreted
+from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
 from ..common.parameters import NO_DROPOUT, Dropout
 
@@ -47,6 +48,7 @@ def _epilogue_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    wait_for_predecessor()
     chunk = tl.program_id(0)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < features

@@ -20,6 +20,7 @@ import torch
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..common.backend import has_dependent_launch
 from ..common.launch import collecting, execute
 
 Run = Callable[[int], object]  # with the handle of a stream, 0 where there is none
@@ -35,7 +36,8 @@ class Launch:
         kernel: the ``@triton.jit`` function, or the function that is called.
         grid: programs along up to three axes; None for a call.
         arguments: positional, as the kernel takes them; what a constexpr is, too.
-        options: of a launch ``num_warps`` and ``num_stages``, of a call its keyword arguments.
+        options: of a launch ``num_warps``, ``num_stages`` and ``launch_pdl``, of a call its keyword
+            arguments.
     """
 
     layer: str
@@ -72,6 +74,11 @@ class Launch:
         return str(getattr(function, "__qualname__", function))
 
     @property
+    def starts_early(self) -> bool:
+        """Whether it starts while the launch before it still ends; see dependent.py."""
+        return self.grid is not None and bool(self.options.get("launch_pdl"))
+
+    @property
     def named(self) -> dict[str, Any]:
         """A kernel's arguments by their names, constexprs too."""
         return dict(zip(self.kernel.arg_names, self.arguments, strict=True))
@@ -100,13 +107,15 @@ class Program:
 
     Args:
         inputs: the tensors that ``run`` may be given others for.
+        dependent: whether launches that follow one another may overlap, where the GPU can do it.
     """
 
-    def __init__(self, inputs: Sequence[torch.Tensor | None]) -> None:
+    def __init__(self, inputs: Sequence[torch.Tensor | None], dependent: bool = True) -> None:
         self.launches: list[Launch] = []
         self.inputs = list(inputs)
         self._reads: list[tuple[int, list[Any], int]] = []  # input, arguments, index
         self._device = next(x.device for x in inputs if x is not None)
+        self._dependent = dependent and has_dependent_launch(self._device)
         self._at = ("step", "forward")
 
     @contextlib.contextmanager
@@ -130,6 +139,8 @@ class Program:
         self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Run a launch and add it; see ``launch.launch``."""
+        if self._dependent and self.launches and self.launches[-1].grid is not None:
+            kwargs = {**kwargs, "launch_pdl": True}
         self.launches.append(Launch.of(*self._at, kernel, grid, args, kwargs))
         self.launches[-1].run(0)
 

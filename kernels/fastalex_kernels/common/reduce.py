@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.backend import interpreted
+from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
 
 _MOST_PARTIALS = 8192  # that an update adds up: some 32 loads, one waiting for another
@@ -50,6 +51,7 @@ def _sum_partials_kernel(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_predecessor()
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = sum_parts(part_ptr, parts, numel, offs, PARTS, BLOCK)
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=offs < numel)

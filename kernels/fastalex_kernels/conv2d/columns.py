@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
 from ..common.layout import as_hwnc, empty_nchw
 from ..conv2d.arguments import Padding
@@ -81,6 +82,7 @@ def _conv2d_bwd_input_columns_kernel(
     TAIL_N: tl.constexpr,  # PIXELS * C = BLOCK_N + TAIL_N
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_predecessor()
     pid = tl.program_id(0)
     g = tl.program_id(1)
     blocks = N // BLOCK_M

@@ -31,6 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common.backend import TRITON, target
 from ..common.blocks import load_block
+from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
 from ..common.layout import as_hwnc, empty_nchw
 from ..common.reduce import fold
@@ -122,6 +123,7 @@ def _conv2d_relu_fwd_kernel(
     BLOCK_K: tl.constexpr,
     TAIL_K: tl.constexpr,  # the rest of a tap's channels: 48 = 32 + 16
 ):
+    wait_for_predecessor()
     N_BLOCKS: tl.constexpr = (K + BLOCK_N + TAIL_N - 1) // (BLOCK_N + TAIL_N)
     C_EVEN: tl.constexpr = C % (BLOCK_K + TAIL_K) == 0
     W_EVEN: tl.constexpr = C_EVEN and K % (BLOCK_N + TAIL_N) == 0
@@ -253,6 +255,7 @@ def _conv2d_relu_fwd_tma_kernel(
     TAIL_K: tl.constexpr,
 ):
     """The kernel above for tiles of one pixel, fetched by the tensor memory accelerator."""
+    wait_for_predecessor()
     N_BLOCKS: tl.constexpr = (K + BLOCK_N + TAIL_N - 1) // (BLOCK_N + TAIL_N)
     pid = tl.program_id(0)
     g = tl.program_id(1)

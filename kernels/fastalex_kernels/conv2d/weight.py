@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.backend import target
+from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
 from ..common.tuned import PROCESSORS, dot_precision, tile_entry, tuned
 from ..conv2d.arguments import Padding
@@ -172,6 +173,7 @@ def _conv2d_bwd_weight_kernel(
     TAIL_N: tl.constexpr,  # more output channels
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_predecessor()
     M_BLOCKS: tl.constexpr = (C + BLOCK_M + TAIL_M - 1) // (BLOCK_M + TAIL_M)
     N_BLOCKS: tl.constexpr = (K + BLOCK_N + TAIL_N - 1) // (BLOCK_N + TAIL_N)
     FULL_M: tl.constexpr = EVEN_ROWS and not BORDER and C % (BLOCK_M + TAIL_M) == 0

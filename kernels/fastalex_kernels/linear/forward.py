@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..common import philox
 from ..common.backend import interpreted
+from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
 from ..common.parameters import NO_DROPOUT, Dropout
 from ..common.tuned import Tiles, cut, tile_entry, tuned
@@ -115,6 +116,7 @@ def _linear_relu_dropout_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_predecessor()
     M = M // ALIGN * ALIGN
     N = N // ALIGN * ALIGN
     K = K // ALIGN * ALIGN
@@ -161,6 +163,7 @@ def _finish_partials_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    wait_for_predecessor()
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]

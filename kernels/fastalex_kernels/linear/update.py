@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
 from ..linear.forward import product_tile
 from ..linear.product import operands, product
@@ -84,6 +85,7 @@ def _linear_bwd_weight_update_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_predecessor()
     M = M // ALIGN * ALIGN
     N = N // ALIGN * ALIGN
     stride_a = stride_a // ALIGN * ALIGN

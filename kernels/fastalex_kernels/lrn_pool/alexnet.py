@@ -36,6 +36,7 @@ from torch import Tensor
 from ..common.arguments import aligned
 from ..common.backend import target
 from ..common.blocks import join8
+from ..common.dependent import wait_for_predecessor
 from ..common.launch import MOST_COUNTED, launch
 from ..common.parameters import Norm, Window
 from ..common.tuned import PROCESSORS, tuned
@@ -236,6 +237,7 @@ def _lrn_max_pool2d_chunks_fwd_kernel(
     T: tl.constexpr,
     STRIP: tl.constexpr,  # pooled columns of a program
 ):
+    wait_for_predecessor()
     count = N * (C // 8)
     chunk = tl.program_id(0) * T + tl.arange(0, T)
     mask = chunk < count
@@ -376,6 +378,7 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
     EVEN: tl.constexpr,
     T: tl.constexpr,
 ):
+    wait_for_predecessor()
     chunks = N * (C // 8)
     lane = tl.arange(0, T)
     chunk = tl.where(lane < USED, tl.program_id(0) * USED + lane, chunks)

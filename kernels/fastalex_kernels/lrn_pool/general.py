@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.backend import interpreted
+from ..common.dependent import wait_for_predecessor
 from ..common.epilogue import epilogue_backward
 from ..common.launch import launch
 from ..common.layout import as_hwnc, as_nchw, empty_nchw
@@ -102,6 +103,7 @@ def _lrn_max_pool2d_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    wait_for_predecessor()
     p = tl.program_id(1)
     g = tl.program_id(2)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # q * N + n
@@ -157,6 +159,7 @@ def _lrn_max_pool2d_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    wait_for_predecessor()
     h = tl.program_id(1)
     g = tl.program_id(2)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # w * N + n
