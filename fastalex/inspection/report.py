@@ -68,6 +68,7 @@ class Row:
     floor: float | None = None  # of the pass: seconds, bytes, operations
     floor_size: float | None = None
     floor_flops: float | None = None
+    starts_early: bool = False  # while the launch before it still ends
     estimate: forecast.Estimate | None = None  # None on a GPU for which nothing is assumed
 
 
@@ -92,7 +93,8 @@ def inspect(step: Step, gpu: GPU, dtype: str) -> list[Row]:
             row = reading.row(event, step.layers.get(event.layer))
             pairs = zip(assumed, caches, strict=True)
             terms = [reading.terms(row, rates, cache, dtype) for rates, cache in pairs]
-        row.estimate = forecast.estimate(assumed, terms) if assumed else None
+        row.starts_early = event.launch is not None and event.launch.starts_early
+        row.estimate = forecast.estimate(assumed, terms, row.starts_early) if assumed else None
         rows.append(row)
     train = any(event.phase == "backward" for event in step.events)
     floors = cost.floors(step.layers, 4 if dtype == "fp32" else 2, train)

@@ -137,6 +137,7 @@ def _summary(step: Step, rows: list[Row], gpu: GPU, waited: float, case: Case) -
         "launches": len(rows),
         "our_launches": ours,
         "torch_launches": len(rows) - ours,
+        "early_launches": sum(row.starts_early for row in rows),
         "linear_parameters": sum(p.numel() for layer in linear for p in layer.parameters()),
         "optimizer_bytes_per_parameter": updated / step.parameters if update else None,
         "bytes": _sum(rows, "read", "written"),
@@ -274,7 +275,7 @@ def _totals(total: dict[str, Any], gpu: dict[str, Any], batch: int) -> list[str]
     update, made = total["optimizer_bytes_per_parameter"], total["estimate"]
     lines = [
         f"launches a step: {total['launches']} ({total['our_launches']} ours, "
-        f"{total['torch_launches']} of torch's operators)",
+        f"{total['torch_launches']} of torch's operators); {total['early_launches']} start early",
         f"bytes: {total['bytes'] / 1e6:.0f} MB, floor {total['floor_bytes'] / 1e6:.0f} MB "
         f"({total['bytes'] / total['floor_bytes']:.2f}); through L2 {total['loaded'] / 1e6:.0f} MB",
         f"floor: {total['floor'] * 1e6:.0f} us, {total['ceiling_images_per_second']:,.0f} images/s "

@@ -170,7 +170,8 @@ class Check:
         """What ``make`` makes of ``inputs``, none where it is wrong; ``changed`` is put back."""
         if not all(bool(x.isfinite().all()) for x, _ in expected.values()):
             raise NotChecked(f"{self.name}: a result is not finite in float64 either")
-        program, before = Program(inputs), [x.clone() for x in changed]
+        # The launches start as a step's do, so that nothing is compiled twice.
+        program, before = Program(inputs, after_torch=True), [x.clone() for x in changed]
         program.at(self.name, phase)
         first: Results = {}
         try:

@@ -10,7 +10,7 @@ from fastalex.inspection.gpus import GPUS
 from tests.inspection import published
 
 H100 = GPUS["h100"]
-RATES = Rates(1e9, 1e12, 1e12, 100.0, gap=1e-6, ramp=2e-6, program=0, latency=100)
+RATES = Rates(1e9, 1e12, 1e12, 100.0, gap=1e-6, hidden=4e-7, ramp=2e-6, program=0, latency=100)
 
 
 @pytest.mark.parametrize("kernel", published.KERNELS, ids=lambda k: f"{k.name} {k.source[-12:]}")
@@ -54,6 +54,8 @@ def test_bytes_of_every_turn_pass_l2() -> None:
     assert terms["memory"] == pytest.approx(4000 / RATES.memory)
     made = forecast.estimate([RATES] * 3, [terms] * 3)
     assert made.middle == pytest.approx(max(terms.values()) + RATES.gap)
+    early = forecast.estimate([RATES] * 3, [terms] * 3, starts_early=True)
+    assert made.middle - early.middle == pytest.approx(RATES.hidden)
 
 
 def test_l2_holds_what_was_touched_last() -> None:
@@ -72,7 +74,7 @@ def test_rates_are_ordered_and_below_the_maker_s(name: str) -> None:
     (gpu,) = [gpu for gpu in GPUS.values() if gpu.name == name]
     low, middle, high = ASSUMED[name]
     for better, worse in ((low, middle), (middle, high)):
-        assert all(a >= b for a, b in zip(better[:4], worse[:4], strict=True))
-        assert all(a <= b for a, b in zip(better[4:], worse[4:], strict=True))
+        assert all(a >= b for a, b in zip(better[:5], worse[:5], strict=True))
+        assert all(a <= b for a, b in zip(better[5:], worse[5:], strict=True))
     assert low.clock <= 1.001 * gpu.clock
     assert low.memory < 1e12 * gpu.peak_bandwidth

@@ -107,15 +107,22 @@ class Program:
 
     Args:
         inputs: the tensors that ``run`` may be given others for.
-        dependent: whether launches that follow one another may overlap, where the GPU can do it.
+        dependent: whether a launch may start early, where the GPU can do it: see dependent.py.
+        after_torch: whether the first one may, too: operators of torch's are before it.
     """
 
-    def __init__(self, inputs: Sequence[torch.Tensor | None], dependent: bool = True) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[torch.Tensor | None],
+        dependent: bool = True,
+        after_torch: bool = False,
+    ) -> None:
         self.launches: list[Launch] = []
         self.inputs = list(inputs)
         self._reads: list[tuple[int, list[Any], int]] = []  # input, arguments, index
         self._device = next(x.device for x in inputs if x is not None)
         self._dependent = dependent and has_dependent_launch(self._device)
+        self._after_torch = after_torch
         self._at = ("step", "forward")
 
     @contextlib.contextmanager
@@ -139,7 +146,8 @@ class Program:
         self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Run a launch and add it; see ``launch.launch``."""
-        if self._dependent and self.launches and self.launches[-1].grid is not None:
+        last = self.launches[-1].grid is not None if self.launches else self._after_torch
+        if self._dependent and last:
             kwargs = {**kwargs, "launch_pdl": True}
         self.launches.append(Launch.of(*self._at, kernel, grid, args, kwargs))
         self.launches[-1].run(0)
