@@ -26,14 +26,21 @@ _NO_OPS = """
 """
 _SOURCE = """
 #include <stdint.h>
-static int launches;
+static int launches, early_launches;
 static uint64_t context = 1, function = 16;
 int launched(void) { return launches; }
 int cuCtxGetCurrent(void **c) { *c = &context; return 0; }
 int cuModuleGetFunction(void **f, void *m, const char *name) { *f = &function; return 0; }
 int cuFuncGetAttribute(int *value, int what, void *f) { *value = what ? 0 : 1024; return 0; }
 int cuDeviceGetAttribute(int *value, int what, int device) { *value = 227 << 10; return 0; }
-int cuLaunchKernelEx(void) { launches++; return 0; }
+typedef struct { uint32_t id; char rest[68]; } attribute;
+typedef struct { uint32_t sizes[7]; void *stream; attribute *attributes; uint32_t count; } config;
+int early(void) { return early_launches; }
+int cuLaunchKernelEx(const config *c) {
+    launches++;
+    for (uint32_t i = 0; i < c->count; i++) early_launches += c->attributes[i].id == 6;
+    return 0;
+}
 """
 
 
@@ -69,6 +76,6 @@ class StubDriver(nvidia.CudaDriver):  # type: ignore[misc]
         return torch.device("meta")
 
     @property
-    def launched(self) -> int:
-        """How many kernels were launched."""
-        return int(self.library.launched())
+    def launched(self) -> tuple[int, int]:
+        """How many kernels were launched, and how many of them may start early."""
+        return int(self.library.launched()), int(self.library.early())
