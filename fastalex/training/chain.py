@@ -165,7 +165,7 @@ class Chain:
         return by_torch(images, augment, self._strided, self.dtype)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean loss, and the gradient of the logits."""
+        """The mean loss, in parts on kernels, and the gradient of the logits."""
         if self.has_kernels and "loss" not in self.aten:
             loss, gradient = cross_entropy_forward(logits, labels, self.one)
             assert gradient is not None

@@ -47,7 +47,7 @@ class _Recorded:
     """A step as recorded for inputs of one shape."""
 
     program: Program  # its first run was the recording
-    loss: torch.Tensor
+    loss: torch.Tensor  # or its parts
     squares: dict[str, torch.Tensor]  # of each gradient, by parameter
     run: Callable[[Inputs], None]
 
@@ -178,7 +178,7 @@ class TrainStep:
         torch.autograd.graph.increment_version(self._written)  # kernels wrote, autograd did not see
         self._versions = [update.parameter._version for update in self._updates]
         self._dropout_version = self.model.dropout_version()
-        return recorded.loss.clone()
+        return recorded.loss.sum()
 
     @property
     def uses_aten(self) -> bool:

@@ -93,7 +93,7 @@ def _cross_entropy_kernel(
 def _launch(
     x: Tensor, target: Tensor, g: Tensor | None, with_loss: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The mean loss, float32, and the gradient of x [N, C] times ``g``, each where asked for."""
+    """The mean loss in parts, and the gradient of x [N, C] times ``g``, each where asked for."""
     N, C = x.shape
     block_c = min(triton.next_power_of_2(C), _COLUMNS)  # whole rows, if they are no longer
     most = (_INTERPRETER_BLOCK if interpreted() else _BLOCK) // block_c
@@ -107,21 +107,22 @@ def _launch(
         GRADIENT=g is not None, ALIGN=8 if C % 8 == 0 else 1, BLOCK_M=block_m, BLOCK_C=block_c,
         num_warps=8, counted=max(N, C),
     )  # fmt: skip
-    return None if part is None else sum_partials(part, part.new_empty(())), dx
+    return part, dx
 
 
 def cross_entropy_forward(
     x: Tensor, target: Tensor, g: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The mean loss, float32, and the gradient of x [N, C] times ``g`` where it is given."""
-    loss, dx = _launch(x, target, g, with_loss=True)
-    assert loss is not None
-    return loss, dx
+    """The mean loss in parts, float32 [parts]; where ``g`` is given, the gradient of x [N, C], too."""
+    part, dx = _launch(x, target, g, with_loss=True)
+    assert part is not None
+    return part, dx
 
 
 @operator("cross_entropy")
 def _cross_entropy(input: Tensor, target: Tensor) -> Tensor:
-    return cross_entropy_forward(input, target)[0]
+    part, _ = cross_entropy_forward(input, target)
+    return sum_partials(part, part.new_empty(()))
 
 
 @_cross_entropy.register_fake
