@@ -113,7 +113,7 @@ def _launch(
 def cross_entropy_forward(
     x: Tensor, target: Tensor, g: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The mean loss in parts, float32 [parts], and where ``g`` is given the gradient of x [N, C]."""
+    """The mean loss in parts, float32 [parts], and with ``g`` the gradient of x [N, C] times it."""
     part, dx = _launch(x, target, g, with_loss=True)
     assert part is not None
     return part, dx
