@@ -185,7 +185,7 @@ def test_what_a_step_does_beside_its_launches_is_counted() -> None:
         ("pool5", "aten.copy_", maps, maps),  # to rows of features
         ("pool5", "aten.copy_", maps, maps),  # their gradient, back
         ("step", "aten.fill_", 0, 2 * 8),  # the step's number, for fc6 and fc7
-        ("step", "aten.clone", 4, 4),  # the loss, for the caller
+        ("step", "aten.sum", 32 * 4, 4),  # of the loss, for the caller
     ]
 
 

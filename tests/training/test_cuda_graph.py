@@ -15,6 +15,7 @@ from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.training import train
 from fastalex.training.cuda_graph import WARM_UP, Graph
 from fastalex.training.weights import load_weights
+from fastalex.tuning.train_steps import Training, train_step
 from fastalex_kernels.common.launch import call
 from fastalex_kernels.common.program import Program
 
@@ -145,6 +146,18 @@ def test_a_graph_trains_bit_for_bit_as_launches_do(tmp_path: Path, options: list
     for name, weight in graph.items():
         assert torch.equal(weight, launches[name]), name
     assert _losses(tmp_path / "graph") == _losses(tmp_path / "launches")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True], ids=["launches", "graph"])
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_kernels_that_start_early_train_bit_for_bit(precision: str, graph: bool) -> None:
+    """A kernel that read before it had waited, or wrote, would not do so alike each time."""
+    training, losses = Training(torch.device("cuda"), precision, 128), []
+    for early in (True, False):
+        step = train_step(training, graph=graph, dependent_launch=early)
+        losses.append(torch.stack([step() for _ in range(50)]))
+    assert torch.equal(*losses)
 
 
 TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
