@@ -56,7 +56,6 @@ TOWER: dict[str, Callable[[Training], Step]] = {
     "one GPU": train_step,
     "no graph": functools.partial(train_step, towers=2, graph=False),
     "no early": functools.partial(train_step, towers=2, early=False),
-    "no dependent launch": functools.partial(train_step, towers=2, dependent_launch=False),
     "no fused update": functools.partial(train_step, towers=2, fused_update=False),
     "no fused activation": functools.partial(train_step, towers=2, fused_activation=False),
 }
