@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+GPUS = ("h100", "a100")
 PAGE = Path(__file__).parent / "generated" / "kernels.md"
 KERNELS = {
     "Convolution, forward and input gradient": "conv2d_relu_fwd conv2d_bwd_input",
@@ -20,6 +22,7 @@ KERNELS = {
     "LRN and max-pooling": "lrn_max_pool2d",
     "Fully connected, forward and input gradient": "linear_relu_dropout finish_partials",
     "Cross-entropy": "cross_entropy",
+    "Fully connected, both gradients and the update in one pass": "linear_bwd_kernel",
     "Weight gradients and updates": "linear_bwd_weight_update sum_update",
     "Augmentation": "augment",
 }
@@ -90,14 +93,23 @@ def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
 def _launches(reports: list[dict[str, Any]], names: str) -> list[list[str]]:
     """The rows of all launches of some kernels, in the order of the step."""
     kernels = tuple(names.split())
-    found = [
-        [_cells(row) for row in made["launches"] if row["name"].strip("_").startswith(kernels)]
-        for made in reports
-    ]
-    return [
-        [a if a == b else f"{a} / {b}" for a, b in zip(*cells, strict=True)]
-        for cells in zip(*found, strict=True)
-    ]
+    found: dict[tuple[str, int], dict[str, list[str]]] = {}
+    for gpu, made in zip(GPUS, reports, strict=True):
+        counts: Counter[str] = Counter()
+        for row in made["launches"]:
+            if row["name"].strip("_").startswith(kernels):
+                cells = _cells(row)
+                counts[cells[0]] += 1
+                found.setdefault((cells[0], counts[cells[0]]), {})[gpu] = cells
+    rows = []
+    for by_gpu in found.values():
+        if len(by_gpu) < len(GPUS):  # the other one launches something else
+            ((gpu, (label, *cells)),) = by_gpu.items()
+            rows.append([f"{label} ({gpu.upper()})", *cells])
+        else:
+            pairs = zip(*by_gpu.values(), strict=True)
+            rows.append([a if a == b else f"{a} / {b}" for a, b in pairs])
+    return rows
 
 
 def _exchanges(report: dict[str, Any]) -> list[list[str]]:
@@ -109,7 +121,7 @@ def _exchanges(report: dict[str, Any]) -> list[list[str]]:
 
 
 def main() -> None:
-    reports = [report(gpu) for gpu in ("h100", "a100")]
+    reports = [report(gpu) for gpu in GPUS]
     parts = [INTRODUCTION.format(**reports[0])]
     for title, names in KERNELS.items():
         parts += [f"## {title}\n", _table(HEAD, _launches(reports, names))]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from fastalex.data.augment import Augment
@@ -53,13 +53,16 @@ def tap_share(layer: Layer) -> float:
     return share
 
 
-def floors(layers: Mapping[str, Layer], itemsize: int, train: bool) -> dict[tuple[str, str], Floor]:
+def floors(
+    layers: Mapping[str, Layer], itemsize: int, train: bool, one_pass: Collection[str] = ()
+) -> dict[tuple[str, str], Floor]:
     """The floor of each pass, by layer and one of ``forward``, ``input``, ``weight``, ``backward``.
 
     Args:
         layers: in order.
         itemsize: bytes of an activation.
         train: whether there are gradients.
+        one_pass: the fully connected layers of which one launch makes both gradients.
     """
     result: dict[tuple[str, str], Floor] = {}
     ordered = list(layers.values())
@@ -78,7 +81,7 @@ def floors(layers: Mapping[str, Layer], itemsize: int, train: bool) -> dict[tupl
             masked = following is not None and isinstance(following.module, Conv2dReLU)
             passes = _convolution(layer, itemsize, masked)
         else:
-            passes = _linear(layer, itemsize)
+            passes = _linear(layer, itemsize, layer.name in one_pass)
         if not layer.needs_input_grad:
             passes.pop("input", None)
         for name, floor in passes.items():
@@ -104,11 +107,14 @@ def _convolution(layer: Layer, itemsize: int, masked: bool) -> dict[str, Floor]:
     }
 
 
-def _linear(layer: Layer, itemsize: int) -> dict[str, Floor]:
+def _linear(layer: Layer, itemsize: int, one_pass: bool) -> dict[str, Floor]:
     assert layer.weight is not None
     x, y, w = math.prod(layer.input), math.prod(layer.output), math.prod(layer.weight)
     flops = 2.0 * layer.input[0] * w
     both = Floor(flops, itemsize * (x + y + w), flops)
+    if one_pass:  # the update reads the weight in any case
+        backward = Floor(2 * flops, itemsize * (2 * x + y), 2 * flops)
+        return {"forward": both, "backward": backward}
     return {"forward": both, "input": both, "weight": Floor(flops, itemsize * (x + y), flops)}
 
 

@@ -11,7 +11,8 @@ A launch takes the longest of what it asks of the GPU, and then the next one sta
 * processors: the programs, started in order, each where a place is free first. A turn of the main
   loop takes the longest of its products on the tensor cores, its bytes through shared memory, and
   the issue of its instructions; the programs of a processor share these. A turn that waits for its
-  own products takes a latency besides, which only another program can fill.
+  own products takes a latency besides, and one whose blocks come from HBM is no shorter than the
+  time until they come over the turns that they are loaded ahead. Only other programs fill that.
 * hidden: the part of the gap that a launch which starts early spends beside the one before it.
 
 Each term is computed with three sets of rates, ``ASSUMED``, for a low, a middle and a high
@@ -43,6 +44,7 @@ class Rates(NamedTuple):
     ramp: float  # seconds in which a kernel without products fills and drains the memory system
     program: float  # cycles of a program before its first product and after its last one
     latency: float  # cycles from a load, or a product, until what waits for it goes on
+    memory_latency: float  # of a load from the GPU's memory, which others use, too
 
 
 # Low, middle, high. Sources:
@@ -58,17 +60,17 @@ class Rates(NamedTuple):
 # hidden: our assumption. Measured were 0.96 us between two empty kernels (issue 569 of github.com/
 #   pegainfer-project/pegainfer), and next to nothing of kernels as long as ours: 1.00 x in
 #   github.com/openxla/xla 38544, 0.99 to 1.00 x of prompts in github.com/ggml-org/llama.cpp 22522.
-# ramp, program, latency: our assumptions, not sourced.
+# ramp, program, latency, memory_latency: our assumptions, not sourced.
 ASSUMED: dict[str, tuple[Rates, Rates, Rates]] = {
     "NVIDIA H100 SXM": (
-        Rates(1.83e9, 3.1e12, 9.1e12, 40e6, 0.7e-6, 0.8e-6, 0.7e-6, 1800, 200),
-        Rates(1.70e9, 2.9e12, 8.0e12, 30e6, 0.5e-6, 1.2e-6, 1.0e-6, 2700, 330),
-        Rates(1.50e9, 2.6e12, 6.0e12, 20e6, 0.0, 1.8e-6, 1.5e-6, 4000, 450),
+        Rates(1.83e9, 3.1e12, 9.1e12, 40e6, 0.7e-6, 0.8e-6, 0.7e-6, 1800, 200, 700),
+        Rates(1.70e9, 2.9e12, 8.0e12, 30e6, 0.5e-6, 1.2e-6, 1.0e-6, 2700, 330, 1000),
+        Rates(1.50e9, 2.6e12, 6.0e12, 20e6, 0.0, 1.8e-6, 1.5e-6, 4000, 450, 1500),
     ),
     "NVIDIA A100 SXM 80 GB": (
-        Rates(1.41e9, 1.90e12, 6.0e12, 32e6, 0.0, 0.8e-6, 0.7e-6, 1800, 200),
-        Rates(1.30e9, 1.75e12, 5.0e12, 24e6, 0.0, 1.2e-6, 1.0e-6, 2700, 330),
-        Rates(1.20e9, 1.60e12, 4.0e12, 16e6, 0.0, 1.8e-6, 1.5e-6, 4000, 450),
+        Rates(1.41e9, 1.90e12, 6.0e12, 32e6, 0.0, 0.8e-6, 0.7e-6, 1800, 200, 600),
+        Rates(1.30e9, 1.75e12, 5.0e12, 24e6, 0.0, 1.2e-6, 1.0e-6, 2700, 330, 850),
+        Rates(1.20e9, 1.60e12, 4.0e12, 16e6, 0.0, 1.8e-6, 1.5e-6, 4000, 450, 1300),
     ),
 }
 
@@ -81,6 +83,8 @@ class Turn(NamedTuple):
     issue: float  # cycles of the schedulers
     loaded: float  # bytes that come through L2
     drained: bool = False  # whether it waits for its own products
+    from_memory: float = 0.0  # of the tensor of which most comes from the GPU's memory, the share
+    ahead: int = 0  # turns between a load and the turn that waits for it
 
 
 class Estimate(NamedTuple):
@@ -127,6 +131,8 @@ def product(
     }  # fmt: skip
     limit = max(asked, key=lambda name: asked[name])
     alone = turn.tensor + _WAITS * rates.latency if turn.drained else rates.latency
+    wait = turn.from_memory * rates.memory_latency
+    alone = max(alone, wait / turn.ahead) if turn.ahead else alone + wait
     shared = asked[limit] * slots
     if alone > shared:
         limit = "latency"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ class MainLoop:
     register_loads: int  # from global memory, that go through registers
     turns: int | None  # of all programs together
     turn_flops: int  # of a turn's products
-    turn_bytes: int  # of their operands
+    turn_bytes: int  # of the blocks that it loads
     tensor_cycles: float  # of a turn's products; 0 where they don't carry their size
     shared_bytes: float  # that a turn moves to and from shared memory
     loaded: int | None  # bytes that all turns load into shared memory
@@ -97,7 +97,8 @@ def inspect(step: Step, gpu: GPU, dtype: str) -> list[Row]:
         row.estimate = forecast.estimate(assumed, terms, row.starts_early) if assumed else None
         rows.append(row)
     train = any(event.phase == "backward" for event in step.events)
-    floors = cost.floors(step.layers, 4 if dtype == "fp32" else 2, train)
+    one_pass = {row.layer for row in rows if row.role == "backward"}
+    floors = cost.floors(step.layers, 4 if dtype == "fp32" else 2, train, one_pass)
     for place, floor in floors.items():
         made_by = [row for row in rows if (row.layer, row.role) == place]
         total = sum(row.flops for row in made_by)
@@ -169,20 +170,32 @@ class Reading:
 
     def terms(self, row: Row, rates: Rates, cache: forecast.L2, dtype: str) -> dict[str, float]:
         """What limits the launch, with ``cache`` as the launches before left it."""
-        memory = float(row.written)
-        for x in sorted(self._traffic, key=lambda x: x.store):
-            if x.moved and not cache.touch(x.key, x.size) and not x.store:
-                memory += x.moved
+        missed = {
+            x.name: x.moved
+            for x in sorted(self._traffic, key=lambda x: x.store)
+            if x.moved and not cache.touch(x.key, x.size) and not x.store
+        }
+        memory = float(row.written + sum(missed.values()))
         loop, turns = row.loop, self._turns()
         if loop is None or turns is None or not loop.tensor_cycles:
             moved = float(row.read + row.written)
             terms = forecast.stream(rates, moved, memory, self._issue_cycles)
             return terms | ({"flops": row.flops / self._gpu.flops(dtype)} if row.flops else {})
         issue = loop.instructions * self._warps / _SCHEDULERS
+        # What a pipeline of n stages loads in a turn is waited for n - 2 turns later.
+        ahead = 0 if loop.register_loads else max(self._launch.options["num_stages"] - 2, 0)
         turn = forecast.Turn(
-            loop.tensor_cycles, loop.shared_bytes, issue, loop.turn_bytes, bool(loop.drains)
-        )
+            loop.tensor_cycles, loop.shared_bytes, issue, loop.turn_bytes, bool(loop.drains),
+            self._from_memory(missed, sum(turns)), ahead,
+        )  # fmt: skip
         return forecast.product(self._gpu, rates, turn, turns, self._slots, memory)
+
+    def _from_memory(self, missed: Mapping[str, int], turns: int) -> float:
+        """The largest share of what the main loop loads of a tensor that L2 did not hold."""
+        assert self._main is not None
+        loads = [x for x in self._ir.loads if x.loop == self._main.loop]
+        shares = [sum(missed.get(n, 0) for n in x.names) / (x.size * turns) for x in loads]
+        return min(max(shares, default=0.0), 1.0)
 
     def _turns(self) -> list[int] | None:
         """Of the main loop, by each program."""
@@ -274,8 +287,9 @@ class Reading:
             tensors = [tensor_of(launch.named.get(name)) for name in names]
             return any(t is not None and t.numel() == weight for t in tensors)
 
-        makes_input = holds(self._ir.reads) and not holds(self._ir.writes)
-        return "input" if makes_input else "weight"
+        if not holds(self._ir.reads):
+            return "weight"
+        return "backward" if holds(self._ir.writes) else "input"
 
 
 def _share_of_products(body: Sequence[sass.Instruction]) -> float:

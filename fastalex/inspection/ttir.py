@@ -19,7 +19,8 @@ _VALUE = re.compile(r"%[\w.$-]+(?:#\d+)?")
 _OPERATION = re.compile(r'(?:(%[\w.$-]+)(?::(\d+))? = )?"?([a-z_]+)\.([\w.]+)"?(.*)')
 _LOOP = re.compile(r" (%\S+) = (\S+) to (\S+) step (\S+)")
 _CARRIED = re.compile(r"(%[\w.$-]+) = (%[\w.$#-]+)")
-_DOT = re.compile(r"tensor<(\d+)x(\d+)x[a-z]+(\d+)> \* tensor<\d+x(\d+)x\w+>")
+_BLOCK = re.compile(r"tensor<((?:\d+x)+)(?:!tt\.ptr<)?[a-z]+(\d+)")
+_DOT = re.compile(r"tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x\w+>")
 _LOAD = re.compile(r"load$|descriptor_(load|gather)$|atomic_")
 _STORE = re.compile(r"store$|descriptor_(store|scatter|reduce)$|atomic_")
 _ARITHMETIC = {
@@ -39,11 +40,18 @@ class Dot(NamedTuple):
     m: int
     n: int
     k: int
-    bits: int
     a: str
     b: str
     to: str
     result: str
+    loop: int | None
+
+
+class Load(NamedTuple):
+    """A block of ``size`` bytes that each turn of a loop reads through some arguments."""
+
+    names: frozenset[str]
+    size: int
     loop: int | None
 
 
@@ -69,6 +77,7 @@ class Code:
         arguments: names of the kernel's run-time arguments.
         reads, writes: those through which memory is read and written.
         dots: the products.
+        loads: the blocks that are read.
         loops: how many loops there are.
     """
 
@@ -78,6 +87,7 @@ class Code:
         self.reads: set[str] = set()
         self.writes: set[str] = set()
         self.dots: list[Dot] = []
+        self.loads: list[Load] = []
         self.loops = 0
         self._roots = {f"%{name}": {name} for name in self.arguments}  # of a value, arguments
         self._known = set(self._roots)  # values that the function below computes
@@ -116,14 +126,22 @@ class Code:
         for pattern, names in ((_LOAD, self.reads), (_STORE, self.writes)):
             if pattern.match(kind):
                 names |= self._of(operands[:1])
+        if _LOAD.match(kind) and (blocks := _BLOCK.findall(rest)):
+            sides, bits = blocks[-1]
+            size = math.prod(map(int, sides.split("x")[:-1])) * int(bits) // 8
+            self.loads.append(Load(frozenset(self._of(operands[:1])), size, self._inside()))
         if kind == "dot":
-            m, k, bits, n = map(int, _DOT.findall(rest)[0])
-            inside = [block.loop for block in self._blocks if block.loop is not None]
+            m, k, n = map(int, _DOT.findall(rest)[0])
             a, b, to = (self._alias.get(value, value) for value in operands[:3])
-            self.dots.append(Dot(m, n, k, bits, a, b, to, result, inside[-1] if inside else None))
+            self.dots.append(Dot(m, n, k, a, b, to, result, self._inside()))
             self._write(f"flops += {2 * m * n * k}")
         elif kind in ("get_program_id", "get_num_programs"):
             self._assign(result, f"{kind}['{rest.split()[0]}']")
+
+    def _inside(self) -> int | None:
+        """The innermost loop at this place."""
+        loops = [block.loop for block in self._blocks if block.loop is not None]
+        return loops[-1] if loops else None
 
     def _branch(self, kind: str, results: list[str], rest: str, operands: list[str]) -> None:
         if kind == "for":
@@ -189,19 +207,19 @@ class Code:
         """Rows and columns of the result that a program holds; None where it multiplies nothing.
 
         Products of one operand with several stand side by side, or below each other; those that
-        are added to another product are more of the same result.
+        are added to another product are more of the same result. Of several results it is the
+        first.
         """
         results = {dot.result for dot in self.dots}
         first = [dot for dot in self.dots if dot.to not in results]
+        first = [dot for dot in first if dot.a == first[0].a or dot.b == first[0].b]
         rows, columns = {d.a: d.m for d in first}, {d.b: d.n for d in first}
         return (sum(rows.values()), sum(columns.values())) if first else None
 
     def turn(self, loop: int | None) -> tuple[int, int]:
-        """Operations of a loop's products in one turn, and bytes of their operands."""
-        dots = [dot for dot in self.dots if dot.loop == loop]
-        blocks = {d.a: d.m * d.k * d.bits // 8 for d in dots}
-        blocks |= {d.b: d.n * d.k * d.bits // 8 for d in dots}
-        return sum(2 * d.m * d.n * d.k for d in dots), sum(blocks.values())
+        """Operations of a loop's products in one turn, and bytes of the blocks that it loads."""
+        flops = sum(2 * d.m * d.n * d.k for d in self.dots if d.loop == loop)
+        return flops, sum(x.size for x in self.loads if x.loop == loop)
 
     def work(self, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> list[Work] | None:
         """What each program of a launch does, in the order in which programs start.

@@ -269,12 +269,17 @@ class FullyConnected(Pass):
         if self.relu and not self.dy_is_preact:
             (dz, _), p = _before_relu(dy, self._y, dropout=self._dropout), 0.0
         dx = wait = None
-        if self.needs_dx:
-            dx = matmul(
-                dz, self._w, Epilogue(dropout=Dropout(p), mask=self._x if self.masks_dx else None)
-            )
-            wait = None if self.gather is None else self.gather.start_reduce_scatter(dx)
-        self.update.linear(dz, self._x, p)
+        # Where the other tower waits for a half, it leaves before the weight's gradient is made.
+        if self.needs_dx and (self.gather is None or not self.gather.summed):
+            dx = self.update.linear_in_one_pass(dz, self._x, p, self.masks_dx)
+        apart = dx is None
+        if self.needs_dx and apart:
+            mask = self._x if self.masks_dx else None
+            dx = matmul(dz, self._w, Epilogue(dropout=Dropout(p), mask=mask))
+        if dx is not None and self.gather is not None:
+            wait = self.gather.start_reduce_scatter(dx)
+        if apart:
+            self.update.linear(dz, self._x, p)
         return (dx if wait is None else wait()), None
 
 

@@ -19,6 +19,7 @@ from fastalex_kernels.common.parameters import Dropout
 from fastalex_kernels.common.reduce import sum_partials
 from fastalex_kernels.conv2d.arguments import depth_to_space_weight
 from fastalex_kernels.conv2d.forward import pack_weight
+from fastalex_kernels.linear.backward import fits, linear_backward_update
 from fastalex_kernels.linear.forward import Epilogue, matmul
 from fastalex_kernels.linear.update import linear_backward_weight_update
 from fastalex_kernels.momentum import MomentumUpdate, Updates, sum_updates
@@ -71,6 +72,15 @@ class FusedUpdate:
         """Take the factors of the weight's gradient, dz^T x / (1 - p)."""
         linear_backward_weight_update(dz, x, *self.updates, p=p)
 
+    def linear_in_one_pass(self, dz: Tensor, x: Tensor, p: float, mask: bool) -> Tensor | None:
+        """The gradient of x, and what ``linear`` does; None, and nothing, where two launches do.
+
+        ``mask`` adds the backward pass of the ReLU that made x.
+        """
+        if not fits(dz, x, self.updates.weight):
+            return None
+        return linear_backward_update(dz, x, self.updates, p, mask)
+
     def torch(self, gradients: list[Tensor]) -> None:
         """Take whole gradients, in the order of the parameters."""
         for update, gradient in zip(self.updates, gradients, strict=False):
@@ -104,6 +114,9 @@ class StoredGradients(FusedUpdate):
         weight, bias = self.gradients
         call(_copy_blocks, weight, packed, self._stride)
         sum_partials(bias_partials, bias)
+
+    def linear_in_one_pass(self, dz: Tensor, x: Tensor, p: float, mask: bool) -> Tensor | None:
+        return None
 
     def linear(self, dz: Tensor, x: Tensor, p: float) -> None:
         weight, bias = self.gradients

@@ -44,6 +44,8 @@ def candidates(key: Key, own: Tile, bits: int, shared: int) -> Iterator[Tile]:
         yield from _lrn_backward(own, sizes)
     elif kernel.startswith("pool"):
         yield from _pooling(own)
+    elif kernel == "linear backward":
+        yield from _one_pass(own)
     else:
         yield from _products(bits, shared)
 
@@ -57,6 +59,15 @@ def _products(bits: int, shared: int) -> Iterator[Tile]:
                 fitting = [s for s in _STAGES[bits] if s * size <= shared]
                 if stage < len(fitting):
                     yield m, n, depth, warps, fitting[stage]
+
+
+def _one_pass(own: Tile) -> Iterator[Tile]:
+    """Fewer warps, blocks of twice the size, strips of half the width, a deeper pipeline."""
+    outputs, inputs, warps, stages = own
+    yield outputs, inputs, warps // 2, stages
+    yield 2 * outputs, inputs, warps, stages
+    yield outputs, inputs // 2, warps // 2, stages + 1
+    yield outputs, inputs, warps, stages + 1
 
 
 def _splits(own: int, steps: int) -> Iterator[Tile]:

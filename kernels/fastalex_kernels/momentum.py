@@ -158,11 +158,16 @@ class Updates(NamedTuple):
 
 
 @triton.jit
-def momentum_step(w, v, g, rate_ptr, PAPER: tl.constexpr):
+def load_rate(rate_ptr):
+    """Learning rate, momentum and weight decay."""
+    return tl.load(rate_ptr), tl.load(rate_ptr + 1), tl.load(rate_ptr + 2)
+
+
+@triton.jit
+def momentum_step(w, v, g, rate, PAPER: tl.constexpr):
     """The new weight and momentum buffer, float32."""
-    lr = tl.load(rate_ptr)
-    momentum = tl.load(rate_ptr + 1)
-    g += tl.load(rate_ptr + 2) * w
+    lr, momentum, decay = rate
+    g += decay * w
     if PAPER:
         v = momentum * v - lr * g
         w += v
@@ -183,7 +188,7 @@ def update_by(
     """
     w = tl.load(w_ptr + at, mask=mask, other=0.0)
     v = tl.load(v_ptr + at, mask=mask, other=0.0)
-    w, v = momentum_step(w, v, g, rate_ptr, PAPER)
+    w, v = momentum_step(w, v, g, load_rate(rate_ptr), PAPER)
     tl.store(w_ptr + at, w, mask=mask)
     tl.store(v_ptr + at, v, mask=mask)
     if HAS_OPERAND:

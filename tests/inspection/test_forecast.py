@@ -10,7 +10,10 @@ from fastalex.inspection.gpus import GPUS
 from tests.inspection import published
 
 H100 = GPUS["h100"]
-RATES = Rates(1e9, 1e12, 1e12, 100.0, gap=1e-6, hidden=4e-7, ramp=2e-6, program=0, latency=100)
+RATES = Rates(
+    1e9, 1e12, 1e12, 100.0, gap=1e-6, hidden=4e-7, ramp=2e-6, program=0, latency=100,
+    memory_latency=400,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kernel", published.KERNELS, ids=lambda k: f"{k.name} {k.source[-12:]}")
@@ -28,6 +31,9 @@ def test_published_times_are_near(kernel: published.Matmul | published.Sum) -> N
         (Turn(1000, 128 * 900, 1200, 0), "issue", 1200),
         (Turn(10, 128 * 20, 5, 0), "latency", 100),  # one load cannot be faster
         (Turn(1000, 0, 0, 0, drained=True), "latency", 1150),
+        (Turn(10, 0, 0, 0, from_memory=1.0), "latency", 500),  # waits for what it loads itself
+        (Turn(10, 0, 0, 0, from_memory=0.5, ahead=1), "latency", 200),
+        (Turn(10, 0, 0, 0, from_memory=1.0, ahead=8), "latency", 100),
     ],
 )
 def test_a_turn_takes_the_longest_of_what_it_asks(turn: Turn, limit: str, cycles: float) -> None:

@@ -66,6 +66,21 @@ def test_a_launch_s_figures_are_those_of_its_product() -> None:
     assert (finish.loop, finish.flops, finish.written) == (None, 0.0, 2 * 128 * 1000)
 
 
+def test_the_figures_of_two_gradients_and_an_update_in_one_pass() -> None:
+    """fc8's, against counts by hand: 128 strips of 32 inputs, 16 blocks of 64 outputs."""
+    step = recorded("sm_90", 128)
+    found = [e for e in step.events if (e.layer, e.phase) == ("fc8", "backward")]
+    (row,) = inspect(Step(found, {"fc8": step.layers["fc8"]}), GPUS["h100"], "bf16")
+    assert (row.role, row.grid, row.tile) == ("backward", (128,), (128, 32))
+    assert row.flops == 2 * 2 * 128 * 1024 * 4096
+    assert row.updated == 18 * (1000 * 4096 + 1000)
+    assert row.floor_flops == 2 * 2 * 128 * 1000 * 4096
+    assert row.spills == 0
+    assert row.estimate is not None
+    assert row.loop is not None
+    assert row.loop.loaded == 128 * 16 * (2 * 128 * 64 + 2 * 4 * 64 * 32)
+
+
 @pytest.mark.parametrize("grid", [(4,), (2, 3, 2)])
 def test_work_that_depends_on_the_place_in_the_grid(grid: tuple[int, ...]) -> None:
     """A loop of x + 1 turns in which a product is made where y is odd, or always."""
@@ -124,6 +139,11 @@ def test_the_floor_of_a_step(gpu: str, batch: int, ceiling: float) -> None:
     seconds = sum(GPUS[gpu].seconds(f.flops, f.size, "bf16") for f in floors.values())
     seconds += cost.UPDATE_BYTES * step.parameters / (1e12 * GPUS[gpu].bandwidth)
     assert batch / seconds == pytest.approx(ceiling, rel=0.01)
+    # In one pass the output's gradient is read once, and the weight for the update alone.
+    apart = floors["fc6", "input"], floors["fc6", "weight"]
+    backward = cost.floors(step.layers, 2, train=True, one_pass=["fc6"])["fc6", "backward"]
+    assert backward.flops == sum(f.flops for f in apart)
+    assert backward.size == sum(f.size for f in apart) - 2 * 4096 * (9216 + batch)
 
 
 @pytest.mark.parametrize(

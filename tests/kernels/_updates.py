@@ -6,7 +6,7 @@ its parameters' gradients update them; float64 says what they should have become
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,10 +14,13 @@ import torch.nn.functional as F
 
 from fastalex_kernels.common.epilogue import epilogue_backward
 from fastalex_kernels.common.layout import as_hwnc
+from fastalex_kernels.common.parameters import Dropout
 from fastalex_kernels.common.tuned import dot_precision
 from fastalex_kernels.conv2d.arguments import Padding, space_to_depth, spell_out
 from fastalex_kernels.conv2d.forward import pack_weight
 from fastalex_kernels.conv2d.weight import conv2d_relu_backward_weight
+from fastalex_kernels.linear.backward import linear_backward_update
+from fastalex_kernels.linear.forward import Epilogue, matmul
 from fastalex_kernels.linear.update import linear_backward_weight_update
 from fastalex_kernels.momentum import MomentumUpdate, Updates, sum_updates
 from fastalex_kernels.reference import relative_error, tolerance
@@ -37,6 +40,12 @@ CASES = [
     linear("several-tiles", 130, 72, 136, p=0.3),
     linear("last", 16, 64, 40, p=0.0),
 ]
+# Strips and blocks of outputs that are whole and cut, images that fill a block and that do not.
+ONE_PASS = [
+    linear("strips", 128, 72, 136, p=0.3),
+    linear("few-images", 37, 64, 200, p=0.0),
+    linear("one-image", 1, 104, 40),
+]
 
 
 @dataclass
@@ -48,6 +57,7 @@ class Made:
     stride: int
     padding: Padding
     groups: int
+    one_pass: bool = False  # the kernels make the input's gradient, too, before a ReLU below
 
     def gradient(self, seed: int) -> torch.Tensor:
         """A gradient of the linear part, in the products' dtype."""
@@ -64,11 +74,13 @@ class Made:
         padded = F.pad(x, (left, right, top, bottom))
         return F.conv2d(padded, weight, bias, self.stride, groups=self.groups)
 
-    def apply(self, dz: torch.Tensor, p: float) -> None:
+    def apply(self, dz: torch.Tensor, p: float) -> torch.Tensor | None:
         """Run the kernels that make the gradients of ``dz`` / (1 - p)."""
+        if self.one_pass:
+            return linear_backward_update(dz, self.input, Updates(*self.updates), p, mask=True)
         if dz.dim() == 2:
             linear_backward_weight_update(dz, self.input, *self.updates, p=p)
-            return
+            return None
         weight, sides, x = self.updates[0].parameter, self.padding, self.input
         if self.stride > 1:
             size, strides = (weight.shape[2], weight.shape[3]), (self.stride, self.stride)
@@ -78,6 +90,7 @@ class Made:
         _, partials = epilogue_backward(hwnc.view(-1, hwnc.shape[-1]), None, need_sums=True)
         part = conv2d_relu_backward_weight(as_hwnc(x), hwnc, (R, S), sides, self.groups)
         sum_updates(Updates(*self.updates), part, partials, self.stride)
+        return None
 
 
 def make(
@@ -118,10 +131,17 @@ def by_hand(
 
 
 def check(
-    case: Case, dtype: torch.dtype, rule: str, device: str = "cpu", packed: bool = False
+    case: Case,
+    dtype: torch.dtype,
+    rule: str,
+    device: str = "cpu",
+    packed: bool = False,
+    one_pass: bool = False,
 ) -> None:
     """Two updates of a layer, each within the bounds of its gradients."""
     made = make(case, dtype, rule, device, packed)
+    if one_pass:
+        made = replace(made, input=made.input.relu(), one_pass=True)
     strides = [u.parameter.stride() for u in made.updates]
     p = case.arguments.get("p", 0.0)
     for step in range(2):
@@ -131,7 +151,12 @@ def check(
         length = dz.numel() // dz.shape[1]
         bound = tolerance(dtype, length, dot_precision(dz, case.op))
         made.expected(*leaves).backward(dz.double() / (1 - p))
-        made.apply(dz, p)
+        dx = made.apply(dz, p)
+        if dx is not None:  # of the weight before, as the products read it
+            w = before[0][0].to(dtype).double()
+            wanted_dx = torch.where(made.input > 0, dz.double() @ w / (1 - p), 0.0)
+            assert relative_error(dx, wanted_dx) <= tolerance(dtype, len(w)), (case.name, dtype)
+            assert torch.equal(dx == 0, wanted_dx.to(dtype) == 0)
         for update, leaf, (w, v) in zip(made.updates, leaves, before, strict=True):
             assert leaf.grad is not None
             wanted = by_hand(rule, w, v, leaf.grad)
@@ -143,3 +168,18 @@ def check(
             norm = update.squares.double().sum().sqrt()
             assert relative_error(norm, leaf.grad.norm()) <= bound
     assert [u.parameter.stride() for u in made.updates] == strides
+
+
+def check_same_bits(case: Case, dtype: torch.dtype, device: str) -> None:
+    """One pass gives what two launches give, whose sums go in the same order, bit for bit."""
+    one, two = (make(case, dtype, "paper", device) for _ in range(2))
+    dz, p = one.gradient(0), case.arguments.get("p", 0.0)
+    x = one.input.relu()
+    weight = two.updates[0]
+    weight.refresh()
+    expected = matmul(dz, weight.read(), Epilogue(dropout=Dropout(p), mask=x))
+    linear_backward_weight_update(dz, x, weight, p=p)
+    dx = linear_backward_update(dz, x, Updates(one.updates[0]), p, mask=True)
+    assert torch.equal(dx, expected)
+    for name in ("parameter", "buffer", "operand"):
+        assert torch.equal(getattr(one.updates[0], name), getattr(weight, name)), name

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastalex_kernels as fk
+from fastalex_kernels.common.backend import has_tma
 from fastalex_kernels.reference import TF32_TOLERANCE
 
 from . import _augment as augments
@@ -121,6 +122,15 @@ def test_cross_entropy(case: losses.Case, dtype: torch.dtype) -> None:
 def test_fused_update(case: Case, dtype: torch.dtype) -> None:
     for rule in updates.RULES:
         updates.check(case, dtype, rule, "cuda")
+
+
+@pytest.mark.parametrize("case", updates.ONE_PASS, ids=str)
+def test_one_pass(case: Case) -> None:
+    if not has_tma(torch.device("cuda")):
+        pytest.skip("one pass needs a GPU with a tensor memory accelerator")
+    for rule in updates.RULES:
+        updates.check(case, torch.bfloat16, rule, "cuda", one_pass=True)
+    updates.check_same_bits(case, torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("case", [c for c in TILES if len(c.shapes) > 1], ids=str)

@@ -24,6 +24,7 @@ from fastalex.training.optim import build_optimizer
 from fastalex.training.step import Tricks
 from fastalex_kernels.common.launch import call
 from fastalex_kernels.conv2d import forward as conv2d
+from fastalex_kernels.linear import backward as one_pass
 from fastalex_kernels.linear import update as linear
 from fastalex_kernels.lrn_pool import general as pool
 from fastalex_kernels.reference import relative_error, tolerance
@@ -140,20 +141,23 @@ FAULTS: dict[str, tuple[Any, str, str, str, dict[str, str]]] = {
     "dropped tail": (
         linear, "_linear_bwd_weight_update_kernel", "(offs_n < N)[None, :]",
         "(offs_n < N - 1)[None, :]",
-        {"fc3": "backward: weight", "fc4": "backward: weight"},
+        {"fc4": "backward: weight"},
     ),
     "missing mask": (
         pool, "_lrn_max_pool2d_bwd_kernel", "tl.where(y <= 0, 0.0, dy)", "dy",
         {"pool1": "backward: gradient of the input", "pool2": "backward: gradient of the input"},
     ),
     "every program writes one place, the last one wins": (
-        linear, "_linear_bwd_weight_update_kernel", "tl.store(square_ptr + program",
-        "tl.store(square_ptr",
+        one_pass, "_linear_bwd_kernel", "tl.store(square_ptr + program", "tl.store(square_ptr",
         {"fc3": "backward: squared norm of the weight's gradient"},
     ),
     "does not compile": (
         linear, "_linear_bwd_weight_update_kernel", "scale * scale", "scale * scales",
-        {"fc3": "NameError", "fc4": "NameError"},
+        {"fc4": "NameError"},
+    ),
+    "another weight": (
+        one_pass, "_linear_bwd_kernel", "w.to(dz.dtype), dx", "v.to(dz.dtype), dx",
+        {"fc3": "backward: gradient of the input"},
     ),
 }  # fmt: skip
 

@@ -52,15 +52,15 @@ def test_every_launch_of_a_step_is_known_before(towers: int) -> None:
 
 
 def test_tiles_that_were_tuned_here_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles: dict[Key, Tile] = {("linear update", "bfloat16", (4096, 9216, 128)): (32, 32, 32, 4, 2)}
+    tiles: dict[Key, Tile] = {("linear backward", "bfloat16", (128, 4096, 9216)): (128, 32, 8, 2)}
     monkeypatch.setattr(precompile, "read_table", lambda path, device: tiles)
     blocks = [
-        launch.named["BLOCK_M"]
+        launch.named["BLOCK_N"]
         for launch in precompile.launches_of(a_step(), *RUN)
-        if launch.name.endswith("_linear_bwd_weight_update_kernel")
+        if launch.name.endswith("_linear_bwd_kernel")
     ]
     assert len(blocks) == 3
-    assert blocks.count(32) == 1
+    assert blocks.count(128) == 1
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ FIELDS = {  # what a tile holds, by kernel; a name's first word is the op, a fol
     "linear parts": ("parts",),
     "linear half parts": ("parts",),  # of a product of which a half is begun
     "linear update": _PRODUCT,
+    "linear backward": ("BLOCK_N", "BLOCK_K", "num_warps", "num_stages"),  # both in one pass
     "lrn forward": ("chunks", "strip", "rows"),
     "lrn backward": ("chunks", "rows"),
     "pool forward": ("BLOCK_M", "num_warps"),  # with LRN too, where its sizes are not AlexNet's

@@ -160,10 +160,12 @@ def _finish_partials_kernel(
     RELU: tl.constexpr,
     DROPOUT: tl.constexpr,
     MASK: tl.constexpr,
+    ALIGN: tl.constexpr,  # divides N
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     wait_for_predecessor()
+    N = N // ALIGN * ALIGN
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
@@ -263,8 +265,8 @@ def _add_up(parts: Tensor, y: Tensor, epilogue: Epilogue) -> Tensor:
     grid = (triton.cdiv(N, block_n), triton.cdiv(M, block_m))
     launch(
         _finish_partials_kernel, grid, parts, *epilogue.tensors(y), y, len(parts), M, N,
-        *epilogue.scalars(), **epilogue.flags(), BLOCK_M=block_m, BLOCK_N=block_n,
-        counted=max(M, N),
+        *epilogue.scalars(), **epilogue.flags(), ALIGN=math.gcd(8, N), BLOCK_M=block_m,
+        BLOCK_N=block_n, counted=max(M, N),
     )  # fmt: skip
     return y
 

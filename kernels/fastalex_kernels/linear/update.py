@@ -19,7 +19,7 @@ from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
 from ..linear.forward import product_tile
 from ..linear.product import operands, product
-from ..momentum import MomentumUpdate, momentum_step, update_by
+from ..momentum import MomentumUpdate, load_rate, momentum_step, update_by
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
 _TILES = {
@@ -112,7 +112,7 @@ def _linear_bwd_weight_update_kernel(
     v = tl.load(v_ptr + offs, mask=mask, other=0.0)
     # What lies outside was read as zero, so it adds nothing to the norm.
     tl.store(square_ptr + program, scale * scale * tl.sum(tl.sum(g * g, axis=1)))
-    w, v = momentum_step(w, v, scale * g, rate_ptr, PAPER)
+    w, v = momentum_step(w, v, scale * g, load_rate(rate_ptr), PAPER)
     tl.store(w_ptr + offs, w, mask=mask)
     tl.store(v_ptr + offs, v, mask=mask)
     if HAS_OPERAND:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastalex_kernels.common.backend import record_launches
+from fastalex_kernels.linear import backward
+from fastalex_kernels.momentum import MomentumUpdate
+
 from .. import _updates as updates
 from .._cases import sampled
 from .._oracle import Case, conv, linear
@@ -35,6 +39,51 @@ def test_weight_in_the_order_its_kernels_read(case: Case, dtype: torch.dtype) ->
 @pytest.mark.parametrize("case", sampled(updates.CASES, 7, first=1))
 def test_float16(case: Case) -> None:
     updates.check(case, torch.float16, "torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", updates.ONE_PASS, ids=str)
+def test_one_pass(case: Case, dtype: torch.dtype, real_tiles: RealTiles) -> None:
+    updates.check(case, dtype, "torch", one_pass=True)
+    with real_tiles("sm_90"):
+        updates.check(case, dtype, "paper", one_pass=True)
+
+
+def test_what_one_pass_takes() -> None:
+    """Rows that begin at 16 bytes, of as many images as a program holds; else two launches do."""
+
+    def fits(images: int = 4, inputs: int = 64, outputs: int = 40, skip: int = 0) -> bool:
+        w = torch.zeros(skip + outputs * inputs)[skip:].view(outputs, inputs)
+        update = MomentumUpdate(w, torch.zeros_like(w), torch.zeros(3))
+        return backward.fits(torch.zeros(images, outputs), torch.zeros(images, inputs), update)
+
+    assert fits()
+    assert fits(images=256)
+    assert not fits(images=257)
+    assert not fits(images=0)
+    assert not fits(inputs=62)
+    assert not fits(outputs=10)
+    assert not fits(skip=1)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "images", "inputs", "expected"),
+    [
+        ("sm_90", 128, 9216, True),
+        ("sm_90", 128, 4096, True),
+        ("sm_90", 256, 4096, True),
+        ("sm_90", 256, 9216, False),  # three strips do not fit on a processor
+        ("sm_90", 512, 4096, False),
+        ("sm_90", 128, 2048, False),  # strips for half of the processors
+        ("sm_80", 128, 9216, False),
+    ],
+)
+def test_where_one_pass_gains(gpu: str, images: int, inputs: int, expected: bool) -> None:
+    with record_launches(gpu, lambda *_: None):
+        dz, x = (torch.empty(images, n, dtype=torch.bfloat16, device="meta") for n in (8, inputs))
+        w = torch.empty(8, inputs, device="meta")
+        update = MomentumUpdate(w, torch.empty_like(w), w.new_empty(3))
+        assert backward.fits(dz, x, update) == expected
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from tests.kernels.test_gpu import (
     test_dropout_as_on_a_cpu,
     test_fused_update,
     test_masked_gradients,
+    test_one_pass,
     test_same_bits_again,
     test_tf32,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "test_dropout_as_on_a_cpu",
     "test_fused_update",
     "test_masked_gradients",
+    "test_one_pass",
     "test_same_bits_again",
     "test_tf32",
 ]
