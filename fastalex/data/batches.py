@@ -40,7 +40,8 @@ class Batch:
     All but the indices lie in page-locked memory where there is a GPU.
     """
 
-    images: torch.Tensor  # uint8 [n, D, D, 3], RGB
+    images: torch.Tensor  # uint8 [n, D, D, 3], RGB; a row more where two towers load an odd n
+    loaded: slice  # the rows of them that this process loads; the rest is the other tower's
     labels: torch.Tensor  # int64 [n]
     indices: torch.Tensor  # int64 [n], which samples of the dataset these are; always on the CPU
     tops: torch.Tensor  # int32 [n], the first row of each crop
@@ -51,21 +52,23 @@ class Batch:
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """What ``fastalex.data.augment.Augment`` is called with."""
-        drawn = (self.images, self.tops, self.lefts, self.mirrors)
+        drawn = (self.images[: len(self.labels)], self.tops, self.lefts, self.mirrors)
         return drawn if self.colors is None else (*drawn, self.colors)
 
     def empty(self, device: torch.device) -> Batch:
         """Memory on ``device`` for a batch of this one's shapes."""
-        return replace(self, **{n: torch.empty_like(x, device=device) for n, x in self._moved()})
+        return replace(self, **{n: x.new_empty(x.shape, device=device) for n, x in self._moved()})
 
     def copy_to(self, place: Batch) -> Batch:
-        """This batch, copied into the memory of ``place``; the host does not wait for it."""
+        """What was loaded of this batch, copied into ``place``; the host does not wait for it."""
         for name, x in self._moved():
-            getattr(place, name).copy_(x, non_blocking=True)
+            rows = self.loaded if name == "images" else slice(None)
+            getattr(place, name)[rows].copy_(x[rows], non_blocking=True)
         return replace(place, indices=self.indices)
 
-    def _moved(self) -> list[tuple[str, torch.Tensor]]:
-        return [(n, x) for n, x in vars(self).items() if x is not None and n != "indices"]
+    def _moved(self) -> list[tuple[str, Any]]:
+        stay = ("loaded", "indices")
+        return [(n, x) for n, x in vars(self).items() if x is not None and n not in stay]
 
 
 class Transform(NamedTuple):
@@ -79,10 +82,12 @@ class Transform(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Which part of each batch a replica gets: ``rank`` of ``replicas``."""
+    """Which part of each batch a replica gets, and which part of those images a tower loads."""
 
     rank: int = 0
     replicas: int = 1
+    tower: int = 0
+    towers: int = 1
 
 
 WHOLE = Share()
@@ -101,7 +106,8 @@ class Batches:
 
     Replica ``rank`` of r gets samples ``[rank * n // r, (rank + 1) * n // r)`` of a batch of n:
     none at all in a short validation batch of fewer than r samples, so that all replicas take the
-    same number of steps.
+    same number of steps. Both towers of a replica get the same samples, and each loads half of
+    their images.
 
     Args:
         dataset: where the images come from.
@@ -127,7 +133,7 @@ class Batches:
         workers: int = 0,
     ) -> None:
         image_size, normalization, augmentation, noise, device = transform
-        rank, replicas = share
+        rank, replicas, tower, towers = share
         checks = {
             f"batch_size: expected at least 1, got {batch_size}": batch_size >= 1,
             f"image_size: expected at least 1, got {image_size}": image_size >= 1,
@@ -137,6 +143,7 @@ class Batches:
                 batch_size % replicas == 0
             ),
             f"rank: expected 0 to {replicas - 1}, got {rank}": 0 <= rank < replicas,
+            f"tower: expected 0 to {towers - 1}, got {tower}": 0 <= tower < towers,
             f"augmentation: expected one of {', '.join(AUGMENTATIONS)}, got {augmentation!r}": (
                 augmentation in AUGMENTATIONS
             ),
@@ -201,7 +208,7 @@ class Batches:
     def _indices(self, order: npt.NDArray[np.int64], batch: int) -> npt.NDArray[np.int64]:
         start, stop = batch * self.batch_size, (batch + 1) * self.batch_size
         positions = np.arange(start, stop if self.train else min(stop, len(order)))
-        rank, replicas = self.share
+        rank, replicas, *_ = self.share
         first, last = (r * len(positions) // replicas for r in (rank, rank + 1))
         return order[positions[first:last] % len(order)]
 
@@ -210,16 +217,19 @@ class Batches:
     ) -> Batch:
         """One batch; ``drawn`` has tops, lefts, mirrors and colours, if any, of all samples."""
         pinned = torch.cuda.is_available()  # then a copy to it goes on beside the step before
-        shape = (len(indices), self._side, self._side, 3)
+        *_, tower, towers = self.share
+        each = -(-len(indices) // towers)
+        loaded = slice(tower * each, (tower + 1) * each)
+        shape = (towers * each, self._side, self._side, 3)
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
         read = self._part if self.augmentation == "resized" else self._whole
-        for out, index in zip(images.numpy(), indices.tolist(), strict=True):
+        for out, index in zip(images.numpy()[loaded], indices[loaded].tolist(), strict=False):
             read(epoch, index, out)
         rows = [torch.from_numpy(values[indices]) for values in (self.dataset.labels, *drawn)]
         labels, *inputs = (
             torch.empty(row.shape, dtype=row.dtype, pin_memory=pinned).copy_(row) for row in rows
         )
-        return Batch(images, labels, torch.from_numpy(indices), *inputs)
+        return Batch(images, loaded, labels, torch.from_numpy(indices), *inputs)
 
     def _whole(self, epoch: int, index: int, out: Pixels) -> None:
         if isinstance(self.dataset, PackedImages) and self.dataset.size == self._side:

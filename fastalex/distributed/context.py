@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from fastalex.common.timing import Stopwatch
 from fastalex.distributed import towers
+from fastalex.distributed.exchange import gather_rows
 from fastalex.distributed.launch import TrainingError, is_lost_peer
 from fastalex.distributed.watchdog import Watchdog
 from fastalex.distributed.world import World, rank
@@ -44,8 +45,9 @@ class ParallelContext:
         self.mesh: Any = _OneProcess()
         if world.processes > 1:
             self.mesh = towers.init_mesh(world.device_type, world.replicas, world.towers)
-        self.processes, self.replicas = world.processes, world.replicas
+        self.processes, self.replicas, self.towers = world.processes, world.replicas, world.towers
         self.replica: int = self.mesh.get_local_rank("data")  # which of them this process is
+        self.tower: int = self.mesh.get_local_rank("tower")
         self.is_main = world.processes == 1 or rank() == 0  # writes files and talks to the user
         self.stopwatch = Stopwatch()  # of the exchange between processes
 
@@ -72,6 +74,13 @@ class ParallelContext:
     def reduce_gradients(self, model: AlexNet) -> None:
         with self.stopwatch.running(self.device, int(self.replicas > 1)):
             towers.reduce_gradients(model, self.mesh)
+
+    def gather_rows(self, x: torch.Tensor) -> None:
+        """Fill ``x`` with the other tower's half of its rows; on a GPU its stream waits for it."""
+        if self.towers > 1:
+            # On a GPU it runs beside a step, which does not wait for it.
+            with self.stopwatch.running(self.device, int(self.device.type == "cpu")):
+                gather_rows(x, self.tower, self.mesh.get_group("tower"))
 
     def all_reduce_max(self, values: torch.Tensor) -> None:
         """Make ``values`` the largest of all processes."""

@@ -153,6 +153,13 @@ def exchanged(exchange: Exchange, sent: torch.Tensor) -> torch.Tensor:
     return transfer.received
 
 
+def gather_rows(x: torch.Tensor, rank: int, group: Any) -> None:
+    """Fill the contiguous ``x``, of which each tower has written its half, with the other's."""
+    if x.numel() > 0:
+        mine = x.chunk(TOWERS)[rank]
+        _all_gather(x.view(-1), mine.view(-1), group, async_op=True).wait()
+
+
 class GatherTowers(torch.autograd.Function):
     """Both towers' channels, tower 0's first, of this tower's half [N, C, ...].
 

@@ -153,7 +153,7 @@ class Trainer:
             set_momentum_buffers(self.model, self.optimizer, parts)
 
     def _batches(self, dataset: ImageDataset, train: bool) -> Batches:
-        settings = self.settings
+        settings, parallel = self.settings, self.parallel
         return Batches(
             dataset,
             settings.batch_size,
@@ -162,11 +162,11 @@ class Trainer:
                 self.config.normalization,
                 settings.augmentation,
                 color_noise(dataset, settings.color_noise),
-                self.parallel.device,
+                parallel.device,
             ),
             settings.seed,
             train,
-            Share(self.parallel.replica, self.parallel.replicas),
+            Share(parallel.replica, parallel.replicas, parallel.tower, parallel.towers),
             settings.workers,
         )
 
@@ -249,7 +249,8 @@ class Trainer:
         """The rest of a pass over the training images."""
         self.recent.start()
         batches = self.train_batches.epoch(self.epoch - 1, self.batch)
-        for batch in fetch(batches, self.parallel.device, self.recent.waiting):
+        gather = self.parallel.gather_rows
+        for batch in fetch(batches, self.parallel.device, gather, self.recent.waiting):
             self._train_step(batch)
             self.batch += 1
             last = self.step == self.steps

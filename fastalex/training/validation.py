@@ -42,7 +42,7 @@ def evaluate(
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=parallel.device)
     seen = 0  # counted here: a number that is copied to a GPU has the host wait for it
-    for number, batch in enumerate(fetch(batches.epoch(0), parallel.device)):
+    for number, batch in enumerate(fetch(batches.epoch(0), parallel.device, parallel.gather_rows)):
         on_batch(number)
         labels = batch.labels
         if len(labels) == 0:  # a short last batch may leave a replica without images
@@ -62,16 +62,20 @@ def evaluate(
 def fetch(
     batches: Iterator[Batch],
     device: torch.device,
+    gather: Callable[[torch.Tensor], None] = lambda images: None,
     waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Iterator[Batch]:
     """The same batches on ``device``, copied there beside the work that it has been given.
 
-    The wait for each, inside ``waiting()``, is on a profiler's time line.
+    ``gather`` fills in there the images that the other tower has loaded. The wait for each batch,
+    inside ``waiting()``, is on a profiler's time line.
     """
     if device.type == "cuda":
-        yield from _copied(_waited(batches, waiting), device)
-    else:
-        yield from _waited(batches, waiting)
+        yield from _copied(_waited(batches, waiting), device, gather)
+        return
+    for batch in _waited(batches, waiting):
+        gather(batch.images)
+        yield batch
 
 
 def _waited(
@@ -85,7 +89,9 @@ def _waited(
         yield batch
 
 
-def _copied(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def _copied(
+    batches: Iterator[Batch], device: torch.device, gather: Callable[[torch.Tensor], None]
+) -> Iterator[Batch]:
     """The batches on a GPU, in two sets of memory by turns, copied on a stream of its own.
 
     A set is written again when the work that was given out with it is done.
@@ -96,13 +102,14 @@ def _copied(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     for number, batch in enumerate(batches):
         turn = number % 2
         place, done = places[turn], free[turn]
-        if place is None or place.images.shape != batch.images.shape:
+        if place is None or place.labels.shape != batch.labels.shape:
             place = batch.empty(device)
             stream.wait_stream(current)
         elif done is not None:
             stream.wait_event(done)
         with torch.cuda.stream(stream):
             places[turn] = place = batch.copy_to(place)
+            gather(place.images)
         current.wait_stream(stream)
         yield place
         free[turn] = current.record_event()
