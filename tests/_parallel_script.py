@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -23,6 +24,9 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastalex import AlexNet
+from fastalex.data import Normalization
+from fastalex.data.batches import Batches, Share, Transform
+from fastalex.data.synthetic import SyntheticImages
 from fastalex.distributed import exchange, towers
 from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.exchange import TowerExchange, checked_exchange
@@ -30,6 +34,7 @@ from fastalex.distributed.world import World
 from fastalex.model.variants import Variant
 from fastalex.training import TrainStep
 from fastalex.training.optim import build_optimizer
+from fastalex.training.validation import fetch
 from tests._nets import narrow
 
 ROWS, SIZE = 6, 64
@@ -151,6 +156,37 @@ def _copies_agree(variant: str, towers_of_one: int) -> list[bool]:
     return found
 
 
+class Counted(SyntheticImages):
+    """Notes which images are asked for."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__("train", count)
+        self.asked: list[int] = []
+
+    def image(self, index: int, size: int) -> Any:
+        self.asked.append(index)
+        return super().image(index, size)
+
+
+def _fed() -> dict[str, Any]:
+    """Whether each batch of a tower is the whole one, and the images that it decoded for it."""
+    parallel = ParallelContext(World("cpu", 2, 2, 1))
+    plain, share = Normalization((0.0,) * 3, (1.0,) * 3), Share(0, 1, parallel.tower, 2)
+    result: dict[str, Any] = {"equal": True, "decoded": [], "needed": []}
+    for train, size in itertools.product((True, False), (1, 5, 8)):
+        alone, ours = Counted(11), Counted(11)
+        transform = Transform(14, plain, "full")
+        whole = Batches(alone, size, transform, 3, train)
+        batches = Batches(ours, size, transform, 3, train, share, workers=2)
+        fetched = fetch(batches.epoch(1), parallel.device, parallel.gather_rows)
+        for one, batch in zip(whole.epoch(1), fetched, strict=True):
+            pairs = zip((*one.inputs, one.labels), (*batch.inputs, batch.labels), strict=True)
+            result["equal"] &= all(torch.equal(a, b) for a, b in pairs)
+        result["decoded"].append(ours.asked)
+        result["needed"].append(alone.asked)
+    return result
+
+
 def two() -> dict[str, Any]:
     pair, replicas = towers.init_mesh("cpu", 1, 2), towers.init_mesh("cpu", 2, 1)
     pair_exchange = TowerExchange(pair)
@@ -166,6 +202,7 @@ def two() -> dict[str, Any]:
         "damaged": _check_damaged(pair, lambda _: True),
         "damaged to rank 1": _check_damaged(pair, lambda rank: rank == 1),
         "copies agree": [*_copies_agree("paper", 2), *_copies_agree("owt", 1)],
+        "fed": _fed(),
         "no towers": _refused(lambda: towers.parallelize(_net("caffe"), pair)),
     }
 

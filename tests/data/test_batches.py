@@ -44,7 +44,7 @@ class Coordinates:
 def batches(count: int = 20, size: int = 14, batch_size: int = 8, **options: object) -> Batches:
     augmentation = options.pop("augmentation", "crop")
     transform = Transform(size, options.pop("mean_std", PLAIN), augmentation)  # type: ignore[arg-type]
-    share = Share(options.pop("rank", 0), options.pop("replicas", 1))  # type: ignore[arg-type]
+    share = Share(**{name: options.pop(name) for name in Share._fields if name in options})  # type: ignore[arg-type]
     arguments = {"seed": 3, "train": True, "share": share, **options}
     return Batches(Coordinates(count), batch_size, transform, **arguments)  # type: ignore[arg-type]
 
@@ -116,6 +116,24 @@ def test_replicas_share_each_batch(
             assert [len(share.indices) for share in shares] == [per_replica] * replicas
 
 
+@given(count=st.integers(1, 40), batch_size=st.integers(1, 9), train=st.booleans())
+def test_towers_load_the_halves_of_what_their_replica_gets(
+    count: int, batch_size: int, train: bool
+) -> None:
+    """All but the images is there on both; each writes as many rows as the other, or one fewer."""
+    share = {"rank": 1, "replicas": 2, "train": train}
+    whole = batches(count, 7, 2 * batch_size, **share)
+    pair = [batches(count, 7, 2 * batch_size, **share, tower=t, towers=2) for t in (0, 1)]
+    for full, *halves in zip(whole.epoch(1), *(tower.epoch(1) for tower in pair), strict=True):
+        both = torch.cat([half.images[half.loaded] for half in halves])
+        assert len(both) == len(halves[0].images) == 2 * -(-len(full.labels) // 2)
+        assert torch.equal(both[: len(full.labels)], full.images)
+        for half in halves:
+            assert [len(x) for x in half.inputs] == [len(full.labels)] * 4
+            for field in ("labels", "indices", "tops", "lefts", "mirrors"):
+                assert torch.equal(getattr(half, field), getattr(full, field))
+
+
 @given(count=st.integers(1, 40), batch_size=st.integers(1, 50), epoch=st.integers(0, 5))
 def test_a_training_epoch_has_full_batches_and_misses_no_sample(
     count: int, batch_size: int, epoch: int
@@ -160,7 +178,8 @@ def test_batches_hold_bytes_that_augment_normalises_and_their_labels() -> None:
 def test_a_batch_moves_to_a_device_and_its_indices_stay() -> None:
     batch = next(batches().epoch(0))
     moved = batch.copy_to(batch.empty(torch.device("meta")))
-    kinds = {name: value.device.type for name, value in vars(moved).items() if value is not None}
+    tensors = {name: x for name, x in vars(moved).items() if isinstance(x, torch.Tensor)}
+    kinds = {name: x.device.type for name, x in tensors.items()}
     assert kinds.pop("indices") == "cpu"
     assert set(kinds) == {"images", "labels", "tops", "lefts", "mirrors"}
     assert set(kinds.values()) == {"meta"}
@@ -176,6 +195,7 @@ def test_a_batch_moves_to_a_device_and_its_indices_stay() -> None:
         ({"workers": -1}, "workers: expected at least 0, got -1"),
         ({"replicas": 3}, "batch_size: expected a multiple of replicas=3, got 8"),
         ({"rank": 2, "replicas": 2}, "rank: expected 0 to 1, got 2"),
+        ({"tower": 2, "towers": 2}, "tower: expected 0 to 1, got 2"),
         (
             {"augmentation": "mixup"},
             "augmentation: expected one of none, crop, full, resized, got .*",

@@ -99,6 +99,16 @@ def test_towers_that_cannot_exchange_data_say_so_on_both_sides(two: Results) -> 
             assert "the towers cannot exchange data" in result[damaged]
 
 
+def test_two_towers_decode_each_image_once_and_both_see_all(two: Results) -> None:
+    first, second = (result["fed"] for result in two)
+    assert first["equal"]
+    assert second["equal"]
+    for needed, *decoded in zip(first["needed"], first["decoded"], second["decoded"], strict=True):
+        assert sorted(decoded[0] + decoded[1]) == sorted(needed)
+        assert len(decoded[0]) >= len(decoded[1])
+    assert sum(map(len, second["decoded"])) > 0
+
+
 def test_copies_that_differ_are_noticed_by_all_of_towers_and_of_replicas(two: Results) -> None:
     assert [result["copies agree"] for result in two] == [[True, False, True, False]] * 2
 

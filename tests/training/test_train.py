@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from fastalex.common.interrupts import Interrupted
+from fastalex.data.pack import pack
 from fastalex.training import train
 from fastalex.training.weights import load_weights
 from tests._commands import alive, end, run, start, wait_until, workers
@@ -273,6 +274,33 @@ def test_a_bug_in_one_process_shows_its_traceback_once(tmp_path: Path) -> None:
     assert process.stderr.count("\nZeroDivisionError: the bug") == 1
     assert "train: error: rank 0: lost the connection to rank 1 (host " in process.stderr
     assert "run keeps metrics.jsonl, no weights yet" in process.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_image_that_one_tower_cannot_read_ends_both(
+    images: Path, tmp_path: Path, rank: int
+) -> None:
+    """Half of the images are for the other one, which finds nothing wrong."""
+    script = changed(
+        tmp_path,
+        "from fastalex.data import packed\n"
+        "train_epoch = trainer.Trainer._train_epoch\n"
+        "def damaged(self):\n"
+        f"    if launch.rank() == {rank}:\n"
+        "        packed.crc32 = lambda data: -1\n"
+        "    train_epoch(self)\n"
+        "trainer.Trainer._train_epoch = damaged\n",
+    )
+    pack(images, tmp_path / "set", 73, 1)
+    process = run(command("ours", "--data", "set", script=script), tmp_path)
+    assert process.returncode == 1
+    lines = sorted(process.stderr.splitlines(), key=lambda line: "lost the connection" in line)
+    assert len(lines) == 1 + rank
+    assert lines[0].startswith(f"train: error: rank {rank}: set/train/00000.npy: image ")
+    assert "does not match its checksum; copy the set or pack it again" in lines[0]
+    assert "run keeps metrics.jsonl, no weights yet" in lines[-1]  # which rank 0 says
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
