@@ -7,7 +7,7 @@ on changes what is seen. Batches are bytes; the device augments them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -167,8 +167,11 @@ class Batches:
         """Batches in an epoch."""
         return -(-len(self.dataset) // self.batch_size)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Batches ``start``, ``start + 1``, ... of an epoch, this replica's share of each."""
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
+        """Batches ``start``, ``start + 1``, ... of an epoch, this replica's share of each.
+
+        Close it where an error may keep it: its threads must not end in a garbage collection.
+        """
         if epoch < 0:
             raise ValueError(f"epoch: expected at least 0, got {epoch}")
         if not 0 <= start <= len(self):

@@ -248,21 +248,22 @@ class Trainer:
     def _train_epoch(self) -> None:
         """The rest of a pass over the training images."""
         self.recent.start()
-        batches = self.train_batches.epoch(self.epoch - 1, self.batch)
-        gather = self.parallel.gather_rows
-        for batch in fetch(batches, self.parallel.device, gather, self.recent.waiting):
-            self._train_step(batch)
-            self.batch += 1
-            last = self.step == self.steps
-            if self.step % self.read_every == 0 or last:
-                self._read_losses()
-            if last or self.step % self.settings.log_every == 0:
-                self._report_steps()
-            self.progress.advance(self.step, self.epoch, self.recent.loss, self.recent.rate)
-            if last:
-                break
-            if self.batch < len(self.train_batches):  # at the end of an epoch, validation does
-                self._save_or_stop(self.step, self.settings.checkpoint_every)
+        loaded = self.train_batches.epoch(self.epoch - 1, self.batch)
+        place, gather = self.parallel.device, self.parallel.gather_rows
+        with contextlib.closing(loaded):
+            for batch in fetch(loaded, place, gather, self.recent.waiting):
+                self._train_step(batch)
+                self.batch += 1
+                last = self.step == self.steps
+                if self.step % self.read_every == 0 or last:
+                    self._read_losses()
+                if last or self.step % self.settings.log_every == 0:
+                    self._report_steps()
+                self.progress.advance(self.step, self.epoch, self.recent.loss, self.recent.rate)
+                if last:
+                    break
+                if self.batch < len(self.train_batches):  # at the end of an epoch, validation does
+                    self._save_or_stop(self.step, self.settings.checkpoint_every)
         self._read_losses()
 
     def _save_or_stop(self, number: int, every: int | None = None) -> None:

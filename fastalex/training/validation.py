@@ -42,17 +42,18 @@ def evaluate(
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=parallel.device)
     seen = 0  # counted here: a number that is copied to a GPU has the host wait for it
-    for number, batch in enumerate(fetch(batches.epoch(0), parallel.device, parallel.gather_rows)):
-        on_batch(number)
-        labels = batch.labels
-        if len(labels) == 0:  # a short last batch may leave a replica without images
-            continue
-        logits = model(batches.augment(*batch.inputs)).float()
-        ranked = logits.topk(min(TOP, logits.shape[1])).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        counts = (loss, ranked[:, 0].sum(), ranked.sum())
-        sums[:3] += torch.stack([value.double() for value in counts])
-        seen += len(labels)
+    with contextlib.closing(batches.epoch(0)) as loaded:
+        for number, batch in enumerate(fetch(loaded, parallel.device, parallel.gather_rows)):
+            on_batch(number)
+            labels = batch.labels
+            if len(labels) == 0:  # a short last batch may leave a replica without images
+                continue
+            logits = model(batches.augment(*batch.inputs)).float()
+            ranked = logits.topk(min(TOP, logits.shape[1])).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            counts = (loss, ranked[:, 0].sum(), ranked.sum())
+            sums[:3] += torch.stack([value.double() for value in counts])
+            seen += len(labels)
     sums[3].fill_(seen)
     loss_sum, top1, top5, images = parallel.sum_replicas(sums).tolist()
     model.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -16,21 +17,22 @@ from torch.overrides import TorchFunctionMode
 
 from fastalex import AlexNet
 from fastalex.data import Normalization
-from fastalex.data.batches import Batches, Transform
+from fastalex.data.batches import Batch, Batches, Share, Transform
 from fastalex.distributed.context import ParallelContext
 from fastalex.distributed.launch import TrainingError
 from fastalex.distributed.world import World
-from fastalex.training import trainer
+from fastalex.training import trainer, validation
 from fastalex.training.config import Settings
 from fastalex.training.metrics import is_stuck
 from fastalex.training.options import parse_arguments
 from fastalex.training.prepare import RunConfig
 from fastalex.training.run_folder import RunFolder, next_free
 from fastalex.training.step import TrainStep
-from fastalex.training.validation import Accuracy, evaluate
+from fastalex.training.validation import Accuracy, evaluate, fetch
 from fastalex_kernels.common.backend import chosen
 from tests._nets import narrow
 
+PLAIN = Normalization((0.0,) * 3, (1.0,) * 3)
 ALONE = World("cpu", processes=1, towers=1, threads=1)
 
 
@@ -97,9 +99,7 @@ def test_accuracies_are_those_of_a_count_by_hand(classes: int) -> None:
     labels = torch.randint(0, classes, (23,), generator=generator).tolist()
     source = FewImages(labels, classes)
     # 23 images in batches of 5: the last one is short.
-    batches = Batches(
-        source, 5, Transform(8, Normalization((0.0,) * 3, (1.0,) * 3)), 0, train=False
-    )
+    batches = Batches(source, 5, Transform(8, PLAIN), 0, train=False)
     model = Lookup(logits)
     accuracy = evaluate(model, batches, ParallelContext(ALONE))  # type: ignore[arg-type]
 
@@ -135,9 +135,7 @@ def test_a_validation_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPat
     """On a device without data what reads a number fails, and so would a copy from the host."""
     meta = torch.device("meta")
     source = FewImages([0, 1, 2] * 4, classes=3)
-    batches = Batches(
-        source, 5, Transform(8, Normalization((0.0,) * 3, (1.0,) * 3)), 0, train=False
-    )
+    batches = Batches(source, 5, Transform(8, PLAIN), 0, train=False)
     parallel = ParallelContext(ALONE)
     parallel.device = meta
     sums = []
@@ -154,6 +152,61 @@ def test_a_validation_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPat
         accuracy = evaluate(Lookup(torch.empty(256, 3, device=meta)), batches, parallel)  # type: ignore[arg-type]
     assert accuracy == Accuracy(2.0, 0.25, 0.5)
     assert [x.device for x in sums] == [meta]
+
+
+class Stream:
+    """Stands for a GPU's stream: notes what waits for what."""
+
+    def __init__(self, name: str, events: list[str]) -> None:
+        self.name, self.events = name, events
+
+    def wait_stream(self, other: Stream) -> None:
+        self.events.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: str) -> None:
+        self.events.append(f"{self.name} waits for {event}")
+
+    def record_event(self) -> str:
+        return f"step {sum(event.startswith('step') for event in self.events)}"
+
+
+@pytest.mark.parametrize("tower", [0, 1])
+def test_on_a_gpu_halves_are_gathered_beside_the_step_before(
+    monkeypatch: pytest.MonkeyPatch, tower: int
+) -> None:
+    """In the order of streams: into memory that is free, before the step that reads it."""
+    source, transform = FewImages([0, 1] * 5, classes=2), Transform(8, PLAIN)
+    whole = list(Batches(source, 3, transform, 0, train=False).epoch(0))
+    halves = Batches(source, 3, transform, 0, False, Share(0, 1, tower, 2)).epoch(0)
+    events: list[str] = []
+    streams = {name: Stream(name, events) for name in ("copy", "main")}
+    empty, given = Batch.empty, iter(whole)
+    monkeypatch.setattr(Batch, "empty", lambda batch, device: empty(batch, torch.device("cpu")))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["main"])
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(validation, "_copy_stream", lambda device: streams["copy"])
+
+    def gather(images: torch.Tensor) -> None:
+        events.append("gather")
+        expected, rows = next(given).images, len(images) // 2
+        theirs = slice(rows * (1 - tower), rows * (2 - tower))
+        images[theirs][: len(expected[theirs])] = expected[theirs]
+
+    places = []
+    for expected, batch in zip(whole, fetch(halves, torch.device("cuda"), gather), strict=True):
+        events.append(f"step {len(places) + 1}")
+        places.append(batch.images.data_ptr())
+        for a, b in zip(
+            (*expected.inputs, expected.labels), (*batch.inputs, batch.labels), strict=True
+        ):
+            assert torch.equal(a, b)
+        assert batch.indices.tolist() == expected.indices.tolist()
+    each = [["gather", "main waits for copy", f"step {n}"] for n in (1, 2, 3, 4)]
+    first = [["copy waits for main"]] * 2 + [["copy waits for step 1"]] + [["copy waits for main"]]
+    assert events == [
+        event for pair in zip(first, each, strict=True) for part in pair for event in part
+    ]
+    assert places[0] == places[2] != places[1]
 
 
 @pytest.mark.usefixtures("here")
