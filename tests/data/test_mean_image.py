@@ -21,6 +21,8 @@ from fastalex.data.augment import PUBLISHED_NOISE, ColorNoise
 from fastalex.data.batches import Batches, Transform
 from fastalex.data.datasets import color_noise, mean_image
 from fastalex.data.pack import pack
+from fastalex.distributed.context import ParallelContext
+from fastalex.distributed.world import World
 from fastalex.evaluation import evaluate
 from fastalex.model.variants import VARIANTS
 from fastalex.training import prepare, train, trainer
@@ -218,7 +220,7 @@ def test_training_draws_the_colour_noise_it_is_told_to(folder: Path, kind: str) 
     run: Any = SimpleNamespace(
         settings=Settings.choose(parse_arguments([*given, "--data", "set"]), "cpu"),
         config=SimpleNamespace(normalization=Normalization((0, 0, 0), (1, 1, 1))),
-        parallel=SimpleNamespace(replica=0, replicas=1, device=torch.device("cpu")),
+        parallel=ParallelContext(World("cpu", processes=1, towers=1, threads=1)),
     )
     noise = PUBLISHED_NOISE if kind == "published" else ColorNoise.measured(source.covariance)
     plain = Normalization((0, 0, 0), (1, 1, 1))
