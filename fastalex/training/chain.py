@@ -40,7 +40,7 @@ from fastalex.training.passes import (
     Torch,
 )
 from fastalex.training.updates import FusedUpdate, StoredGradients, momentum_update
-from fastalex_kernels.common.backend import use_triton
+from fastalex_kernels.common.backend import chosen, too_old, use_triton
 from fastalex_kernels.common.launch import call
 from fastalex_kernels.conv2d.forward import pack_weight
 from fastalex_kernels.cross_entropy import cross_entropy_forward
@@ -55,6 +55,9 @@ _KNOWN = (
 
 def check(model: AlexNet, optimizer: torch.optim.Optimizer) -> None:
     """Raise a ValueError that names what a step can't run, and why."""
+    device = next(model.parameters()).device
+    if device.type == "cuda" and chosen() == "auto" and (why := too_old(device.index)):
+        raise ValueError(why)
     for path, module in model.named_modules():
         what = f"model: {path or 'the model'} is a {type(module).__name__}"
         if type(module) not in _KNOWN and not is_absorbed(module):

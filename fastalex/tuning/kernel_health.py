@@ -22,6 +22,7 @@ from fastalex.tuning.train_steps import Training, train_step
 from fastalex_kernels import reference
 from fastalex_kernels.common.backend import interpreted as is_interpreted
 from fastalex_kernels.common.backend import target as target_of
+from fastalex_kernels.common.backend import too_old
 from fastalex_kernels.reference import relative_error, tolerance
 
 Row = tuple[Any, ...]  # what doctor.Row is made of
@@ -59,6 +60,9 @@ def compiled(targets: Sequence[str]) -> Iterator[Row]:
 def on_gpu(everything: bool) -> Iterator[Row]:
     """Every layer of a training step on the GPU: right by how much, its time, what it uses."""
     device = torch.device("cuda", torch.cuda.current_device())
+    if why := too_old(device.index):
+        yield ("kernels", "GPU", "-", why)
+        return
     yield from compiled([target_of(device)])
     batches = (_BATCH, 1024) if everything else (_BATCH,)
     for precision, batch in itertools.product(("bf16", "float32"), batches):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalex_kernels as fk
 from fastalex.inspection import offline
+from fastalex_kernels.common.backend import too_old, use_triton
 
 from . import _augment, _losses
 from ._oracle import Case, call, check, conv, linear, lrn, make_gradient, make_inputs, pool, run
@@ -129,3 +132,20 @@ def test_autocast_chooses_the_dtype_of_a_product() -> None:
     pooled.sum().backward()
     assert w.grad.dtype == torch.float32
     assert fk.conv2d_relu(x, w).dtype == torch.float32
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (8, 9)])
+def test_a_gpu_that_triton_does_not_support_runs_torch_s_operators(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    major, minor = capability
+    gpu = SimpleNamespace(major=major, minor=minor, name="T4")
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    assert use_triton(x) is (major >= 8)
+    with fk.backend("triton"):  # who asks for it gets it
+        assert use_triton(x)
+    said = f"T4 has compute capability {major}.{minor}: it runs torch's operators, "
+    assert too_old(0) == (None if major >= 8 else said + "Triton's kernels need 8.0")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastalex_kernels as kernels
@@ -20,7 +21,7 @@ from fastalex.data.augment import Augment
 from fastalex.distributed.towers import cut_to_tower
 from fastalex.model.layers import Conv2dReLU, Linear
 from fastalex.model.variants import VARIANTS, Variant
-from fastalex.training import TrainStep
+from fastalex.training import TrainStep, chain
 from fastalex.training.autograd_step import tf32
 from fastalex.training.optim import build_optimizer
 from fastalex.training.step import Tricks
@@ -627,3 +628,12 @@ def test_convolutions_get_the_memory_order_of_their_kernels() -> None:
         if isinstance(layer, Conv2dReLU) and layer.stride == (1, 1):
             assert layer.weight.permute(2, 3, 1, 0).is_contiguous()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_gpu_that_is_too_old_is_left_to_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain, "too_old", lambda index: f"GPU {index} is too old")
+    with FakeTensorMode():
+        weight = nn.Parameter(torch.empty(2, device="cuda"), requires_grad=False)
+        model: Any = nn.ParameterList([weight])
+        with pytest.raises(ValueError, match=r"^GPU 0 is too old$"):
+            chain.check(model, torch.optim.SGD([weight]))

@@ -119,6 +119,12 @@ def test_what_the_check_found_of_a_step_is_shown(
     assert rows[2][3].endswith("a step uses aten; forward: output 2.0e-01 from float64")
 
 
+def test_a_gpu_that_is_too_old_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(kernel_health, "too_old", lambda index: "T4 is too old")
+    assert list(kernel_health.on_gpu(False)) == [("kernels", "GPU", "-", "T4 is too old")]
+
+
 def test_refused() -> None:
     process = _doctor("--quick")
     assert (process.returncode, process.stdout) == (2, "")

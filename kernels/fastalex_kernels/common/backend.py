@@ -18,6 +18,7 @@ from torch import Tensor
 _PACKAGE = __name__.split(".")[0]
 _NAMESPACE = "fastalex" if _PACKAGE == "fastalex_kernels" else _PACKAGE
 BACKENDS = ("auto", "triton", "aten", "interpreter")
+_OLDEST = (8, 0)  # compute capability that Triton supports, and that has tensor cores for bfloat16
 TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
 INTERPRETED_AT_IMPORT: bool = triton.knobs.runtime.interpret  # by TRITON_INTERPRET=1
 
@@ -51,7 +52,8 @@ def backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Choose what runs the functions of this package inside the ``with`` block, in this thread.
 
     Args:
-        name: ``"auto"``, Triton on a GPU and under ``TRITON_INTERPRET=1``, ATen otherwise;
+        name: ``"auto"``, Triton on a GPU that is not ``too_old`` and under
+            ``TRITON_INTERPRET=1``, ATen otherwise;
             ``"triton"``, Triton or an error; ``"aten"``, torch's own operators (oneDNN, cuDNN);
             ``"interpreter"``, Triton's interpreter, which is slow, on CPU tensors.
 
@@ -96,6 +98,8 @@ def use_triton(x: Tensor) -> bool:
     name = _choice.name
     if name == "aten" or x.dtype == torch.float64:
         return False
+    if x.is_cuda and name == "auto" and too_old(x.device.index):
+        return False
     here = x.is_cuda or _choice.recorder is not None or interpreted()
     if name == "triton" and not here:
         raise ValueError(
@@ -104,6 +108,22 @@ def use_triton(x: Tensor) -> bool:
     if name == "interpreter" and x.is_cuda:
         raise ValueError(f"backend 'interpreter' needs a CPU tensor, got one on {x.device}")
     return here
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def too_old(index: int | None) -> str | None:
+    """Why a GPU runs torch's operators, in one line, if Triton does not support it."""
+    if torch.version.hip or not torch.cuda.is_initialized():  # nothing is there but to be traced
+        return None
+    properties = torch.cuda.get_device_properties(index)
+    found = (properties.major, properties.minor)
+    if found >= _OLDEST:
+        return None
+    oldest = ".".join(map(str, _OLDEST))
+    return (
+        f"{properties.name} has compute capability {found[0]}.{found[1]}: it runs torch's "
+        f"operators, Triton's kernels need {oldest}"
+    )
 
 
 def target(device: torch.device) -> str:
@@ -132,7 +152,7 @@ def _gpu_at(index: int) -> tuple[str, str]:
 
 def has_tma(device: torch.device) -> bool:
     """Whether kernels fetch blocks by tensor descriptors there, through the TMA unit."""
-    return target(device) in ("sm_90", "sm_100")
+    return target(device) in ("sm_90", "sm_100", "sm_103")
 
 
 def has_dependent_launch(device: torch.device) -> bool:

@@ -27,8 +27,13 @@ from torch import Tensor
 from ..common.backend import device_name, replaced, target
 
 VARIABLE = "FASTALEX_TILES"
-# Of the largest GPU of a target. What is chosen by them is a speed, and the same everywhere.
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
+# Of a GPU of each target: A100, RTX 3090, RTX 4090, H100, B200, B300, RTX 5090, MI300X. What is
+# chosen by them is a speed, and the same everywhere.
+PROCESSORS = {
+    "sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_103": 148,
+    "sm_120": 170, "gfx942": 304,
+}  # fmt: skip
+_TILES_OF = {"sm_103": "sm_100"}  # the same hardware to a kernel
 
 Tile = tuple[int, ...]
 Tiles = Mapping[Any, Tile]  # by target and bits of an operand, "tf32" or any
@@ -64,7 +69,9 @@ def choosing(chooser: Callable[[Key, Tile], Tile]) -> contextlib.AbstractContext
 def tile_entry(tiles: Tiles, x: Tensor, kernel: str, *sizes: int) -> Tile:
     """The tile of a problem of ``sizes``: tuned on this GPU, or what a table holds for ``x``."""
     name, bits = target(x.device), 8 * x.element_size()
-    kinds = ((name, dot_precision(x, kernel)), (name, bits), name, ("other", bits))
+    name = _TILES_OF.get(name, name)
+    precision = dot_precision(x, kernel)
+    kinds = ((name, precision), (name, bits), name, ("other", precision), ("other", bits))
     return tuned(next(tiles[kind] for kind in kinds if kind in tiles), x, kernel, *sizes)
 
 

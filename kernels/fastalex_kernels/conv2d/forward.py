@@ -48,14 +48,14 @@ from ..conv2d.tiles import (
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width, cut to the layer.
 # What bounds the stages is shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on
-# sm_86, sm_89 and sm_120, 64 KB on gfx942.
+# sm_86, sm_89 and sm_120 ("other"), of which two programs share 100 there, 64 KB on gfx942.
 _FORWARD_TILES = {
     ("sm_80", 16): (128, 128, 64, 8, 3),
     ("sm_90", 16): (128, 128, 64, 8, 4),
     ("sm_100", 16): (128, 128, 64, 8, 4),
     ("gfx942", 16): (128, 128, 32, 8, 2),
-    ("other", 16): (128, 128, 32, 8, 3),
-    ("sm_80", "tf32"): (128, 64, 32, 8, 3),
+    ("other", 16): (128, 64, 64, 4, 3),  # takes 48 channels as 32 + 16
+    ("other", "tf32"): (128, 64, 32, 4, 3),
     ("sm_90", "tf32"): (128, 128, 32, 8, 3),
     ("sm_90", 32): (64, 64, 32, 8, 4 if TRITON < (3, 9) else 3),  # each spills with the other
     ("other", 32): (64, 64, 32, 8, 3),

@@ -33,12 +33,12 @@ from ..conv2d.tiles import halved_warps, row_blocks, split_channels, tma_fits
 
 # The weight gradient's M is input channels, its K is rows.
 _WEIGHT_TILES = {
-    ("sm_80", 16): (128, 128, 64, 8, 3),
+    ("sm_80", 16): (64, 64, 64, 4, 3),
     ("sm_90", 16): (128, 256, 64, 8, 3),
     ("sm_100", 16): (128, 128, 64, 8, 4),
     ("gfx942", 16): (64, 64, 32, 4, 2),
-    ("other", 16): (128, 64, 32, 8, 2),
-    ("sm_80", "tf32"): (128, 64, 32, 8, 3),
+    ("other", 16): (64, 64, 32, 4, 3),  # 8 warps would make each product of 64 rows twice
+    ("other", "tf32"): (128, 64, 32, 4, 3),
     ("sm_90", "tf32"): (128, 128, 32, 8, 3),
     ("other", 32): (64, 64, 32, 8, 3),
     "interpreter": (2048, 512, 512, 4, 1),
@@ -294,16 +294,13 @@ def _weight_tile(
     block_m, block_n, block_k = blocks
     m, tail_m = split_channels(block_m, C, min(block_m, 128))
     n, tail_n = split_channels(block_n, K, min(block_n, 128))
-    if tail_n and target(x.device) == "sm_80":  # registers: 192 x 192 spill, and 128 x 192 x 64
-        if tail_m:
-            n, tail_n = n // 2, tail_n // 2
-        else:
-            block_k = min(block_k, 32)
     taps = 1
     one_pixel = x.shape[2] > 0 and x.shape[2] % block_k == 0
     fits = not tail_m and S <= 5 and S * m * (n + tail_n) <= _MOST_SUMS
     if m <= 64 and fits and (one_pixel or not any(pads)) and x.element_size() == 2:
         taps = S  # in float32 they spill
+    if target(x.device) == "sm_80" and (tail_n or taps > 3):
+        block_k = min(block_k, 32)  # 64 spill
     return {
         "TAPS": taps, "BORDER": taps > 1 and any(pads), "BLOCK_M": m, "TAIL_M": tail_m,
         "BLOCK_N": n, "TAIL_N": tail_n, "BLOCK_K": block_k,
