@@ -3,12 +3,12 @@
 Peaks are the makers' figures for dense products; the rates are what a well-written kernel is
 assumed to reach of them, the same shares for every GPU whose rates nobody has reported to us.
 
-Makers print some figures otherwise than they stand here. NVIDIA's sheets for HGX B200 and the
-RTX 5090 give products with 2:4 sparsity, twice the dense ones, and for GeForce with float16 sums,
-twice those with the float32 sums of these kernels: 838 TFLOP/s become 209.5. NVIDIA's first sheets
-for B200 said 8 TB/s, the present one says 7.7; 148 processors stand in others' listings of it, not
-in the sheet. Each peak is processors x operations a cycle at the clock its maker prints (B200, for
-which none is printed: 1.86 GHz).
+Makers print some figures otherwise than they stand here. NVIDIA's sheets for HGX B200 and GeForce
+give products with 2:4 sparsity, twice the dense ones, and for GeForce with float16 sums, twice
+those with the float32 sums of these kernels: 838 TFLOP/s of an RTX 5090 become 209.5. NVIDIA's
+first sheets for B200 said 8 TB/s, the present one says 7.7; 148 processors stand in others'
+listings of it, not in the sheet. Each peak is processors x operations a cycle at the clock its
+maker prints (B200, for which none is printed: 1.86 GHz).
 """
 
 from __future__ import annotations
@@ -63,6 +63,14 @@ GPUS = {
     "b200": GPU(
         "NVIDIA B200", "sm_100", 148, 8192, _peaks(2250.0, 75.0), 7.7, 1800.0, 6.9,
         228 << 10, 2048, "NVIDIA HGX platform data sheet, HGX B200; CUDA Blackwell tuning guide",
+    ),
+    "rtx3090": GPU(
+        "NVIDIA GeForce RTX 3090", "sm_86", 82, 512, _peaks(71.2, 35.6), 0.936, 57.0, 0.84,
+        100 << 10, 1536, "NVIDIA Ampere GA102 GPU Architecture white paper, table of the RTX 3090",
+    ),
+    "rtx4090": GPU(
+        "NVIDIA GeForce RTX 4090", "sm_89", 128, 512, _peaks(165.2, 82.6), 1.008, 132.0, 0.9,
+        100 << 10, 1536, "NVIDIA Ada GPU Architecture white paper, appendix A",
     ),
     "rtx5090": GPU(
         "NVIDIA GeForce RTX 5090", "sm_120", 170, 512, _peaks(209.5, 104.8), 1.792, 168.0, 1.6,

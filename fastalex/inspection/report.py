@@ -246,10 +246,11 @@ class Reading:
         turn_flops, turn_bytes = self._ir.turn(self._main.loop)
         product = next(i.name for i in body if i.product)
         cycles = sass.tensor_cycles(body, self._warps, self._gpu.tensor_flops)
+        shared = sass.shared_bytes(body, self._warps) + turn_bytes
         if product.startswith("UTC"):
             cycles = turn_flops / self._gpu.tensor_flops
+            shared += self._ir.operand_bytes(self._main.loop)
         loads = [a for a in sass.accesses(body) if not a.store]
-        shared = sass.shared_bytes(body, self._warps) + turn_bytes
         turns = self._turns()
         return MainLoop(
             product,

@@ -278,8 +278,9 @@ def _totals(total: dict[str, Any], gpu: dict[str, Any], batch: int) -> list[str]
         f"{total['torch_launches']} of torch's operators); {total['early_launches']} start early",
         f"bytes: {total['bytes'] / 1e6:.0f} MB, floor {total['floor_bytes'] / 1e6:.0f} MB "
         f"({total['bytes'] / total['floor_bytes']:.2f}); through L2 {total['loaded'] / 1e6:.0f} MB",
-        f"floor: {total['floor'] * 1e6:.0f} us, {total['ceiling_images_per_second']:,.0f} images/s "
-        f"at {gpu['tflops']:g} TFLOP/s bf16 and {gpu['bandwidth']:g} TB/s",
+        f"floor: {total['floor'] * 1e6:.0f} us"
+        + (f", {total['ceiling_images_per_second']:,.0f} images/s" if made else "")
+        + f" at {gpu['tflops']:g} TFLOP/s bf16 and {gpu['bandwidth']:g} TB/s",
     ]
     if update is not None:
         lines.insert(2, f"update: {update:.1f} bytes a parameter, floor {cost.UPDATE_BYTES}")

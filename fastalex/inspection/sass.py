@@ -13,7 +13,8 @@ processor's tensor cores do in a cycle (``fastalex.inspection.gpus``):
 * HMMA.16816, one for each warp: 2 * 16 * 8 * 16 operations, so 2 cycles at F = 2048, times W;
   HMMA.1688 (TF32) half the operations at half the rate. On sm_90 these old instructions reach
   about half of what HGMMA does, and are counted so.
-* UTC*MMA (sm_100) does not carry its size; the products of the intermediate code count.
+* UTC*MMA (sm_100) does not carry its size; the products of the intermediate code count, and what
+  they read.
 """
 
 from __future__ import annotations

@@ -221,6 +221,14 @@ class Code:
         flops = sum(2 * d.m * d.n * d.k for d in self.dots if d.loop == loop)
         return flops, sum(x.size for x in self.loads if x.loop == loop)
 
+    def operand_bytes(self, loop: int | None) -> int:
+        """Bytes that tcgen05.mma reads in a turn: 128 rows, and the columns again for each of them.
+
+        Source: the PTX ISA; both operands are in shared memory, and a product has at most 128 rows.
+        """
+        dots = [dot for dot in self.dots if dot.loop == loop]
+        return sum((d.m + d.n * -(-d.m // 128)) * d.k * d.bits // 8 for d in dots)
+
     def work(self, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> list[Work] | None:
         """What each program of a launch does, in the order in which programs start.
 

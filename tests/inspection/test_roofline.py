@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastalex import AlexNet
 from fastalex.common import compile
+from fastalex.common.compile import TARGETS
 from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.distributed.towers import cut_to_tower
 from fastalex.inspection import cost, offline, roofline, sass, ttir
@@ -21,6 +22,7 @@ from fastalex.inspection.report import inspect
 from fastalex.training import TrainStep
 from fastalex.training.optim import build_optimizer
 from fastalex_kernels.common.backend import interpreted, record_launches
+from fastalex_kernels.common.tuned import PROCESSORS
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="an interpreted kernel has no machine code")
 recorded = functools.cache(record_step)
@@ -351,3 +353,9 @@ def test_a_triton_that_lacks_the_target(
         in error
     )
     assert error.count("\n") == 1
+
+
+def test_kernels_are_cut_for_the_processors_of_each_gpu() -> None:
+    for gpu in GPUS.values():
+        assert PROCESSORS[gpu.target] == gpu.processors
+        assert TARGETS[gpu.target].shared_limit <= gpu.shared
