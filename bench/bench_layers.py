@@ -17,14 +17,14 @@ pytestmark = pytest.mark.benchmark(timer=clock)
 
 BATCH = {"cpu": 16, "cuda": 128}
 ROUNDS = {"cpu": 10, "cuda": 50}
-# Stock torch, eager; our functions on cuDNN and cuBLAS; stock torch under torch.compile.
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="for a GPU")
+# Stock torch, eager; our functions on cuDNN and cuBLAS; stock torch under torch.compile, and that
+# with Inductor's Triton templates alone.
 RIVALS = [
     "stock",
-    pytest.param(
-        "aten",
-        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="is ours on a CPU"),
-    ),
+    pytest.param("aten", marks=ON_A_GPU),
     pytest.param("compiled", marks=pytest.mark.compiled),
+    pytest.param("templates", marks=[ON_A_GPU, pytest.mark.compiled]),
 ]
 Sizes = Callable[[int, int], tuple[int, int]]
 

@@ -135,7 +135,7 @@ print(round(sum(row['values'].get('seconds', 0) for row in rows)))" "$results/do
     step train 120 bash -c 'trains 1'
     [[ $gpus -ge 2 ]] && step towers 120 bash -c 'trains 2'
     step graph 60 "${tests[@]}" tests/training
-    step layers 60 "${bench[@]}" bench/bench_layers.py
+    step layers 60 "${bench[@]}" -k "not templates" bench/bench_layers.py
     step tune 75 "$python" -m fastalex.tune --candidates 4
     # The kernels read the table from the user's cache; a copy belongs to the results.
     "$python" -c "import shutil, sys, torch

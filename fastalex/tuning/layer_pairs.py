@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -111,17 +111,29 @@ def _floors(least: dict[tuple[str, str], Floor], layer: str) -> dict[str, Floor]
     return result
 
 
+def _templates_alone() -> dict[str, Any]:
+    """Inductor's options for its Triton templates, those that this torch has."""
+    known = torch._inductor.list_options()
+    kinds = ("gemm", "conv", "conv_bwd_input", "conv_bwd_weight")
+    names = (f"max_autotune_{kind}_backends" for kind in kinds)
+    return {"max_autotune": True} | {name: "TRITON" for name in names if name in known}
+
+
 def make_call(pair: LayerPair, how: str, direction: str) -> Callable[[], object]:
     """One pass of a layer, to be timed.
 
     Args:
-        how: ``"stock"``, torch's layers; ``"compiled"``, those under torch.compile; or a backend,
+        how: ``"stock"``, torch's layers; ``"compiled"``, those under torch.compile;
+            ``"templates"``, of whose products Inductor has only its Triton templates; or a backend,
             under which our layer runs.
         direction: ``"forward"``, or ``"backward"``, which can be called many times.
     """
     module, x = pair.ours, pair.input
-    if how in ("stock", "compiled"):
-        module = torch.compile(pair.stock) if how == "compiled" else pair.stock  # type: ignore[assignment]
+    if how in ("stock", "compiled", "templates"):
+        module = pair.stock
+        if how != "stock":
+            options = _templates_alone() if how == "templates" else None
+            module = torch.compile(module, options=options)  # type: ignore[assignment]
     else:
         x = _as_stored(x, how)
 
