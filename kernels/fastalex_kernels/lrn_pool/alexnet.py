@@ -453,7 +453,7 @@ def forward(x: Tensor, y: Tensor, argmax: Tensor, norm: Norm, groups: int, save:
     """Fill y and, where ``save``, argmax, both [P, Q, N, G*C], from x [H, W, N, G*C]."""
     (H, W, N, C), (P, Q, _, _) = x.shape, y.shape
     chunks, T, strip, name = N * C // CHUNK, _CHUNKS, _STRIP, target(x.device)
-    if name == "sm_120":
+    if name in ("sm_120", "sm_121"):
         T *= 2  # ptxas gives 4 warps 80 registers there, and they spill
     rows = _row_split(P, triton.cdiv(chunks, T) * triton.cdiv(Q, strip), name)
     T, strip, rows = tuned((T, strip, rows), x, "lrn forward", N, H, W, P, Q, C, groups)
