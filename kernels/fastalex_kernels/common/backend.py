@@ -110,7 +110,6 @@ def use_triton(x: Tensor) -> bool:
     return here
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def too_old(index: int | None) -> str | None:
     """Why a GPU runs torch's operators, in one line, if Triton does not support it."""
     if torch.version.hip or not torch.cuda.is_initialized():  # nothing is there but to be traced
@@ -124,6 +123,10 @@ def too_old(index: int | None) -> str | None:
         f"{properties.name} has compute capability {found[0]}.{found[1]}: it runs torch's "
         f"operators, Triton's kernels need {oldest}"
     )
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler.
+too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def target(device: torch.device) -> str:
