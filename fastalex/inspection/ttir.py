@@ -20,7 +20,7 @@ _OPERATION = re.compile(r'(?:(%[\w.$-]+)(?::(\d+))? = )?"?([a-z_]+)\.([\w.]+)"?(
 _LOOP = re.compile(r" (%\S+) = (\S+) to (\S+) step (\S+)")
 _CARRIED = re.compile(r"(%[\w.$-]+) = (%[\w.$#-]+)")
 _BLOCK = re.compile(r"tensor<((?:\d+x)+)(?:!tt\.ptr<)?[a-z]+(\d+)")
-_DOT = re.compile(r"tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x\w+>")
+_DOT = re.compile(r"tensor<(\d+)x(\d+)x[a-z]+(\d+)> \* tensor<\d+x(\d+)x\w+>")
 _LOAD = re.compile(r"load$|descriptor_(load|gather)$|atomic_")
 _STORE = re.compile(r"store$|descriptor_(store|scatter|reduce)$|atomic_")
 _ARITHMETIC = {
@@ -40,6 +40,7 @@ class Dot(NamedTuple):
     m: int
     n: int
     k: int
+    bits: int
     a: str
     b: str
     to: str
@@ -131,9 +132,9 @@ class Code:
             size = math.prod(map(int, sides.split("x")[:-1])) * int(bits) // 8
             self.loads.append(Load(frozenset(self._of(operands[:1])), size, self._inside()))
         if kind == "dot":
-            m, k, n = map(int, _DOT.findall(rest)[0])
+            m, k, bits, n = map(int, _DOT.findall(rest)[0])
             a, b, to = (self._alias.get(value, value) for value in operands[:3])
-            self.dots.append(Dot(m, n, k, a, b, to, result, self._inside()))
+            self.dots.append(Dot(m, n, k, bits, a, b, to, result, self._inside()))
             self._write(f"flops += {2 * m * n * k}")
         elif kind in ("get_program_id", "get_num_programs"):
             self._assign(result, f"{kind}['{rest.split()[0]}']")
