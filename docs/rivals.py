@@ -55,7 +55,7 @@ an estimate, unmeasured**; `bench/bench_layers.py` times both where there is a G
 
 A launch is seen alone. Ours of a convolution's weight leave out the kernel that adds up the parts
 and applies the update, fc6's forward the one that adds up its parts; fc6's weight gradient includes
-the update of 38 million weights, and on sm_90, where one launch makes both gradients of fc6, neither
+the update of 38 million weights; on sm_90 one launch makes both gradients of fc6, and neither
 is shown. Inductor's sums are whole and its gradients are stored. The
 estimate sees neither the latency of loads that wait for their addresses nor bank conflicts.
 """
