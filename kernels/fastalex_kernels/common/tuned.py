@@ -68,11 +68,16 @@ def choosing(chooser: Callable[[Key, Tile], Tile]) -> contextlib.AbstractContext
 
 def tile_entry(tiles: Tiles, x: Tensor, kernel: str, *sizes: int) -> Tile:
     """The tile of a problem of ``sizes``: tuned on this GPU, or what a table holds for ``x``."""
+    return tuned(own_tile(tiles, x, kernel), x, kernel, *sizes)
+
+
+def own_tile(tiles: Tiles, x: Tensor, kernel: str) -> Tile:
+    """What a table holds for operands like ``x``."""
     name, bits = target(x.device), 8 * x.element_size()
     name = _TILES_OF.get(name, name)
     precision = dot_precision(x, kernel)
     kinds = ((name, precision), (name, bits), name, ("other", precision), ("other", bits))
-    return tuned(next(tiles[kind] for kind in kinds if kind in tiles), x, kernel, *sizes)
+    return next(tiles[kind] for kind in kinds if kind in tiles)
 
 
 def tuned(own: Tile, x: Tensor, kernel: str, *sizes: int) -> Tile:

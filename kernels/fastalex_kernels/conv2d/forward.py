@@ -27,7 +27,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common.backend import TRITON, target
 from ..common.blocks import load_block
@@ -35,16 +34,10 @@ from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
 from ..common.layout import as_hwnc, empty_nchw
 from ..common.reduce import fold
-from ..common.tuned import cut, dot_precision, tile_entry
+from ..common.tuned import cut, dot_precision, own_tile, tile_entry
 from ..conv2d.arguments import Padding, space_to_depth_weight
-from ..conv2d.columns import conv2d_backward_input_columns, pixels_as_columns
-from ..conv2d.tiles import (
-    halved_warps,
-    next_tap,
-    row_blocks,
-    split_channels,
-    tma_fits,
-)
+from ..conv2d.pixels import conv2d_relu_fwd_tma_kernel, descriptors, pixel_tile
+from ..conv2d.tiles import finish, halved_warps, next_tap, split_channels, tap_range, tma_fits
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width, cut to the layer.
 # What bounds the stages is shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on
@@ -61,34 +54,6 @@ _FORWARD_TILES = {
     ("other", 32): (64, 64, 32, 8, 3),
     "interpreter": (2048, 512, 512, 4, 1),  # where an operation costs the same at any size
 }
-
-
-@triton.jit
-def _tap_range(first, last, pad: tl.constexpr, size, KERNEL: tl.constexpr):
-    """Taps [lo, hi) of an axis that touch the image for some output in first..last."""
-    return tl.maximum(pad - last, 0), tl.minimum(size + pad - first, KERNEL)
-
-
-@triton.jit
-def _finish(
-    acc, y_ptr, mask_ptr, sum_ptr, b_ptr, offs, offs_n, mask, g, K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
-    """Bias and ReLU on a float32 block, or a ReLU's mask and the sums of columns; it is stored.
-
-    Its rows are at ``offs`` [BLOCK_M, 1] of y, its columns the outputs ``offs_n`` of group g.
-    """
-    mask_n = offs_n < K
-    if HAS_BIAS:
-        b = tl.load(b_ptr + (g * K + offs_n), mask=mask_n, other=0.0)
-        acc += b.to(tl.float32)[None, :]
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)  # not tl.maximum, which would hide a NaN
-    if MASK:
-        kept = tl.load(mask_ptr + offs + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        acc = tl.where(kept <= 0, 0.0, acc)  # a NaN hands its gradient on, as in torch
-        tl.store(sum_ptr + offs_n, tl.sum(acc, axis=0), mask=mask_n)
-    tl.store(y_ptr + offs + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -145,8 +110,8 @@ def _conv2d_relu_fwd_kernel(
     if not ONE_PIXEL:  # a tile that spans lines of the image may hold any column
         q_first = tl.where(p_first == p_last, q_first, 0)
         q_last = tl.where(p_first == p_last, q_last, Q - 1)
-    r_lo, r_hi = _tap_range(p_first, p_last, PAD_H, H, R)
-    s_lo, s_hi = _tap_range(q_first, q_last, PAD_W, W, S)
+    r_lo, r_hi = tap_range(p_first, p_last, PAD_H, H, R)
+    s_lo, s_hi = tap_range(q_first, q_last, PAD_W, W, S)
     CHUNKS: tl.constexpr = (C + BLOCK_K + TAIL_K - 1) // (BLOCK_K + TAIL_K)
     steps = tl.maximum(r_hi - r_lo, 0) * tl.maximum(s_hi - s_lo, 0) * CHUNKS
 
@@ -206,105 +171,17 @@ def _conv2d_relu_fwd_kernel(
     kept = mask_ptr + start
     sums = sum_ptr + (first // BLOCK_M).to(tl.int64) * (G * K) + g * K
     mask = mask_m[:, None] & mask_n[None, :]
-    _finish(acc, out, kept, sums, b_ptr, offs, offs_n, mask, g, K, HAS_BIAS, RELU, MASK)
+    finish(acc, out, kept, sums, b_ptr, offs, offs_n, mask, g, K, HAS_BIAS, RELU, MASK)
     if TAIL_N > 0:
         mask = mask_m[:, None] & (tail_n < K)[None, :]
-        _finish(acc_n, out, kept, sums, b_ptr, offs, tail_n, mask, g, K, HAS_BIAS, RELU, MASK)
-
-
-@triton.jit
-def _load_weight(desc, tap, c, g, k, C: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr):
-    """A block [reduction, outputs] of the packed weight [R * S * C, G * K], or of the reversed."""
-    if REVERSE:  # the weight's rows are this product's outputs
-        block = desc.load([tap * K + k, g * C + c]).T
-    else:
-        block = desc.load([tap * C + c, g * K + k])
-    return block
-
-
-@triton.jit
-def _conv2d_relu_fwd_tma_kernel(
-    x_desc,  # [H * W * N, G * C], blocks [BLOCK_M, BLOCK_K]
-    x_tail_desc,  # the same in blocks [BLOCK_M, TAIL_K]
-    w_desc,  # packed weight, blocks [BLOCK_K, BLOCK_N]
-    w_tail_desc,  # the same in blocks [BLOCK_K, TAIL_N] or [TAIL_K, BLOCK_N]
-    b_ptr,  # [G * K], read where HAS_BIAS
-    y_ptr,  # [P, Q, N, G * K]
-    mask_ptr,  # as y, read where MASK
-    sum_ptr,  # float32 [blocks of rows, G * K], written where MASK
-    N,
-    H,
-    W,
-    P,
-    Q,
-    G: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    REVERSE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr,
-    MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TAIL_K: tl.constexpr,
-):
-    """The kernel above for tiles of one pixel, fetched by the tensor memory accelerator."""
-    wait_for_predecessor()
-    N_BLOCKS: tl.constexpr = (K + BLOCK_N + TAIL_N - 1) // (BLOCK_N + TAIL_N)
-    pid = tl.program_id(0)
-    g = tl.program_id(1)
-    pixel = (pid // N_BLOCKS) // (N // BLOCK_M)
-    n = (pid // N_BLOCKS) % (N // BLOCK_M) * BLOCK_M
-    BORDER: tl.constexpr = PAD_H if PAD_H > 0 else 0
-    p = (pixel // Q + BORDER) % P
-    q = pixel % Q
-    k = pid % N_BLOCKS * (BLOCK_N + TAIL_N)
-    r_lo, r_hi = _tap_range(p, p, PAD_H, H, R)
-    s_lo, s_hi = _tap_range(q, q, PAD_W, W, S)
-    CHUNKS: tl.constexpr = C // (BLOCK_K + TAIL_K)
-    steps = tl.maximum(r_hi - r_lo, 0) * tl.maximum(s_hi - s_lo, 0) * CHUNKS
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if TAIL_N > 0:
-        acc_n = tl.zeros((BLOCK_M, TAIL_N), tl.float32)
-    r = r_lo
-    s = s_lo
-    c = pid * 0
-    for _ in range(steps):
-        row = ((p + r - PAD_H) * W + q + s - PAD_W) * N + n
-        tap = R * S - 1 - (r * S + s) if REVERSE else r * S + s
-        a = x_desc.load([row, g * C + c])
-        acc = tl.dot(a, _load_weight(w_desc, tap, c, g, k, C, K, REVERSE), acc)
-        if TAIL_N > 0:
-            b = _load_weight(w_tail_desc, tap, c, g, k + BLOCK_N, C, K, REVERSE)
-            acc_n = tl.dot(a, b, acc_n)
-        if TAIL_K > 0:
-            b = _load_weight(w_tail_desc, tap, c + BLOCK_K, g, k, C, K, REVERSE)
-            acc = tl.dot(x_tail_desc.load([row, g * C + c + BLOCK_K]), b, acc)
-        r, s, c = next_tap(r, s, c, s_lo, s_hi, BLOCK_K + TAIL_K, C)
-
-    first = (p * Q + q) * N + n
-    offs_n = k + tl.arange(0, BLOCK_N)
-    offs = (first + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None] * (G * K) + g * K
-    sums = sum_ptr + (first // BLOCK_M).to(tl.int64) * (G * K) + g * K
-    mask = (offs_n < K)[None, :]
-    _finish(acc, y_ptr, mask_ptr, sums, b_ptr, offs, offs_n, mask, g, K, HAS_BIAS, RELU, MASK)
-    if TAIL_N > 0:
-        tail_n = k + BLOCK_N + tl.arange(0, TAIL_N)
-        mask = (tail_n < K)[None, :]
-        _finish(acc_n, y_ptr, mask_ptr, sums, b_ptr, offs, tail_n, mask, g, K, HAS_BIAS, RELU, MASK)
+        finish(acc_n, out, kept, sums, b_ptr, offs, tail_n, mask, g, K, HAS_BIAS, RELU, MASK)
 
 
 def _forward_tile(x: Tensor, kernel: str, sizes: tuple[int, ...]) -> dict[str, int]:
     """Blocks for ``sizes``: images, rows and columns of the output, channels of a group, ..."""
     N, P, Q, C, K = sizes[:5]
     block_m, block_n, block_k, warps, stages = tile_entry(_FORWARD_TILES, x, kernel, *sizes)
-    block_m, bits = cut(block_m, P * Q * N), 8 * x.element_size()
+    block_m, bits = cut(block_m & -block_m, P * Q * N), 8 * x.element_size()
     if target(x.device) == "interpreter":
         (n, tail_n), (k, tail_k) = (cut(block_n, K), 0), (cut(block_k, C), 0)
     else:
@@ -355,9 +232,6 @@ def conv2d_relu_backward_input(
     here: dx then is the gradient before the ReLU, and what comes with it are partials of its sum
     over all but the channels, float32 [parts, G*C], the gradient of the bias there.
     """
-    pixels = pixels_as_columns(dz, w, groups) if mask is None else 0
-    if pixels:
-        return conv2d_backward_input_columns(dz, w, size, padding, groups, pixels), None
     (R, S, _, _), (top, _), (left, _) = w.shape, *padding
     return _convolve(dz, w, _Taps(size, (R - 1 - top, S - 1 - left), True), groups, mask=mask)
 
@@ -376,24 +250,35 @@ def _convolve(
     output = empty_nchw(x, (N, groups * K, P, Q))
     y = as_hwnc(output)
     name = "conv2d input" if reverse else "conv2d forward"
-    tile = _forward_tile(x, name, (N, P, Q, C, K, R, S, groups))
-    m_blocks = triton.cdiv(P * Q * N, tile["BLOCK_M"])
-    grid = (m_blocks * triton.cdiv(K, tile["BLOCK_N"] + tile["TAIL_N"]), groups)
+    sizes = (N, P, Q, C, K, R, S, groups)
+    tile, counted = None, max(_farthest_row((N, W, P, Q), (R, S), pad), w.numel())
+    if tma_fits(groups, x, w) and C % 16 == 0:
+        run = S if reverse and mask is None and K % 8 == 0 else 1
+        own = own_tile(_FORWARD_TILES, x, name)
+        tile = pixel_tile(own, x, name, sizes, mask is not None, run)
+    if tile is not None:
+        kernel, operands = conv2d_relu_fwd_tma_kernel, descriptors(x, w, tile, reverse)
+        images, run = tile["BLOCK_M"], tile["RUN"]
+        m_blocks, columns = P * Q * N // images, run * K
+        counted = max(counted, N * groups * columns if run > 1 else 0)
+        programs = triton.cdiv(P * triton.cdiv(Q, run), tile["RUNS"]) * (N // images)
+        inside = run == 1 and pad == (0, 0) and (H - P, W - Q) == (R - 1, S - 1)
+        options: dict[str, Any] = {"INSIDE": inside}
+    else:
+        kernel, operands = _conv2d_relu_fwd_kernel, (x, w)
+        tile, columns = _forward_tile(x, name, sizes), K
+        programs = m_blocks = triton.cdiv(P * Q * N, tile["BLOCK_M"])
+        one_pixel = N % tile["BLOCK_M"] == 0
+        options = {"ONE_PIXEL": one_pixel, "PRECISION": dot_precision(x, name)}
+    grid = (programs * triton.cdiv(columns, tile["BLOCK_N"] + tile["TAIL_N"]), groups)
     sums = None
     if mask is not None:
         sums = y.new_empty((m_blocks, groups * K), dtype=torch.float32)
-    one_pixel = N % tile["BLOCK_M"] == 0
-    if one_pixel and tma_fits(groups, x, w) and C % (tile["BLOCK_K"] + tile["TAIL_K"]) == 0:
-        kernel, operands = _conv2d_relu_fwd_tma_kernel, _descriptors(x, w, tile, reverse)
-        options: dict[str, Any] = {}
-    else:
-        kernel, operands = _conv2d_relu_fwd_kernel, (x, w)
-        options = {"ONE_PIXEL": one_pixel, "PRECISION": dot_precision(x, name)}
     launch(
         kernel, grid, *operands, *(y if t is None else t for t in (bias, y, mask, sums)),
         N, H, W, P, Q, G=groups, C=C, K=K, R=R, S=S, PAD_H=pad[0], PAD_W=pad[1],
         REVERSE=reverse, HAS_BIAS=bias is not None, RELU=relu, MASK=mask is not None, **tile,
-        **options, counted=max(_farthest_row((N, W, P, Q), (R, S), pad), w.numel()),
+        **options, counted=counted,
     )  # fmt: skip
     return output, None if sums is None else fold(sums)
 
@@ -405,20 +290,6 @@ def _farthest_row(
     (N, W, P, Q), (R, S), (top, left) = sizes, kernel_size, pad
     h, w = max(abs(top), P + R - 2 - top), max(abs(left), Q + S - 2 - left)
     return max(P * Q, h * W + w + 1, abs(top) * Q) * N
-
-
-def _descriptors(
-    x: Tensor, w: Tensor, tile: dict[str, int], reverse: bool
-) -> tuple[TensorDescriptor, ...]:
-    """x and w, each in main blocks and in tail blocks (the main ones again where there is none)."""
-    m, n, k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
-    tail_n, tail_k = tile["TAIL_N"], tile["TAIL_K"]
-    w_blocks = [[k, n], [k, tail_n] if tail_n else [tail_k or k, n]]
-    weights = w.view(-1, w.shape[3])
-    return (
-        *row_blocks(x, m, k, tail_k),
-        *(TensorDescriptor.from_tensor(weights, b[::-1] if reverse else b) for b in w_blocks),
-    )
 
 
 def pack_weight(weight: Tensor, stride: int = 1) -> Tensor:

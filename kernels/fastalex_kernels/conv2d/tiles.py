@@ -15,6 +15,34 @@ from ..common.tuned import cut
 
 
 @triton.jit
+def tap_range(first, last, pad: tl.constexpr, size, KERNEL: tl.constexpr):
+    """Taps [lo, hi) of an axis that touch the image for some output in first..last."""
+    return tl.maximum(pad - last, 0), tl.minimum(size + pad - first, KERNEL)
+
+
+@triton.jit
+def finish(
+    acc, y_ptr, mask_ptr, sum_ptr, b_ptr, offs, offs_n, mask, g, K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Bias and ReLU on a float32 block, or a ReLU's mask and the sums of columns; it is stored.
+
+    Its rows are at ``offs`` [BLOCK_M, 1] of y, its columns the outputs ``offs_n`` of group g.
+    """
+    mask_n = offs_n < K
+    if HAS_BIAS:
+        b = tl.load(b_ptr + (g * K + offs_n), mask=mask_n, other=0.0)
+        acc += b.to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)  # not tl.maximum, which would hide a NaN
+    if MASK:
+        kept = tl.load(mask_ptr + offs + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc = tl.where(kept <= 0, 0.0, acc)  # a NaN hands its gradient on, as in torch
+        tl.store(sum_ptr + offs_n, tl.sum(acc, axis=0), mask=mask_n)
+    tl.store(y_ptr + offs + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def next_tap(r, s, c, s_lo, s_hi, BLOCK_K: tl.constexpr, C: tl.constexpr):
     """Advance the odometer (r, s, c) of the flat reduction by one block of channels."""
     c += BLOCK_K
@@ -23,6 +51,28 @@ def next_tap(r, s, c, s_lo, s_hi, BLOCK_K: tl.constexpr, C: tl.constexpr):
     s = tl.where(wrap, s + 1, s)
     wrap = s == s_hi
     return tl.where(wrap, r + 1, r), tl.where(wrap, s_lo, s), c
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr):
+    """Accumulators of ROWS by BLOCK_N and, where there is a tail, by TAIL_N."""
+    block = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    if TAIL_N == 0:
+        return (block,)
+    else:
+        return block, tl.zeros((ROWS, TAIL_N), tl.float32)
+
+
+@triton.jit
+def add_products(
+    accs, i: tl.constexpr, a, b, b_tail, TAIL_N: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Accumulators i and, where there is a tail, i + 1, with the products of ``a`` added."""
+    block = tl.dot(a, b, accs[i], input_precision=PRECISION)
+    if TAIL_N == 0:
+        return (block,)
+    else:
+        return block, tl.dot(a, b_tail, accs[i + 1], input_precision=PRECISION)
 
 
 def halved_warps(warps: int, block_m: int, block_n: int, bits: int) -> int:

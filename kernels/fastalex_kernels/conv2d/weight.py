@@ -29,7 +29,14 @@ from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
 from ..common.tuned import PROCESSORS, dot_precision, tile_entry, tuned
 from ..conv2d.arguments import Padding
-from ..conv2d.tiles import halved_warps, row_blocks, split_channels, tma_fits
+from ..conv2d.tiles import (
+    add_products,
+    halved_warps,
+    row_blocks,
+    split_channels,
+    tma_fits,
+    zeros,
+)
 
 # The weight gradient's M is input channels, its K is rows.
 _WEIGHT_TILES = {
@@ -112,28 +119,6 @@ def _load_rows(
 
 
 @triton.jit
-def _zeros(ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr):
-    """Accumulators of ROWS by BLOCK_N and, where there is a tail, by TAIL_N."""
-    block = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    if TAIL_N == 0:
-        return (block,)
-    else:
-        return block, tl.zeros((ROWS, TAIL_N), tl.float32)
-
-
-@triton.jit
-def _add_products(
-    accs, i: tl.constexpr, a, b, b_tail, TAIL_N: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Accumulators i and, where there is a tail, i + 1, with the products of ``a`` added."""
-    block = tl.dot(a, b, accs[i], input_precision=PRECISION)
-    if TAIL_N == 0:
-        return (block,)
-    else:
-        return block, tl.dot(a, b_tail, accs[i + 1], input_precision=PRECISION)
-
-
-@triton.jit
 def _store_part(acc, ptr, rows, columns, WIDTH: tl.constexpr):
     """A block of the gradient, of which ``rows`` by ``columns`` exist."""
     m = tl.arange(0, acc.shape[0])
@@ -195,11 +180,11 @@ def _conv2d_bwd_weight_kernel(
         q += j // N
         j = j % N
         run = N
-    accs = _zeros(BLOCK_M, BLOCK_N, TAIL_N)
+    accs = zeros(BLOCK_M, BLOCK_N, TAIL_N)
     for _ in tl.static_range(1, TAPS):
-        accs += _zeros(BLOCK_M, BLOCK_N, TAIL_N)
+        accs += zeros(BLOCK_M, BLOCK_N, TAIL_N)
     if TAIL_M > 0:
-        accs += _zeros(TAIL_M, BLOCK_N, TAIL_N)
+        accs += zeros(TAIL_M, BLOCK_N, TAIL_N)
     x_column = g * C + c
     dz_column = g * K + k
     if not TMA:
@@ -236,13 +221,13 @@ def _conv2d_bwd_weight_kernel(
             a = _load_rows(
                 x_ptr, x_row, x_column, count, C - c, G * C, FULL_M, TMA, BLOCK_K, BLOCK_M, True
             )
-            sums += _add_products(accs, i * PARTS, a, b, b_tail, TAIL_N, PRECISION)
+            sums += add_products(accs, i * PARTS, a, b, b_tail, TAIL_N, PRECISION)
         if TAIL_M > 0:
             a = _load_rows(
                 x_tail_ptr, row, x_column + BLOCK_M, count, C - c - BLOCK_M, G * C, FULL_M, TMA,
                 BLOCK_K, TAIL_M, True,
             )  # fmt: skip
-            sums += _add_products(accs, PARTS, a, b, b_tail, TAIL_N, PRECISION)
+            sums += add_products(accs, PARTS, a, b, b_tail, TAIL_N, PRECISION)
         accs = sums
         j += BLOCK_K
         wrap = j >= run
