@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from fastalex_kernels.common.tuned import Key, Tile
 
-# (BLOCK_M, BLOCK_N, num_warps): at most 128 sums in a thread's registers.
+# (BLOCK_M, BLOCK_N, num_warps): at most 128 sums in a thread's registers, 192 for pixels.
 _SHAPES = {
     16: [
         (128, 128, 8), (128, 64, 4), (128, 256, 8), (256, 128, 8), (128, 64, 8), (64, 128, 4),
@@ -15,6 +15,7 @@ _SHAPES = {
     ],
     32: [(64, 64, 8), (64, 32, 4), (32, 64, 4), (128, 64, 8), (32, 32, 4), (64, 128, 8)],
 }  # fmt: skip
+_PIXEL_SHAPES = [(128, 128, 8), (256, 128, 8), (384, 128, 8), (384, 64, 4)]
 _DEPTHS = {16: (64, 32, 128), 32: (32, 16)}  # BLOCK_K, the likeliest first
 _STAGES = {16: (4, 3, 5, 2), 32: (3, 2)}
 _LEAST_STEPS = 4  # of a part of a reduction
@@ -47,7 +48,19 @@ def candidates(key: Key, own: Tile, bits: int, shared: int) -> Iterator[Tile]:
     elif kernel == "linear backward":
         yield from _one_pass(own)
     else:
-        yield from _products(bits, shared)
+        pixels = bits == 16 and kernel in ("conv2d forward", "conv2d input")
+        shared_weights = _pixels(sizes[3], shared) if pixels else ()
+        yield from dict.fromkeys((*shared_weights, *_products(bits, shared)))
+
+
+def _pixels(channels: int, shared: int) -> Iterator[Tile]:
+    """One to three pixels of 128 images, with all the stages that fit and with half of them."""
+    depth = math.gcd(64, channels)
+    for m, n, warps in _PIXEL_SHAPES if depth >= 16 else ():
+        most = min(8, shared // (2 * depth * (m + n)))
+        for stages in (most, most // 2):
+            if stages > 1:
+                yield m, n, depth, warps, stages
 
 
 def _products(bits: int, shared: int) -> Iterator[Tile]:

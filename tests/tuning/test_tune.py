@@ -156,15 +156,18 @@ def test_a_skipped_config_is_not_the_best() -> None:
     assert entry.best() is entry.configs[1]
 
 
-@pytest.mark.parametrize("bits", [16, 32])
-def test_candidates_fit_and_none_comes_twice(bits: int) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "bits", "most"),
+    [("linear", 16, 128), ("linear", 32, 128), ("conv2d forward", 16, 192)],
+)
+def test_candidates_fit_and_none_comes_twice(kernel: str, bits: int, most: int) -> None:
     for shared in (99 << 10, 227 << 10):
-        own, *others = candidates(KEY, OWN, bits, shared)
+        own, *others = candidates((kernel, *KEY[1:]), OWN, bits, shared)
         assert own == OWN
         assert len(set(others)) == len(others) > 8
         for m, n, k, warps, stages in others:
             assert stages * (m + n) * k * bits // 8 <= shared
-            assert 8 <= m * n / (32 * warps) <= 128  # sums in a thread's registers
+            assert 8 <= m * n / (32 * warps) <= most  # sums in a thread's registers
 
 
 @pytest.mark.parametrize(
