@@ -84,19 +84,18 @@ BARS = [
     Bar("launches", 45, "step"),
 ]
 MISSED = {  # (figure, launches, or "launches on case"): why it misses its bar
-    ("drains", "conv[12] forward"): "two products a step share a sum: two programs a processor "
-    "cover for each other",
-    ("issue", "conv2 forward"): "48 channels are taken as 32 + 16, two short products a step",
+    ("issue", "conv2 forward"): "48 channels are taken 16 at a time, which makes short products",
     ("issue", "conv2 weight"): "48 input channels in 64 rows",
     ("issue", "fc. (weight|backward)"): "two steps a weight at batch 128: bound by bytes",
     ("drains", "fc. backward"): "the sums of a turn are used in it, while others are loaded",
     ("fences", "fc. backward"): "what a turn made leaves through shared memory",
     ("issue", "fc8 input"): "a sum of 1000 is masked in its last block, and so in every one",
-    ("useful", "conv2 input"): "taps that some of four neighbouring pixels lack are zeros",
+    ("useful", "conv2 input"): "taps that one of two neighbouring pixels lacks are zeros, and "
+    "they are 96 of 128 columns",
     ("useful", "conv1 weight"): "48 channels in 64 rows, 96 outputs in 128 columns",
-    ("intensity", "conv2 input"): "192 columns of four pixels; on sm_80 48 outputs in 64",
-    ("intensity", "conv.*"): "no tile shares x between neighbouring pixels",
-    ("smem", "conv2 (input|weight)"): "48 channels in 64 columns: products of 64 x 64",
+    ("intensity", "conv2 input"): "on sm_80 48 outputs in 64",
+    ("intensity", "conv.*"): "each tap loads x again; three pixels of 128 columns come to 96",
+    ("smem", "conv2 weight"): "48 channels in 64 columns: products of 64 x 64",
     ("smem", "conv1 (forward|weight)"): "48 channels, or a tower's 48 outputs, in 64",
     ("barriers", "conv.*"): "no warp of its own loads: each turn ends in barriers of all warps",
     ("instructions", "pool[12] forward"): "a program computes one row more than it keeps, of few",

@@ -34,7 +34,7 @@ TENSOR_CORES = {
 }
 TF32_CORES = {"sm_80": r"HMMA\.1688\.F32\.TF32", "sm_90": r"HGMMA\.64x\d+x8\.F32\.TF32"}
 # Kernels that hold products: convolutions and fully connected layers.
-DOTS = re.compile(r"_conv2d_(relu_fwd|bwd_weight)|_linear_(relu_dropout_fwd|bwd)")
+DOTS = re.compile(r"_?conv2d_(relu_fwd|bwd_weight)|_linear_(relu_dropout_fwd|bwd)")
 
 
 def _check(target: str, launches: list[Launch], wide: bool = True) -> None:

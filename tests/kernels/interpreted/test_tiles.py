@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from fastalex_kernels.conv2d import forward
+from fastalex_kernels.common.tuned import Key, Tile, choosing
 
+from .. import _masks as masks
 from .._cases import sampled
 from .._oracle import Case, check, conv, linear, lrn, make_inputs, pool, run
 from ._observe import observe
@@ -19,11 +21,21 @@ from .conftest import RealTiles
 # sm_120 stands for every target without tiles of its own.
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942", "sm_120"]
 
-# The input gradient holds four neighbouring pixels in a program, or two; the last one fewer.
-NEIGHBOURS = [
-    conv("four-pixels", (128, 96, 3, 7), 128, 5, padding=2, groups=2),
-    conv("two-pixels", (128, 64, 3, 3), 64, (2, 3), padding=((1, 0), (2, 0))),
-    conv("two-of-four-pixels", (128, 48, 1, 2), 64, (1, 4), padding=((0, 0), (3, 1))),
+# The input gradient takes pixels of a line as columns of one product; the last run may be shorter.
+RUNS = [
+    conv("runs-of-two", (128, 96, 3, 7), 128, 5, padding=2, groups=2),
+    conv("whole-runs", (128, 64, 3, 4), 64, (2, 3), padding=((1, 0), (2, 0))),
+    conv("runs-of-five", (128, 24, 2, 7), 16, (3, 5), padding=((1, 1), (0, 2))),
+    conv("a-short-run", (128, 32, 1, 2), 64, (1, 4), padding=((0, 0), (3, 1))),
+]
+
+# Two or three pixels share a program: of one line or of two, and the last program has fewer.
+SHARING = [
+    conv("lines", (128, 48, 3, 4), 32, 3, padding=1),
+    conv("rest", (128, 32, 2, 5), 192, (2, 3), padding=((1, 0), (0, 2)), relu=False),
+    conv("below-only", (128, 32, 4, 3), 32, 2, padding=((0, 1), (0, 0)), groups=2),
+    conv("inside", (128, 16, 3, 5), 48, 2),
+    conv("outside", (128, 16, 1, 2), 16, 1, padding=((2, 1), (1, 3))),  # pixels without a tap
 ]
 
 # Rows, channels and sums are just above, just below or exactly a few tiles.
@@ -111,16 +123,44 @@ def test_same_bits_whatever_runs_first(case: Case, real_tiles: RealTiles) -> Non
         assert torch.equal(results[2][name], expected), f"{name} differs with the programs' order"
 
 
-@pytest.mark.parametrize("case", sampled(NEIGHBOURS, 3, first=2))
-def test_neighbouring_pixels_share_a_program(
-    case: Case, real_tiles: RealTiles, strict: Strict, monkeypatch: pytest.MonkeyPatch
+def _with(field: int, value: int, *kernels: str) -> contextlib.AbstractContextManager[None]:
+    """The own tiles, of the named kernels with one value changed."""
+
+    def change(key: Key, own: Tile) -> Tile:
+        return (*own[:field], value, *own[field + 1 :]) if key[0] in kernels else own
+
+    return choosing(change)
+
+
+@pytest.mark.parametrize("case", sampled(RUNS, 4, first=3))
+def test_neighbouring_pixels_are_columns(case: Case, real_tiles: RealTiles, strict: Strict) -> None:
+    programs = []
+    for columns in (128, 32):
+        strict.programs = 0
+        with real_tiles("sm_90"), _with(1, columns, "conv2d input"):
+            check(case, torch.float16)
+        programs.append(strict.programs)
+    assert programs[0] < programs[1]
+
+
+@pytest.mark.parametrize("case", sampled(SHARING, 5))
+def test_pixels_share_blocks_of_the_weight(
+    case: Case, real_tiles: RealTiles, strict: Strict
 ) -> None:
+    """The sums are those of a pixel alone, bit by bit, also where a ReLU below masks them."""
+    programs, results = [], []
+    for rows in (128, 256, 384):
+        strict.programs = 0
+        with real_tiles("sm_90"), _with(0, rows, "conv2d forward", "conv2d input"):
+            results.append(run(case, make_inputs(case, torch.float16)))
+            programs.append(strict.programs)
+            masks.check(replace(case, arguments={**case.arguments, "relu": False}), torch.float16)
     with real_tiles("sm_90"):
         check(case, torch.float16)
-        programs = strict.programs
-        monkeypatch.setattr(forward, "pixels_as_columns", lambda *_: 0)
-        check(case, torch.float16)
-    assert 2 * programs < strict.programs
+    assert programs[0] > programs[1] > programs[2]
+    for name, alone in results[0].items():
+        assert torch.equal(results[1][name], alone), name
+        assert torch.equal(results[2][name], alone), name
 
 
 @pytest.mark.slow
