@@ -85,7 +85,7 @@ def _find_run(index, n, N, W, P, Q, PAD_H: tl.constexpr, PAD_W: tl.constexpr, RU
 
 @triton.jit
 def _load_x(
-    desc, pixel, r, s, n, column, N, H, W, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    desc, pixel, r, s, column, N, H, W, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     INSIDE: tl.constexpr,
 ):  # fmt: skip
     """The block of x under a tap of a pixel; zeros where that is outside, unless all are INSIDE."""
@@ -93,8 +93,8 @@ def _load_x(
     row = first + (r * W + s) * N
     if not INSIDE:
         h, w = p + r - PAD_H, q + s - PAD_W
-        inside = (h.to(tl.uint32) < H) & (w.to(tl.uint32) < W)  # nor negative
-        row = tl.where(inside, (h * W + w) * N + n, H * W * N)
+        row = tl.where(h.to(tl.uint32) < H, row, H * W * N)  # nor negative
+        row = tl.where(w.to(tl.uint32) < W, row, H * W * N)
     return (desc.load([row, column]),)
 
 
@@ -157,7 +157,7 @@ def conv2d_relu_fwd_tma_kernel(
         blocks = ()
         for i in tl.static_range(RUNS):
             blocks += _load_x(
-                x_desc, runs[i], r, s, n, g * C + c, N, H, W, PAD_H, PAD_W,
+                x_desc, runs[i], r, s, g * C + c, N, H, W, PAD_H, PAD_W,
                 INSIDE or RUNS == 1,  # a pixel alone takes no tap outside
             )  # fmt: skip
         b = _load_weight(w_desc, r, s, c, g, k, C, K, R, S, REVERSE, BLOCK_N, BLOCK_K)
