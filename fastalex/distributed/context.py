@@ -78,6 +78,8 @@ class ParallelContext:
     def gather_rows(self, x: torch.Tensor) -> None:
         """Fill ``x`` with the other tower's half of its rows; on a GPU its stream waits for it."""
         if self.towers > 1:
+            if self._watchdog is not None:
+                self._watchdog.loaded()
             # On a GPU it runs beside a step, which does not wait for it.
             with self.stopwatch.running(self.device, int(self.device.type == "cpu")):
                 gather_rows(x, self.tower, self.mesh.get_group("tower"))

@@ -31,6 +31,7 @@ class Heartbeat:
     host: str  # its machine's name
     beats: int = 0  # heartbeats written before
     done: int = 0  # pieces of work begun or done: batches trained or validated, files written
+    loaded: int = 0  # batches whose images another process waits for
     step: int = 0  # of the training
     doing: str = ""  # what a disk may delay; empty for anything else
     state: str = "runs"  # or "lost a peer", or "ended"
@@ -82,6 +83,10 @@ class Watchdog:
         self._mine = replace(self._mine, done=self._mine.done + 1, step=step, doing=doing)
         if self._mine.done == _COMPILED:
             self._forgive(time.monotonic())  # the others may still be in their first step
+
+    def loaded(self) -> None:
+        """Note that the images are there which another process waits for."""
+        self._mine = replace(self._mine, loaded=self._mine.loaded + 1)
 
     def who_left(self, waiting: Callable[[], bool]) -> str:
         """After an exchange failed, which process is gone; as long as ``waiting()`` is true.
@@ -137,7 +142,7 @@ class Watchdog:
             self._heartbeats[number] = beat
             if beat != before:
                 self._heard[number] = now
-            if beat.done != before.done:
+            if _reached(beat) != _reached(before):
                 self._moved[number] = now
 
     def _look(self) -> None:
@@ -179,14 +184,19 @@ class Watchdog:
                 return f"{who} has not answered for {silence:.0f} s, at step {beat.step}"
         if not running:
             return ""
-        last, beat = min(running.items(), key=lambda item: item[1].done)
+        last, beat = min(running.items(), key=lambda item: _reached(item[1]))
         still = self._reached - self._moved[last]
         if still <= limit * (_PATIENCE if beat.doing else 1):
             return ""
-        alike = len({other.done for other in running.values()}) == 1
+        alike = len(set(map(_reached, running.values()))) == 1
         who = "no process has" if alike else f"{self._name(last)} has not"
         doing = beat.doing and f", {beat.doing}"
         return f"{who} gone on for {still:.0f} s, at step {beat.step}{doing}"
 
     def _name(self, number: int) -> str:
         return f"rank {number} (host {self._heartbeats[number].host})"
+
+
+def _reached(beat: Heartbeat) -> tuple[int, int]:
+    """What tells whether a process goes on, and which of two is behind."""
+    return beat.done, beat.loaded

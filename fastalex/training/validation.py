@@ -110,8 +110,11 @@ def _copied(
             stream.wait_event(done)
         with torch.cuda.stream(stream):
             places[turn] = place = batch.copy_to(place)
-            gather(place.images)
+            if not torch.version.hip:
+                gather(place.images)
         current.wait_stream(stream)
+        if torch.version.hip:  # where nothing else orders it and the exchanges of a captured step
+            gather(place.images)
         yield place
         free[turn] = current.record_event()
 

@@ -83,22 +83,26 @@ def test_a_stopped_process_is_named_within_the_timeout(
     assert (left, orphans) == (0, 0)
 
 
-def test_a_process_that_does_not_go_on_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("where", "step"), [("trainer.Trainer._train_step", 6), ("trainer.Batches._load", 5)]
+)
+def test_a_process_that_does_not_go_on_is_named(tmp_path: Path, where: str, step: int) -> None:
+    """In its seventh step; or in its half of a batch, of which one was the validation's."""
     script = changed(
         tmp_path,
-        "import time\n"
-        "train_step = trainer.Trainer._train_step\n"
-        "def stuck(self, batch):\n"
-        "    if launch.rank() == 1 and self.step == 6:\n"
+        "import itertools, time\n"
+        f"calls, called = itertools.count(1), {where}\n"
+        "def stuck(self, *arguments):\n"
+        "    if launch.rank() == 1 and next(calls) == 7:\n"
         "        time.sleep(1e6)\n"
-        "    train_step(self, batch)\n"
-        "trainer.Trainer._train_step = stuck\n",
+        "    return called(self, *arguments)\n"
+        f"{where} = stuck\n",
     )
-    process = run(command("ours", script=script), tmp_path)
+    process = run(command("ours", "--workers", "0", script=script), tmp_path)
     assert process.returncode == 1
     line = process.stderr.splitlines()[-1]
     assert f"rank 1 (host {HOST}) has not gone on for" in line
-    assert "at step 6" in line
+    assert f"at step {step}" in line
 
 
 def test_a_run_that_was_stopped_as_a_whole_goes_on(tmp_path: Path, forks: Forks) -> None:
