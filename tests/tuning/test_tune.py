@@ -92,7 +92,10 @@ def test_a_launch_takes_the_tuned_tile(table: Path, monkeypatch: pytest.MonkeyPa
         ({"tiles": [ENTRY | {"tile": [128, 128, 64, 8]}]}, "for a tile of linear"),
         ({"tiles": [ENTRY | {"tile": [128, 128, 0, 8, 3]}]}, "for a tile of linear"),
         ({"tiles": [ENTRY | {"kernel": "linear parts"}]}, "for a tile of linear parts"),
+        ({"tiles": [ENTRY | {"tile": None}]}, "no table of fastalex.tune"),
+        ({"tiles": [ENTRY | {"kernel": ["linear"]}]}, "no table of fastalex.tune"),
         ({"tiles": [ENTRY | {"kernel": "attention"}]}, "for a tile of attention"),
+        ({"tiles": [ENTRY | {"kernel": "attention", "tile": []}]}, "for a tile of attention"),
         (None, "is not used"),  # damaged
     ],
 )

@@ -167,13 +167,13 @@ def read_table(path: Path, device: str) -> dict[Key, Tile]:
                 raise ValueError(f"it is of {given}; run python -m fastalex.tune")
         if content["timed"] is not True:
             raise ValueError("it was computed, not timed")
-        entries = [
-            ((e["kernel"], e["kind"], tuple(e["sizes"])), e["tile"]) for e in content["tiles"]
-        ]
+        tiles = {
+            (e["kernel"], e["kind"], tuple(e["sizes"])): tuple(e["tile"]) for e in content["tiles"]
+        }
     except (KeyError, TypeError) as error:
         raise ValueError("it is no table of fastalex.tune") from error
-    for (kernel, *_), tile in entries:
-        fields = FIELDS.get(kernel, ())
-        if len(tile) != len(fields) or not all(type(x) is int and x > 0 for x in tile):
-            raise ValueError(f"it holds {tile} for a tile of {kernel}")
-    return {key: tuple(tile) for key, tile in entries if _OPS[key[0]] in same}
+    for (kernel, *_), tile in tiles.items():
+        whole = all(type(x) is int and x > 0 for x in tile)
+        if kernel not in FIELDS or len(tile) != len(FIELDS[kernel]) or not whole:
+            raise ValueError(f"it holds {list(tile)} for a tile of {kernel}")
+    return {key: tile for key, tile in tiles.items() if _OPS[key[0]] in same}

@@ -118,7 +118,8 @@ def fits(dz: Tensor, x: Tensor, update: MomentumUpdate) -> bool:
     columns = 16 // x.element_size()  # a row of a descriptor begins at 16 bytes
     described = (dz, x, update.parameter, update.buffer)
     return 0 < len(x) <= _IMAGES and all(
-        y.stride(1) == 1 and y.stride(0) % columns == 0 and aligned(y) for y in described
+        y.stride(1) == 1 and y.stride(0) > 0 and y.stride(0) % columns == 0 and aligned(y)
+        for y in described
     )
 
 
