@@ -36,6 +36,11 @@ class Heartbeat:
     doing: str = ""  # what a disk may delay; empty for anything else
     state: str = "runs"  # or "lost a peer", or "ended"
 
+    @property
+    def work(self) -> tuple[int, int]:
+        """What tells whether a process goes on, and which of two is behind."""
+        return self.done, self.loaded
+
 
 class Watchdog:
     """Watches the other processes, from entering it as a context to leaving it.
@@ -142,7 +147,7 @@ class Watchdog:
             self._heartbeats[number] = beat
             if beat != before:
                 self._heard[number] = now
-            if _reached(beat) != _reached(before):
+            if beat.work != before.work:
                 self._moved[number] = now
 
     def _look(self) -> None:
@@ -184,19 +189,14 @@ class Watchdog:
                 return f"{who} has not answered for {silence:.0f} s, at step {beat.step}"
         if not running:
             return ""
-        last, beat = min(running.items(), key=lambda item: _reached(item[1]))
+        last, beat = min(running.items(), key=lambda item: item[1].work)
         still = self._reached - self._moved[last]
         if still <= limit * (_PATIENCE if beat.doing else 1):
             return ""
-        alike = len(set(map(_reached, running.values()))) == 1
+        alike = len({other.work for other in running.values()}) == 1
         who = "no process has" if alike else f"{self._name(last)} has not"
         doing = beat.doing and f", {beat.doing}"
         return f"{who} gone on for {still:.0f} s, at step {beat.step}{doing}"
 
     def _name(self, number: int) -> str:
         return f"rank {number} (host {self._heartbeats[number].host})"
-
-
-def _reached(beat: Heartbeat) -> tuple[int, int]:
-    """What tells whether a process goes on, and which of two is behind."""
-    return beat.done, beat.loaded
