@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalex_kernels as fk
+import fastalex_kernels.common.backend as backend_module
 from fastalex.inspection import offline
 from fastalex_kernels.common.backend import too_old, use_triton
 
@@ -144,6 +146,9 @@ def test_a_gpu_that_triton_does_not_support_runs_torch_s_operators(
         x = torch.empty(2, device="cuda")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(
+        backend_module, "_gpu_at", functools.cache(backend_module._gpu_at.__wrapped__)
+    )
     assert use_triton(x) is (major >= 8)
     with fk.backend("triton"):  # who asks for it gets it
         assert use_triton(x)

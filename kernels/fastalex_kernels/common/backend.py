@@ -18,7 +18,7 @@ from torch import Tensor
 _PACKAGE = __name__.split(".")[0]
 _NAMESPACE = "fastalex" if _PACKAGE == "fastalex_kernels" else _PACKAGE
 BACKENDS = ("auto", "triton", "aten", "interpreter")
-_OLDEST = (8, 0)  # compute capability that Triton supports, and that has tensor cores for bfloat16
+_OLDEST = 80  # sm_80: what Triton supports, and has tensor cores for bfloat16
 TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
 INTERPRETED_AT_IMPORT: bool = triton.knobs.runtime.interpret  # by TRITON_INTERPRET=1
 
@@ -114,14 +114,13 @@ def too_old(index: int | None) -> str | None:
     """Why a GPU runs torch's operators, in one line, if Triton does not support it."""
     if torch.version.hip or not torch.cuda.is_initialized():  # nothing is there but to be traced
         return None
-    properties = torch.cuda.get_device_properties(index)
-    found = (properties.major, properties.minor)
+    name, gpu = _gpu_at(torch.cuda.current_device() if index is None else index)
+    found = int(name.removeprefix("sm_"))
     if found >= _OLDEST:
         return None
-    oldest = ".".join(map(str, _OLDEST))
     return (
-        f"{properties.name} has compute capability {found[0]}.{found[1]}: it runs torch's "
-        f"operators, Triton's kernels need {oldest}"
+        f"{gpu} has compute capability {found / 10}: it runs torch's operators, "
+        f"Triton's kernels need {_OLDEST / 10}"
     )
 
 
