@@ -43,6 +43,7 @@ _PRODUCT = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 FIELDS = {  # what a tile holds, by kernel; a name's first word is the op, a folder of the package
     "conv2d forward": _PRODUCT,
     "conv2d input": _PRODUCT,
+    "conv2d run": ("pixels",),  # of Gluon's kernel; of 1 the plain one runs
     "conv2d weight": _PRODUCT,
     "conv2d weight parts": ("parts",),  # of the reduction, for the tile taken
     "linear": _PRODUCT,

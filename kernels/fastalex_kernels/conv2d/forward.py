@@ -39,6 +39,9 @@ from ..conv2d.arguments import Padding, space_to_depth_weight
 from ..conv2d.pixels import conv2d_relu_fwd_tma_kernel, descriptors, pixel_tile
 from ..conv2d.tiles import finish, halved_warps, next_tap, split_channels, tap_range, tma_fits
 
+if TRITON >= (3, 9):  # where Gluon has the names that it is written in
+    from ..conv2d import warp_specialized
+
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width, cut to the layer.
 # What bounds the stages is shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on
 # sm_86, sm_89 and sm_120 ("other"), of which two programs share 100 there, 64 KB on gfx942.
@@ -252,7 +255,11 @@ def _convolve(
     name = "conv2d input" if reverse else "conv2d forward"
     sizes = (N, P, Q, C, K, R, S, groups)
     tile, counted = None, max(_farthest_row((N, W, P, Q), (R, S), pad), w.numel())
-    if tma_fits(groups, x, w) and C % 16 == 0:
+    by_tma = tma_fits(groups, x, w) and C % 16 == 0
+    if by_tma and mask is None and TRITON >= (3, 9):
+        if warp_specialized.convolve(x, w, bias, y, taps, groups, relu, counted):
+            return output, None
+    if by_tma:
         run = S if reverse and mask is None and K % 8 == 0 else 1
         own = own_tile(_FORWARD_TILES, x, name)
         tile = pixel_tile(own, x, name, sizes, mask is not None, run)

@@ -32,17 +32,37 @@ Layout: x [H, W, N, G * C], y [P, Q, N, G * K], HWNC in memory (see ``forward``)
 
 from __future__ import annotations
 
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..common.backend import recorder, target
 from ..common.dependent import wait_for_predecessor
+from ..common.launch import launch
+from ..common.tuned import tuned
+
+VARIABLE = "FASTALEX_GLUON"
+# Pixels of a run, by input and output channels of a group and the kernel's side: AlexNet's first
+# two layers, on one GPU and on two, and the second one's input gradient. For others the estimate of
+# the plain kernel is no longer, or the sums do not fit in the registers.
+_RUNS = {(48, 96, 3): 3, (48, 48, 3): 4, (48, 128, 5): 2, (128, 48, 5): 4}
+_BLOCK_K = 16  # a product's depth: of 32, copies of x in registers would leave too few
+_SHARED_BYTES = 227 << 10
+_MOST_STAGES = 8
 
 
 @gluon.jit
@@ -177,8 +197,9 @@ def _multiply(
     BLOCK_K: gl.constexpr = xs.shape[2]
     BLOCK_N: gl.constexpr = ws.shape[1 if REVERSE else 2]
     TAIL_N: gl.constexpr = w_tails.shape[1 if REVERSE else 2]
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
-    TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, TAIL_N, 16])
+    WARPS: gl.constexpr = gl.num_warps()
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TAIL_N, 16])
     X_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
     accs = _in_flight(_zeros(BLOCK_M, BLOCK_N, RUN, LAYOUT), RUN)
     tails = _in_flight(_zeros(BLOCK_M, TAIL_N, RUN, TAIL_LAYOUT), RUN)
@@ -191,6 +212,8 @@ def _multiply(
             accs, tails = _position(
                 xs, ws, w_tails, stage, accs, tails, 0, X_LAYOUT, S, RUN, REVERSE
             )
+            # The next copies into the stage come after the reads into registers, too.
+            fence_async_shared()
             mbarrier.arrive(empty.index(before), pred=(r > r_lo) | (c > 0))
             for j in gl.static_range(1, S + RUN - 1):
                 accs, tails = _position(
@@ -263,6 +286,7 @@ def conv2d_relu_fwd_warp_specialized_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()  # before the copies signal a barrier
     # The fetching warp needs few registers: 56 of a thread leave 224 for each that multiplies.
     gl.warp_specialize([
         (_multiply, (
@@ -274,3 +298,102 @@ def conv2d_relu_fwd_warp_specialized_kernel(
             N, H, W, C, K, R, S, PAD_H, PAD_W, REVERSE, RUN, STAGES,
         )),
     ], [1], [56])  # fmt: skip
+
+
+def convolve(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    taps: tuple[tuple[int, int], tuple[int, int], bool],
+    groups: int,
+    relu: bool,
+    counted: int,
+) -> bool:
+    """Write y [P, Q, N, G * K], where this kernel gains; whether it did.
+
+    Args:
+        x: [H, W, N, G * C] of 16 bits, with C that 16 divides.
+        w: packed [R, S, C, G * K], of an input gradient [R, S, K, G * C].
+        bias: [G * K] or None.
+        taps: size of the output, padding above and to the left, whether taps are in reverse order.
+        groups, relu: of the convolution.
+        counted: as ``launch`` takes it.
+    """
+    (H, W, N, GC), (R, S, rows, columns), ((P, Q), pad, reverse) = x.shape, w.shape, taps
+    C, K = GC // groups, rows if reverse else columns // groups
+    run = _run(x, (N, P, Q, C, K, R, S, groups))
+    if run == 1:
+        return False
+    block_n = 1 << (K - 1).bit_length() - 1  # 48 = 32 + 16, 128 = 64 + 64
+    # Results go to memory through a block of shared memory, and the barriers take some.
+    left = _SHARED_BYTES - 2 * 128 * block_n - (1 << 10)
+    stages = min(_MOST_STAGES, left // (2 * _BLOCK_K * ((S + run - 1) * 128 + S * K)))
+    arguments = (
+        *_descriptors(x, w, (block_n, K - block_n), reverse), y if bias is None else bias, y, N, H, W, P, Q,
+    )  # fmt: skip
+    options = {
+        "G": groups, "C": C, "K": K, "R": R, "S": S, "PAD_H": pad[0], "PAD_W": pad[1],
+        "REVERSE": reverse, "HAS_BIAS": bias is not None, "RELU": relu, "RUN": run,
+        "STAGES": stages, "num_warps": 8, "num_stages": stages,
+    }  # fmt: skip
+    grid = (P * -(-Q // run) * (N // 128), groups)
+    kernel = conv2d_relu_fwd_warp_specialized_kernel
+    if not _compiles(kernel, grid, arguments, options):
+        return False
+    launch(kernel, grid, *arguments, **options, counted=counted)
+    return True
+
+
+def _run(x: Tensor, sizes: tuple[int, ...]) -> int:
+    """Pixels of a run; 1 where the plain kernel is to run."""
+    N, _, _, C, K, R, S, _ = sizes
+    own = _RUNS.get((C, K, S), 1) if R == S and N % 128 == 0 else 1
+    if own == 1 or target(x.device) != "sm_90" or os.environ.get(VARIABLE) == "never":
+        return 1
+    return tuned((own,), x, "conv2d run", *sizes)[0]
+
+
+def _descriptors(
+    x: Tensor, w: Tensor, widths: tuple[int, int], reverse: bool
+) -> tuple[TensorDescriptor, ...]:
+    """x, and w in blocks of the first outputs and of those that follow."""
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    weights = w.view(-1, w.shape[3])
+
+    def describe(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+        layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+        return TensorDescriptor.from_tensor(matrix, block, layout)
+
+    return (
+        describe(x.view(-1, x.shape[3]), [128, _BLOCK_K]),
+        *(
+            describe(weights, [n, _BLOCK_K] if reverse else [_BLOCK_K, n])
+            for n in widths
+        ),
+    )
+
+
+_compiled: dict[tuple[Any, ...], bool] = {}  # by all that decides the machine code
+
+
+def _compiles(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> bool:
+    """Whether Triton compiles a launch on this GPU; what it says if not is said once."""
+    if recorder() is not None:  # who reads launches compiles them later
+        return True
+    y = arguments[4]
+    key = (y.device, y.dtype, *arguments[5:], *options.values())
+    if key not in _compiled:
+        try:
+            with torch.cuda.device(y.device):
+                kernel.warmup(*arguments, grid=grid, **options)
+            _compiled[key] = True
+        except Exception as error:  # each version of Triton has its own
+            _compiled[key] = False
+            why = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                f"Gluon's kernel does not compile, the plain one runs: {why}", stacklevel=2
+            )
+    return _compiled[key]
