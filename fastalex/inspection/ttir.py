@@ -149,8 +149,8 @@ class Code:
         if _LOAD.match(kind) and (blocks := (_COPY if copied else _BLOCK).findall(rest)):
             sides, bits = blocks[-1]
             size = math.prod(map(int, sides.split("x")[:-1])) * int(bits) // 8
-            names = frozenset(self._of(operands[:1]))
-            self.loads.append(Load(names, size, self._inside(), copied))
+            through = frozenset(self._of(operands[:1]))
+            self.loads.append(Load(through, size, self._inside(), copied))
         if kind in ("dot", "warp_group_dot"):
             m, k, bits, n = map(int, _DOT.findall(rest)[0])
             a, b, to = (self._alias.get(value, value) for value in operands[:3])

@@ -256,9 +256,13 @@ def _convolve(
     sizes = (N, P, Q, C, K, R, S, groups)
     tile, counted = None, max(_farthest_row((N, W, P, Q), (R, S), pad), w.numel())
     by_tma = tma_fits(groups, x, w) and C % 16 == 0
-    if by_tma and mask is None and TRITON >= (3, 9):
-        if warp_specialized.convolve(x, w, bias, y, taps, groups, relu, counted):
-            return output, None
+    if (
+        by_tma
+        and mask is None
+        and TRITON >= (3, 9)
+        and warp_specialized.convolve(x, w, bias, y, taps, groups, relu, counted)
+    ):
+        return output, None
     if by_tma:
         run = S if reverse and mask is None and K % 8 == 0 else 1
         own = own_tile(_FORWARD_TILES, x, name)

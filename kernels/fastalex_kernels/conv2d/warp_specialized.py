@@ -33,6 +33,8 @@ Layout: x [H, W, N, G * C], y [P, Q, N, G * K], HWNC in memory (see ``forward``)
 from __future__ import annotations
 
 import os
+import sys
+import time
 import warnings
 from typing import Any
 
@@ -122,7 +124,7 @@ def _in_flight(accs, RUN: gl.constexpr):
     """The same accumulators, as operands of asynchronous products."""
     result = ()
     for t in gl.static_range(RUN):
-        result += (warpgroup_mma_init(accs[t]),)
+        result += (warpgroup_mma_init(accs[t]),)  # type: ignore[assignment]
     return result
 
 
@@ -130,7 +132,7 @@ def _in_flight(accs, RUN: gl.constexpr):
 def _zeros(BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, RUN: gl.constexpr, LAYOUT: gl.constexpr):
     result = ()
     for _ in gl.static_range(RUN):
-        result += (gl.zeros([BLOCK_M, BLOCK_N], gl.float32, LAYOUT),)
+        result += (gl.zeros([BLOCK_M, BLOCK_N], gl.float32, LAYOUT),)  # type: ignore[assignment]
     return result
 
 
@@ -149,7 +151,7 @@ def _position(
     for t in gl.static_range(RUN):
         acc = accs[t]
         tail = tails[t]
-        if 0 <= j - t and j - t < S:
+        if j - t >= 0 and j - t < S:
             w = ws.index(stage * S + j - t)
             w_tail = w_tails.index(stage * S + j - t)
             if REVERSE:
@@ -157,8 +159,8 @@ def _position(
                 w_tail = w_tail.permute((1, 0))
             acc = warpgroup_mma(x, w, acc, is_async=True)
             tail = warpgroup_mma(x, w_tail, tail, is_async=True)
-        more_accs += (acc,)
-        more_tails += (tail,)
+        more_accs += (acc,)  # type: ignore[assignment]
+        more_tails += (tail,)  # type: ignore[assignment]
     OUTSTANDING: gl.constexpr = 2 * (min(j, S - 1) - max(j - RUN + 1, 0) + 1)
     accs, tails = _wait(more_accs, more_tails, OUTSTANDING, RUN)
     return _in_flight(accs, RUN), _in_flight(tails, RUN)
@@ -168,7 +170,7 @@ def _position(
 def _store(
     acc, y_ptr, b_ptr, row, column, stride, HAS_BIAS: gl.constexpr, RELU: gl.constexpr,
 ):  # fmt: skip
-    """Bias, ReLU, one rounding: a pixel's sums for BLOCK_M rows of y and the columns from one on."""
+    """Bias, ReLU, one rounding: the sums of a pixel are stored from a row and a column on."""
     LAYOUT: gl.constexpr = acc.type.layout
     BLOCK_M: gl.constexpr = acc.shape[0]
     BLOCK_N: gl.constexpr = acc.shape[1]
@@ -274,12 +276,16 @@ def conv2d_relu_fwd_warp_specialized_kernel(
     r_lo = gl.maximum(PAD_H - p, 0)
     r_hi = gl.minimum(H + PAD_H - p, R)
 
-    xs = gl.allocate_shared_memory(
-        x_desc.dtype, [STAGES * POSITIONS] + x_desc.block_shape, x_desc.layout
-    )
-    ws = gl.allocate_shared_memory(w_desc.dtype, [STAGES * S] + w_desc.block_shape, w_desc.layout)
+    BLOCK_K: gl.constexpr = x_desc.block_shape[1]
+    W_ROWS: gl.constexpr = w_desc.block_shape[0]
+    W_COLUMNS: gl.constexpr = w_desc.block_shape[1]
+    TAIL_ROWS: gl.constexpr = w_tail_desc.block_shape[0]
+    TAIL_COLUMNS: gl.constexpr = w_tail_desc.block_shape[1]
+    dtype: gl.constexpr = x_desc.dtype
+    xs = gl.allocate_shared_memory(dtype, [STAGES * POSITIONS, BLOCK_M, BLOCK_K], x_desc.layout)
+    ws = gl.allocate_shared_memory(dtype, [STAGES * S, W_ROWS, W_COLUMNS], w_desc.layout)
     w_tails = gl.allocate_shared_memory(
-        w_desc.dtype, [STAGES * S] + w_tail_desc.block_shape, w_tail_desc.layout
+        dtype, [STAGES * S, TAIL_ROWS, TAIL_COLUMNS], w_tail_desc.layout
     )
     full = mbarrier.allocate_mbarrier(batch=STAGES)
     empty = mbarrier.allocate_mbarrier(batch=STAGES)
@@ -329,9 +335,8 @@ def convolve(
     # Results go to memory through a block of shared memory, and the barriers take some.
     left = _SHARED_BYTES - 2 * 128 * block_n - (1 << 10)
     stages = min(_MOST_STAGES, left // (2 * _BLOCK_K * ((S + run - 1) * 128 + S * K)))
-    arguments = (
-        *_descriptors(x, w, (block_n, K - block_n), reverse), y if bias is None else bias, y, N, H, W, P, Q,
-    )  # fmt: skip
+    described = _descriptors(x, w, (block_n, K - block_n), reverse)
+    arguments = (*described, y if bias is None else bias, y, N, H, W, P, Q)
     options = {
         "G": groups, "C": C, "K": K, "R": R, "S": S, "PAD_H": pad[0], "PAD_W": pad[1],
         "REVERSE": reverse, "HAS_BIAS": bias is not None, "RELU": relu, "RUN": run,
@@ -339,9 +344,24 @@ def convolve(
     }  # fmt: skip
     grid = (P * -(-Q // run) * (N // 128), groups)
     kernel = conv2d_relu_fwd_warp_specialized_kernel
-    if not _compiles(kernel, grid, arguments, options):
-        return False
-    launch(kernel, grid, *arguments, **options, counted=counted)
+    if recorder() is not None:  # who records launches compiles them later
+        launch(kernel, grid, *arguments, **options, counted=counted)
+        return True
+    key = (y.device, y.dtype, *arguments[5:], *options.values())
+    with torch.cuda.device(y.device):
+        first = key not in _usable
+        if first and torch.cuda.is_current_stream_capturing():
+            return False
+        if first:
+            _usable[key] = _compiles(arguments, options)
+            torch.cuda.synchronize()
+        if not _usable[key]:
+            return False
+        launch(kernel, grid, *arguments, **options, counted=counted)
+        if first:
+            event = torch.cuda.Event()
+            event.record()
+            wait_for_first_launch(event)
     return True
 
 
@@ -370,33 +390,42 @@ def _descriptors(
 
     return (
         describe(x.view(-1, x.shape[3]), [128, _BLOCK_K]),
-        *(
-            describe(weights, [n, _BLOCK_K] if reverse else [_BLOCK_K, n])
-            for n in widths
-        ),
+        *(describe(weights, [n, _BLOCK_K] if reverse else [_BLOCK_K, n]) for n in widths),
     )
 
 
-_compiled: dict[tuple[Any, ...], bool] = {}  # by all that decides the machine code
+_usable: dict[tuple[Any, ...], bool] = {}  # by all that decides the machine code
 
 
-def _compiles(
-    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
-) -> bool:
-    """Whether Triton compiles a launch on this GPU; what it says if not is said once."""
-    if recorder() is not None:  # who reads launches compiles them later
-        return True
-    y = arguments[4]
-    key = (y.device, y.dtype, *arguments[5:], *options.values())
-    if key not in _compiled:
-        try:
-            with torch.cuda.device(y.device):
-                kernel.warmup(*arguments, grid=grid, **options)
-            _compiled[key] = True
-        except Exception as error:  # each version of Triton has its own
-            _compiled[key] = False
-            why = str(error).strip().partition("\n")[0]
-            warnings.warn(
-                f"Gluon's kernel does not compile, the plain one runs: {why}", stacklevel=2
+def _compiles(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Whether Triton compiles the kernel for a launch; what it says if not is said once."""
+    try:
+        conv2d_relu_fwd_warp_specialized_kernel.warmup(*arguments, grid=(1,), **options)
+    except Exception as error:  # each version of Triton has its own
+        why = str(error).strip().partition("\n")[0]
+        warnings.warn(f"Gluon's kernel does not compile, the plain one runs: {why}", stacklevel=3)
+        return False
+    return True
+
+
+def wait_for_first_launch(event: Any, limit: float = 20.0) -> None:
+    """Wait until a kernel's first launch has ended; end the process if it does not.
+
+    A kernel that waits for ever holds its GPU, and whoever waits for that: no exception would help.
+
+    Args:
+        event: recorded after the launch.
+        limit: seconds; the longest launch at the net's sizes takes less than a thousandth of one.
+    """
+    deadline = time.monotonic() + limit
+    while not event.query():
+        if time.monotonic() > deadline:
+            name = conv2d_relu_fwd_warp_specialized_kernel.fn.__name__
+            print(
+                f"{name} has not ended in {limit:g} s and holds the GPU: this process ends. "
+                f"{VARIABLE}=never leaves the kernel out",
+                file=sys.stderr,
+                flush=True,
             )
-    return _compiled[key]
+            os._exit(2)
+        time.sleep(1e-3)
