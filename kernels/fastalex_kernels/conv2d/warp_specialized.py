@@ -260,6 +260,7 @@ def conv2d_relu_fwd_warp_specialized_kernel(
     STAGES: gl.constexpr,  # turns that are loaded at once
 ):
     wait_for_predecessor()
+    gl.static_assert(STAGES >= 2)  # one is handed back when the next has come
     POSITIONS: gl.constexpr = S + RUN - 1
     BLOCK_M: gl.constexpr = x_desc.block_shape[0]
     SIDE: gl.constexpr = 0 if REVERSE else 1
@@ -271,7 +272,8 @@ def conv2d_relu_fwd_warp_specialized_kernel(
     n = pid // N_BLOCKS % (N // BLOCK_M) * BLOCK_M
     run = pid // N_BLOCKS // (N // BLOCK_M)
     runs = (Q + RUN - 1) // RUN  # of a line
-    p = (run // runs + PAD_H) % P  # lines that need every tap first
+    BORDER: gl.constexpr = PAD_H if PAD_H > 0 else 0
+    p = (run // runs + BORDER) % P  # lines that need every tap first
     q = run % runs * RUN
     r_lo = gl.maximum(PAD_H - p, 0)
     r_hi = gl.minimum(H + PAD_H - p, R)
