@@ -2,8 +2,8 @@
 
     y[n, k, p, q] = relu(b[k] + sum_{c, r, s} x[n, c, p + r - top, q + s - left] w[k, c, r, s])
 
-A program takes 128 images of a run of RUN neighbours in a line of the output, and a block of its
-channels. Under row r of the weight, the RUN * S taps of these pixels touch S + RUN - 1 columns of
+A program takes 128 images of a run of RUN neighbours in a line of the output, and all channels of
+a group. Under row r of the weight, the RUN * S taps of these pixels touch S + RUN - 1 columns of
 x. Each block of x is fetched once and read into registers once; it is then the left operand of
 every product that needs it, one for each pixel, with the weight of another tap. So a product reads
 only the weight from shared memory, and its columns can be few: 48 channels are 32 + 16, 96 are
@@ -69,7 +69,7 @@ _MOST_STAGES = 8
 
 @gluon.jit
 def _fetch(
-    x_desc, w_desc, w_tail_desc, xs, ws, w_tails, full, empty, p, q, n, g, k, r_lo, r_hi, N, H, W,
+    x_desc, w_desc, w_tail_desc, xs, ws, w_tails, full, empty, p, q, n, g, r_lo, r_hi, N, H, W,
     C: gl.constexpr, K: gl.constexpr, R: gl.constexpr, S: gl.constexpr, PAD_H: gl.constexpr,
     PAD_W: gl.constexpr, REVERSE: gl.constexpr, RUN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -96,13 +96,13 @@ def _fetch(
                 block = ws.index(stage * S + s)
                 tail = w_tails.index(stage * S + s)
                 if REVERSE:
-                    row = (R * S - 1 - (r * S + s)) * K + k
+                    row = (R * S - 1 - (r * S + s)) * K
                     tma.async_load(w_desc, [row, g * C + c], full.index(stage), block)
                     row += BLOCK_N
                     tma.async_load(w_tail_desc, [row, g * C + c], full.index(stage), tail)
                 else:
                     row = (r * S + s) * C + c
-                    column = g * K + k
+                    column = g * K
                     tma.async_load(w_desc, [row, column], full.index(stage), block)
                     column += BLOCK_N
                     tma.async_load(w_tail_desc, [row, column], full.index(stage), tail)
@@ -190,7 +190,7 @@ def _store(
 
 @gluon.jit
 def _multiply(
-    b_ptr, y_ptr, xs, ws, w_tails, full, empty, p, q, n, g, k, r_lo, r_hi, N, Q,
+    b_ptr, y_ptr, xs, ws, w_tails, full, empty, p, q, n, g, r_lo, r_hi, N, Q,
     G: gl.constexpr, C: gl.constexpr, K: gl.constexpr, S: gl.constexpr, REVERSE: gl.constexpr,
     HAS_BIAS: gl.constexpr, RELU: gl.constexpr, RUN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -230,15 +230,15 @@ def _multiply(
     for t in gl.static_range(RUN):
         if q + t < Q:
             row = (p * Q + q + t) * N + n
-            _store(accs[t], y_ptr, b_ptr, row, g * K + k, G * K, HAS_BIAS, RELU)
-            _store(tails[t], y_ptr, b_ptr, row, g * K + k + BLOCK_N, G * K, HAS_BIAS, RELU)
+            _store(accs[t], y_ptr, b_ptr, row, g * K, G * K, HAS_BIAS, RELU)
+            _store(tails[t], y_ptr, b_ptr, row, g * K + BLOCK_N, G * K, HAS_BIAS, RELU)
 
 
 @gluon.jit
 def conv2d_relu_fwd_warp_specialized_kernel(
     x_desc,  # [H * W * N, G * C], blocks [128, BLOCK_K]
     w_desc,  # packed weight, blocks [BLOCK_K, BLOCK_N]; [BLOCK_N, BLOCK_K] of the reversed one
-    w_tail_desc,  # the same of TAIL_N columns, the outputs that follow
+    w_tail_desc,  # the same in blocks of TAIL_N, the outputs that follow: K = BLOCK_N + TAIL_N
     b_ptr,  # [G * K], read where HAS_BIAS
     y_ptr,  # [P, Q, N, G * K]
     N,
@@ -263,14 +263,10 @@ def conv2d_relu_fwd_warp_specialized_kernel(
     gl.static_assert(STAGES >= 2)  # one is handed back when the next has come
     POSITIONS: gl.constexpr = S + RUN - 1
     BLOCK_M: gl.constexpr = x_desc.block_shape[0]
-    SIDE: gl.constexpr = 0 if REVERSE else 1
-    COLUMNS: gl.constexpr = w_desc.block_shape[SIDE] + w_tail_desc.block_shape[SIDE]
-    N_BLOCKS: gl.constexpr = K // COLUMNS
     pid = gl.program_id(0)
     g = gl.program_id(1)
-    k = pid % N_BLOCKS * COLUMNS
-    n = pid // N_BLOCKS % (N // BLOCK_M) * BLOCK_M
-    run = pid // N_BLOCKS // (N // BLOCK_M)
+    n = pid % (N // BLOCK_M) * BLOCK_M
+    run = pid // (N // BLOCK_M)
     runs = (Q + RUN - 1) // RUN  # of a line
     BORDER: gl.constexpr = PAD_H if PAD_H > 0 else 0
     p = (run // runs + BORDER) % P  # lines that need every tap first
@@ -298,11 +294,11 @@ def conv2d_relu_fwd_warp_specialized_kernel(
     # The fetching warp needs few registers: 56 of a thread leave 224 for each that multiplies.
     gl.warp_specialize([
         (_multiply, (
-            b_ptr, y_ptr, xs, ws, w_tails, full, empty, p, q, n, g, k, r_lo, r_hi, N, Q,
+            b_ptr, y_ptr, xs, ws, w_tails, full, empty, p, q, n, g, r_lo, r_hi, N, Q,
             G, C, K, S, REVERSE, HAS_BIAS, RELU, RUN, STAGES,
         )),
         (_fetch, (
-            x_desc, w_desc, w_tail_desc, xs, ws, w_tails, full, empty, p, q, n, g, k, r_lo, r_hi,
+            x_desc, w_desc, w_tail_desc, xs, ws, w_tails, full, empty, p, q, n, g, r_lo, r_hi,
             N, H, W, C, K, R, S, PAD_H, PAD_W, REVERSE, RUN, STAGES,
         )),
     ], [1], [56])  # fmt: skip
@@ -400,9 +396,10 @@ _usable: dict[tuple[Any, ...], bool] = {}  # by all that decides the machine cod
 
 
 def _compiles(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    """Whether Triton compiles the kernel for a launch; what it says if not is said once."""
+    """Whether the kernel compiles and loads for a launch; what Triton says if not is said once."""
     try:
-        conv2d_relu_fwd_warp_specialized_kernel.warmup(*arguments, grid=(1,), **options)
+        kernel = conv2d_relu_fwd_warp_specialized_kernel.warmup(*arguments, grid=(1,), **options)
+        kernel[(1, 1, 1)]  # loads it, and launches nothing
     except Exception as error:  # each version of Triton has its own
         why = str(error).strip().partition("\n")[0]
         warnings.warn(f"Gluon's kernel does not compile, the plain one runs: {why}", stacklevel=3)
