@@ -14,7 +14,7 @@ Layouts: maps are HWNC, [H, W, N, C] contiguous; rows are [N, features].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ from fastalex_kernels.lrn_pool.function import channel_groups
 from fastalex_kernels.lrn_pool.general import lrn_max_pool2d_backward, lrn_max_pool2d_forward
 
 Tensor = torch.Tensor
-Gradient = tuple[Tensor | None, Tensor | None]  # dx; bias partials of the layer below
+Shares = tuple[Tensor, Tensor]  # of a gradient: this tower's and the other one's, which add up
+Gradient = tuple[Tensor | Shares | None, Tensor | None]  # dx; bias partials of the layer below
 
 
 class Pass:
@@ -48,6 +49,9 @@ class Pass:
         needs_dx: whether a layer below needs the gradient of its input.
         masks_dx: whether it does the backward pass of the ReLU below it.
         dy_is_preact: whether the layer above did that of its own ReLU.
+        can_add: whether its backward kernels can add shares of the gradient of its output.
+        dy_is_shared: whether the layer above leaves that to it.
+        shares_dx: whether it leaves that to the layer below.
         module: the layer; None where it is none of the model's.
         update: of its parameters; None where it has none.
         gather: of the other tower's half of its input; None where it needs none.
@@ -56,23 +60,26 @@ class Pass:
     module: Any = None
     update: FusedUpdate | None = None
     gather: Gather | None = None
-    relu = can_mask = False
+    relu = can_mask = can_add = False
     needs_dx = True
-    masks_dx = dy_is_preact = False
+    masks_dx = dy_is_preact = dy_is_shared = shares_dx = False
 
     def forward(self, x: Tensor) -> Tensor:
         """The output, of the input ``x``."""
         raise NotImplementedError
 
-    def backward(self, dy: Tensor, bias_partials: Tensor | None) -> Gradient:
-        """The gradient of the input, after the layer's own parameters got theirs."""
+    def backward(self, dy: Any, bias_partials: Tensor | None) -> Gradient:
+        """The gradient of the input, after the layer's own parameters got theirs.
+
+        ``dy`` is the gradient of the output, or its ``Shares``.
+        """
         raise NotImplementedError
 
 
 class Gather:
     """An all-gather of both towers' channels before a layer; backward, the reduce-scatter.
 
-    Channels are the last axis, tower 0's first. The two towers' gradients add up (``summed``)
+    Tower 0's channels are first. The two towers' gradients add up (``summed``)
     before a layer of which each has half. ``early``, work goes on while a half is on its way.
     """
 
@@ -89,39 +96,51 @@ class Gather:
         call(self._transfer.wait)
         return self._transfer.received
 
+    def halves(self, mine: Tensor) -> Tensor:
+        """Both halves, [2, ...], at once."""
+        self.start(mine)
+        self.wait()
+        return self._transfer.both
+
     def concatenate(self) -> Tensor:
-        """Both halves, after ``wait``."""
+        """Both halves along the last axis, after ``wait``."""
         halves = [self._mine, self._transfer.received]
         out = self._mine.new_empty((*self._mine.shape[:-1], TOWERS * self._mine.shape[-1]))
         call(torch.cat, halves if self.rank == 0 else halves[::-1], dim=-1, out=out)
         return out
 
     def __call__(self, mine: Tensor) -> Tensor:
-        """Both halves, at once."""
+        """Both halves along the last axis, at once."""
         self.start(mine)
         self.wait()
         return self.concatenate()
 
-    def start_reduce_scatter(self, dx: Tensor) -> Callable[[], Tensor]:
-        """Send the other tower its half of ``dx``; what waits for its own and adds it to ours."""
-        halves = dx.chunk(TOWERS, -1)
+    def start_reduce_scatter(
+        self, halves: Sequence[Tensor], add: bool = True
+    ) -> Callable[[], Tensor | Shares]:
+        """Send the other tower its half of dx; what waits for its share of ours, to ``add`` it."""
         mine, theirs = halves[self.rank], halves[1 - self.rank]
         if not self.summed:
             return lambda: mine
-        sent, out = theirs.new_empty(theirs.shape), mine.new_empty(mine.shape)
-        call(sent.copy_, theirs)
-        transfer = self._exchange.transfer(sent)
+        if not theirs.is_contiguous():
+            sent = theirs.new_empty(theirs.shape)
+            call(sent.copy_, theirs)
+            theirs = sent
+        transfer = self._exchange.transfer(theirs)
         call(transfer.start)
 
-        def wait() -> Tensor:
+        def wait() -> Tensor | Shares:
             call(transfer.wait)
+            if not add:
+                return mine, transfer.received
+            out = mine.new_empty(mine.shape)
             call(torch.add, mine, transfer.received, out=out)
             return out
 
         if self.early:
             return wait
-        wait()
-        return lambda: out
+        share = wait()
+        return lambda: share
 
 
 class Convolution(Pass):
@@ -138,7 +157,7 @@ class Convolution(Pass):
         self._padding = ((pad, pad), (pad, pad))
 
     def forward(self, x: Tensor) -> Tensor:
-        self._x = x = x if self.gather is None else self.gather(x)
+        self._x = x = x if self.gather is None else self.gather.halves(x)
         self._w = self.update.weight()
         y = conv2d_relu_forward(
             x, self._w, self.update.bias(), self._padding, self._groups, self.relu
@@ -154,13 +173,16 @@ class Convolution(Pass):
             assert bias_partials is not None
         dx = below = wait = None
         if self.needs_dx:
+            H, W, *_ = x.shape[-4:]
             grad, below = conv2d_relu_backward_input(
-                dz, self._w, (x.shape[0], x.shape[1]), self._padding, self._groups,
-                x if self.masks_dx else None,
+                dz, self._w, (H, W), self._padding, self._groups, x if self.masks_dx else None,
+                halves=1 if self.gather is None else TOWERS,
             )  # fmt: skip
-            dx = as_hwnc(grad)
-            if self.gather is not None:
-                wait, below = self.gather.start_reduce_scatter(dx), None  # sums of one share
+            if self.gather is None:
+                dx = as_hwnc(grad)
+            else:  # the sums are those of one share
+                wait = self.gather.start_reduce_scatter(grad.unbind(), add=not self.shares_dx)
+                below = None
         R, S = self._w.shape[:2]
         partials = conv2d_relu_backward_weight(x, dz, (R, S), self._padding, self._groups)
         self.update.convolution(partials, bias_partials)
@@ -170,7 +192,7 @@ class Convolution(Pass):
 class Pool(Pass):
     """Max-pooling, after response normalisation where the layer has one, before ReLU if asked."""
 
-    can_mask = True
+    can_mask = can_add = True
 
     def __init__(self, module: MaxPool2d) -> None:
         self.module = module
@@ -191,12 +213,13 @@ class Pool(Pass):
             call(self._y.relu_)
         return self._y
 
-    def backward(self, dy: Tensor, bias_partials: Tensor | None) -> Gradient:
+    def backward(self, dy: Tensor | Shares, bias_partials: Tensor | None) -> Gradient:
+        dy, share = dy if isinstance(dy, tuple) else (dy, None)
         if self.relu and not self.dy_is_preact:
             dy, _ = _before_relu(dy, self._y)
         dx, below = lrn_max_pool2d_backward(
             self._x, dy, self._argmax, self._pooling, (self._x.shape[0], self._x.shape[1]),
-            mask=self.masks_dx, y=None if self._pooling.norm else self._y,
+            mask=self.masks_dx, y=None if self._pooling.norm else self._y, share=share,
         )  # fmt: skip
         return as_hwnc(dx), below
 
@@ -277,7 +300,7 @@ class FullyConnected(Pass):
             mask = self._x if self.masks_dx else None
             dx = matmul(dz, self._w, Epilogue(dropout=Dropout(p), mask=mask))
         if dx is not None and self.gather is not None:
-            wait = self.gather.start_reduce_scatter(dx)
+            wait = self.gather.start_reduce_scatter(dx.chunk(TOWERS, -1))
         if apart:
             self.update.linear(dz, self._x, p)
         return (dx if wait is None else wait()), None
@@ -330,7 +353,7 @@ class Torch(Pass):
     def backward(self, dy: Tensor, bias_partials: Tensor | None) -> Gradient:
         call(self._backward, dy)
         if self.gather is not None and self._dx is not None:
-            return self.gather.start_reduce_scatter(self._dx)(), None
+            return self.gather.start_reduce_scatter(self._dx.chunk(TOWERS, -1))(), None
         return self._dx, None
 
     def _backward(self, dy: Tensor) -> None:

@@ -206,7 +206,7 @@ class TrainStep:
                     x = layer.forward(x)
             with _at(program, "loss", "forward"):
                 loss, dlogits = self._chain.loss(x, labels)
-            dy: torch.Tensor | None = dlogits
+            dy: Any = dlogits
             bias_partials = None
             for name, layer in reversed(layers):
                 assert dy is not None

@@ -329,12 +329,16 @@ def _lrn_bwd_pixel(
 
 
 @triton.jit
-def _load_window(dy_ptr, argmax_ptr, p, q, P, Q, pixel, chunk, chunks):
+def _load_window(
+    dy_ptr, share_ptr, argmax_ptr, p, q, P, Q, pixel, chunk, chunks, SHARED: tl.constexpr
+):
     """dy and the position of the maximum at pooled pixel (p, q), none outside the map."""
     inside = (p >= 0) & (p < P) & (q >= 0) & (q < Q)
     mask = (chunk < tl.where(inside, chunks, 0))[:, None]
     offs = (p * Q + q).to(tl.int64) * pixel + chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
     dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if SHARED:
+        dy += tl.load(share_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     return dy, tl.load(argmax_ptr + offs, mask=mask, other=255).to(tl.int32)
 
 
@@ -360,6 +364,7 @@ def _store_sums(sum_ptr, total, chunk, lane, IMAGE: tl.constexpr, T: tl.constexp
 def _lrn_max_pool2d_chunks_bwd_kernel(
     x_ptr,  # [H, W, N, C]
     dy_ptr,  # [P, Q, N, C]
+    share_ptr,  # as dy, read where SHARED
     argmax_ptr,  # uint8 [P, Q, N, C]
     dx_ptr,  # [H, W, N, C]
     sum_ptr,  # float32 [programs, C], written where MASK
@@ -374,6 +379,7 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
     USED: tl.constexpr,  # chunks of a program: whole groups, at most T
     START: tl.constexpr,
     UNIT: tl.constexpr,
+    SHARED: tl.constexpr,  # the gradient is dy and another share of it
     MASK: tl.constexpr,  # x comes from a ReLU: apply its mask too, and sum what is written
     EVEN: tl.constexpr,
     T: tl.constexpr,
@@ -389,12 +395,20 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
     p_first = tl.program_id(2) * rows_per_program
     pixel = tl.cast(N, tl.int64) * C
     # Windows above and to the left of (p, q), above, to the left, and (p, q) itself.
-    dy_al, at_al = _load_window(dy_ptr, argmax_ptr, p_first - 1, q - 1, P, Q, pixel, chunk, chunks)
-    dy_a, at_a = _load_window(dy_ptr, argmax_ptr, p_first - 1, q, P, Q, pixel, chunk, chunks)
+    dy_al, at_al = _load_window(
+        dy_ptr, share_ptr, argmax_ptr, p_first - 1, q - 1, P, Q, pixel, chunk, chunks, SHARED
+    )
+    dy_a, at_a = _load_window(
+        dy_ptr, share_ptr, argmax_ptr, p_first - 1, q, P, Q, pixel, chunk, chunks, SHARED
+    )
     total = tl.zeros((T, 8), tl.float32)
     for p in range(p_first, tl.minimum(p_first + rows_per_program, (H + 1) // 2)):
-        dy_l, at_l = _load_window(dy_ptr, argmax_ptr, p, q - 1, P, Q, pixel, chunk, chunks)
-        dy, at = _load_window(dy_ptr, argmax_ptr, p, q, P, Q, pixel, chunk, chunks)
+        dy_l, at_l = _load_window(
+            dy_ptr, share_ptr, argmax_ptr, p, q - 1, P, Q, pixel, chunk, chunks, SHARED
+        )
+        dy, at = _load_window(
+            dy_ptr, share_ptr, argmax_ptr, p, q, P, Q, pixel, chunk, chunks, SHARED
+        )
         base = (2 * p * W + 2 * q).to(tl.int64) * pixel
         grad = tl.where(at == 0, dy, 0.0) + tl.where(at_l == 2, dy_l, 0.0)
         grad += tl.where(at_a == 6, dy_a, 0.0) + tl.where(at_al == 8, dy_al, 0.0)
@@ -466,9 +480,16 @@ def forward(x: Tensor, y: Tensor, argmax: Tensor, norm: Norm, groups: int, save:
 
 
 def backward(
-    x: Tensor, dy: Tensor, argmax: Tensor, dx: Tensor, norm: Norm, groups: int, mask: bool = False
+    x: Tensor,
+    dy: Tensor,
+    share: Tensor | None,
+    argmax: Tensor,
+    dx: Tensor,
+    norm: Norm,
+    groups: int,
+    mask: bool = False,
 ) -> Tensor | None:
-    """Fill dx [H, W, N, G*C] from x, and dy and argmax [P, Q, N, G*C].
+    """Fill dx [H, W, N, G*C] from x, and argmax and dy, or both shares of it, [P, Q, N, G*C].
 
     With ``mask`` x comes from a ReLU: dx is zero where x is, and its sums are returned, in parts
     [parts, G*C].
@@ -484,8 +505,9 @@ def backward(
     if mask and C <= CHUNK * T:  # a program sums whole images
         sums = dx.new_empty((math.prod(grid), C), dtype=torch.float32)
     launch(
-        _lrn_max_pool2d_chunks_bwd_kernel, grid, x, dy, argmax, dx, dx if sums is None else sums,
-        N, H, W, P, Q, rows, USED=used, MASK=sums is not None,
+        _lrn_max_pool2d_chunks_bwd_kernel, grid, x, dy, dy if share is None else share, argmax, dx,
+        dx if sums is None else sums, N, H, W, P, Q, rows, USED=used, SHARED=share is not None,
+        MASK=sums is not None,
         EVEN=chunks % T == 0 and used == T, **_constants(x, norm, groups, T),
         counted=max(N * C, H * W),
     )  # fmt: skip
