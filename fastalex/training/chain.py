@@ -194,9 +194,7 @@ class Chain:
         for (_, below), (_, above) in itertools.pairwise(passes):
             masks = self.tricks.fused_activation and below.relu and above.can_mask
             above.masks_dx = below.dy_is_preact = masks
-            gathers = isinstance(above, Convolution) and above.gather is not None
-            shared = gathers and below.can_add and (masks or not below.relu)
-            above.shares_dx = below.dy_is_shared = shared
+            below.dy_is_sum = above.gather is not None and above.gather.summed
         return passes
 
     def _pass(self, layer: nn.Module | None) -> Pass:

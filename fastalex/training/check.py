@@ -97,12 +97,9 @@ def float32_precisions() -> tuple[str, str]:
     return backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
 
 
-_DECIDED = ("needs_dx", "masks_dx", "dy_is_preact", "dy_is_shared", "shares_dx")  # of a pass
-
-
 def signature(name: str, one: Pass, x: object, dtype: torch.dtype) -> str:
     """All that decides which kernels a layer launches, and on what sizes."""
-    flags = [n for n in _DECIDED if getattr(one, n)]
+    flags = [n for n in ("needs_dx", "masks_dx", "dy_is_preact", "dy_is_sum") if getattr(one, n)]
     if one.gather is not None:
         flags += ["gathers", *(["early"] if one.gather.early else [])]
     if one.update is not None:

@@ -25,7 +25,7 @@ from fastalex.distributed.launch import TrainingError
 from fastalex.model.layers import LRNMaxPool2d
 from fastalex.training.chain import Chain
 from fastalex.training.inputs import Inputs
-from fastalex.training.passes import Convolution, FullyConnected, Pass, Pool
+from fastalex.training.passes import Convolution, FullyConnected, Pass, Pool, Sum, added
 from fastalex.training.updates import StoredGradients
 from fastalex_kernels import reference
 from fastalex_kernels.common.backend import chosen
@@ -41,7 +41,6 @@ Results = dict[str, Tensor]
 Expected = dict[str, tuple[Tensor, float]]  # float64's results, and the relative errors allowed
 
 REPORT = "please report it with the output of python -m fastalex.doctor --json"
-_DX = ("gradient of the input", "the other tower's share of it")
 SUMS = "sums of the input's gradient"  # partial sums, of which the total is known
 _ROUNDS = 10  # that a layer is timed
 _MARGIN = 0.05  # of time, by which ATen has to be faster
@@ -143,26 +142,23 @@ class Check:
         one, updates, rows = self._one, self._updates(), dy.numel() // dy.shape[-1]
         dx, gradients = in_float64(one.module, self._x, dy)
         dx = torch.where(self._x <= 0, 0.0, dx) if one.masks_dx else dx
-        shares = [dx]
         if one.gather is not None:
-            shares = [*dx.chunk(2, -1)]
-            if not one.shares_dx:
-                shares = [shares[0] + shares[1] if one.gather.summed else shares[0]]
-        bound = self._bound(self._length(1))
-        expected = {name: (x, bound) for name, x in zip(_DX, shares, strict=False)}
+            mine, theirs = dx.chunk(2, -1)
+            dx = mine + theirs if one.gather.summed else mine
+        expected = {"gradient of the input": (dx, self._bound(self._length(1)))}
         expected[SUMS] = (dx.flatten(0, -2).sum(0), self._bound(dx.numel() // dx.shape[-1]))
         changed = self._expect_updates(expected, gradients, self._bound(rows))
         partials = dy.flatten(0, -2).sum(0, dtype=torch.float32)[None] if one.dy_is_preact else None
 
         given: Any = dy
-        if one.dy_is_shared:
+        if one.dy_is_sum:
             mine = torch.arange(dy.numel(), device=dy.device).view(dy.shape) % 3 > 0
-            given = dy * mine, dy * ~mine
+            given = Sum(dy * mine, dy * ~mine)
 
         def make() -> Results:
             dx, below = one.backward(given, partials)
-            made = dict(zip(_DX, dx if isinstance(dx, tuple) else (dx,), strict=False))
-            made |= {SUMS: below, **changed}
+            made = {"gradient of the input": None if dx is None else added(dx), SUMS: below}
+            made |= changed
             made |= {f"squared norm of the {kind}'s gradient": u.squares for kind, u in updates}
             return {name: x for name, x in made.items() if x is not None}
 

@@ -33,7 +33,7 @@ from ..common.backend import TRITON, target
 from ..common.blocks import load_block
 from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
-from ..common.layout import as_hwnc, empty_nchw
+from ..common.layout import as_hwnc, as_nchw, empty_nchw
 from ..common.reduce import fold
 from ..common.tuned import cut, dot_precision, own_tile, tile_entry
 from ..conv2d.arguments import Padding, space_to_depth_weight
@@ -233,15 +233,22 @@ class _Taps(NamedTuple):
 
 
 def conv2d_relu_forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, padding: Padding, groups: int, relu: bool
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    padding: Padding,
+    groups: int,
+    relu: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
     """y [N, G*K, P, Q], HWNC in memory, of x [H, W, N, G*C] and the packed w [R, S, C, G*K].
 
-    Of an x in halves, [2, H, W, N, C / 2], there is one group.
+    Of an x in halves, [2, H, W, N, C / 2], there is one group. Padding below 0 leaves rows of x
+    out. ``out`` [P, Q, N, G*K] is written if given.
     """
     (R, S, _, _), (H, W, _, _), (top, bottom), (left, right) = w.shape, x.shape[-4:], *padding
     size = (H + top + bottom - R + 1, W + left + right - S + 1)
-    return _convolve(x, w, _Taps(size, (top, left), False), groups, bias, relu)[0]
+    return _convolve(x, w, _Taps(size, (top, left), False), groups, bias, relu, out=out)[0]
 
 
 def conv2d_relu_backward_input(
@@ -275,6 +282,7 @@ def _convolve(
     relu: bool = False,
     mask: Tensor | None = None,
     halves: int = 1,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     (H, W, N, GC), (R, S, rows, columns), ((P, Q), pad, reverse) = x.shape[-4:], w.shape, taps
     if not reverse and x.dim() > 4:
@@ -284,7 +292,7 @@ def _convolve(
     if reverse and halves > 1:
         output = y = x.new_empty((halves, P, Q, N, K))
     else:
-        output = empty_nchw(x, (N, groups * K, P, Q))
+        output = empty_nchw(x, (N, groups * K, P, Q)) if out is None else as_nchw(out)
         y = as_hwnc(output)
     name = "conv2d input" if reverse else "conv2d forward"
     sizes = (N, P, Q, C, K, R, S, axis)

@@ -248,7 +248,9 @@ def pixel_tile(
         columns, most = n + tail_n, _MOST_MASKED_SUMS if masked else _MOST_SUMS
         blocks = N // 128 * groups * -(-run * K // columns)
         share = _best_runs(target(x.device), P * -(-Q // run), blocks, columns, most)
-        if share > 1:
+        if P * Q * (N // 128) * groups * -(-K // 64) <= PROCESSORS.get(target(x.device), 128):
+            own = (own[0], min(own[1], 64), *own[2:])  # all narrow blocks of a pixel start at once
+        elif share > 1:
             stages = min(8, _STAGES_BYTES // (2 * k * (128 * share + columns)))
             own = (128 * share, own[1], k, own[3] if columns > 64 else 4, stages)
     block_m, block_n, block_k, warps, stages = tuned(own, x, name, *sizes)

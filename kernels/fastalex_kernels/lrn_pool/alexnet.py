@@ -6,8 +6,8 @@ to compute no normalised value twice and to shuffle nothing:
 * A thread takes a chunk: 8 neighbouring channels of one image, one 16-byte load. The window of a
   channel reaches 2 further on either side, two 4-byte loads. The sums of squares are a tree in
   registers.
-* A program takes a strip of 7 columns, which hold 3 pooled columns, and goes down its rows: the
-  bottom row of one window is kept as the top row of the next.
+* A program takes a strip of 5 or 7 columns, which hold 2 or 3 pooled ones, and goes down its rows:
+  the bottom row of one window is kept as the top row of the next.
 * The maximum and its position are found at once. A float32's bits are turned into an integer of
   the same order, and its 4 lowest bits, 2^-20 of the value, are replaced by 15 - position: one
   integer maximum does both, and of equals the first wins. Positions beyond the border repeat the
@@ -25,6 +25,7 @@ Layout HWNC: a pixel is N * C contiguous values, cut into N * C / 8 chunks.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -43,10 +44,9 @@ from ..common.tuned import PROCESSORS, tuned
 
 CHUNK = 8  # channels
 # What a program holds unless a table of ``fastalex.tune`` says otherwise.
-_STRIP = 3  # pooled columns of a forward program
 _CHUNKS = 128  # one a thread: 4 warps
-_RESIDENT = 4  # programs that a processor holds: 128 registers of 128 threads
-_EXTRA_ROWS = 1.5  # what a program costs beyond its pooled rows, in rows: those it starts with
+_RESIDENT = {3: 4, 2: 6}  # forward programs of so many columns that a processor holds
+_LEAST = 3  # programs of a processor that hide each other's loads
 
 
 def fits(x: Tensor, norm: Norm, groups: int, window: Window) -> bool:
@@ -438,20 +438,41 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
         _store_sums(sum_ptr, total, chunk, lane, C // 8, T)
 
 
-@functools.lru_cache(maxsize=1024)
-def _row_split(rows: int, programs: int, name: str) -> int:
-    """Rows of a program, for ``programs`` in the other directions.
+def _last_end(programs: int, work: float, resident: int, name: str) -> float:
+    """When the last of programs of so much ``work`` ends, of which a processor holds some at once.
 
-    Of every cut of the rows, the one whose last program ends first: fewer rows start more programs
-    than run at once, and each computes some rows that its neighbour does too.
+    They share it; fewer than ``_LEAST`` would wait for memory most of the time.
     """
-    resident = _RESIDENT * PROCESSORS.get(name, 128)
+    processors = PROCESSORS.get(name, 128)
+    places = min(resident, max(triton.cdiv(programs, processors), _LEAST))
+    return float(triton.cdiv(programs, places * processors) * places * work)
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_split(chunks: int, size: tuple[int, int], name: str) -> tuple[int, int]:
+    """Pooled columns and rows of a program with which the last one ends first.
+
+    ``chunks`` programs are side by side. Each reads a row and a column of x more than it pools, two
+    by two.
+    """
+    rows, columns = size
+
+    def last_end(split: tuple[int, int]) -> float:
+        strip, share = split
+        programs = chunks * triton.cdiv(columns, strip) * triton.cdiv(rows, share)
+        return _last_end(programs, (2 * strip + 1) * (2 * share + 1), _RESIDENT[strip], name)
+
+    return min(itertools.product(_RESIDENT, range(max(rows, 1), 0, -1)), key=last_end)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_split(rows: int, programs: int, name: str) -> int:
+    """Rows of a program, for ``programs`` in the other directions, that let the last end first."""
 
     def last_end(share: int) -> float:
-        rounds = triton.cdiv(programs * triton.cdiv(rows, share), resident)
-        return int(rounds) * (share + _EXTRA_ROWS)
+        return _last_end(programs * triton.cdiv(rows, share), share + 0.5, 4, name)
 
-    return min(range(1, max(rows, 1) + 1), key=last_end)
+    return min(range(max(rows, 1), 0, -1), key=last_end)
 
 
 def _constants(x: Tensor, norm: Norm, groups: int, T: int) -> dict[str, Any]:
@@ -466,10 +487,10 @@ def _constants(x: Tensor, norm: Norm, groups: int, T: int) -> dict[str, Any]:
 def forward(x: Tensor, y: Tensor, argmax: Tensor, norm: Norm, groups: int, save: bool) -> None:
     """Fill y and, where ``save``, argmax, both [P, Q, N, G*C], from x [H, W, N, G*C]."""
     (H, W, N, C), (P, Q, _, _) = x.shape, y.shape
-    chunks, T, strip, name = N * C // CHUNK, _CHUNKS, _STRIP, target(x.device)
+    chunks, T, name = N * C // CHUNK, _CHUNKS, target(x.device)
     if name in ("sm_120", "sm_121"):
         T *= 2  # ptxas gives 4 warps 80 registers there, and they spill
-    rows = _row_split(P, triton.cdiv(chunks, T) * triton.cdiv(Q, strip), name)
+    strip, rows = _forward_split(triton.cdiv(chunks, T), (P, Q), name)
     T, strip, rows = tuned((T, strip, rows), x, "lrn forward", N, H, W, P, Q, C, groups)
     grid = (triton.cdiv(chunks, T), triton.cdiv(Q, strip), triton.cdiv(P, rows))
     launch(
@@ -497,7 +518,9 @@ def backward(
     (H, W, N, C), (P, Q, _, _) = x.shape, dy.shape
     chunks, group, T = N * C // CHUNK, C // groups // CHUNK, _CHUNKS
     columns, pairs = triton.cdiv(W, 2), triton.cdiv(H, 2)  # of columns and of rows
-    rows = _row_split(pairs, triton.cdiv(chunks, T // group * group) * columns, target(x.device))
+    rows = _backward_split(
+        pairs, triton.cdiv(chunks, T // group * group) * columns, target(x.device)
+    )
     T, rows = tuned((T, rows), x, "lrn backward", N, H, W, P, Q, C, groups)
     used = T // group * group
     grid = (triton.cdiv(chunks, used), columns, triton.cdiv(pairs, rows))
