@@ -109,6 +109,8 @@ MISSED = {  # (figure, launches, or "launches on case"): why it misses its bar
     ("barriers", "conv.*"): "no warp of its own loads: each turn ends in barriers of all warps",
     ("instructions", "pool[12] forward"): "a program computes one row more than it keeps, of few",
     ("instructions", "pool[12] backward"): "two windows are loaded before the first of few rows",
+    ("bytes over floor", "pool2 backward on .* tower .*"): "the gradient is read in two parts, "
+    "which nobody adds before",
     ("bytes over floor", "fc6 fc7 fc8"): "float32 sums of split products, stored and read",
     (
         "issue",
