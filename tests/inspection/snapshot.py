@@ -87,6 +87,8 @@ MISSED = {  # (figure, launches, or "launches on case"): why it misses its bar
     ("issue", "conv2 forward"): "48 channels are taken 16 at a time, which makes short products",
     ("issue", "conv2 weight"): "48 input channels in 64 rows",
     ("issue", "fc. (weight|backward)"): "two steps a weight at batch 128: bound by bytes",
+    ("issue", "conv3 forward on h100 tower .*"): "its first rows are narrow blocks, all at once",
+    ("smem", "conv3 forward on h100 tower .*"): "its first rows are narrow blocks, all at once",
     ("drains", "fc. backward"): "the sums of a turn are used in it, while others are loaded",
     ("fences", "fc. backward"): "what a turn made leaves through shared memory",
     ("issue", "fc8 input"): "a sum of 1000 is masked in its last block, and so in every one",

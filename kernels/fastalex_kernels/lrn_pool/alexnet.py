@@ -27,6 +27,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -448,6 +449,12 @@ def _last_end(programs: int, work: float, resident: int, name: str) -> float:
     return float(triton.cdiv(programs, places * processors) * places * work)
 
 
+def _longest(splits: Sequence[Any], last_end: Callable[[Any], float]) -> Any:
+    """The first of ``splits`` with which the last program ends first, or hardly later."""
+    best = min(map(last_end, splits))
+    return next(split for split in splits if last_end(split) <= 1.02 * best)
+
+
 @functools.lru_cache(maxsize=1024)
 def _forward_split(chunks: int, size: tuple[int, int], name: str) -> tuple[int, int]:
     """Pooled columns and rows of a program with which the last one ends first.
@@ -462,7 +469,7 @@ def _forward_split(chunks: int, size: tuple[int, int], name: str) -> tuple[int, 
         programs = chunks * triton.cdiv(columns, strip) * triton.cdiv(rows, share)
         return _last_end(programs, (2 * strip + 1) * (2 * share + 1), _RESIDENT[strip], name)
 
-    return min(itertools.product(_RESIDENT, range(max(rows, 1), 0, -1)), key=last_end)
+    return _longest(list(itertools.product(_RESIDENT, range(max(rows, 1), 0, -1))), last_end)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -472,7 +479,7 @@ def _backward_split(rows: int, programs: int, name: str) -> int:
     def last_end(share: int) -> float:
         return _last_end(programs * triton.cdiv(rows, share), share + 0.5, 4, name)
 
-    return min(range(max(rows, 1), 0, -1), key=last_end)
+    return _longest(range(max(rows, 1), 0, -1), last_end)
 
 
 def _constants(x: Tensor, norm: Norm, groups: int, T: int) -> dict[str, Any]:
