@@ -28,7 +28,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -42,6 +42,8 @@ from ..common.dependent import wait_for_predecessor
 from ..common.launch import MOST_COUNTED, launch
 from ..common.parameters import Norm, Window
 from ..common.tuned import PROCESSORS, tuned
+
+Split = TypeVar("Split")
 
 CHUNK = 8  # channels
 # What a program holds unless a table of ``fastalex.tune`` says otherwise.
@@ -449,7 +451,7 @@ def _last_end(programs: int, work: float, resident: int, name: str) -> float:
     return float(triton.cdiv(programs, places * processors) * places * work)
 
 
-def _longest(splits: Sequence[Any], last_end: Callable[[Any], float]) -> Any:
+def _longest(splits: Sequence[Split], last_end: Callable[[Split], float]) -> Split:
     """The first of ``splits`` with which the last program ends first, or hardly later."""
     best = min(map(last_end, splits))
     return next(split for split in splits if last_end(split) <= 1.02 * best)
