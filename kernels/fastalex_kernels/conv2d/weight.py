@@ -52,6 +52,7 @@ _WEIGHT_TILES = {
     "interpreter": (2048, 512, 512, 4, 1),
 }
 _MOST_SUMS = 5 * 64 * 128  # that a program of 8 warps holds: 160 registers a thread
+_MOST_SUMS_OF_4_WARPS = 3 * 64 * 128  # 192 registers
 # The reduction is split over programs, of which one runs on a processor.
 _PART_STEPS = 16  # what a part costs to store and to sum, in steps of 64 rows
 
@@ -312,6 +313,9 @@ def conv2d_relu_backward_weight(
     block_k = tile["BLOCK_K"]
     even_rows = N % block_k == 0
     rows, columns = tile["BLOCK_M"] + tile["TAIL_M"], tile["BLOCK_N"] + tile["TAIL_N"]
+    sums, bits = tile["TAPS"] * rows * columns, 8 * x.element_size()
+    if bits == 16 and sums <= _MOST_SUMS_OF_4_WARPS and 64 in (tile["BLOCK_M"], tile["TAIL_M"]):
+        warps = min(warps, 4)  # 8 would read 64 rows of x twice
     programs = R * S // tile["TAPS"] * triton.cdiv(C, rows) * triton.cdiv(K, columns)
     steps = P * triton.cdiv(Q * N, block_k)
     (split,) = tuned(
@@ -331,7 +335,7 @@ def conv2d_relu_backward_weight(
         G=groups, C=C, K=K, R=R, S=S, PAD_H=padding[0][0], PAD_W=padding[1][0], HALVES=halves,
         SPLIT=split, EVEN_ROWS=even_rows, TMA=tma, PRECISION=dot_precision(x, "conv2d weight"),
         **tile, num_stages=stages,
-        num_warps=halved_warps(warps, tile["TAPS"] * rows, columns, 8 * x.element_size()),
+        num_warps=halved_warps(warps, tile["TAPS"] * rows, columns, bits),
         counted=max(halves * H * W * N, P * Q * N, part[..., 0].numel()),
     )  # fmt: skip
     return part
