@@ -12,7 +12,7 @@ how many rows of x and dz it has to fetch for its products:
   block of dz: three or five tiles of x against one of dz. At the left and right border some of
   them are outside of the image; they read zeros, which costs no traffic.
 * Where the taps of a line by 48 channels would fill a block, as 5 x 48 do, x is copied into lines
-  [H, G, N, W, C]: there they are contiguous columns, and TMA reads zeros beyond a line's ends.
+  [H, G, N, W, C]: there they are contiguous columns. Beyond a line's ends zeros are read.
 * The rows are split into as many parts as end first, for a part has to be stored and summed too.
 """
 
@@ -26,8 +26,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..common.backend import target
+from ..common.arguments import aligned
+from ..common.backend import has_tma, target
 from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
 from ..common.tuned import PROCESSORS, cut, dot_precision, tile_entry, tuned
@@ -54,7 +56,12 @@ _WEIGHT_TILES = {
     ("other", 32): (64, 64, 32, 8, 3),
     "interpreter": (2048, 512, 512, 4, 1),
 }
-_LINES_TILE = (256, 128, 64, 8, 4)
+_LINES_TILES = {
+    ("sm_80", 16): (256, 128, 64, 8, 3),
+    ("sm_90", 16): (256, 128, 64, 8, 4),
+    ("sm_100", 16): (256, 128, 64, 8, 4),
+    ("other", 16): (256, 128, 32, 8, 3),
+}
 _PACKED = 512  # chunks of 8 channels of a program that packs lines
 _MOST_SUMS = 5 * 64 * 128  # that a program of 8 warps holds: 160 registers a thread
 _MOST_SUMS_OF_4_WARPS = 3 * 64 * 128  # 192 registers
@@ -263,8 +270,8 @@ def _conv2d_bwd_weight_kernel(
 
 @triton.jit
 def _conv2d_bwd_weight_lines_kernel(
-    x_desc,  # [H * G * N, W * C], blocks [BLOCK_K, BLOCK_M]
-    dz_desc,  # [P * Q * N, G * K], blocks [BLOCK_K, BLOCK_N]
+    x_ptr,  # [H * G * N, W * C], with TMA its descriptor in blocks [BLOCK_K, BLOCK_M]
+    dz_ptr,  # [P * Q * N, G * K], with TMA its descriptor in blocks [BLOCK_K, BLOCK_N]
     part_ptr,  # float32 [SPLIT, R, S * C, G * K]
     N,
     H,
@@ -279,6 +286,7 @@ def _conv2d_bwd_weight_lines_kernel(
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
     SPLIT: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # divides N
@@ -298,10 +306,23 @@ def _conv2d_bwd_weight_lines_kernel(
     q = q_lo + j // N
     n = j % N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    offs_m = tl.arange(0, BLOCK_M)
+    if not TMA:
+        x_ptr += offs_m[:, None] + tl.arange(0, BLOCK_K)[None, :] * (W * C)
+        dz_ptr = _first_rows(dz_ptr, g * K + k, G * K, BLOCK_K, BLOCK_N, False)
     for _ in range(first, last):
-        a = x_desc.load([((p + r - PAD_H) * G + g) * N + n, (q - PAD_W) * C + c])
-        b = dz_desc.load([(p * Q + q) * N + n, g * K + k])
-        acc = tl.dot(a.T, b, acc)
+        row = ((p + r - PAD_H) * G + g) * N + n
+        column = (q - PAD_W) * C + c  # taps before a line's first pixel, or after its last, are 0
+        if TMA:
+            a = x_ptr.load([row, column]).T
+        else:
+            inside = (column + offs_m >= 0) & (column + offs_m < W * C)
+            a = tl.load(x_ptr + (row.to(tl.int64) * (W * C) + column), inside[:, None], other=0.0)
+        b = _load_rows(
+            dz_ptr, (p * Q + q) * N + n, g * K + k, BLOCK_K, K - k, G * K, K % BLOCK_N == 0, TMA,
+            BLOCK_K, BLOCK_N, False,
+        )  # fmt: skip
+        acc = tl.dot(a, b, acc)
         n += BLOCK_K
         wrap = n == N
         n = tl.where(wrap, 0, n)
@@ -380,6 +401,12 @@ def _weight_tile(
     }  # fmt: skip
 
 
+def _in_chunks(x: Tensor, groups: int) -> bool:
+    """Whether a group's channels of a pixel are chunks of 16 bytes, on a GPU of NVIDIA's."""
+    chunks = x.element_size() == 2 and x.shape[3] // groups % 8 == 0 and aligned(x)
+    return chunks and x.numel() > 0 and target(x.device).startswith("sm_")
+
+
 def pack_lines(x: Tensor, kernel_size: tuple[int, int], groups: int) -> Tensor | None:
     """x [H, W, N, G*C] as [H, G, N, W, C], where the weight gradient is faster by that."""
     if x.dim() > 4:  # halves
@@ -388,7 +415,7 @@ def pack_lines(x: Tensor, kernel_size: tuple[int, int], groups: int) -> Tensor |
     C = GC // groups
     block = triton.next_power_of_2(S * C)
     filled = 128 <= block <= 256 and S * C / block >= 0.875
-    if R < 3 or C >= 64 or not filled or N % 64 or not tma_fits(groups, x):
+    if R < 3 or C >= 64 or not filled or N % 64 or not _in_chunks(x, groups):
         return None
     lines = x.new_empty((H, groups, N, W, C))
     programs = H * groups * triton.cdiv(N * W * C // 8, _PACKED)
@@ -405,18 +432,22 @@ def _backward_weight_of_lines(
     """``conv2d_relu_backward_weight`` of x [H, G, N, W, C]."""
     (H, groups, N, W, C), (P, Q, _, GK), (R, S) = lines.shape, dz.shape, kernel_size
     K = GK // groups
-    own = tuned(_LINES_TILE, lines, "conv2d weight", N, P, Q, C, K, R, S, groups)
-    m, n, k = cut(own[0], S * C), cut(own[1], K), math.gcd(own[2], N)
+    m, n, k, warps, stages = tile_entry(
+        _LINES_TILES, lines, "conv2d weight", N, P, Q, C, K, R, S, groups
+    )
+    m, n, k = cut(m, S * C), cut(n, K), math.gcd(k, N)
     programs = R * triton.cdiv(S * C, m) * triton.cdiv(K, n)
     split = _split(lines, (N, P, Q, C, K, R, S, groups), programs, P * Q * N // k)
     part = lines.new_empty((split, R, S, C, GK), dtype=torch.float32)
+    tma, operands = has_tma(lines.device), [lines.view(-1, W * C), dz.view(-1, GK)]
+    if tma:
+        operands = list(map(TensorDescriptor.from_tensor, operands, ([k, m], [k, n])))
     launch(
-        _conv2d_bwd_weight_lines_kernel, (programs, split, groups),
-        *row_blocks(lines.view(-1, 1, 1, W * C), k, m, 0)[:1], *row_blocks(dz, k, n, 0)[:1],
-        part, N, H, W, P, Q, G=groups, C=C, K=K, R=R, S=S, PAD_H=padding[0][0],
-        PAD_W=padding[1][0], SPLIT=split, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k,
-        num_stages=own[4], num_warps=halved_warps(own[3], m, n, 16),
-        counted=max(H * groups * N, P * Q * N, part[..., 0].numel()),
+        _conv2d_bwd_weight_lines_kernel, (programs, split, groups), *operands, part,
+        N, H, W, P, Q, G=groups, C=C, K=K, R=R, S=S, PAD_H=padding[0][0], PAD_W=padding[1][0],
+        SPLIT=split, TMA=tma, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k,
+        num_stages=stages, num_warps=halved_warps(warps, m, n, 16),
+        counted=max(H * groups * N, P * Q * N, k * W * C, part[..., 0].numel()),
     )  # fmt: skip
     return part
 
@@ -440,7 +471,7 @@ def conv2d_relu_backward_weight(
     Of an x in halves, [2, H, W, N, C / 2], there is one group. ``lines`` is what ``pack_lines``
     made of x, where that was done before.
     """
-    if tma_fits(groups, dz):
+    if _in_chunks(dz, groups):
         lines = pack_lines(x, kernel_size, groups) if lines is None else lines
         if lines is not None:
             return _backward_weight_of_lines(lines, dz, kernel_size, padding)

@@ -172,13 +172,18 @@ def test_pixels_share_blocks_of_the_weight(
         assert torch.equal(results[2][name], alone), name
 
 
-@pytest.mark.parametrize("case", sampled(LINES, 3, first=1))
-def test_taps_of_a_line_are_columns(case: Case, real_tiles: RealTiles, strict: Strict) -> None:
+@pytest.mark.parametrize(
+    "on", sampled(itertools.product(LINES, ("sm_90", "sm_80", "sm_120")), 9, first=3)
+)
+def test_taps_of_a_line_are_columns(
+    on: tuple[Case, str], real_tiles: RealTiles, strict: Strict
+) -> None:
     """In blocks that hold a whole line of taps, and in narrower ones."""
+    case, target = on
     programs = []
     for rows in (256, 64):
         strict.programs = 0
-        with real_tiles("sm_90"), _with(0, rows, "conv2d weight"):
+        with real_tiles(target), _with(0, rows, "conv2d weight"):
             check(case, torch.float16)
         programs.append(strict.programs)
     assert programs[0] < programs[1]
