@@ -314,7 +314,7 @@ def _conv2d_bwd_weight_lines_kernel(
         row = ((p + r - PAD_H) * G + g) * N + n
         column = (q - PAD_W) * C + c  # taps before a line's first pixel, or after its last, are 0
         if TMA:
-            a = x_ptr.load([row, column]).T
+            a = x_ptr.load([row, column])
         else:
             inside = (column + offs_m >= 0) & (column + offs_m < W * C)
             a = tl.load(x_ptr + (row.to(tl.int64) * (W * C) + column), inside[:, None], other=0.0)
@@ -322,7 +322,7 @@ def _conv2d_bwd_weight_lines_kernel(
             dz_ptr, (p * Q + q) * N + n, g * K + k, BLOCK_K, K - k, G * K, K % BLOCK_N == 0, TMA,
             BLOCK_K, BLOCK_N, False,
         )  # fmt: skip
-        acc = tl.dot(a, b, acc)
+        acc = tl.dot(a.T if TMA else a, b, acc)
         n += BLOCK_K
         wrap = n == N
         n = tl.where(wrap, 0, n)
