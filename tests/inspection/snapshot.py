@@ -85,7 +85,6 @@ BARS = [
 ]
 MISSED = {  # (figure, launches, or "launches on case"): why it misses its bar
     ("issue", "conv2 forward"): "48 channels are taken 16 at a time, which makes short products",
-    ("issue", "conv2 weight"): "48 input channels in 64 rows",
     ("issue", "fc. (weight|backward)"): "two steps a weight at batch 128: bound by bytes",
     ("issue", "conv3 forward on h100 tower .*"): "its first rows are narrow blocks, all at once",
     ("smem", "conv3 forward on h100 tower .*"): "its first rows are narrow blocks, all at once",
@@ -102,7 +101,6 @@ MISSED = {  # (figure, launches, or "launches on case"): why it misses its bar
     ("useful", "conv1 weight"): "48 channels in 64 rows, 96 outputs in 128 columns",
     ("intensity", "conv2 input"): "on sm_80 48 outputs in 64",
     ("intensity", "conv.*"): "each tap loads x again; three pixels of 128 columns come to 96",
-    ("smem", "conv2 weight"): "48 channels in 64 columns: products of 64 x 64",
     ("smem", "conv1 (forward|weight)"): "48 channels, or a tower's 48 outputs, in 64",
     (
         "barriers",
