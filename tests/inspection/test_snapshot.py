@@ -32,7 +32,7 @@ def test_the_snapshot_meets_the_bars_or_says_why_not() -> None:
 
 
 def test_the_page_of_bars_is_that_of_the_snapshot() -> None:
-    assert PAGE.read_text() == page(HELD["cases"], HELD["triton"]), "snapshot.py --update"
+    assert PAGE.read_text() == page(HELD["cases"], HELD["triton"]), "snapshot.py --page"
 
 
 @pytest.mark.parametrize(
