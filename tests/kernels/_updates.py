@@ -46,6 +46,7 @@ ONE_PASS = [
     linear("few-images", 37, 64, 200, p=0.0),
     linear("one-image", 1, 104, 40),
 ]
+HALVED = [linear("strips", 128, 80, 136, p=0.3), linear("few-images", 37, 64, 200, p=0.0)]
 
 
 @dataclass

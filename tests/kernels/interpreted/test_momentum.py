@@ -21,7 +21,6 @@ TILES = [
     linear("tiles", 130, 136, 200, p=0.3),
     linear("columns-1000", 17, 64, 1000, p=0.0),
 ]
-HALVED = [linear("strips", 128, 80, 136, p=0.3), linear("few-images", 37, 64, 200, p=0.0)]
 
 
 @pytest.mark.parametrize("rule", updates.RULES)
@@ -52,7 +51,7 @@ def test_one_pass(case: Case, dtype: torch.dtype, real_tiles: RealTiles) -> None
 
 @pytest.mark.parametrize("one_pass", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("case", HALVED, ids=str)
+@pytest.mark.parametrize("case", updates.HALVED, ids=str)
 def test_half_after_half(
     case: Case, dtype: torch.dtype, one_pass: bool, real_tiles: RealTiles
 ) -> None:
