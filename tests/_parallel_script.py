@@ -230,8 +230,8 @@ def trained() -> dict[str, Any]:
     before = {n: t.clone() for n, t in towers.full_tensors(model, mesh, model.state_dict()).items()}
     losses = _train(model)
     after = towers.full_tensors(model, mesh, model.state_dict())
-    last = [p for n, p in _weights(model).items() if n.startswith("classifier.6")]
-    result: dict[str, Any] = {"losses": losses, "digest": _digest(*after.values(), *last)}
+    bias = model.classifier[-1].bias.detach()
+    result: dict[str, Any] = {"losses": losses, "digest": _digest(*after.values(), bias)}
     if dist.get_rank() == 0:
         whole.load_state_dict(before)
         result["whole losses"] = _train(whole)

@@ -111,7 +111,7 @@ class LoopbackTransfer:
         pass
 
     def wait(self) -> None:
-        self.both.copy_(self.sent.expand_as(self.both))
+        self.both.copy_(self.sent)
 
 
 class TowerExchange:
@@ -153,10 +153,14 @@ def checked_exchange(mesh: DeviceMesh, stopwatch: Stopwatch | None = None) -> To
 
 def exchanged(exchange: Exchange, sent: torch.Tensor) -> torch.Tensor:
     """Send the contiguous ``sent`` to the other tower; what it sent."""
+    return _transferred(exchange, sent).received
+
+
+def _transferred(exchange: Exchange, sent: torch.Tensor) -> Transfer:
     transfer = exchange.transfer(sent)
     transfer.start()
     transfer.wait()
-    return transfer.received
+    return transfer
 
 
 def gather_rows(x: torch.Tensor, rank: int, group: Any) -> None:
@@ -167,15 +171,11 @@ def gather_rows(x: torch.Tensor, rank: int, group: Any) -> None:
 
 
 class GatherTowers(torch.autograd.Function):
-    """Both towers' channels, tower 0's first, of this tower's half [N, C, ...].
-
-    ``summed``: whether the two processes' gradients add up. They do before a layer that each
-    process holds half of, not before one that both hold whole.
-    """
+    """Both towers' channels, tower 0's first, of this tower's half [N, C, ...]."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, exchange: Exchange, summed: bool) -> torch.Tensor:
-        ctx.exchange, ctx.summed = exchange, summed
+    def forward(ctx: Any, x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+        ctx.exchange = exchange
         mine, order = dense(x)
         with nvtx_range("exchange forward"):
             theirs = exchanged(exchange, mine)
@@ -187,13 +187,37 @@ class GatherTowers(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         halves = grad.chunk(TOWERS, dim=1)
-        mine = halves[ctx.exchange.rank]
-        if ctx.summed:
-            theirs, order = dense(halves[1 - ctx.exchange.rank])
-            with nvtx_range("exchange backward"):
-                received = exchanged(ctx.exchange, theirs)
-            mine = mine + received.permute([order.index(d) for d in range(grad.dim())])
-        return mine, None, None
+        theirs, order = dense(halves[1 - ctx.exchange.rank])
+        with nvtx_range("exchange backward"):
+            received = exchanged(ctx.exchange, theirs)
+        received = received.permute([order.index(d) for d in range(grad.dim())])
+        return halves[ctx.exchange.rank] + received, None
+
+
+class AddTowers(torch.autograd.Function):
+    """The sum of both towers' outputs [N, C] of half of a layer's inputs each.
+
+    Each comes with the layer's ``bias``, which the sum has once. Both towers get the same bits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, bias: torch.Tensor, exchange: Exchange
+    ) -> torch.Tensor:
+        with nvtx_range("exchange forward"):
+            both = _transferred(exchange, output.contiguous()).both
+        return add_outputs(both, bias, torch.empty_like(output))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grad, None, None  # of the bias, too, through the output
+
+
+def add_outputs(both: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Both towers' outputs [TOWERS, N, C], of which each has the bias, added into ``out``."""
+    dtype = torch.promote_types(both.dtype, torch.float32)
+    return out.copy_(both.sum(0, dtype=dtype) - bias)
 
 
 def dense(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:

@@ -2,20 +2,22 @@
 
 The model is written for one device; the split is applied to it from outside. A mesh has two axes:
 along ``tower`` lie the two halves of one net, along ``data`` copies of it. ``parallelize`` cuts
-every layer to this process's tower and puts the exchanges of P§3.5 before the four layers that
+every layer to this process's tower and puts in the exchanges of P§3.5 for the four layers that
 read both towers: conv3, fc6, fc7 and fc8.
 
 An exchange sends this tower's maps and gets the other's, and sets tower 0's first, so that what
 follows sees what one process would. Backward, each process holds a gradient for both halves; it
-sends the other's half away, and adds the one it receives to its own. The last layer is whole on
-both processes (the authors had it on the first alone): both know the loss, and its exchange needs
-no backward traffic. One process, two towers and any number of replicas agree to rounding, dropout
-included, because masks and weights are functions of their place in the whole net.
+sends the other's half away, and adds the one it receives to its own. The last layer (the authors
+had it on the first process alone) is cut by its inputs: each process multiplies the half that it
+made, and they exchange and add what comes out. So both know the loss, and backward nothing is
+sent. Its bias is on both. One process, two towers and any number of replicas agree to rounding,
+dropout included, because masks and weights are functions of their place in the whole net.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,7 @@ from fastalex.common.nvtx_ranges import nvtx_range
 from fastalex.common.timing import Stopwatch
 from fastalex.distributed.exchange import (
     TOWERS,
+    AddTowers,
     Exchange,
     GatherTowers,
     checked_exchange,
@@ -70,11 +73,13 @@ def cut_to_tower(model: AlexNet, exchange: Exchange) -> None:
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     for layer in layers:
         reads_both = layer is not model.features[0] and getattr(layer, "groups", 1) == 1
-        whole = layer is model.classifier[-1]
+        if layer is model.classifier[-1]:
+            layer.register_forward_hook(AddOutputs(exchange))
+            _cut_inputs(layer, exchange.rank)
+            continue
         if reads_both:
-            layer.register_forward_pre_hook(GatherInput(exchange, summed=not whole))
-        if not whole:
-            _cut(layer, exchange.rank)
+            layer.register_forward_pre_hook(GatherInput(exchange))
+        _cut(layer, exchange.rank)
     for norm in model.features.modules():
         if isinstance(norm, LRNMaxPool2d):
             norm.groups = 1
@@ -85,18 +90,25 @@ class GatherInput:
     """Gives a layer both towers' halves of its input, as a hook before its forward pass."""
 
     exchange: Exchange
-    summed: bool
 
     def __call__(self, layer: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        whole = GatherTowers.apply(inputs[0], self.exchange, self.summed)  # type: ignore[no-untyped-call]
-        return (whole,)
+        return (GatherTowers.apply(inputs[0], self.exchange),)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class AddOutputs:
+    """Makes of the outputs of a layer that is cut by its inputs their sum, as a hook after it."""
+
+    exchange: Exchange
+
+    def __call__(self, layer: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return AddTowers.apply(output, layer.bias, self.exchange)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _cut(layer: nn.Conv2d | nn.Linear, tower: int) -> None:
     """Keep this tower's half of a layer's outputs."""
     for name in ("weight", "bias"):
-        half = getattr(layer, name).detach().chunk(TOWERS)[tower].clone()
-        setattr(layer, name, nn.Parameter(half))
+        _replace(layer, name, 0, tower)
     if isinstance(layer, Conv2dReLU):
         layer.out_channels //= TOWERS
         if layer.groups > 1:
@@ -108,6 +120,18 @@ def _cut(layer: nn.Conv2d | nn.Linear, tower: int) -> None:
             layer.groups //= TOWERS
             layer.in_features //= TOWERS
         layer.set_mask(feature_offset=tower * layer.out_features)
+
+
+def _cut_inputs(layer: Any, tower: int) -> None:
+    """Keep this tower's half of a layer's inputs."""
+    _replace(layer, "weight", 1, tower)
+    layer.in_features //= TOWERS
+
+
+def _replace(layer: nn.Module, name: str, axis: int, tower: int) -> None:
+    """Keep this tower's half of a parameter along ``axis``."""
+    half = getattr(layer, name).detach().chunk(TOWERS, axis)[tower].clone()
+    setattr(layer, name, nn.Parameter(half))
 
 
 def _broadcast(model: nn.Module, mesh: DeviceMesh, axis: str) -> None:
@@ -145,9 +169,9 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
 
 def gradient_norm(norms: dict[str, torch.Tensor], model: AlexNet, mesh: DeviceMesh) -> torch.Tensor:
     """The Euclidean norm of the whole net's gradient, a scalar; every process takes part."""
-    whole = _whole_names(model)
-    parts = [g for name, g in norms.items() if name not in whole]
-    shared = [g for name, g in norms.items() if name in whole]
+    axes = _axes(model)
+    parts = [g for name, g in norms.items() if axes[name] is not None]
+    shared = [g for name, g in norms.items() if axes[name] is None]
     total = torch.nn.utils.get_total_norm(parts).square()
     if mesh["tower"].size() > 1:
         dist.all_reduce(total, group=mesh.get_group("tower"))
@@ -163,14 +187,15 @@ def full_tensors(
     """
     if mesh["tower"].size() == 1:
         return {name: t.detach() for name, t in tensors.items()}
-    group, whole = mesh.get_group("tower"), _whole_names(model)
+    group, axes = mesh.get_group("tower"), _axes(model)
     result = {}
     for name, tensor in tensors.items():
         part = tensor.detach().contiguous()
-        if name not in whole:
+        axis = axes[name]
+        if axis is not None:
             parts = [torch.empty_like(part) for _ in range(TOWERS)]
             dist.all_gather(parts, part, group=group)
-            part = torch.cat(parts)
+            part = torch.cat(parts, axis)
         result[name] = part
     return result
 
@@ -181,12 +206,16 @@ def local_tensors(
     """This process's parts of whole tensors named like the parameters: undoes ``full_tensors``."""
     if mesh["tower"].size() == 1:
         return dict(tensors)
-    tower, whole = mesh.get_local_rank("tower"), _whole_names(model)
-    return {
-        name: t if name in whole else t.chunk(TOWERS)[tower].clone() for name, t in tensors.items()
-    }
+    tower, axes = mesh.get_local_rank("tower"), _axes(model)
+    result = {}
+    for name, t in tensors.items():
+        axis = axes[name]
+        result[name] = t if axis is None else t.chunk(TOWERS, axis)[tower].clone()
+    return result
 
 
-def _whole_names(model: AlexNet) -> set[str]:
-    last = len(model.classifier) - 1
-    return {f"classifier.{last}.{name}" for name, _ in model.classifier[last].named_parameters()}
+def _axes(model: AlexNet) -> dict[str, int | None]:
+    """The axis along which each parameter is cut; None of what both towers have."""
+    last = f"classifier.{len(model.classifier) - 1}"
+    axes: dict[str, int | None] = dict.fromkeys((name for name, _ in model.named_parameters()), 0)
+    return {**axes, f"{last}.weight": 1, f"{last}.bias": None}

@@ -304,9 +304,10 @@ class Reading:
             return "weight"
         weight = math.prod(layer.weight)
 
-        def holds(names: set[str]) -> bool:
+        def holds(names: set[str]) -> bool:  # or half of its columns
             tensors = [tensor_of(launch.named.get(name)) for name in names]
-            return any(t is not None and t.numel() == weight for t in tensors)
+            found = [t for t in tensors if t is not None]
+            return any(t.untyped_storage().nbytes() == weight * t.element_size() for t in found)
 
         if not holds(self._ir.reads):
             return "weight"

@@ -13,7 +13,7 @@ from torch import nn
 import fastalex_kernels as kernels
 from fastalex.data.augment import Augment
 from fastalex.distributed.exchange import Exchange
-from fastalex.distributed.towers import GatherInput
+from fastalex.distributed.towers import AddOutputs, GatherInput
 from fastalex.model.alexnet import HOOKS, AlexNet, layer_names
 from fastalex.model.forms import FusedSequential, is_absorbed
 from fastalex.model.layers import (
@@ -35,6 +35,7 @@ from fastalex.training.passes import (
     Flatten,
     FullyConnected,
     Gather,
+    GatherOutputs,
     Pass,
     Pool,
     Torch,
@@ -63,7 +64,7 @@ def check(model: AlexNet, optimizer: torch.optim.Optimizer) -> None:
         if type(module) not in _KNOWN and not is_absorbed(module):
             raise ValueError(f"{what}, which is no layer of fastalex's")
         hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
-        if any(not isinstance(hook, GatherInput) for hook in hooks):
+        if any(not isinstance(hook, (GatherInput, AddOutputs)) for hook in hooks):
             raise ValueError(f"{what} with a hook, and the step calls no module")
     update_rule(optimizer)
     owned = {p for group in optimizer.param_groups for p in group["params"]}
@@ -126,8 +127,8 @@ class Chain:
         self.has_kernels, self.one = use_triton(first), torch.ones((), device=first.device)
         self._layers = list(_layers(self.model))
         self._on_aten = {layer for name, layer in self._layers if name in self.aten}
-        hooks = [_gather_hook(layer) for _, layer in self._layers]
-        self.exchange = self.exchange or next((h.exchange for h in hooks if h is not None), None)
+        hooks = [hook for _, layer in self._layers for hook in _hooks(layer)]
+        self.exchange = self.exchange or next((hook.exchange for hook in hooks), None)
         self.rates = Rates(self.optimizer)
         self.updates: dict[str, MomentumUpdate] = {}
         self.by_layer: dict[nn.Module, FusedUpdate] = {}
@@ -194,18 +195,22 @@ class Chain:
         for (_, below), (_, above) in itertools.pairwise(passes):
             masks = self.tricks.fused_activation and below.relu and above.can_mask
             above.masks_dx = below.dy_is_preact = masks
-            below.dy_is_sum = above.gather is not None and above.gather.summed
+            below.dy_is_sum = above.gather is not None
         return passes
 
     def _pass(self, layer: nn.Module | None) -> Pass:
         if layer is None:
             return Flatten()
-        hook, update, gather = _gather_hook(layer), self.by_layer.get(layer), None
-        if hook is not None and self.exchange is not None:
-            gather = Gather(self.exchange, hook.summed, self.tricks.early)
+        update, gather, add = self.by_layer.get(layer), None, None
+        for hook in _hooks(layer):
+            assert self.exchange is not None
+            if isinstance(hook, GatherInput):
+                gather = Gather(self.exchange, self.tricks.early)
+            else:
+                add = GatherOutputs(self.exchange)
         if not self._runs(layer):
             backend = "aten" if layer in self._on_aten else "auto"
-            return Torch(layer, update, gather, self.dtype, backend)
+            return Torch(layer, update, gather, add, self.dtype, backend)
         if isinstance(layer, MaxPool2d):
             return Pool(layer)
         if isinstance(layer, Dropout):
@@ -214,7 +219,7 @@ class Chain:
         if isinstance(layer, Conv2dReLU):
             return Convolution(layer, update, gather)
         assert isinstance(layer, (Linear, LinearReLUDropout))
-        return FullyConnected(layer, update, gather)
+        return FullyConnected(layer, update, gather, add)
 
     def _runs(self, layer: nn.Module) -> bool:
         """Whether a layer runs on kernels."""
@@ -256,6 +261,8 @@ def _torch_loss(
     gradient.copy_(torch.autograd.grad(mean, leaf)[0])
 
 
-def _gather_hook(layer: nn.Module | None) -> GatherInput | None:
-    hooks = () if layer is None else layer._forward_pre_hooks.values()
-    return next((hook for hook in hooks if isinstance(hook, GatherInput)), None)
+def _hooks(layer: nn.Module | None) -> list[Any]:
+    """Those of a tower's layer; ``check`` lets no others pass."""
+    if layer is None:
+        return []
+    return [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]

@@ -102,6 +102,8 @@ def signature(name: str, one: Pass, x: object, dtype: torch.dtype) -> str:
     flags = [n for n in ("needs_dx", "masks_dx", "dy_is_preact", "dy_is_sum") if getattr(one, n)]
     if one.gather is not None:
         flags += ["gathers", *(["early"] if one.gather.early else [])]
+    if one.outputs is not None:
+        flags.append("adds outputs")
     if one.update is not None:
         flags += [type(one.update).__name__, one.update.updates.weight.rule]
     flags += ["training"] if one.module is not None and one.module.training else []

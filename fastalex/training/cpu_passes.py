@@ -159,5 +159,5 @@ def cpu_passes(
             assert update is not None
             passes.append((name, Rows(layer, update)))
         else:
-            passes.append((name, Torch(layer, update, None, torch.float32)))
+            passes.append((name, Torch(layer, update, None, None, torch.float32)))
     return passes

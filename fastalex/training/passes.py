@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import fastalex_kernels as kernels
-from fastalex.distributed.exchange import TOWERS, Exchange, Transfer
+from fastalex.distributed.exchange import TOWERS, Exchange, Transfer, add_outputs
 from fastalex.model import layers
 from fastalex.model.layers import Conv2dReLU, Linear, LinearReLUDropout, LRNMaxPool2d, MaxPool2d
 from fastalex.training.updates import FusedUpdate
@@ -31,7 +31,7 @@ from fastalex_kernels.common.layout import as_hwnc, as_nchw
 from fastalex_kernels.common.parameters import NO_DROPOUT, Dropout, Norm, Pooling, Window
 from fastalex_kernels.conv2d.forward import conv2d_relu_backward_input, conv2d_relu_forward
 from fastalex_kernels.conv2d.weight import conv2d_relu_backward_weight, pack_lines
-from fastalex_kernels.linear.forward import Epilogue, HalvedProduct, matmul
+from fastalex_kernels.linear.forward import Epilogue, HalvedProduct, add_up, matmul
 from fastalex_kernels.lrn_pool.function import channel_groups
 from fastalex_kernels.lrn_pool.general import lrn_max_pool2d_backward, lrn_max_pool2d_forward
 
@@ -74,11 +74,13 @@ class Pass:
         module: the layer; None where it is none of the model's.
         update: of its parameters; None where it has none.
         gather: of the other tower's half of its input; None where it needs none.
+        outputs: of the other tower's sums, where each has half of its input.
     """
 
     module: Any = None
     update: FusedUpdate | None = None
     gather: Gather | None = None
+    outputs: GatherOutputs | None = None
     relu = can_mask = False
     needs_dx = True
     masks_dx = dy_is_preact = dy_is_sum = False
@@ -95,22 +97,11 @@ class Pass:
 class Gather:
     """An all-gather of both towers' channels before a layer; backward, the reduce-scatter.
 
-    Tower 0's channels are first. The two towers' gradients add up (``summed``)
-    before a layer of which each has half. ``early``, work goes on while a half is on its way.
+    Tower 0's channels are first. ``early``, work goes on while a half is on its way.
     """
 
-    def __init__(self, exchange: Exchange, summed: bool, early: bool) -> None:
-        self.rank, self.early = exchange.rank, early
-        self._exchange, self.summed = exchange, summed
-
-    def start(self, mine: Tensor) -> None:
-        self._mine, self._transfer = mine, self._exchange.transfer(mine)
-        call(self._transfer.start)
-
-    def wait(self) -> Tensor:
-        """The other tower's half."""
-        call(self._transfer.wait)
-        return self._transfer.received
+    def __init__(self, exchange: Exchange, early: bool) -> None:
+        self.rank, self.early, self._exchange = exchange.rank, early, exchange
 
     def start_rows(self, mine: Tensor, first: int) -> list[Transfer]:
         """Start with the ``first`` rows of maps [H, ...], if any; then all of them follow."""
@@ -119,24 +110,39 @@ class Gather:
             call(transfer.start)
         return transfers
 
-    def concatenate(self) -> Tensor:
-        """Both halves along the last axis, after ``wait``."""
-        halves = [self._mine, self._transfer.received]
-        out = self._mine.new_empty((*self._mine.shape[:-1], TOWERS * self._mine.shape[-1]))
-        call(torch.cat, halves if self.rank == 0 else halves[::-1], dim=-1, out=out)
-        return out
+    def halves(self, mine: Tensor, meanwhile: Callable[[], None]) -> list[Tensor]:
+        """Both halves, after ``meanwhile``, which runs while the other one is on its way."""
+        transfer = self._exchange.transfer(mine)
+        call(transfer.start)
+        if self.early:
+            meanwhile()
+        call(transfer.wait)
+        if not self.early:
+            meanwhile()
+        both = [mine, transfer.received]
+        return both if self.rank == 0 else both[::-1]
 
     def __call__(self, mine: Tensor) -> Tensor:
         """Both halves along the last axis, at once."""
-        self.start(mine)
-        self.wait()
-        return self.concatenate()
+        halves = self.halves(mine, lambda: None)
+        out = mine.new_empty((*mine.shape[:-1], TOWERS * mine.shape[-1]))
+        call(torch.cat, halves, dim=-1, out=out)
+        return out
+
+    def reduce_scatter(self, gradient: Callable[[int], Tensor]) -> Sum:
+        """Both towers' shares of this one's half, of what makes the gradients of both halves."""
+        transfer = self._exchange.transfer(gradient(1 - self.rank))
+        call(transfer.start)
+        if not self.early:
+            call(transfer.wait)
+        mine = gradient(self.rank)
+        if self.early:
+            call(transfer.wait)
+        return Sum(mine, transfer.received)
 
     def start_reduce_scatter(self, halves: Sequence[Tensor]) -> Callable[[], Tensor | Sum]:
         """Send the other tower its half of dx; what waits for its part of the gradient of ours."""
         mine, theirs = halves[self.rank], halves[1 - self.rank]
-        if not self.summed:
-            return lambda: mine
         if not theirs.is_contiguous():
             sent = theirs.new_empty(theirs.shape)
             call(sent.copy_, theirs)
@@ -152,6 +158,20 @@ class Gather:
             return wait
         parts = wait()
         return lambda: parts
+
+
+class GatherOutputs:
+    """An all-gather of both towers' sums after a layer that is cut by its inputs."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def __call__(self, mine: Tensor) -> Tensor:
+        """[TOWERS, *shape], tower 0's first: added up in this order, both get the same bits."""
+        transfer = self._exchange.transfer(mine)
+        call(transfer.start)
+        call(transfer.wait)
+        return transfer.both
 
 
 class Convolution(Pass):
@@ -276,9 +296,12 @@ class Flatten(Pass):
 
     def backward(self, dy: Tensor | Sum, bias_partials: Tensor | None) -> Gradient:
         H, W, N, C = self._shape
-        dy = added(dy)
-        out = dy.new_empty(self._shape)
-        call(as_nchw(out).copy_, dy.view(N, C, H, W))
+        parts = [x.view(N, C, H, W) for x in (dy if isinstance(dy, Sum) else [dy])]
+        out = parts[0].new_empty(self._shape)
+        if len(parts) == 1:
+            call(as_nchw(out).copy_, *parts)
+        else:
+            call(torch.add, *parts, out=as_nchw(out))
         return out, None
 
 
@@ -304,47 +327,47 @@ class FullyConnected(Pass):
     can_mask = True
 
     def __init__(
-        self, module: Linear | LinearReLUDropout, update: FusedUpdate, gather: Gather | None
+        self,
+        module: Linear | LinearReLUDropout,
+        update: FusedUpdate,
+        gather: Gather | None,
+        outputs: GatherOutputs | None,
     ) -> None:
-        self.module, self.update, self.gather = module, update, gather
+        self.module, self.update, self.gather, self.outputs = module, update, gather, outputs
         self.relu = isinstance(module, LinearReLUDropout)
         self._dropout = NO_DROPOUT
         if isinstance(module, LinearReLUDropout) and module.p and module.dropping:
             self._dropout = Dropout(float(module.p), *module.mask)
 
     def forward(self, x: Tensor) -> Tensor:
-        self._w = w = self.update.weight()
+        w, gather = self.update.weight(), self.gather
         epilogue = Epilogue(self.update.bias(), self.relu, self._dropout)
-        gather = self.gather
-        if gather is not None and gather.early and HalvedProduct.gains(x, w):
-            gather.start(x)
-            product = HalvedProduct(x, w)
-            product.add(x, gather.rank)  # while the other tower's half is on its way
-            product.add(gather.wait(), 1 - gather.rank)
-            self._x = gather.concatenate()
-            self._y = product.finish(epilogue)
-        else:
-            self._x = x if gather is None else gather(x)
-            self._y = matmul(self._x, w.t(), epilogue)
+        self._x = [x]
+        if self.outputs is not None:
+            sums = self.outputs(matmul(x, w.t(), dtype=torch.float32))
+            self._y = add_up(sums, x.new_empty(sums.shape[1:]), epilogue)
+            return self._y
+        if gather is None:
+            self._y = matmul(x, w.t(), epilogue)
+            return self._y
+        product = HalvedProduct(x, w)
+        self._x = gather.halves(x, lambda: product.add(x, gather.rank))
+        theirs = 1 - gather.rank
+        product.add(self._x[theirs], theirs)
+        self._y = product.finish(epilogue)
         return self._y
 
     def backward(self, dy: Tensor | Sum, bias_partials: Tensor | None) -> Gradient:
         dz, p = added(dy), self._dropout.p  # its scale is left to the products
         if self.relu and not self.dy_is_preact:
             (dz, _), p = _before_relu(dz, self._y, dropout=self._dropout), 0.0
-        dx = wait = None
-        # Where the other tower waits for a half, it leaves before the weight's gradient is made.
-        if self.needs_dx and (self.gather is None or not self.gather.summed):
-            dx = self.update.linear_in_one_pass(dz, self._x, p, self.masks_dx)
-        apart = dx is None
-        if self.needs_dx and apart:
-            mask = self._x if self.masks_dx else None
-            dx = matmul(dz, self._w, Epilogue(dropout=Dropout(p), mask=mask))
-        if dx is not None and self.gather is not None:
-            wait = self.gather.start_reduce_scatter(dx.chunk(TOWERS, -1))
-        if apart:
-            self.update.linear(dz, self._x, p)
-        return (dx if wait is None else wait()), None
+
+        def gradient(half: int | None) -> Tensor:
+            return self.update.linear(dz, self._x[half or 0], p, self.masks_dx, half)
+
+        if self.gather is None:
+            return gradient(None), None
+        return self.gather.reduce_scatter(gradient), None
 
 
 class Torch(Pass):
@@ -358,10 +381,11 @@ class Torch(Pass):
         module: nn.Module,
         update: FusedUpdate | None,
         gather: Gather | None,
+        outputs: GatherOutputs | None,
         autocast: torch.dtype,
         backend: str = "auto",
     ) -> None:
-        self.module, self.update, self.gather = module, update, gather
+        self.module, self.update, self.gather, self.outputs = module, update, gather, outputs
         self._backend = backend
         self._autocast, self._parameters = autocast, list(module.parameters())
         self._y: Tensor | None = None
@@ -371,7 +395,11 @@ class Torch(Pass):
         self._x = x if self.gather is None else self.gather(x)
         call(self._forward)
         assert self._y is not None
-        return self._y
+        if self.outputs is None:
+            return self._y
+        both, y = self.outputs(self._y), torch.empty_like(self._y)
+        call(add_outputs, both, self.module.bias.detach(), y)
+        return y
 
     def _forward(self) -> None:
         maps = self._x.dim() == 4

@@ -22,7 +22,7 @@ from fastalex_kernels.conv2d.forward import pack_weight
 from fastalex_kernels.linear.backward import fits, linear_backward_update
 from fastalex_kernels.linear.forward import Epilogue, matmul
 from fastalex_kernels.linear.update import linear_backward_weight_update
-from fastalex_kernels.momentum import MomentumUpdate, Updates, sum_updates
+from fastalex_kernels.momentum import MomentumUpdate, Updates, columns, sum_updates
 
 Tensor = torch.Tensor
 
@@ -68,18 +68,28 @@ class FusedUpdate:
         """Take partials of the packed weight's gradient [parts, R, S, C, K], and of the bias's."""
         sum_updates(self.updates, partials, bias_partials, self._stride)
 
-    def linear(self, dz: Tensor, x: Tensor, p: float) -> None:
-        """Take the factors of the weight's gradient, dz^T x / (1 - p)."""
-        linear_backward_weight_update(dz, x, *self.updates, p=p)
+    def linear(
+        self, dz: Tensor, x: Tensor, p: float, mask: bool, half: int | None = None
+    ) -> Tensor:
+        """Take the factors of the weight's gradient, dz^T x / (1 - p); the gradient of x.
 
-    def linear_in_one_pass(self, dz: Tensor, x: Tensor, p: float, mask: bool) -> Tensor | None:
-        """The gradient of x, and what ``linear`` does; None, and nothing, where two launches do.
-
-        ``mask`` adds the backward pass of the ReLU that made x.
+        Args:
+            mask: whether a ReLU made x, whose backward pass is to be done, too.
+            half: 0 or 1 where x is read by half of the weight's columns.
         """
-        if not fits(dz, x, self.updates.weight):
-            return None
-        return linear_backward_update(dz, x, self.updates, p, mask)
+        weight, bias = self.updates
+        updates = Updates(weight, None if half == 1 else bias)
+        if fits(dz, x, weight, half):
+            return linear_backward_update(dz, x, updates, p, mask, half)
+        dx = self._input_gradient(dz, x, p, mask, half)
+        linear_backward_weight_update(dz, x, *updates, p=p, half=half)
+        return dx
+
+    def _input_gradient(
+        self, dz: Tensor, x: Tensor, p: float, mask: bool, half: int | None
+    ) -> Tensor:
+        epilogue = Epilogue(dropout=Dropout(p), mask=x if mask else None)
+        return matmul(dz, columns(self.weight(), half), epilogue)
 
     def torch(self, gradients: list[Tensor]) -> None:
         """Take whole gradients, in the order of the parameters."""
@@ -115,12 +125,14 @@ class StoredGradients(FusedUpdate):
         call(_copy_blocks, weight, packed, self._stride)
         sum_partials(bias_partials, bias)
 
-    def linear_in_one_pass(self, dz: Tensor, x: Tensor, p: float, mask: bool) -> Tensor | None:
-        return None
-
-    def linear(self, dz: Tensor, x: Tensor, p: float) -> None:
+    def linear(
+        self, dz: Tensor, x: Tensor, p: float, mask: bool, half: int | None = None
+    ) -> Tensor:
         weight, bias = self.gradients
-        call(weight.copy_, matmul(dz.t(), x, Epilogue(dropout=Dropout(p))))
+        dx = self._input_gradient(dz, x, p, mask, half)
+        call(columns(weight, half).copy_, matmul(dz.t(), x, Epilogue(dropout=Dropout(p))))
+        if half == 1:
+            return dx
         rows = dz
         if dz.stride(0) != dz.shape[1]:
             rows = dz.new_empty(dz.shape)
@@ -130,6 +142,7 @@ class StoredGradients(FusedUpdate):
         sum_partials(bias_partials, bias)
         if p:
             call(bias.mul_, 1.0 / (1.0 - p))
+        return dx
 
     def torch(self, gradients: list[Tensor]) -> None:
         for stored, gradient in zip(self.gradients, gradients, strict=True):

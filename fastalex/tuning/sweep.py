@@ -138,8 +138,7 @@ def find(
         for workload in workloads:
             trace = workload.run(best)
             for key, own in trace.own.items():
-                asked_only = not trace.launches[key]
-                if key in entries or is_split(key) is not splits or asked_only:
+                if key in entries or is_split(key) is not splits:
                     continue
                 seen: dict[str, Config] = {}
                 for tile in candidates(key, own, workload.bits, shared):

@@ -155,13 +155,15 @@ def record_workloads(
         with program.recording():
             x = chain.first_input([images])
             for name, one in passes:
-                found.append(Workload(name, "forward", one, (x,)))
+                if has_kernels(one):
+                    found.append(Workload(name, "forward", one, (x,)))
                 x = one.forward(x)
             dy: torch.Tensor | Sum | None = chain.loss(x, labels)[1]
             partials = None
             for name, one in reversed(passes):
-                found.append(Workload(name, "backward", one, (dy, partials)))
                 assert dy is not None
+                if has_kernels(one):
+                    found.append(Workload(name, "backward", one, (dy, partials)))
                 dy, partials = one.backward(dy, partials)
     launches = [launch for launch in program.launches if launch.grid is not None]
-    return Recorded(model, [w for w in found if has_kernels(w.one)], launches)
+    return Recorded(model, found, launches)

@@ -31,6 +31,11 @@ _ROWS = 128  # that a thread of a CPU updates at a time
 Tensor = torch.Tensor
 
 
+def columns(w: Tensor, half: int | None) -> Tensor:
+    """Half 0 or 1 of a matrix's columns, in its memory; all of them of None."""
+    return w if half is None else w.chunk(2, 1)[half]
+
+
 def _paper(w: Tensor, v: Tensor, g: Tensor, lr: Any, momentum: Any, decay: Any) -> None:
     v.mul_(momentum).sub_(lr * (g + decay * w))
     w.add_(v)
@@ -104,11 +109,19 @@ class MomentumUpdate:
         """Go on with another momentum, None of zeros, in the memory that the kernels know."""
         self.buffer.zero_() if values is None else self.buffer.copy_(values)
 
-    def written(self, programs: int) -> tuple[torch.Tensor, ...]:
-        """What kernels write: parameter, buffer, operand (or again the parameter) and squares."""
+    def written(self, programs: int, half: int | None = None) -> tuple[torch.Tensor, ...]:
+        """What kernels write: parameter, buffer, operand (or again the parameter) and squares.
+
+        ``half`` is 0 or 1 where two launches each update half of a matrix's columns.
+        """
         w = self.parameter.detach()
-        self.squares = self.rate.new_empty(programs)
-        return w, self.buffer, w if self.operand is None else self.operand, self.squares
+        tensors = w, self.buffer, w if self.operand is None else self.operand
+        if half is None:
+            self.squares = self.rate.new_empty(programs)
+            return *tensors, self.squares
+        if self.squares is None or self.squares.shape != (2, programs):
+            self.squares = self.rate.new_empty((2, programs))
+        return *(columns(x, half) for x in tensors), self.squares[half]
 
     @torch.no_grad()
     def apply(self, gradient: torch.Tensor) -> None:

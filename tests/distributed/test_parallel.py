@@ -79,11 +79,11 @@ def test_parts_of_whole_tensors_are_what_each_process_holds(two: Results, varian
     assert all(result[variant]["undone"] for result in two)
 
 
-def test_a_tower_holds_half_of_all_layers_but_the_last(two: Results) -> None:
-    last = 10 * 64 + 10
+def test_a_tower_holds_half_of_all_but_the_last_bias(two: Results) -> None:
+    bias = 10
     whole = two[0]["caffe"]["held"]
     for variant in ("paper", "source2012"):
-        assert [r[variant]["held"] for r in two] == [(whole - last) // 2 + last] * 2
+        assert [r[variant]["held"] for r in two] == [(whole - bias) // 2 + bias] * 2
 
 
 def test_tensors_are_exchanged(two: Results) -> None:
@@ -141,4 +141,4 @@ def test_steps_of_two_towers_learn_what_one_process_learns(
     assert first["losses"] == second["losses"] == pytest.approx(whole, rel=BOUND)
     assert len(first["moved"]) == 16
     assert {n: e for n, e in first["moved"].items() if not e < 10 * BOUND} == {}
-    assert first["digest"] == second["digest"]  # of the last layer each process has its own
+    assert first["digest"] == second["digest"]  # of the last bias each process has its own

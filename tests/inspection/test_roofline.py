@@ -260,7 +260,7 @@ def test_what_a_step_does_beside_its_launches_is_counted() -> None:
     ]
 
 
-def test_the_weight_gradient_is_made_while_an_input_s_gradient_is_exchanged() -> None:
+def test_a_tower_s_own_half_is_made_while_the_other_s_gradient_is_exchanged() -> None:
     step = recorded("sm_90", 128, towers=2)
     first, *rest = step.exchanges
     assert (first.layer, first.phase, first.ended) == ("conv3", "forward", first.started)
@@ -271,12 +271,16 @@ def test_the_weight_gradient_is_made_while_an_input_s_gradient_is_exchanged() ->
     product = ["_linear_relu_dropout_fwd_kernel"]
     assert meanwhile == {
         ("conv3", "forward"): ["conv2d_relu_fwd_tma_kernel"],  # of the first rows
-        **{(name, "forward"): product for name in ("fc6", "fc7", "fc8")},
-        **{(name, "backward"): ["_linear_bwd_weight_update_kernel"] for name in ("fc7", "fc6")},
+        **{(name, "forward"): product for name in ("fc6", "fc7")},
+        ("fc8", "forward"): [],
+        **{(name, "backward"): ["_linear_bwd_kernel"] for name in ("fc7", "fc6")},
         ("conv3", "backward"): ["_conv2d_bwd_weight_kernel", "_sum_update_kernel"],
     }
-    sizes = [one.size for one in step.exchanges if (one.layer, one.phase) == ("conv3", "forward")]
-    assert sizes == [2 * 128 * 128 * 13 * rows for rows in (4, 13)]
+    sizes = {(one.layer, one.phase): one.size for one in rest}
+    rows = [one.size for one in step.exchanges if (one.layer, one.phase) == ("conv3", "forward")]
+    assert rows == [2 * 128 * 128 * 13 * number for number in (4, 13)]
+    assert sizes["fc8", "forward"] == 4 * 128 * 1000
+    assert sizes["fc7", "backward"] == 2 * 128 * 2048
 
 
 def test_a_forward_pass_is_the_step_s_without_loss_and_dropout() -> None:

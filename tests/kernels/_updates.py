@@ -46,6 +46,7 @@ ONE_PASS = [
     linear("few-images", 37, 64, 200, p=0.0),
     linear("one-image", 1, 104, 40),
 ]
+HALVED = [linear("strips", 128, 80, 136, p=0.3), linear("few-images", 37, 64, 200, p=0.0)]
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Made:
     padding: Padding
     groups: int
     one_pass: bool = False  # the kernels make the input's gradient, too, before a ReLU below
+    halved: bool = False  # half of a matrix's columns after the other, the second first
 
     def gradient(self, seed: int) -> torch.Tensor:
         """A gradient of the linear part, in the products' dtype."""
@@ -76,11 +78,12 @@ class Made:
 
     def apply(self, dz: torch.Tensor, p: float) -> torch.Tensor | None:
         """Run the kernels that make the gradients of ``dz`` / (1 - p)."""
-        if self.one_pass:
-            return linear_backward_update(dz, self.input, Updates(*self.updates), p, mask=True)
+        if self.halved:
+            first, second = (x.contiguous() for x in self.input.chunk(2, 1))
+            made = [self._linear(dz, second, p, 1), self._linear(dz, first, p, 0)]
+            return torch.cat(made[::-1], 1) if self.one_pass else None
         if dz.dim() == 2:
-            linear_backward_weight_update(dz, self.input, *self.updates, p=p)
-            return None
+            return self._linear(dz, self.input, p, None)
         weight, sides, x = self.updates[0].parameter, self.padding, self.input
         if self.stride > 1:
             size, strides = (weight.shape[2], weight.shape[3]), (self.stride, self.stride)
@@ -91,6 +94,15 @@ class Made:
         part = conv2d_relu_backward_weight(as_hwnc(x), hwnc, (R, S), sides, self.groups)
         sum_updates(Updates(*self.updates), part, partials, self.stride)
         return None
+
+    def _linear(
+        self, dz: torch.Tensor, x: torch.Tensor, p: float, half: int | None
+    ) -> torch.Tensor | None:
+        weight, bias = self.updates
+        updates = Updates(weight, None if half == 0 else bias)
+        if self.one_pass:
+            return linear_backward_update(dz, x, updates, p, mask=True, half=half)
+        return linear_backward_weight_update(dz, x, *updates, p=p, half=half)
 
 
 def make(
@@ -137,9 +149,10 @@ def check(
     device: str = "cpu",
     packed: bool = False,
     one_pass: bool = False,
+    halved: bool = False,
 ) -> None:
     """Two updates of a layer, each within the bounds of its gradients."""
-    made = make(case, dtype, rule, device, packed)
+    made = replace(make(case, dtype, rule, device, packed), halved=halved)
     if one_pass:
         made = replace(made, input=made.input.relu(), one_pass=True)
     strides = [u.parameter.stride() for u in made.updates]

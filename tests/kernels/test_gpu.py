@@ -134,6 +134,14 @@ def test_one_pass(case: Case) -> None:
     updates.check_same_bits(case, torch.bfloat16, "cuda")
 
 
+@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize("case", updates.HALVED, ids=str)
+def test_half_of_the_columns_after_the_other(case: Case, one_pass: bool) -> None:
+    if one_pass and not has_tma(torch.device("cuda")):
+        pytest.skip("one pass needs a GPU with a tensor memory accelerator")
+    updates.check(case, torch.bfloat16, "paper", "cuda", one_pass=one_pass, halved=True)
+
+
 @pytest.mark.parametrize("case", [c for c in TILES if len(c.shapes) > 1], ids=str)
 def test_masked_gradients(case: Case) -> None:
     """The backward pass of the ReLU below, in the kernel that makes its gradient."""

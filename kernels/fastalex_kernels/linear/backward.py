@@ -22,13 +22,13 @@ from ..common.backend import interpreted, target
 from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
 from ..common.tuned import PROCESSORS, cut, dot_precision, tuned
-from ..momentum import MomentumUpdate, Updates, load_rate, momentum_step, update_by
+from ..momentum import MomentumUpdate, Updates, columns, load_rate, momentum_step, update_by
 
 _IMAGES = 256  # at most, whose x and dx a program holds
 _INPUTS, _OUTPUTS = 32, 64  # of a strip, 128 bytes of a row of the weight; of a turn
 _WARPS = 8
 _SHARED = 228 << 10  # bytes of a processor of sm_90
-_FEWEST = 0.75  # strips for each processor
+_FEWEST = 0.45  # strips for each processor
 
 
 @triton.jit
@@ -108,23 +108,28 @@ def _stages(x: Tensor) -> int:
     return int(min((_SHARED // each - 1024 - 2 * rows * _INPUTS) // block, 4))
 
 
-def fits(dz: Tensor, x: Tensor, update: MomentumUpdate) -> bool:
+def fits(dz: Tensor, x: Tensor, update: MomentumUpdate, half: int | None = None) -> bool:
     """Whether one pass can be made, and gains: strips for all processors, and room for them."""
     if not interpreted():
         if target(x.device) != "sm_90" or x.element_size() != 2 or _stages(x) < 2:
             return False
         if x.shape[1] < _FEWEST * PROCESSORS["sm_90"] * _INPUTS:
             return False
-    columns = 16 // x.element_size()  # a row of a descriptor begins at 16 bytes
-    described = (dz, x, update.parameter, update.buffer)
+    unit = 16 // x.element_size()  # a row of a descriptor begins at 16 bytes
+    described = (dz, x, *(columns(y, half) for y in (update.parameter, update.buffer)))
     return 0 < len(x) <= _IMAGES and all(
-        y.stride(1) == 1 and y.stride(0) > 0 and y.stride(0) % columns == 0 and aligned(y)
+        y.stride(1) == 1 and y.stride(0) > 0 and y.stride(0) % unit == 0 and aligned(y)
         for y in described
     )
 
 
 def linear_backward_update(
-    dz: Tensor, x: Tensor, updates: Updates, p: float = 0.0, mask: bool = False
+    dz: Tensor,
+    x: Tensor,
+    updates: Updates,
+    p: float = 0.0,
+    mask: bool = False,
+    half: int | None = None,
 ) -> Tensor:
     """The gradient of x, dz [M, N] w [N, K] / (1 - p), of the weight as it was, which is updated.
 
@@ -134,6 +139,7 @@ def linear_backward_update(
         updates: of the weight [N, K] and of the bias, by one rule.
         p: of the dropout whose scale is not in ``dz`` yet.
         mask: whether a ReLU made x, whose backward pass is to be done, too.
+        half: 0 or 1 where x is read by half of the weight's columns; the rest stays.
 
     Returns:
         [M, K], of x's dtype.
@@ -143,7 +149,7 @@ def linear_backward_update(
     block_n, block_k, warps, stages = tuned(own, x, "linear backward", M, N, K)
     block_m, block_n, block_k = _rows(M), cut(block_n, N), cut(block_k, K)
     programs, dx = triton.cdiv(K, block_k), x.new_empty(x.shape)
-    *weight, square = written = update.written(programs)
+    *weight, square = written = update.written(programs, half)
     beside, bias_written = update, written
     if bias is not None:
         beside, bias_written = bias, bias.written(triton.cdiv(N, block_n))

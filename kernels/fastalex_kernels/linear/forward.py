@@ -262,8 +262,8 @@ class _Product:
         )  # fmt: skip
 
 
-def _add_up(parts: Tensor, y: Tensor, epilogue: Epilogue) -> Tensor:
-    """The epilogue on the sums of ``parts`` [parts, M, N], into y."""
+def add_up(parts: Tensor, y: Tensor, epilogue: Epilogue = _SUMS) -> Tensor:
+    """The epilogue on the sums of ``parts``, float32 [parts, M, N], into y, which is returned."""
     M, N = y.shape
     block_m, block_n = 8, 128
     grid = (triton.cdiv(N, block_n), triton.cdiv(M, block_m))
@@ -275,16 +275,18 @@ def _add_up(parts: Tensor, y: Tensor, epilogue: Epilogue) -> Tensor:
     return y
 
 
-def matmul(a: Tensor, w: Tensor, epilogue: Epilogue = _SUMS) -> Tensor:
-    """y [M, N] = epilogue(a [M, K] @ w [K, N]), either operand of any strides."""
-    product, y = _Product(a, w), a.new_empty((a.shape[0], w.shape[1]))
+def matmul(
+    a: Tensor, w: Tensor, epilogue: Epilogue = _SUMS, dtype: torch.dtype | None = None
+) -> Tensor:
+    """y [M, N] = epilogue(a [M, K] @ w [K, N]), either operand of any strides; of a's dtype."""
+    product, y = _Product(a, w), a.new_empty((a.shape[0], w.shape[1]), dtype=dtype)
     split = product.tuned(product.parts(), "linear parts", a)
     if split == 1:
         product.multiply(a, w, y, epilogue)
         return y
     parts = y.new_empty((split, *y.shape), dtype=torch.float32)
     product.multiply(a, w, parts)
-    return _add_up(parts, y, epilogue)
+    return add_up(parts, y, epilogue)
 
 
 class HalvedProduct:
@@ -308,13 +310,6 @@ class HalvedProduct:
         shape = (_HALVES * self._each, len(x), len(w))
         self._partials = x.new_empty(shape, dtype=torch.float32)
 
-    @staticmethod
-    def gains(x: Tensor, w: Tensor) -> bool:
-        """Whether the whole product is split, too: else partials are stored for this alone."""
-        product = _Product(x, w.t().chunk(_HALVES)[0])
-        product.steps = triton.cdiv(w.shape[1], product.tile["BLOCK_K"])
-        return product.parts() > 1
-
     def add(self, x: Tensor, half: int) -> None:
         """Sum the products of ``half``, 0 or 1, of the columns."""
         partials = self._partials[half * self._each :][: self._each]
@@ -323,4 +318,4 @@ class HalvedProduct:
     def finish(self, epilogue: Epilogue) -> Tensor:
         """y [M, N] of both halves."""
         y = self._w[0].new_empty(self._partials.shape[1:])
-        return _add_up(self._partials, y, epilogue)
+        return add_up(self._partials, y, epilogue)

@@ -53,9 +53,9 @@ def _column_sums(x_ptr, stride, rows, columns, offs, BLOCK: tl.constexpr):
 def _linear_bwd_weight_update_kernel(
     a_ptr,  # dz transposed, [M, K]; M here are outputs, K images, N inputs
     x_ptr,  # [K, N]
-    w_ptr,  # float32 [M, N]
-    v_ptr,  # float32 [M, N]
-    operand_ptr,  # [M, N], written where HAS_OPERAND
+    w_ptr,  # float32 [M, N], its rows stride_w apart
+    v_ptr,  # as w
+    operand_ptr,  # as w, written where HAS_OPERAND
     square_ptr,  # float32 [programs]
     rate_ptr,  # float32 [3]
     dz_ptr,  # [K, M], read where BIAS, and what follows is as above for a bias [M]
@@ -70,6 +70,7 @@ def _linear_bwd_weight_update_kernel(
     stride_a,
     stride_x,
     stride_dz,
+    stride_w,
     scale,  # of the gradients
     PAPER: tl.constexpr,
     HAS_OPERAND: tl.constexpr,
@@ -93,6 +94,7 @@ def _linear_bwd_weight_update_kernel(
     stride_a = stride_a // ALIGN * ALIGN
     stride_x = stride_x // ALIGN * ALIGN
     stride_dz = stride_dz // ALIGN * ALIGN
+    stride_w = stride_w // ALIGN * ALIGN
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     if BIAS and program < tl.num_programs(1):  # the first to run, whichever weights are theirs
         offs_b = program * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -108,7 +110,7 @@ def _linear_bwd_weight_update_kernel(
         a_ptr, x_ptr, M, N, K, stride_a, stride_x, offs_m, offs_n, 0, K, TMA, A_COLUMNS, W_COLUMNS,
         EVEN_M, EVEN_N, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    offs = offs_m.to(tl.int64)[:, None] * stride_w + offs_n[None, :]
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     w = tl.load(w_ptr + offs, mask=mask, other=0.0)
     v = tl.load(v_ptr + offs, mask=mask, other=0.0)
@@ -127,6 +129,7 @@ def linear_backward_weight_update(
     update: MomentumUpdate,
     bias: MomentumUpdate | None = None,
     p: float = 0.0,
+    half: int | None = None,
 ) -> None:
     """Update the weight [N, K] by its gradient, dz [M, N] transposed times x [M, K] / (1 - p).
 
@@ -136,21 +139,22 @@ def linear_backward_weight_update(
         update: of the weight.
         bias: the update of the bias beside it, by the same rule, if it is wanted.
         p: of the dropout whose scale is not in ``dz`` yet.
+        half: 0 or 1 where x, and the gradient, are of half of the weight's columns.
     """
     w = update.parameter
-    (N, K), M = w.shape, x.shape[0]
+    (M, K), N = x.shape, len(w)
     table = _TILES if M < 512 else _LARGE_BATCH_TILES
     tile = product_tile(table, x, "linear update", (N, K, M), N, K, M)
     grid = (triton.cdiv(K, tile["BLOCK_N"]), triton.cdiv(N, tile["BLOCK_M"]))
     (dz_given, x_given, *sizes), constants = operands(dz.t(), x, tile)
-    written = update.written(grid[0] * grid[1])
+    written = update.written(grid[0] * grid[1], half)
     beside = update if bias is None else bias
     bias_written = written if bias is None else bias.written(grid[1])
     launch(
         _linear_bwd_weight_update_kernel, grid, dz_given, x_given, *written, update.rate,
-        dz, *bias_written, beside.rate, *sizes, dz.stride(0), 1.0 / (1.0 - p),
+        dz, *bias_written, beside.rate, *sizes, dz.stride(0), w.stride(0), 1.0 / (1.0 - p),
         PAPER=update.rule == "paper", HAS_OPERAND=update.operand is not None,
         BIAS=bias is not None, BIAS_HAS_OPERAND=beside.operand is not None,
-        ALIGN=math.gcd(8, sizes[0], sizes[1], sizes[3], sizes[4], dz.stride(0)), **constants,
-        counted=max(N, K, M),
+        ALIGN=math.gcd(8, sizes[0], sizes[1], sizes[3], sizes[4], dz.stride(0), w.stride(0)),
+        **constants, counted=max(N, K, M),
     )  # fmt: skip

@@ -49,13 +49,26 @@ def test_one_pass(case: Case, dtype: torch.dtype, real_tiles: RealTiles) -> None
         updates.check(case, dtype, "paper", one_pass=True)
 
 
+@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", updates.HALVED, ids=str)
+def test_half_after_half(
+    case: Case, dtype: torch.dtype, one_pass: bool, real_tiles: RealTiles
+) -> None:
+    with real_tiles("sm_90"):
+        updates.check(case, dtype, "torch", one_pass=one_pass, halved=True)
+
+
 def test_what_one_pass_takes() -> None:
     """Rows that begin at 16 bytes, of as many images as a program holds; else two launches do."""
 
-    def fits(images: int = 4, inputs: int = 64, outputs: int = 40, skip: int = 0) -> bool:
+    def fits(
+        images: int = 4, inputs: int = 64, outputs: int = 40, skip: int = 0, half: int | None = None
+    ) -> bool:
         w = torch.zeros(skip + outputs * inputs)[skip:].view(outputs, inputs)
         update = MomentumUpdate(w, torch.zeros_like(w), torch.zeros(3))
-        return backward.fits(torch.zeros(images, outputs), torch.zeros(images, inputs), update)
+        dz, x = torch.zeros(images, outputs), torch.zeros(images, inputs)
+        return backward.fits(dz, x if half is None else x[:, : inputs // 2], update, half)
 
     assert fits()
     assert fits(images=256)
@@ -64,6 +77,9 @@ def test_what_one_pass_takes() -> None:
     assert not fits(inputs=62)
     assert not fits(outputs=10)
     assert not fits(skip=1)
+    assert fits(half=1)
+    assert fits(inputs=60, half=0)
+    assert not fits(inputs=60, half=1)  # which begins in the middle of 16 bytes
 
 
 @pytest.mark.parametrize(
@@ -74,7 +90,8 @@ def test_what_one_pass_takes() -> None:
         ("sm_90", 256, 4096, True),
         ("sm_90", 256, 9216, False),  # three strips do not fit on a processor
         ("sm_90", 512, 4096, False),
-        ("sm_90", 128, 2048, False),  # strips for half of the processors
+        ("sm_90", 128, 2048, True),
+        ("sm_90", 128, 1024, False),  # strips for a quarter of the processors
         ("sm_80", 128, 9216, False),
     ],
 )

@@ -67,7 +67,6 @@ def test_parts_of_a_half(real_tiles: RealTiles, strict: Strict) -> None:
     halves = [half.contiguous() for half in x.chunk(2, 1)]
 
     def made(first: int) -> torch.Tensor:
-        assert HalvedProduct.gains(halves[first], w)
         product = HalvedProduct(halves[first], w)
         for half in (first, 1 - first):
             product.add(halves[half], half)
