@@ -187,6 +187,14 @@ def local_tensors(
     }
 
 
+def first_elements(model: AlexNet) -> dict[torch.Tensor, tuple[int, int]]:
+    """Row and column, in the whole net's weight, of the first element of each weight of rows."""
+    hooks = [hook for layer in model.modules() for hook in layer._forward_pre_hooks.values()]
+    tower = next((hook.exchange.rank for hook in hooks if isinstance(hook, GatherInput)), 0)
+    whole, named = _whole_names(model), model.named_parameters()
+    return {w: ((name not in whole) * tower * len(w), 0) for name, w in named if w.dim() == 2}
+
+
 def _whole_names(model: AlexNet) -> set[str]:
     last = len(model.classifier) - 1
     return {f"classifier.{last}.{name}" for name, _ in model.classifier[last].named_parameters()}
