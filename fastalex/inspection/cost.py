@@ -18,10 +18,7 @@ from fastalex.inspection.gpus import GPU
 from fastalex.inspection.record import Layer
 from fastalex.model.layers import Conv2dReLU, LRNMaxPool2d, MaxPool2d
 
-UPDATE_BYTES = {  # of a parameter, by the dtype of momentum: it and weight read and written, a copy
-    "float32": 18,
-    "bf16": 14,
-}
+UPDATE_BYTES = 18  # of a parameter: weight, momentum read and written in float32, a 2-byte gradient
 LINK_BANDWIDTH = 0.37  # TB/s in one direction between two GPUs, NVLink 4
 _BLOCKS = 32  # resident programs of a processor
 _RESERVED_SHARED = 1 << 10  # of a program, by the system

@@ -135,7 +135,9 @@ def _estimates(rows: list[Row], waited: float) -> dict[str, float] | None:
 
 def _summary(step: Step, rows: list[Row], gpu: GPU, waited: float, case: Case) -> dict[str, Any]:
     linear = [x.module for x in step.layers.values() if isinstance(x.module, nn.Linear)]
-    update = cost.UPDATE_BYTES[case.momentum_dtype] * step.parameters if case.step == "train" else 0
+    update = cost.UPDATE_BYTES * step.parameters if case.step == "train" else 0
+    if update and case.momentum_dtype == "bf16":
+        update -= 4 * sum(layer.weight.numel() for layer in linear)
     floor = _sum(rows, "floor") + update / (1e12 * gpu.bandwidth)
     ours = sum(row.grid is not None for row in rows)
     updated = _sum(rows, "updated")
@@ -146,6 +148,7 @@ def _summary(step: Step, rows: list[Row], gpu: GPU, waited: float, case: Case) -
         "early_launches": sum(row.starts_early for row in rows),
         "linear_parameters": sum(p.numel() for layer in linear for p in layer.parameters()),
         "optimizer_bytes_per_parameter": updated / step.parameters if update else None,
+        "floor_of_the_update": update / step.parameters,
         "bytes": _sum(rows, "read", "written"),
         "floor_bytes": _sum(rows, "floor_size") + update,
         "loaded": sum(row.loop.loaded or 0 for row in rows if row.loop),
@@ -292,8 +295,8 @@ def _totals(report: dict[str, Any]) -> list[str]:
         + f" at {gpu['tflops']:g} TFLOP/s bf16 and {gpu['bandwidth']:g} TB/s",
     ]
     if update is not None:
-        least = cost.UPDATE_BYTES[report["momentum_dtype"]]
-        lines.insert(2, f"update: {update:.1f} bytes a parameter, floor {least}")
+        least = total["floor_of_the_update"]
+        lines.insert(2, f"update: {update:.1f} bytes a parameter, floor {least:.3g}")
     if made is None:
         return [*lines, f"estimate: none, the rates of L2 are not known for {gpu['name']}"]
     us = {name: f"{seconds * 1e6:.0f}" for name, seconds in made.items()}

@@ -121,7 +121,7 @@ def test_cross_entropy(case: losses.Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fused_update(case: Case, dtype: torch.dtype) -> None:
     for rule in updates.RULES:
-        updates.check(case, dtype, rule, "cuda")
+        updates.check(case, dtype, rule, "cuda", narrow=rule == "paper")
 
 
 @pytest.mark.parametrize("case", updates.ONE_PASS, ids=str)
@@ -129,8 +129,9 @@ def test_one_pass(case: Case) -> None:
     if not has_tma(torch.device("cuda")):
         pytest.skip("one pass needs a GPU with a tensor memory accelerator")
     for rule in updates.RULES:
-        updates.check(case, torch.bfloat16, rule, "cuda", one_pass=True)
-    updates.check_same_bits(case, torch.bfloat16, "cuda")
+        for narrow in (False, True):
+            updates.check(case, torch.bfloat16, rule, "cuda", one_pass=True, narrow=narrow)
+    updates.check_same_bits(case, torch.bfloat16, "cuda", narrow=True)
 
 
 @pytest.mark.parametrize("case", [c for c in TILES if len(c.shapes) > 1], ids=str)

@@ -41,12 +41,40 @@ def test_float16(case: Case) -> None:
     updates.check(case, torch.float16, "torch")
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("case", updates.ONE_PASS, ids=str)
-def test_one_pass(case: Case, dtype: torch.dtype, real_tiles: RealTiles) -> None:
-    updates.check(case, dtype, "torch", one_pass=True)
+def test_one_pass(case: Case, dtype: torch.dtype, narrow: bool, real_tiles: RealTiles) -> None:
+    updates.check(case, dtype, "torch", one_pass=True, narrow=narrow)
     with real_tiles("sm_90"):
-        updates.check(case, dtype, "paper", one_pass=True)
+        updates.check(case, dtype, "paper", one_pass=True, narrow=narrow)
+
+
+@pytest.mark.parametrize("rule", updates.RULES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        linear("odd", 1, 19, 23),  # each element draws
+        linear("eights", 1, 24, 50),
+        pytest.param(linear("tiles", 1, 136, 200), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_narrow_buffer_has_the_bits_of_torchs_operators(
+    case: Case, rule: str, real_tiles: RealTiles
+) -> None:
+    """Of one image, whose gradient is exact."""
+    kernel, torchs = (updates.make(case, torch.float32, rule, narrow=True) for _ in range(2))
+    dz = kernel.gradient(0)
+    kernel.apply(dz, 0.0)
+    torchs.updates[0].apply_product(dz, torchs.input)
+    for name in ("parameter", "buffer"):
+        mine, theirs = (getattr(made.updates[0], name) for made in (kernel, torchs))
+        assert torch.equal(mine, theirs), name
+    with real_tiles("sm_90"):
+        tiled = updates.make(case, torch.float32, rule, narrow=True)
+        tiled.apply(dz, 0.0)
+    assert torch.equal(tiled.updates[0].buffer, kernel.updates[0].buffer)
 
 
 def test_what_one_pass_takes() -> None:
@@ -91,4 +119,5 @@ def test_where_one_pass_gains(gpu: str, images: int, inputs: int, expected: bool
 @pytest.mark.parametrize("case", TILES, ids=str)
 def test_real_tiles(case: Case, target: str, real_tiles: RealTiles) -> None:
     with real_tiles(target):
-        updates.check(case, torch.float16, "paper")
+        for narrow in {False, case.op == "linear_relu_dropout"}:
+            updates.check(case, torch.float16, "paper", narrow=narrow)
