@@ -52,6 +52,7 @@ def stopped(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         pytest.param(
             13, ["--recipe", "paper", "--lr", "1e-30", "--lr-patience", "1"], marks=pytest.mark.slow
         ),
+        (7, ["--momentum-rule", "paper", "--momentum-dtype", "bf16"]),
         (7, ["--lr-drop", "0.5", "--warmup", "0.3", "--augmentation", "full"]),
     ],
 )

@@ -361,6 +361,8 @@ def folders(here: Path) -> Path:
         (["--dropout", "1"], "--dropout"),
         (["--init", "zero"], "zero"),
         (["--seed", "-1"], "--seed"),
+        (["--momentum-dtype", "bf16"], "bf16 needs --momentum-rule paper"),
+        (["--momentum-dtype", "float16"], "'float16'"),
         (["surplus"], "surplus"),
     ],
 )
