@@ -96,6 +96,16 @@ def test_a_step(target: str, dtype: str, towers: int, layer: str) -> None:
         assert tf32 == {rounds}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("towers", [1, 2])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_narrow_momentum(target: str, towers: int) -> None:
+    events = record_step(target, 128, towers=towers, momentum_dtype="bf16").events
+    launches = [e.launch for e in events if e.launch is not None and e.launch.named.get("ROUND")]
+    assert {x.layer for x in launches} == {"fc6", "fc7", "fc8"}
+    _check(target, launches)
+
+
 # Target, dtype and batch of a layer by autograd. At batch 32 tiles hold several pixels, and their
 # rows are masked; at batch 1 an integer argument that equals 1 is a constant to Triton.
 LAYERS = [
