@@ -28,7 +28,7 @@ from fastalex.training.inputs import Inputs
 from fastalex.training.passes import Convolution, FullyConnected, Pass, Pool
 from fastalex.training.updates import StoredGradients
 from fastalex_kernels import reference
-from fastalex_kernels.common.backend import chosen
+from fastalex_kernels.common.backend import backend, chosen
 from fastalex_kernels.common.layout import as_nchw
 from fastalex_kernels.common.program import Program
 from fastalex_kernels.common.tuned import dot_precision
@@ -250,7 +250,8 @@ class Check:
             expect(f"momentum of the {kind}", v, momentum, len(w))
             if of.rng is not None:
                 kept = torch.empty_like(v)
-                round_stochastically(momentum.float(), of.rng, kept)
+                with backend("aten"):
+                    round_stochastically(momentum.float(), of.rng, kept)
                 # An error in float32 sends some elements, or a few, to their other neighbour.
                 others = exact / _STEP + 4 / v.numel()
                 expected[f"momentum of the {kind}"] = (kept.double(), _STEP * others**0.5)

@@ -27,13 +27,15 @@ import torch
 import triton
 import triton.language as tl
 
+from .common.backend import use_triton
 from .common.dependent import wait_for_predecessor
 from .common.launch import launch
-from .common.philox import draw_bits, random_bits
+from .common.philox import draw_bits, load_rng, random_bits
 from .common.reduce import blocks, sum_parts
 from .common.threads import share
 
 _ROWS = 128  # that a thread of a CPU updates at a time
+_BLOCK = 1024  # of a row, that a program rounds
 _NAN = tl.constexpr(0x7FC00000)
 
 Tensor = torch.Tensor
@@ -59,11 +61,16 @@ def round_stochastically(x: Tensor, rng: Tensor, out: Tensor, first: int = 0) ->
     What bfloat16 can hold, infinity and NaN stay.
 
     Args:
-        x: some rows of what has a buffer.
+        x: some rows of what has a buffer, contiguous.
         rng: int64 [5], as ``random_bits`` takes it.
-        out: of x's shape.
+        out: of x's shape, contiguous.
         first: row of x's first one.
     """
+    if use_triton(x):
+        M, N = x.shape
+        grid, share = (triton.cdiv(N, _BLOCK), M), 1 if N % 8 else 8
+        launch(_round_kernel, grid, x, out, rng, first, N, share, _BLOCK, counted=max(M, N))
+        return
     for rows, kept in zip(x.split(_ROWS), out.split(_ROWS), strict=True):
         whole = rows.view(torch.int32) + random_bits(rng, len(rows), x.shape[1], first)
         whole = torch.where(rows == rows, whole, _NAN.value)
@@ -228,6 +235,25 @@ def rounded(v, rng, row, first, ROUND: tl.constexpr):
         whole = tl.where(v == v, whole, _NAN)
         v = (whole >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return v
+
+
+@triton.jit
+def _round_kernel(
+    x_ptr,  # float32 [M, N]
+    out_ptr,  # bfloat16 [M, N]
+    rng_ptr,  # int64 [5]
+    first_row,
+    N,
+    ROUND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    wait_for_predecessor()
+    row, first = tl.program_id(1), tl.program_id(0) * BLOCK
+    columns = first + tl.arange(0, BLOCK)
+    offs, mask = row.to(tl.int64) * N + columns[None, :], (columns < N)[None, :]
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
+    rows = first_row + row + tl.zeros((1,), tl.int32)
+    tl.store(out_ptr + offs, rounded(x, load_rng(rng_ptr, ROUND), rows, first, ROUND), mask=mask)
 
 
 @triton.jit

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastalex_kernels as kernels
 from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.linear import backward
-from fastalex_kernels.momentum import MomentumUpdate
+from fastalex_kernels.momentum import MomentumUpdate, round_stochastically
 
 from .. import _updates as updates
 from .._cases import sampled
@@ -75,6 +76,18 @@ def test_a_narrow_buffer_has_the_bits_of_torchs_operators(
         tiled = updates.make(case, torch.float32, rule, narrow=True)
         tiled.apply(dz, 0.0)
     assert torch.equal(tiled.updates[0].buffer, kernel.updates[0].buffer)
+
+
+@pytest.mark.parametrize("columns", [20, 24, 1048])
+def test_the_kernel_that_only_rounds(columns: int) -> None:
+    x = torch.randn(7, columns, generator=torch.Generator().manual_seed(0))
+    x[0, :3] = torch.tensor([float("nan"), float("inf"), 0.0])
+    rng = torch.tensor([2**40 + 1, 2**31, 3, 7, columns])
+    found, expected = (torch.empty(7, columns, dtype=torch.bfloat16) for _ in range(2))
+    round_stochastically(x, rng, found, first=2)
+    with kernels.backend("aten"):
+        round_stochastically(x, rng, expected, first=2)
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
 
 
 def test_what_one_pass_takes() -> None:

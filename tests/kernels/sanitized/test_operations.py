@@ -15,6 +15,7 @@ from tests.kernels.test_gpu import (
     test_fused_update,
     test_masked_gradients,
     test_one_pass,
+    test_rounding,
     test_same_bits_again,
     test_tf32,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "test_fused_update",
     "test_masked_gradients",
     "test_one_pass",
+    "test_rounding",
     "test_same_bits_again",
     "test_tf32",
 ]
