@@ -81,7 +81,8 @@ def test_a_narrow_buffer_has_the_bits_of_torchs_operators(
 @pytest.mark.parametrize("columns", [20, 24, 1048])
 def test_the_kernel_that_only_rounds(columns: int) -> None:
     x = torch.randn(7, columns, generator=torch.Generator().manual_seed(0))
-    x[0, :3] = torch.tensor([float("nan"), float("inf"), 0.0])
+    patterns = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, 0x7F800000], dtype=torch.int32)
+    x[0, :4] = patterns.view(torch.float32)  # three of NaN, and infinity
     rng = torch.tensor([2**40 + 1, 2**31, 3, 7, columns])
     found, expected = (torch.empty(7, columns, dtype=torch.bfloat16) for _ in range(2))
     round_stochastically(x, rng, found, first=2)
