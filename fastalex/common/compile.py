@@ -20,7 +20,6 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastalex_kernels.common.backend import interpreted, record_launches
 from fastalex_kernels.common.program import Launch
@@ -85,7 +84,7 @@ def without_data(launch: Launch, storages: dict[int, torch.UntypedStorage]) -> L
     """
 
     def bare(x: Any) -> Any:
-        if isinstance(x, TensorDescriptor):
+        if hasattr(x, "base"):  # a descriptor, Triton's or Gluon's
             return replace(x, base=bare(x.base))
         if not isinstance(x, torch.Tensor):
             return x

@@ -27,10 +27,15 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class Transfer(Protocol):
     """A tensor that is sent to the other tower, and the one that comes back.
 
-    It can be started and waited for again and again: both tensors keep their memory.
+    It can be started and waited for again and again: all tensors keep their memory.
+
+    Attributes:
+        both: the two towers' tensors [2, *shape], tower 0's first; valid after ``wait``.
+        received: the other tower's of them.
     """
 
-    received: torch.Tensor  # of the sent tensor's shape; valid after ``wait``
+    both: torch.Tensor
+    received: torch.Tensor
 
     def start(self) -> None: ...
 
@@ -50,8 +55,8 @@ class _GatherTransfer:
 
     def __init__(self, sent: torch.Tensor, exchange: TowerExchange) -> None:
         self._sent, self._exchange = sent, exchange
-        self._both = sent.new_empty((TOWERS, *sent.shape))
-        self.received = self._both[1 - exchange.rank]
+        self.both = sent.new_empty((TOWERS, *sent.shape))
+        self.received = self.both[1 - exchange.rank]
         self._work: Any = None
         self._started = 0
 
@@ -62,7 +67,7 @@ class _GatherTransfer:
         with self._exchange.stopwatch.running(self._sent.device, self._times):
             if self._sent.numel() > 0:
                 self._work = _all_gather(
-                    self._both.view(-1), self._sent.view(-1), self._exchange.group, async_op=True
+                    self.both.view(-1), self._sent.view(-1), self._exchange.group, async_op=True
                 )
 
     def wait(self) -> None:
@@ -99,13 +104,14 @@ class LoopbackTransfer:
     """A transfer that goes nowhere."""
 
     def __init__(self, sent: torch.Tensor) -> None:
-        self.sent, self.received = sent, torch.empty_like(sent)
+        self.sent, self.both = sent, sent.new_empty((TOWERS, *sent.shape))
+        self.received = self.both[1]
 
     def start(self) -> None:
         pass
 
     def wait(self) -> None:
-        self.received.copy_(self.sent)
+        self.both.copy_(self.sent.expand_as(self.both))
 
 
 class TowerExchange:

@@ -47,20 +47,28 @@ class Rates(NamedTuple):
     memory_latency: float  # of a load from the GPU's memory, which others use, too
 
 
-# Low, middle, high. Sources:
+# Low, middle, high. "Measured" is what github.com/RRZE-HPC/gpu-benches (commit 1038c5d) has in its
+# folders gpu-l2-cache, gpu-stream, gpu-latency and gpu-small-kernels; for the H100 on an H200 or a
+# GH200, whose processors and L2 are the same.
 # clock: H100 1.83 GHz is the clock of the maker's 989 TFLOP/s; under the load of matrix products
 #   the power limit lowers it. A100 1.41 GHz, lowered likewise.
-# memory: 93, 86 and 78 % of the maker's bandwidth.
+# memory: 93, 86 and 78 % of the maker's bandwidth; A100 measured 88 %, reading and writing.
 # l2: H100 9.1 TB/s is what kernel 6 of github.com/pranjalssh/fast.cu (commit a1bb7b2) loads, with
-#   tiles of 128 x 256 at 777 TFLOP/s. 6.0: Chips and Cheese measured 5.5 on an H100 PCIe, of fewer
-#   processors at a lower clock (July 2023). A100: by its white paper 5,120 bytes a cycle, 7.2 TB/s.
-# l2_size: 50 and 40 MB, in two halves that may both hold a line.
-# gap: our assumption. Hazy Research measured 1.3 us on an H100 in CUDA graphs ("Look Ma, No
-#   Bubbles!", May 2025).
+#   tiles of 128 x 256 at 777 TFLOP/s. 8.0: 9.8 measured at 1.98 GHz, reading 16 to 28 MB, are 8.4
+#   at the middle clock. 6.0: Chips and Cheese measured 5.5 on an H100 PCIe, of fewer processors at
+#   a lower clock (July 2023). A100: measured 5.4, at 1.41 GHz.
+# l2_size: 50 and 40 MB, in two halves that may both hold a line. Measured reads become slower from
+#   37 and from 28 MB on.
+# gap, ramp: our assumptions. A kernel that moves 64 KB took 1.3 us of a CUDA graph, gap included,
+#   on both (measured); Hazy Research measured a gap of 1.3 us on an H100 ("Look Ma, No Bubbles!",
+#   May 2025).
 # hidden: our assumption. Measured were 0.96 us between two empty kernels (issue 569 of github.com/
 #   pegainfer-project/pegainfer), and next to nothing of kernels as long as ours: 1.00 x in
 #   github.com/openxla/xla 38544, 0.99 to 1.00 x of prompts in github.com/ggml-org/llama.cpp 22522.
-# ramp, program, latency, memory_latency: our assumptions, not sourced.
+# latency, memory_latency: a load alone took 280 cycles (206 on the A100) from the near half of L2,
+#   460 (390) from a set larger than that, 690 (552) from memory (measured); under load our
+#   assumptions.
+# program: our assumption, not sourced.
 ASSUMED: dict[str, tuple[Rates, Rates, Rates]] = {
     "NVIDIA H100 SXM": (
         Rates(1.83e9, 3.1e12, 9.1e12, 40e6, 0.7e-6, 0.8e-6, 0.7e-6, 1800, 200, 700),
@@ -68,7 +76,7 @@ ASSUMED: dict[str, tuple[Rates, Rates, Rates]] = {
         Rates(1.50e9, 2.6e12, 6.0e12, 20e6, 0.0, 1.8e-6, 1.5e-6, 4000, 450, 1500),
     ),
     "NVIDIA A100 SXM 80 GB": (
-        Rates(1.41e9, 1.90e12, 6.0e12, 32e6, 0.0, 0.8e-6, 0.7e-6, 1800, 200, 600),
+        Rates(1.41e9, 1.90e12, 5.4e12, 32e6, 0.0, 0.8e-6, 0.7e-6, 1800, 200, 600),
         Rates(1.30e9, 1.75e12, 5.0e12, 24e6, 0.0, 1.2e-6, 1.0e-6, 2700, 330, 850),
         Rates(1.20e9, 1.60e12, 4.0e12, 16e6, 0.0, 1.8e-6, 1.5e-6, 4000, 450, 1300),
     ),

@@ -129,14 +129,17 @@ class Reading:
         compiled = compile_launch(launch, gpu.target)
         assert launch.grid is not None
         self._launch, self._gpu = launch, gpu
-        self._warps = int(compiled.metadata.num_warps)
-        self._code, self._ir = offline.read(compiled), ttir.read(compiled.asm["ttir"])
+        self._warps = int(launch.options.get("num_warps", compiled.metadata.num_warps))
+        ir = compiled.asm["ttir" if "ttir" in compiled.asm else "ttgir"]  # of Gluon's kernels
+        self._code, self._ir = offline.read(compiled), ttir.read(ir)
         self._loops = sass.loops(self._code.instructions)
         self._work = self._ir.work(launch.grid, launch.named)
         self._traffic = self._find_traffic()
-        self._slots = cost.resident(gpu, self._code.registers, self._code.shared, self._warps)
+        # With those that only fetch.
+        warps = int(compiled.metadata.num_warps)
+        self._slots = cost.resident(gpu, self._code.registers, self._code.shared, warps)
         self._main = max(  # loop of the intermediate code
-            self._ir.dots, key=lambda dot: self._ir.turn(dot.loop)[0], default=None
+            self._ir.dots, key=lambda dot: self._ir.turn_flops(dot.loop), default=None
         )
         self._issue_cycles = 0.0  # until the last program has issued its instructions
 
@@ -193,8 +196,10 @@ class Reading:
     def _from_memory(self, missed: Mapping[str, int], turns: int) -> float:
         """The largest share of what the main loop loads of a tensor that L2 did not hold."""
         assert self._main is not None
-        loads = [x for x in self._ir.loads if x.loop == self._main.loop]
-        shares = [sum(missed.get(n, 0) for n in x.names) / (x.size * turns) for x in loads]
+        loads = self._ir.loaded_for(self._main.loop, self._work)
+        shares = [
+            sum(missed.get(n, 0) for n in x.names) / (x.size * times * turns) for x, times in loads
+        ]
         return min(max(shares, default=0.0), 1.0)
 
     def _turns(self) -> list[int] | None:
@@ -243,14 +248,16 @@ class Reading:
         body = max(bodies, key=_share_of_products, default=None)
         if self._main is None or body is None or not _share_of_products(body):
             return None
-        turn_flops, turn_bytes = self._ir.turn(self._main.loop)
+        turn_flops = self._ir.turn_flops(self._main.loop)
+        loads = self._ir.loaded_for(self._main.loop, self._work)
+        turn_bytes = round(sum(x.size * times for x, times in loads))
         product = next(i.name for i in body if i.product)
         cycles = sass.tensor_cycles(body, self._warps, self._gpu.tensor_flops)
         shared = sass.shared_bytes(body, self._warps) + turn_bytes
         if product.startswith("UTC"):
             cycles = turn_flops / self._gpu.tensor_flops
             shared += self._ir.operand_bytes(self._main.loop)
-        loads = [a for a in sass.accesses(body) if not a.store]
+        accesses = [a for a in sass.accesses(body) if not a.store]
         turns = self._turns()
         return MainLoop(
             product,
@@ -259,7 +266,7 @@ class Reading:
             sass.drains(body),
             sass.count(body, r"BAR\.SYNC|s_barrier"),
             sass.count(body, "MEMBAR"),
-            sum(a.how == "register" for a in loads),
+            sum(a.how == "register" for a in accesses),
             None if turns is None else sum(turns),
             turn_flops,
             turn_bytes,

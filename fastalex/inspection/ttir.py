@@ -4,6 +4,9 @@ Machine code does not tell how often a loop turns, nor which tensor an access be
 decided by integers, the program's place in the grid and the kernel's integer arguments, so the
 operations on integers become a Python function, which is called for each program. No formula has
 to follow what a kernel does.
+
+A kernel in Gluon has no such IR but Triton's GPU IR (TTGIR), which is read in the same way. Where
+warps of their own fetch what others multiply, they are partitions of a program.
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ _OPERATION = re.compile(r'(?:(%[\w.$-]+)(?::(\d+))? = )?"?([a-z_]+)\.([\w.]+)"?(
 _LOOP = re.compile(r" (%\S+) = (\S+) to (\S+) step (\S+)")
 _CARRIED = re.compile(r"(%[\w.$-]+) = (%[\w.$#-]+)")
 _BLOCK = re.compile(r"tensor<((?:\d+x)+)(?:!tt\.ptr<)?[a-z]+(\d+)")
-_DOT = re.compile(r"tensor<(\d+)x(\d+)x[a-z]+(\d+)> \* tensor<\d+x(\d+)x\w+>")
-_LOAD = re.compile(r"load$|descriptor_(load|gather)$|atomic_")
+_DOT = re.compile(r"[rc]<(\d+)x(\d+)x[a-z]+(\d+)[^*]* \* \S*[rc]<\d+x(\d+)x\w+")
+_COPY = re.compile(r"memdesc<((?:\d+x)+)[a-z]+(\d+)")
+_PARTITION = re.compile(r"partition\d+\((.*)\) num_warps")
+_LOAD = re.compile(r"load$|descriptor_(load|gather)$|atomic_|async_tma_copy_global_to_local$")
 _STORE = re.compile(r"store$|descriptor_(store|scatter|reduce)$|atomic_")
 _ARITHMETIC = {
     "addi": "{} + {}", "subi": "{} - {}", "muli": "{} * {}", "divsi": "div({}, {})",
@@ -54,6 +59,7 @@ class Load(NamedTuple):
     names: frozenset[str]
     size: int
     loop: int | None
+    copied: bool  # to shared memory, by warps that may be others than those that multiply
 
 
 class Work(NamedTuple):
@@ -94,6 +100,7 @@ class Code:
         self._known = set(self._roots)  # values that the function below computes
         self._alias: dict[str, str] = {}  # what a loop carries is one variable, its result
         self._blocks: list[_Block] = []
+        self._captured: list[str] = []  # by partitions
         self._body: list[str] = []  # of the function
         for line in map(str.strip, body):
             self._read(line)
@@ -105,6 +112,11 @@ class Code:
                 self._begin(block, "else:" if block.known else "if True:")
         found = _OPERATION.match(line)
         if found is None:
+            if partition := _PARTITION.match(line):
+                inside = _VALUE.findall(partition[1])
+                self._alias |= zip(inside, self._captured, strict=True)
+            if line.endswith("{") and not line.startswith("}"):
+                self._begin(_Block([], None, True), "if True:")
             return
         result, count, dialect, kind, rest = found.groups()
         operands = _VALUE.findall(rest)
@@ -112,7 +124,13 @@ class Code:
             self._roots[result] = self._of(operands)
         if (dialect, kind) == ("scf", "yield"):
             self._yield(operands)
-        elif dialect == "tt":
+        elif kind == "warp_specialize":
+            self._captured = [self._alias.get(value, value) for value in operands]
+        elif kind == "warp_group_dot_wait":
+            several = [f"{result}#{i}" for i in range(int(count or 0))] or [result]
+            values = [self._alias.get(value, value) for value in operands]
+            self._alias |= zip(several, values, strict=True)
+        elif dialect in ("tt", "ttng"):
             self._triton(kind, result, rest, operands)
         elif dialect == "arith" and "tensor<" not in rest:
             self._integer(kind, result, rest, operands)
@@ -127,11 +145,13 @@ class Code:
         for pattern, names in ((_LOAD, self.reads), (_STORE, self.writes)):
             if pattern.match(kind):
                 names |= self._of(operands[:1])
-        if _LOAD.match(kind) and (blocks := _BLOCK.findall(rest)):
+        copied = kind.startswith("async_")
+        if _LOAD.match(kind) and (blocks := (_COPY if copied else _BLOCK).findall(rest)):
             sides, bits = blocks[-1]
             size = math.prod(map(int, sides.split("x")[:-1])) * int(bits) // 8
-            self.loads.append(Load(frozenset(self._of(operands[:1])), size, self._inside()))
-        if kind == "dot":
+            through = frozenset(self._of(operands[:1]))
+            self.loads.append(Load(through, size, self._inside(), copied))
+        if kind in ("dot", "warp_group_dot"):
             m, k, bits, n = map(int, _DOT.findall(rest)[0])
             a, b, to = (self._alias.get(value, value) for value in operands[:3])
             self.dots.append(Dot(m, n, k, bits, a, b, to, result, self._inside()))
@@ -180,7 +200,7 @@ class Code:
 
     def _integer(self, kind: str, result: str, rest: str, operands: list[str]) -> None:
         if kind == "constant":
-            self._assign(result, rest.split(":")[0].strip().capitalize())
+            self._assign(result, re.split(r":| loc\(", rest)[0].strip().capitalize())
         elif kind == "cmpi":
             order = rest.split(",")[0].strip()
             value = "{} % 2**64" if order[0] == "u" else "{}"
@@ -217,10 +237,21 @@ class Code:
         rows, columns = {d.a: d.m for d in first}, {d.b: d.n for d in first}
         return (sum(rows.values()), sum(columns.values())) if first else None
 
-    def turn(self, loop: int | None) -> tuple[int, int]:
-        """Operations of a loop's products in one turn, and bytes of the blocks that it loads."""
-        flops = sum(2 * d.m * d.n * d.k for d in self.dots if d.loop == loop)
-        return flops, sum(x.size for x in self.loads if x.loop == loop)
+    def turn_flops(self, loop: int | None) -> int:
+        """Operations of a loop's products in one turn."""
+        return sum(2 * d.m * d.n * d.k for d in self.dots if d.loop == loop)
+
+    def loaded_for(self, loop: int | None, work: Sequence[Work] | None) -> list[tuple[Load, float]]:
+        """The blocks that are loaded for a loop, and how often in one of its turns.
+
+        Those are its own loads, and copies that other warps make, in loops of theirs.
+        """
+        own = [(x, 1.0) for x in self.loads if x.loop == loop]
+        if loop is None or work is None:
+            return own
+        turns = [sum(w.turns[i] for w in work) for i in range(self.loops)]
+        copies = [x for x in self.loads if x.copied and x.loop not in (loop, None)]
+        return own + [(x, turns[x.loop] / max(turns[loop], 1)) for x in copies]  # type: ignore[index]
 
     def operand_bytes(self, loop: int | None) -> int:
         """Bytes that tcgen05.mma reads in a turn: 128 rows, and the columns again for each of them.

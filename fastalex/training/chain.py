@@ -195,6 +195,7 @@ class Chain:
         for (_, below), (_, above) in itertools.pairwise(passes):
             masks = self.tricks.fused_activation and below.relu and above.can_mask
             above.masks_dx = below.dy_is_preact = masks
+            below.dy_is_sum = above.gather is not None and above.gather.summed
         return passes
 
     def _pass(self, layer: nn.Module | None) -> Pass:

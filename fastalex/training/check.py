@@ -99,7 +99,7 @@ def float32_precisions() -> tuple[str, str]:
 
 def signature(name: str, one: Pass, x: object, dtype: torch.dtype) -> str:
     """All that decides which kernels a layer launches, and on what sizes."""
-    flags = [n for n in ("needs_dx", "masks_dx", "dy_is_preact") if getattr(one, n)]
+    flags = [n for n in ("needs_dx", "masks_dx", "dy_is_preact", "dy_is_sum") if getattr(one, n)]
     if one.gather is not None:
         flags += ["gathers", *(["early"] if one.gather.early else [])]
     if one.update is not None:

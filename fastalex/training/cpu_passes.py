@@ -17,7 +17,7 @@ from torch import nn
 
 import fastalex_kernels as kernels
 from fastalex.model.layers import Linear, LinearReLUDropout
-from fastalex.training.passes import Gradient, Pass, Torch
+from fastalex.training.passes import Gradient, Pass, Sum, Torch, added
 from fastalex.training.updates import FusedUpdate
 from fastalex_kernels.common.launch import call
 from fastalex_kernels.common.layout import as_nchw
@@ -60,8 +60,8 @@ class Maps(Pass):
                 images = layer.forward(images)
             return images.flatten(1)
 
-    def backward(self, dy: Tensor, bias_partials: Tensor | None) -> Gradient:
-        call(self._backward, dy)
+    def backward(self, dy: Tensor | Sum, bias_partials: Tensor | None) -> Gradient:
+        call(self._backward, added(dy))
         return None, None
 
     @torch.no_grad()
@@ -104,8 +104,8 @@ class Rows(Pass):
             some = -(-len(y) // torch.get_num_threads())
             share(functools.partial(_drop, layer), range(0, len(y), some), torch.split(y, some))
 
-    def backward(self, dy: Tensor, bias_partials: Tensor | None) -> Gradient:
-        call(self._backward, dy)
+    def backward(self, dy: Tensor | Sum, bias_partials: Tensor | None) -> Gradient:
+        call(self._backward, added(dy))
         return self._dx, None
 
     @torch.no_grad()

@@ -14,14 +14,14 @@ Layouts: maps are HWNC, [H, W, N, C] contiguous; rows are [N, features].
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 import fastalex_kernels as kernels
-from fastalex.distributed.exchange import TOWERS, Exchange
+from fastalex.distributed.exchange import TOWERS, Exchange, Transfer
 from fastalex.model import layers
 from fastalex.model.layers import Conv2dReLU, Linear, LinearReLUDropout, LRNMaxPool2d, MaxPool2d
 from fastalex.training.updates import FusedUpdate
@@ -35,8 +35,30 @@ from fastalex_kernels.linear.forward import Epilogue, HalvedProduct, matmul
 from fastalex_kernels.lrn_pool.function import channel_groups
 from fastalex_kernels.lrn_pool.general import lrn_max_pool2d_backward, lrn_max_pool2d_forward
 
+# Of the rows of a convolution that reads both towers, so many are made beside the exchange: those
+# that would be left over when every processor of an H100 has had a pixel of AlexNet's conv3.
+_EARLY_SHARE = 4
+
 Tensor = torch.Tensor
-Gradient = tuple[Tensor | None, Tensor | None]  # dx; bias partials of the layer below
+
+
+class Sum(NamedTuple):
+    """A gradient in two parts, of two towers, which what reads it adds up."""
+
+    mine: Tensor
+    theirs: Tensor
+
+
+Gradient = tuple[Tensor | Sum | None, Tensor | None]  # dx; bias partials of the layer below
+
+
+def added(dy: Tensor | Sum) -> Tensor:
+    """The gradient in one part."""
+    if isinstance(dy, Tensor):
+        return dy
+    out = torch.empty_like(dy.mine)
+    call(torch.add, *dy, out=out)
+    return out
 
 
 class Pass:
@@ -48,6 +70,7 @@ class Pass:
         needs_dx: whether a layer below needs the gradient of its input.
         masks_dx: whether it does the backward pass of the ReLU below it.
         dy_is_preact: whether the layer above did that of its own ReLU.
+        dy_is_sum: whether the gradient of its output comes in two parts.
         module: the layer; None where it is none of the model's.
         update: of its parameters; None where it has none.
         gather: of the other tower's half of its input; None where it needs none.
@@ -58,13 +81,13 @@ class Pass:
     gather: Gather | None = None
     relu = can_mask = False
     needs_dx = True
-    masks_dx = dy_is_preact = False
+    masks_dx = dy_is_preact = dy_is_sum = False
 
     def forward(self, x: Tensor) -> Tensor:
         """The output, of the input ``x``."""
         raise NotImplementedError
 
-    def backward(self, dy: Tensor, bias_partials: Tensor | None) -> Gradient:
+    def backward(self, dy: Tensor | Sum, bias_partials: Tensor | None) -> Gradient:
         """The gradient of the input, after the layer's own parameters got theirs."""
         raise NotImplementedError
 
@@ -72,7 +95,7 @@ class Pass:
 class Gather:
     """An all-gather of both towers' channels before a layer; backward, the reduce-scatter.
 
-    Channels are the last axis, tower 0's first. The two towers' gradients add up (``summed``)
+    Tower 0's channels are first. The two towers' gradients add up (``summed``)
     before a layer of which each has half. ``early``, work goes on while a half is on its way.
     """
 
@@ -89,39 +112,46 @@ class Gather:
         call(self._transfer.wait)
         return self._transfer.received
 
+    def start_rows(self, mine: Tensor, first: int) -> list[Transfer]:
+        """Start with the ``first`` rows of maps [H, ...], if any; then all of them follow."""
+        transfers = [self._exchange.transfer(x) for x in (mine[:first], mine) if len(x)]
+        for transfer in transfers:
+            call(transfer.start)
+        return transfers
+
     def concatenate(self) -> Tensor:
-        """Both halves, after ``wait``."""
+        """Both halves along the last axis, after ``wait``."""
         halves = [self._mine, self._transfer.received]
         out = self._mine.new_empty((*self._mine.shape[:-1], TOWERS * self._mine.shape[-1]))
         call(torch.cat, halves if self.rank == 0 else halves[::-1], dim=-1, out=out)
         return out
 
     def __call__(self, mine: Tensor) -> Tensor:
-        """Both halves, at once."""
+        """Both halves along the last axis, at once."""
         self.start(mine)
         self.wait()
         return self.concatenate()
 
-    def start_reduce_scatter(self, dx: Tensor) -> Callable[[], Tensor]:
-        """Send the other tower its half of ``dx``; what waits for its own and adds it to ours."""
-        halves = dx.chunk(TOWERS, -1)
+    def start_reduce_scatter(self, halves: Sequence[Tensor]) -> Callable[[], Tensor | Sum]:
+        """Send the other tower its half of dx; what waits for its part of the gradient of ours."""
         mine, theirs = halves[self.rank], halves[1 - self.rank]
         if not self.summed:
             return lambda: mine
-        sent, out = theirs.new_empty(theirs.shape), mine.new_empty(mine.shape)
-        call(sent.copy_, theirs)
-        transfer = self._exchange.transfer(sent)
+        if not theirs.is_contiguous():
+            sent = theirs.new_empty(theirs.shape)
+            call(sent.copy_, theirs)
+            theirs = sent
+        transfer = self._exchange.transfer(theirs)
         call(transfer.start)
 
-        def wait() -> Tensor:
+        def wait() -> Sum:
             call(transfer.wait)
-            call(torch.add, mine, transfer.received, out=out)
-            return out
+            return Sum(mine, transfer.received)
 
         if self.early:
             return wait
-        wait()
-        return lambda: out
+        parts = wait()
+        return lambda: parts
 
 
 class Convolution(Pass):
@@ -138,29 +168,55 @@ class Convolution(Pass):
         self._padding = ((pad, pad), (pad, pad))
 
     def forward(self, x: Tensor) -> Tensor:
-        self._x = x = x if self.gather is None else self.gather(x)
         self._w = self.update.weight()
+        if self.gather is not None:
+            return self._forward_of_two(x, self.gather)
+        self._x = x
         y = conv2d_relu_forward(
             x, self._w, self.update.bias(), self._padding, self._groups, self.relu
         )
         self._y = as_hwnc(y)
         return self._y
 
-    def backward(self, dy: Tensor, bias_partials: Tensor | None) -> Gradient:
-        dz, x = dy, self._x
+    def _forward_of_two(self, mine: Tensor, gather: Gather) -> Tensor:
+        """The output, of both towers' halves; its first rows while most of the maps are to come.
+
+        What the first rows read is sent twice: all that the weight gradient reads is one tensor.
+        """
+        (top, bottom), sides = self._padding
+        (R, S), (H, W, N, _) = self._w.shape[:2], mine.shape
+        P, Q = H + top + bottom - R + 1, W + sum(sides) - S + 1
+        self._y = y = mine.new_empty((P, Q, N, self._w.shape[3]))
+        early = round(P / _EARLY_SHARE) if gather.early and H >= R else 0
+        first = early + R - 1 - top if early else 0  # rows that they read
+        pieces = [(y[:early], (top, 0))] if early else []
+        pieces.append((y[early:], (top - early, bottom)))
+        for transfer, (out, pads) in zip(gather.start_rows(mine, first), pieces, strict=True):
+            call(transfer.wait)
+            self._x = transfer.both
+            conv2d_relu_forward(
+                self._x, self._w, self.update.bias(), (pads, sides), 1, self.relu, out
+            )
+        return y
+
+    def backward(self, dy: Tensor | Sum, bias_partials: Tensor | None) -> Gradient:
+        dz, x = added(dy), self._x
         if bias_partials is None:
             y = self._y if self.relu and not self.dy_is_preact else None
-            dz, bias_partials = _before_relu(dy, y, need_sums=True)
+            dz, bias_partials = _before_relu(dz, y, need_sums=True)
             assert bias_partials is not None
         dx = below = wait = None
         if self.needs_dx:
+            H, W, *_ = x.shape[-4:]
             grad, below = conv2d_relu_backward_input(
-                dz, self._w, (x.shape[0], x.shape[1]), self._padding, self._groups,
-                x if self.masks_dx else None,
+                dz, self._w, (H, W), self._padding, self._groups, x if self.masks_dx else None,
+                halves=1 if self.gather is None else TOWERS,
             )  # fmt: skip
-            dx = as_hwnc(grad)
-            if self.gather is not None:
-                wait, below = self.gather.start_reduce_scatter(dx), None  # sums of one share
+            if self.gather is None:
+                dx = as_hwnc(grad)
+            else:  # the sums are those of one share
+                wait = self.gather.start_reduce_scatter(grad.unbind())
+                below = None
         R, S = self._w.shape[:2]
         partials = conv2d_relu_backward_weight(x, dz, (R, S), self._padding, self._groups)
         self.update.convolution(partials, bias_partials)
@@ -191,12 +247,13 @@ class Pool(Pass):
             call(self._y.relu_)
         return self._y
 
-    def backward(self, dy: Tensor, bias_partials: Tensor | None) -> Gradient:
+    def backward(self, dy: Tensor | Sum, bias_partials: Tensor | None) -> Gradient:
         if self.relu and not self.dy_is_preact:
-            dy, _ = _before_relu(dy, self._y)
+            dy, _ = _before_relu(added(dy), self._y)
+        dy, share = dy if isinstance(dy, Sum) else (dy, None)
         dx, below = lrn_max_pool2d_backward(
             self._x, dy, self._argmax, self._pooling, (self._x.shape[0], self._x.shape[1]),
-            mask=self.masks_dx, y=None if self._pooling.norm else self._y,
+            mask=self.masks_dx, y=None if self._pooling.norm else self._y, share=share,
         )  # fmt: skip
         return as_hwnc(dx), below
 
@@ -211,8 +268,9 @@ class Flatten(Pass):
         call(out.view(N, C, H, W).copy_, as_nchw(x))
         return out
 
-    def backward(self, dy: Tensor, bias_partials: Tensor | None) -> Gradient:
+    def backward(self, dy: Tensor | Sum, bias_partials: Tensor | None) -> Gradient:
         H, W, N, C = self._shape
+        dy = added(dy)
         out = dy.new_empty(self._shape)
         call(as_nchw(out).copy_, dy.view(N, C, H, W))
         return out, None
@@ -229,8 +287,8 @@ class DropRows(Pass):
     def forward(self, x: Tensor) -> Tensor:
         return drop(x, self._dropout)
 
-    def backward(self, dy: Tensor, bias_partials: Tensor | None) -> Gradient:
-        return drop(dy, self._dropout), None
+    def backward(self, dy: Tensor | Sum, bias_partials: Tensor | None) -> Gradient:
+        return drop(added(dy), self._dropout), None
 
 
 class FullyConnected(Pass):
@@ -264,10 +322,10 @@ class FullyConnected(Pass):
             self._y = matmul(self._x, w.t(), epilogue)
         return self._y
 
-    def backward(self, dy: Tensor, bias_partials: Tensor | None) -> Gradient:
-        dz, p = dy, self._dropout.p  # its scale is left to the products
+    def backward(self, dy: Tensor | Sum, bias_partials: Tensor | None) -> Gradient:
+        dz, p = added(dy), self._dropout.p  # its scale is left to the products
         if self.relu and not self.dy_is_preact:
-            (dz, _), p = _before_relu(dy, self._y, dropout=self._dropout), 0.0
+            (dz, _), p = _before_relu(dz, self._y, dropout=self._dropout), 0.0
         dx = wait = None
         # Where the other tower waits for a half, it leaves before the weight's gradient is made.
         if self.needs_dx and (self.gather is None or not self.gather.summed):
@@ -277,7 +335,7 @@ class FullyConnected(Pass):
             mask = self._x if self.masks_dx else None
             dx = matmul(dz, self._w, Epilogue(dropout=Dropout(p), mask=mask))
         if dx is not None and self.gather is not None:
-            wait = self.gather.start_reduce_scatter(dx)
+            wait = self.gather.start_reduce_scatter(dx.chunk(TOWERS, -1))
         if apart:
             self.update.linear(dz, self._x, p)
         return (dx if wait is None else wait()), None
@@ -327,10 +385,10 @@ class Torch(Pass):
             self._y = y.new_empty(y.shape, dtype=self._x.dtype)
         self._y.copy_(y)
 
-    def backward(self, dy: Tensor, bias_partials: Tensor | None) -> Gradient:
-        call(self._backward, dy)
+    def backward(self, dy: Tensor | Sum, bias_partials: Tensor | None) -> Gradient:
+        call(self._backward, added(dy))
         if self.gather is not None and self._dx is not None:
-            return self.gather.start_reduce_scatter(self._dx)(), None
+            return self.gather.start_reduce_scatter(self._dx.chunk(TOWERS, -1))(), None
         return self._dx, None
 
     def _backward(self, dy: Tensor) -> None:

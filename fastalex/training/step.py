@@ -30,7 +30,7 @@ from fastalex.training.check import float32_precisions, parts_on_aten
 from fastalex.training.cuda_graph import Graph
 from fastalex.training.inputs import Inputs, check_batch, input_tensors, signature
 from fastalex.training.optim import BUFFER, count_step, gradient_norms
-from fastalex.training.passes import Pass
+from fastalex.training.passes import Pass, Sum
 from fastalex.training.updates import StoredGradients
 from fastalex_kernels.common.backend import interpreted
 from fastalex_kernels.common.launch import call
@@ -206,7 +206,7 @@ class TrainStep:
                     x = layer.forward(x)
             with _at(program, "loss", "forward"):
                 loss, dlogits = self._chain.loss(x, labels)
-            dy: torch.Tensor | None = dlogits
+            dy: torch.Tensor | Sum | None = dlogits
             bias_partials = None
             for name, layer in reversed(layers):
                 assert dy is not None

@@ -47,6 +47,8 @@ def candidates(key: Key, own: Tile, bits: int, shared: int) -> Iterator[Tile]:
         yield from _pooling(own)
     elif kernel == "linear backward":
         yield from _one_pass(own)
+    elif kernel == "conv2d run":
+        yield from ((1,), (own[0] - 1,))  # the plain kernel, or fewer registers
     else:
         pixels = bits == 16 and kernel in ("conv2d forward", "conv2d input")
         shared_weights = _pixels(sizes[3], shared) if pixels else ()

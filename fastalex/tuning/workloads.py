@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.distributed.towers import cut_to_tower
@@ -15,6 +16,7 @@ from fastalex.model.alexnet import AlexNet
 from fastalex.model.variants import Variant
 from fastalex.training.chain import Chain, Tricks
 from fastalex.training.layer_check import has_kernels
+from fastalex.training.passes import Sum
 from fastalex_kernels.common.program import Launch, Program
 from fastalex_kernels.common.tuned import Key, Tile, choosing, dot_precision
 from fastalex_kernels.reference import tolerance
@@ -36,13 +38,17 @@ class Workload(NamedTuple):
     layer: str
     phase: str
     one: Any
-    given: tuple[torch.Tensor | None, ...]
+    given: tuple[torch.Tensor | Sum | None, ...]
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        """The tensors that it was given."""
+        return [x for x in tree_leaves(self.given) if x is not None]
 
     @property
     def bits(self) -> int:
         """Of an operand."""
-        assert self.given[0] is not None
-        return 8 * self.given[0].element_size()
+        return 8 * self.inputs[0].element_size()
 
     @torch.no_grad()
     def run(self, tiles: Mapping[Key, Tile]) -> Trace:
@@ -68,13 +74,13 @@ class Workload(NamedTuple):
         if self.phase == "forward":
             results = [made, getattr(one, "_argmax", None)]
         else:
-            results = [made[0], None if made[1] is None else made[1].sum(0)]
+            results = [*tree_leaves(made[0]), None if made[1] is None else made[1].sum(0)]
         results += [x.clone() for x in self.changed()]
         return Trace(own, launches, [x for x in results if x is not None])
 
     def program(self) -> Program:
         """An empty one on the device of the pass."""
-        program = Program(self.given)
+        program = Program(self.inputs)
         program.at(self.layer, self.phase)
         return program
 
@@ -91,8 +97,7 @@ class Workload(NamedTuple):
 
     def tolerance(self) -> float:
         """The relative error that the results may have, for the longest of their sums."""
-        x, w = self.given[0], getattr(self.one.module, "weight", None)
-        assert x is not None
+        x, w = self.inputs[0], getattr(self.one.module, "weight", None)
         rows = x.numel() // x.shape[-1]
         longest = 0 if w is None else max(w[0].numel(), w.numel() // w.shape[1], rows)
         kernel = "linear" if w is None or w.dim() == 2 else "conv2d"
@@ -152,7 +157,7 @@ def record_workloads(
             for name, one in passes:
                 found.append(Workload(name, "forward", one, (x,)))
                 x = one.forward(x)
-            dy: torch.Tensor | None = chain.loss(x, labels)[1]
+            dy: torch.Tensor | Sum | None = chain.loss(x, labels)[1]
             partials = None
             for name, one in reversed(passes):
                 found.append(Workload(name, "backward", one, (dy, partials)))

@@ -87,9 +87,16 @@ MISSED = {  # (figure, launches, or "launches on case"): why it misses its bar
     ("issue", "conv2 forward"): "48 channels are taken 16 at a time, which makes short products",
     ("issue", "conv2 weight"): "48 input channels in 64 rows",
     ("issue", "fc. (weight|backward)"): "two steps a weight at batch 128: bound by bytes",
+    ("issue", "conv3 forward on h100 tower .*"): "its first rows are narrow blocks, all at once",
+    ("smem", "conv3 forward on h100 tower .*"): "its first rows are narrow blocks, all at once",
     ("drains", "fc. backward"): "the sums of a turn are used in it, while others are loaded",
     ("fences", "fc. backward"): "what a turn made leaves through shared memory",
     ("issue", "fc8 input"): "a sum of 1000 is masked in its last block, and so in every one",
+    ("issue", "conv2 input"): "products of 32 and of 16 columns are short, and each has its own "
+    "copy of x in registers",
+    ("useful", "conv2 forward"): "a pair's 28th pixel in a line of 27, and taps at the line's ends",
+    ("fences", "conv[12] (forward|input)"): "x is read into registers: the fence between that and "
+    "the next copies is also a memory barrier, once a turn",
     ("useful", "conv2 input"): "taps that one of two neighbouring pixels lacks are zeros, and "
     "they are 96 of 128 columns",
     ("useful", "conv1 weight"): "48 channels in 64 rows, 96 outputs in 128 columns",
@@ -97,9 +104,15 @@ MISSED = {  # (figure, launches, or "launches on case"): why it misses its bar
     ("intensity", "conv.*"): "each tap loads x again; three pixels of 128 columns come to 96",
     ("smem", "conv2 weight"): "48 channels in 64 columns: products of 64 x 64",
     ("smem", "conv1 (forward|weight)"): "48 channels, or a tower's 48 outputs, in 64",
+    (
+        "barriers",
+        "conv[12] (forward|input) on h100.*",
+    ): "each wait for products ends in a barrier of the multiplying warps",
     ("barriers", "conv.*"): "no warp of its own loads: each turn ends in barriers of all warps",
     ("instructions", "pool[12] forward"): "a program computes one row more than it keeps, of few",
     ("instructions", "pool[12] backward"): "two windows are loaded before the first of few rows",
+    ("bytes over floor", "pool2 backward on .* tower .*"): "the gradient is read in two parts, "
+    "which nobody adds before",
     ("bytes over floor", "fc6 fc7 fc8"): "float32 sums of split products, stored and read",
     (
         "issue",

@@ -22,7 +22,7 @@ from fastalex.inspection.record import Step, record_step
 from fastalex.inspection.report import inspect
 from fastalex.training import TrainStep
 from fastalex.training.optim import build_optimizer
-from fastalex_kernels.common.backend import interpreted, record_launches
+from fastalex_kernels.common.backend import TRITON, interpreted, record_launches
 from fastalex_kernels.common.tuned import PROCESSORS
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="an interpreted kernel has no machine code")
@@ -32,12 +32,14 @@ recorded = functools.cache(record_step)
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "pixels", "chunks"), [("sm_80", 1, 1), ("sm_90", 3, 3)])
 def test_the_turns_of_a_program_are_its_taps_that_touch_the_image(
-    target: str, pixels: int, chunks: int
+    target: str, pixels: int, chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """conv2, 5 x 5 on 27 x 27 with padding 2: counted tap by tap.
 
     Pixels of a program take the taps that any of them needs, in chunks of 48 channels.
     """
+    monkeypatch.setenv("FASTALEX_GLUON", "never")
+    recorded.cache_clear()
     (event,) = [e for e in recorded(target, 128, step="infer").events if e.layer == "conv2"]
     assert event.launch is not None
     assert event.launch.grid == (27 * 27 // pixels, 2)
@@ -54,6 +56,28 @@ def test_the_turns_of_a_program_are_its_taps_that_touch_the_image(
     assert sorted(w.turns[0] for w in work) == sorted(2 * expected)  # of two groups
     turn = 2 * 128 * pixels * 128 * 48 // chunks
     assert sum(w.flops for w in work) == 2 * turn * sum(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(TRITON < (3, 9), reason="Gluon has other names there")
+def test_what_a_warp_of_its_own_loads_counts_to_the_turns_of_the_products() -> None:
+    """conv2's input gradient in Gluon: lines of taps by 16 channels, and blocks of a turn."""
+    recorded.cache_clear()
+    step = recorded("sm_90", 128)
+    event = next(
+        e
+        for e in step.events
+        if (e.layer, e.phase) == ("conv2", "backward") and "warp_specialized" in e.name
+    )
+    (row,) = inspect(Step([event], {"conv2": step.layers["conv2"]}), GPUS["h100"], "bf16")
+    lines = sum(sum(0 <= p + r - 2 < 27 for r in range(5)) for p in range(27))
+    turns = lines * 7 * 2 * 8  # runs of four pixels, two groups, 128 channels
+    loop = row.loop
+    assert loop is not None
+    assert (row.role, row.tile, row.warps) == ("input", (4 * 128, 48), 8)
+    assert (loop.turns, loop.turn_flops) == (turns, 2 * 4 * 25 // 5 * 128 * 48 * 16)
+    assert loop.turn_bytes == 2 * 16 * (8 * 128 + 5 * 48)
+    assert row.flops == loop.turns * loop.turn_flops
 
 
 def test_a_launch_s_figures_are_those_of_its_product() -> None:
@@ -241,19 +265,21 @@ def test_what_a_step_does_beside_its_launches_is_counted() -> None:
 
 def test_the_weight_gradient_is_made_while_an_input_s_gradient_is_exchanged() -> None:
     step = recorded("sm_90", 128, towers=2)
+    first, *rest = step.exchanges
+    assert (first.layer, first.phase, first.ended) == ("conv3", "forward", first.started)
     meanwhile = {
         (one.layer, one.phase): [e.name for e in step.events[one.started : one.ended]]
-        for one in step.exchanges
+        for one in rest
     }
     product = ["_linear_relu_dropout_fwd_kernel"]
     assert meanwhile == {
-        ("conv3", "forward"): [],
+        ("conv3", "forward"): ["conv2d_relu_fwd_tma_kernel"],  # of the first rows
         **{(name, "forward"): product for name in ("fc6", "fc7", "fc8")},
         **{(name, "backward"): ["_linear_bwd_weight_update_kernel"] for name in ("fc7", "fc6")},
         ("conv3", "backward"): ["_conv2d_bwd_weight_kernel", "_sum_update_kernel"],
     }
-    sizes = {(one.layer, one.phase): one.size for one in step.exchanges}
-    assert sizes["conv3", "forward"] == 2 * 128 * 128 * 13 * 13
+    sizes = [one.size for one in step.exchanges if (one.layer, one.phase) == ("conv3", "forward")]
+    assert sizes == [2 * 128 * 128 * 13 * rows for rows in (4, 13)]
 
 
 def test_a_forward_pass_is_the_step_s_without_loss_and_dropout() -> None:

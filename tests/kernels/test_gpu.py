@@ -19,6 +19,7 @@ from fastalex_kernels.reference import TF32_TOLERANCE
 
 from . import _augment as augments
 from . import _cases as cases
+from . import _halves as halves
 from . import _losses as losses
 from . import _masks as masks
 from . import _updates as updates
@@ -149,6 +150,19 @@ def test_rounding(columns: int) -> None:
 def test_masked_gradients(case: Case) -> None:
     """The backward pass of the ReLU below, in the kernel that makes its gradient."""
     masks.check(case, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        conv("whole-tiles", (128, 64, 2, 3), 48, 3, padding=1),
+        conv("odd", (9, 70, 3, 4), 130, 2, padding=((0, 1), (1, 0))),
+    ],
+    ids=str,
+)
+def test_halves(case: Case) -> None:
+    """Of one of two towers, whose channels come in two tensors."""
+    halves.check(case, torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("case", [c for c in TILES if len(c.shapes) > 1], ids=str)

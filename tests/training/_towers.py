@@ -31,7 +31,8 @@ class PairExchange:
 class _Transfer:
     def __init__(self, exchange: PairExchange, sent: torch.Tensor) -> None:
         self._exchange, self._sent = exchange, sent
-        self.received = torch.full_like(sent, float("nan"))
+        self.both = torch.full((2, *sent.shape), float("nan")).to(sent)
+        self.received = self.both[1 - exchange.rank]
 
     def start(self) -> None:
         self._exchange.events.append("start")
@@ -39,6 +40,7 @@ class _Transfer:
 
     def wait(self) -> None:
         self._exchange.events.append("wait")
+        self.both[self._exchange.rank].copy_(self._sent)
         self.received.copy_(self._exchange.into.get(timeout=_SECONDS))
 
 

@@ -137,7 +137,7 @@ def test_right_kernels_stay(clean: list[float]) -> None:
 
 FAULTS: dict[str, tuple[Any, str, str, str, dict[str, str]]] = {
     "wrong tap": (
-        conv2d, "_conv2d_relu_fwd_kernel", "(tap * (G", "(tap // 2 * (G",
+        conv2d, "_conv2d_relu_fwd_kernel", "((tap * H", "((tap // 2 * H",
         {"conv1": "forward: output", "conv2": "forward: output"},
     ),
     "dropped tail": (

@@ -182,6 +182,7 @@ def test_candidates_fit_and_none_comes_twice(kernel: str, bits: int, most: int) 
         # A program holds whole groups: of 96 chunks here.
         ("lrn backward", (128, 27, 27, 13, 13, 768, 1), (128, 14), lambda t, r: t >= 96),
         ("pool forward", (128, 13, 13, 6, 6, 256, 1, 3, 2, 0), (1, 1), lambda m, warps: m >= 1),
+        ("conv2d run", (128, 27, 27, 128, 48, 5, 5, 2), (4,), lambda pixels: pixels < 4),
         # A product has 64 rows, or more, and a pipeline two stages.
         ("linear backward", (128, 4096, 9216), (64, 32, 8, 2), lambda n, k, w, s: n > 63 and s > 1),
     ],

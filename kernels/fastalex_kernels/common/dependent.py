@@ -8,7 +8,7 @@ is the time that a launch takes. Of the work nothing may overlap, and nothing do
 * The first statement of each kernel is ``wait_for_predecessor``. A launch with the attribute
   compiles it to ``griddepcontrol.wait``: until the kernel before has ended, and all that it wrote
   is visible. A program reads and writes no memory before; arguments and tensor descriptors are in
-  the launch itself.
+  the launch itself. Warps that only fetch, in Gluon's kernel, start at a barrier behind the wait.
 * When a launch has ended, everything before it in its stream has. By induction: without the
   attribute it started after all that; with it, it ended after its wait, which is after the end of
   the launch before it, of which the same holds. So it is enough to wait for one launch, whatever

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from triton.runtime.driver import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common.backend import has_dependent_launch
 from ..common.launch import collecting, execute
@@ -97,8 +96,7 @@ class Launch:
 
 def tensor_of(argument: Any) -> torch.Tensor | None:
     """The tensor behind a kernel's argument, None where it is a number."""
-    if isinstance(argument, TensorDescriptor):
-        argument = argument.base
+    argument = getattr(argument, "base", argument)  # of a descriptor, Triton's or Gluon's
     return argument if isinstance(argument, torch.Tensor) else None
 
 

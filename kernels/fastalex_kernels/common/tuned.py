@@ -43,6 +43,7 @@ _PRODUCT = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 FIELDS = {  # what a tile holds, by kernel; a name's first word is the op, a folder of the package
     "conv2d forward": _PRODUCT,
     "conv2d input": _PRODUCT,
+    "conv2d run": ("pixels",),  # of Gluon's kernel; of 1 the plain one runs
     "conv2d weight": _PRODUCT,
     "conv2d weight parts": ("parts",),  # of the reduction, for the tile taken
     "linear": _PRODUCT,
@@ -119,7 +120,7 @@ def table_path(device: str) -> Path:
 
 @functools.cache
 def kernel_version(op: str) -> str:
-    """A fingerprint of the ``@triton.jit`` functions of an op, a folder, without their comments."""
+    """A fingerprint of the functions that are compiled of an op, a folder, without comments."""
     package = Path(__file__).parents[1]
     files = [p for folder in ("common", op) for p in sorted((package / folder).glob("*.py"))]
     functions = [
@@ -127,7 +128,7 @@ def kernel_version(op: str) -> str:
         for path in files
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef)
-        and "triton.jit" in map(ast.unparse, node.decorator_list)
+        and {"triton.jit", "gluon.jit"} & set(map(ast.unparse, node.decorator_list))
     ]
     return hashlib.sha256("\n".join(functions).encode()).hexdigest()[:16]
 

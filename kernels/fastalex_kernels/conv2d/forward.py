@@ -5,7 +5,8 @@
 Everything inside is HWNC (layout.py): x [H, W, N, G*C], y [P, Q, N, G*K], and the weight packed
 as [R, S, C, G*K], for G groups of C input and K output channels. A row is one pixel of one image,
 row = (p * Q + q) * N + n, and a tap (r, s) of a tile of rows is that tile of x shifted by
-(r * W + s) * N rows. So:
+(r * W + s) * N rows. One of two towers has the channels of x, and of its gradient, in two halves
+one after the other: [2, H, W, N, C], as towers exchange them; there G is 1. So:
 
 * the forward kernel runs one flat loop over (r, s, c), and leaves out the taps that fall off the
   border for the whole tile, which zero padding would multiply;
@@ -32,12 +33,24 @@ from ..common.backend import TRITON, target
 from ..common.blocks import load_block
 from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
-from ..common.layout import as_hwnc, empty_nchw
+from ..common.layout import as_hwnc, as_nchw, empty_nchw
 from ..common.reduce import fold
 from ..common.tuned import cut, dot_precision, own_tile, tile_entry
 from ..conv2d.arguments import Padding, space_to_depth_weight
 from ..conv2d.pixels import conv2d_relu_fwd_tma_kernel, descriptors, pixel_tile
-from ..conv2d.tiles import finish, halved_warps, next_tap, split_channels, tap_range, tma_fits
+from ..conv2d.tiles import (
+    finish,
+    group_and_half,
+    halved_warps,
+    next_half,
+    next_tap,
+    split_channels,
+    tap_range,
+    tma_fits,
+)
+
+if TRITON >= (3, 9):  # where Gluon has the names that it is written in
+    from ..conv2d import warp_specialized
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width, cut to the layer.
 # What bounds the stages is shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on
@@ -58,12 +71,12 @@ _FORWARD_TILES = {
 
 @triton.jit
 def _conv2d_relu_fwd_kernel(
-    x_ptr,  # [H, W, N, G * C]
-    w_ptr,  # [R, S, C, G * K], of the input gradient [R, S, K, G * C]
+    x_ptr,  # [H, W, N, G * C], in HALVES [2, H, W, N, C]
+    w_ptr,  # [R, S, C, G * K], of the input gradient [R, S, K, G * C]; in HALVES 2 * C, 2 * K
     b_ptr,  # [G * K], read where HAS_BIAS
-    y_ptr,  # [P, Q, N, G * K]
+    y_ptr,  # [P, Q, N, G * K], of the input gradient in HALVES [2, P, Q, N, K]
     mask_ptr,  # as y, read where MASK
-    sum_ptr,  # float32 [blocks of rows, G * K], written where MASK
+    sum_ptr,  # float32 [blocks of rows, G * K, or 2 * K], written where MASK
     N,
     H,
     W,
@@ -76,6 +89,7 @@ def _conv2d_relu_fwd_kernel(
     S: tl.constexpr,
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
+    HALVES: tl.constexpr,  # 2: the channels of the forward's input are those of two tensors
     REVERSE: tl.constexpr,  # take the taps in reverse order: the input gradient
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
@@ -96,7 +110,7 @@ def _conv2d_relu_fwd_kernel(
     W_C: tl.constexpr = 1 if REVERSE else G * K
     W_K: tl.constexpr = G * C if REVERSE else 1
     pid = tl.program_id(0)
-    g = tl.program_id(1)
+    g, half = group_and_half(tl.program_id(1), HALVES, REVERSE)
     # Rows that need every tap first, the lighter ones of the borders at the end.
     rows = P * Q * N
     m_blocks = (rows + BLOCK_M - 1) // BLOCK_M
@@ -114,6 +128,8 @@ def _conv2d_relu_fwd_kernel(
     s_lo, s_hi = tap_range(q_first, q_last, PAD_W, W, S)
     CHUNKS: tl.constexpr = (C + BLOCK_K + TAIL_K - 1) // (BLOCK_K + TAIL_K)
     steps = tl.maximum(r_hi - r_lo, 0) * tl.maximum(s_hi - s_lo, 0) * CHUNKS
+    if not REVERSE:
+        steps *= HALVES
 
     offs_m = first + tl.arange(0, BLOCK_M)
     offs_n = pid % N_BLOCKS * (BLOCK_N + TAIL_N) + tl.arange(0, BLOCK_N)
@@ -146,8 +162,10 @@ def _conv2d_relu_fwd_kernel(
     c = first * 0
     for _ in range(steps):
         shift = ((r * W + s) * N).to(tl.int64) * (G * C) + c
+        if HALVES > 1 and not REVERSE:
+            shift += (half * H * W * N).to(tl.int64) * C
         tap = R * S - 1 - (r * S + s) if REVERSE else r * S + s
-        w_tap = w_ptr + (tap * (G * C * K) + c * W_C)
+        w_tap = w_ptr + ((tap * HALVES + half) * (G * C * K) + c * W_C)
         mask_k = offs_k < C - c
         inside = mask_m
         if not ONE_PIXEL:
@@ -163,13 +181,18 @@ def _conv2d_relu_fwd_kernel(
             b = load_block(w_tap + w_tail, mask_k, mask_n, True, W_EVEN)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
         r, s, c = next_tap(r, s, c, s_lo, s_hi, BLOCK_K + TAIL_K, C)
+        if HALVES > 1 and not REVERSE:
+            r, half = next_half(r, half, r_lo, r_hi)
 
     # Counted from the first row, and so in 32 bits.
     start = first.to(tl.int64) * (G * K) + g * K
+    sums = sum_ptr + (first // BLOCK_M).to(tl.int64) * (G * K) + g * K
+    if HALVES > 1 and REVERSE:
+        start += (half * rows).to(tl.int64) * K
+        sums += (first // BLOCK_M).to(tl.int64) * K + half * K
     offs = tl.arange(0, BLOCK_M)[:, None] * (G * K)
     out = y_ptr + start
     kept = mask_ptr + start
-    sums = sum_ptr + (first // BLOCK_M).to(tl.int64) * (G * K) + g * K
     mask = mask_m[:, None] & mask_n[None, :]
     finish(acc, out, kept, sums, b_ptr, offs, offs_n, mask, g, K, HAS_BIAS, RELU, MASK)
     if TAIL_N > 0:
@@ -210,12 +233,22 @@ class _Taps(NamedTuple):
 
 
 def conv2d_relu_forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, padding: Padding, groups: int, relu: bool
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    padding: Padding,
+    groups: int,
+    relu: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """y [N, G*K, P, Q], HWNC in memory, of x [H, W, N, G*C] and the packed w [R, S, C, G*K]."""
-    (R, S, _, _), (H, W, _, _), (top, bottom), (left, right) = w.shape, x.shape, *padding
+    """y [N, G*K, P, Q], HWNC in memory, of x [H, W, N, G*C] and the packed w [R, S, C, G*K].
+
+    Of an x in halves, [2, H, W, N, C / 2], there is one group. Padding below 0 leaves rows of x
+    out. ``out`` [P, Q, N, G*K] is written if given.
+    """
+    (R, S, _, _), (H, W, _, _), (top, bottom), (left, right) = w.shape, x.shape[-4:], *padding
     size = (H + top + bottom - R + 1, W + left + right - S + 1)
-    return _convolve(x, w, _Taps(size, (top, left), False), groups, bias, relu)[0]
+    return _convolve(x, w, _Taps(size, (top, left), False), groups, bias, relu, out=out)[0]
 
 
 def conv2d_relu_backward_input(
@@ -225,15 +258,19 @@ def conv2d_relu_backward_input(
     padding: Padding,
     groups: int,
     mask: Tensor | None = None,
+    halves: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """dx [N, G*C, H, W] of dz [P, Q, N, G*K]: the forward kernel, the weight's roles exchanged.
 
     Where a ReLU made the forward's input, ``mask`` [H, W, N, G*C], that ReLU's backward can be done
     here: dx then is the gradient before the ReLU, and what comes with it are partials of its sum
     over all but the channels, float32 [parts, G*C], the gradient of the bias there.
+
+    With two ``halves`` dx is [2, H, W, N, C / 2], and so is the mask.
     """
     (R, S, _, _), (top, _), (left, _) = w.shape, *padding
-    return _convolve(dz, w, _Taps(size, (R - 1 - top, S - 1 - left), True), groups, mask=mask)
+    taps = _Taps(size, (R - 1 - top, S - 1 - left), True)
+    return _convolve(dz, w, taps, groups, mask=mask, halves=halves)
 
 
 def _convolve(
@@ -244,16 +281,33 @@ def _convolve(
     bias: Tensor | None = None,
     relu: bool = False,
     mask: Tensor | None = None,
+    halves: int = 1,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    (H, W, N, GC), (R, S, rows, columns), ((P, Q), pad, reverse) = x.shape, w.shape, taps
-    C, K = GC // groups, rows if reverse else columns // groups
-    output = empty_nchw(x, (N, groups * K, P, Q))
-    y = as_hwnc(output)
+    (H, W, N, GC), (R, S, rows, columns), ((P, Q), pad, reverse) = x.shape[-4:], w.shape, taps
+    if not reverse and x.dim() > 4:
+        halves = len(x)
+    C, K = GC // groups, rows // halves if reverse else columns // groups
+    axis = halves * groups if reverse else groups  # of programs with other outputs
+    if reverse and halves > 1:
+        output = y = x.new_empty((halves, P, Q, N, K))
+    else:
+        output = empty_nchw(x, (N, groups * K, P, Q)) if out is None else as_nchw(out)
+        y = as_hwnc(output)
     name = "conv2d input" if reverse else "conv2d forward"
-    sizes = (N, P, Q, C, K, R, S, groups)
-    tile, counted = None, max(_farthest_row((N, W, P, Q), (R, S), pad), w.numel())
-    if tma_fits(groups, x, w) and C % 16 == 0:
-        run = S if reverse and mask is None and K % 8 == 0 else 1
+    sizes = (N, P, Q, C, K, R, S, axis)
+    tile, counted = None, max(halves * _farthest_row((N, W, P, Q), (R, S), pad), w.numel())
+    by_tma = tma_fits(groups, x, w) and C % 16 == 0
+    if (
+        by_tma
+        and mask is None
+        and halves == 1
+        and TRITON >= (3, 9)
+        and warp_specialized.convolve(x, w, bias, y, taps, groups, relu, counted)
+    ):
+        return output, None
+    if by_tma:
+        run = S if reverse and mask is None and K % 8 == 0 and halves == 1 else 1
         own = own_tile(_FORWARD_TILES, x, name)
         tile = pixel_tile(own, x, name, sizes, mask is not None, run)
     if tile is not None:
@@ -270,15 +324,15 @@ def _convolve(
         programs = m_blocks = triton.cdiv(P * Q * N, tile["BLOCK_M"])
         one_pixel = N % tile["BLOCK_M"] == 0
         options = {"ONE_PIXEL": one_pixel, "PRECISION": dot_precision(x, name)}
-    grid = (programs * triton.cdiv(columns, tile["BLOCK_N"] + tile["TAIL_N"]), groups)
+    grid = (programs * triton.cdiv(columns, tile["BLOCK_N"] + tile["TAIL_N"]), axis)
     sums = None
     if mask is not None:
-        sums = y.new_empty((m_blocks, groups * K), dtype=torch.float32)
+        sums = y.new_empty((m_blocks, axis * K), dtype=torch.float32)
     launch(
         kernel, grid, *operands, *(y if t is None else t for t in (bias, y, mask, sums)),
         N, H, W, P, Q, G=groups, C=C, K=K, R=R, S=S, PAD_H=pad[0], PAD_W=pad[1],
-        REVERSE=reverse, HAS_BIAS=bias is not None, RELU=relu, MASK=mask is not None, **tile,
-        **options, counted=counted,
+        HALVES=halves, REVERSE=reverse, HAS_BIAS=bias is not None, RELU=relu,
+        MASK=mask is not None, **tile, **options, counted=counted,
     )  # fmt: skip
     return output, None if sums is None else fold(sums)
 

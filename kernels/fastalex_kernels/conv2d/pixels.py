@@ -16,7 +16,7 @@ The taps are those that some pixel of a program needs. For the others x, or the 
 there, as the accelerator reads outside of a tensor. Zeros times an infinity are NaN. Sums are added
 in the order of one pixel alone, with zeros between.
 
-Layout: x [H, W, N, G * C], y [P, Q, N, G * K], HWNC in memory (see ``forward``).
+Layout: x [H, W, N, G * C], y [P, Q, N, G * K], HWNC in memory; or halves (see ``forward``).
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from ..common.tuned import PROCESSORS, Tile, cut, tuned
 from ..conv2d.tiles import (
     add_products,
     finish,
+    group_and_half,
     halved_warps,
+    next_half,
     next_tap,
     split_channels,
     tap_range,
@@ -50,15 +52,16 @@ _ROW_CYCLES = 0.9  # in which a processor gets 16 channels of a row from L2: 8 T
 
 @triton.jit
 def _load_weight(
-    desc, r, s, c, g, k, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    REVERSE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    desc, r, s, c, g, half, k, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+    S: tl.constexpr, HALVES: tl.constexpr, REVERSE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A block [reduction, outputs] under tap (r, s) of the weight, or of the reversed one."""
     if REVERSE:  # rows are outputs; those of the next tap follow, which the next pixel needs
-        block = desc.load([R - 1 - r, (S - 1 - s) * K + k, g * C + c])
+        block = desc.load([R - 1 - r, ((S - 1 - s) * HALVES + half) * K + k, g * C + c])
         block = block.reshape(BLOCK_N, BLOCK_K).T
     else:
-        block = desc.load([(r * S + s) * C + c, g * K + k])
+        block = desc.load([((r * S + s) * HALVES + half) * C + c, g * K + k])
     return block
 
 
@@ -85,28 +88,28 @@ def _find_run(index, n, N, W, P, Q, PAD_H: tl.constexpr, PAD_W: tl.constexpr, RU
 
 @triton.jit
 def _load_x(
-    desc, pixel, r, s, column, N, H, W, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    INSIDE: tl.constexpr,
+    desc, pixel, r, s, half, column, N, H, W, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    HALVES: tl.constexpr, INSIDE: tl.constexpr,
 ):  # fmt: skip
     """The block of x under a tap of a pixel; zeros where that is outside, unless all are INSIDE."""
     p, q, first = pixel
-    row = first + (r * W + s) * N
+    row = first + ((half * H + r) * W + s) * N
     if not INSIDE:
         h, w = p + r - PAD_H, q + s - PAD_W
-        row = tl.where(h.to(tl.uint32) < H, row, H * W * N)  # nor negative
-        row = tl.where(w.to(tl.uint32) < W, row, H * W * N)
+        row = tl.where(h.to(tl.uint32) < H, row, HALVES * H * W * N)  # nor negative
+        row = tl.where(w.to(tl.uint32) < W, row, HALVES * H * W * N)
     return (desc.load([row, column]),)
 
 
 @triton.jit
 def conv2d_relu_fwd_tma_kernel(
-    x_desc,  # [H * W * N, G * C], blocks [BLOCK_M, BLOCK_K]
+    x_desc,  # [H * W * N, G * C], in HALVES [2 * H * W * N, C]; blocks [BLOCK_M, BLOCK_K]
     w_desc,  # packed weight, blocks [BLOCK_K, BLOCK_N]
     w_tail_desc,  # the same in blocks [BLOCK_K, TAIL_N]
     b_ptr,  # [G * K], read where HAS_BIAS
-    y_ptr,  # [P, Q, N, G * K]
+    y_ptr,  # [P, Q, N, G * K], of the input gradient in HALVES [2, P, Q, N, K]
     mask_ptr,  # as y, read where MASK
-    sum_ptr,  # float32 [blocks of rows, G * K], written where MASK
+    sum_ptr,  # float32 [blocks of rows, G * K, or 2 * K], written where MASK
     N,
     H,
     W,
@@ -119,6 +122,7 @@ def conv2d_relu_fwd_tma_kernel(
     S: tl.constexpr,
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
+    HALVES: tl.constexpr,  # 2: the channels of the forward's input are those of two tensors
     REVERSE: tl.constexpr,  # take the taps in reverse order: the input gradient
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
@@ -135,7 +139,7 @@ def conv2d_relu_fwd_tma_kernel(
     N_BLOCKS: tl.constexpr = (RUN * K + BLOCK_N + TAIL_N - 1) // (BLOCK_N + TAIL_N)
     PARTS: tl.constexpr = 2 if TAIL_N > 0 else 1  # accumulators side by side
     pid = tl.program_id(0)
-    g = tl.program_id(1)
+    g, half = group_and_half(tl.program_id(1), HALVES, REVERSE)
     k = pid % N_BLOCKS * (BLOCK_N + TAIL_N)
     n = pid // N_BLOCKS % (N // BLOCK_M) * BLOCK_M
     first = pid // N_BLOCKS // (N // BLOCK_M) * RUNS
@@ -150,6 +154,8 @@ def conv2d_relu_fwd_tma_kernel(
         lo, hi = tap_range(runs[i][1], runs[i][1], PAD_W, W, S + RUN - 1)
         s_lo, s_hi = tl.minimum(s_lo, lo), tl.maximum(s_hi, hi)
     steps = tl.maximum(r_hi - r_lo, 0) * tl.maximum(s_hi - s_lo, 0) * (C // BLOCK_K)
+    if not REVERSE:
+        steps *= HALVES
     r = r_lo
     s = s_lo
     c = pid * 0
@@ -157,25 +163,31 @@ def conv2d_relu_fwd_tma_kernel(
         blocks = ()
         for i in tl.static_range(RUNS):
             blocks += _load_x(
-                x_desc, runs[i], r, s, g * C + c, N, H, W, PAD_H, PAD_W,
-                INSIDE or RUNS == 1,  # a pixel alone takes no tap outside
+                x_desc, runs[i], r, s, 0 if REVERSE else half, g * C + c, N, H, W, PAD_H, PAD_W,
+                HALVES, INSIDE or RUNS == 1,  # a pixel alone takes no tap outside
             )  # fmt: skip
-        b = _load_weight(w_desc, r, s, c, g, k, C, K, R, S, REVERSE, BLOCK_N, BLOCK_K)
+        b = _load_weight(w_desc, r, s, c, g, half, k, C, K, R, S, HALVES, REVERSE, BLOCK_N, BLOCK_K)
         b_tail = b
         if TAIL_N > 0:
             b_tail = _load_weight(
-                w_tail_desc, r, s, c, g, k + BLOCK_N, C, K, R, S, REVERSE, TAIL_N, BLOCK_K
-            )
+                w_tail_desc, r, s, c, g, half, k + BLOCK_N, C, K, R, S, HALVES, REVERSE, TAIL_N,
+                BLOCK_K,
+            )  # fmt: skip
         sums = ()
         for i in tl.static_range(RUNS):
             sums += add_products(accs, i * PARTS, blocks[i], b, b_tail, TAIL_N, "ieee")
         accs = sums
         r, s, c = next_tap(r, s, c, s_lo, s_hi, BLOCK_K, C)
+        if HALVES > 1 and not REVERSE:
+            r, half = next_half(r, half, r_lo, r_hi)
 
     for i in tl.static_range(RUNS):
         row = (runs[i][0] * Q + runs[i][1]) * N + n
-        offs = (row + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None] * (G * K) + g * K
         partials = sum_ptr + (row // BLOCK_M).to(tl.int64) * (G * K) + g * K
+        if HALVES > 1 and REVERSE:
+            partials += (row // BLOCK_M).to(tl.int64) * K + half * K
+            row += half * P * Q * N
+        offs = (row + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None] * (G * K) + g * K
         for j in tl.static_range(PARTS):
             if RUN > 1:
                 _store_run(
@@ -213,7 +225,7 @@ def pixel_tile(
 
     Args:
         own: the tile of one pixel. A tile's BLOCK_M is the images of all that share the weight.
-        x: [H, W, N, G * C], of C that 16 divides.
+        x: [H, W, N, G * C] or halves, of C that 16 divides.
         name: of the kernel.
         sizes: N, P, Q, C, K, ..., groups.
         masked: whether the sums are masked.
@@ -236,7 +248,9 @@ def pixel_tile(
         columns, most = n + tail_n, _MOST_MASKED_SUMS if masked else _MOST_SUMS
         blocks = N // 128 * groups * -(-run * K // columns)
         share = _best_runs(target(x.device), P * -(-Q // run), blocks, columns, most)
-        if share > 1:
+        if P * Q * (N // 128) * groups * -(-K // 64) <= PROCESSORS.get(target(x.device), 128):
+            own = (own[0], min(own[1], 64), *own[2:])  # all narrow blocks of a pixel start at once
+        elif share > 1:
             stages = min(8, _STAGES_BYTES // (2 * k * (128 * share + columns)))
             own = (128 * share, own[1], k, own[3] if columns > 64 else 4, stages)
     block_m, block_n, block_k, warps, stages = tuned(own, x, name, *sizes)
@@ -261,6 +275,6 @@ def descriptors(
     weights = w.view(R, S * rows, columns) if reverse else w.view(-1, columns)
     blocks = [[1, b, k] if reverse else [k, b] for b in (n, tile["TAIL_N"] or n)]
     return (
-        TensorDescriptor.from_tensor(x.view(-1, x.shape[3]), [tile["BLOCK_M"], k]),
+        TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [tile["BLOCK_M"], k]),
         *(TensorDescriptor.from_tensor(weights, block) for block in blocks),
     )

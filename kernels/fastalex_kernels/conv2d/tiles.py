@@ -54,6 +54,22 @@ def next_tap(r, s, c, s_lo, s_hi, BLOCK_K: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def next_half(r, half, r_lo, r_hi):
+    """Go on with the other half of the channels, after the last tap."""
+    wrap = r == r_hi
+    return tl.where(wrap, r_lo, r), tl.where(wrap, half + 1, half)
+
+
+@triton.jit
+def group_and_half(index, HALVES: tl.constexpr, APART: tl.constexpr):
+    """Group of channels, and half of them, of a program that does one half if they are APART."""
+    if HALVES > 1 and APART:
+        return index * 0, index
+    else:
+        return index, index * 0
+
+
+@triton.jit
 def zeros(ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr):
     """Accumulators of ROWS by BLOCK_N and, where there is a tail, by TAIL_N."""
     block = tl.zeros((ROWS, BLOCK_N), tl.float32)
@@ -102,14 +118,14 @@ def tma_fits(groups: int, *operands: Tensor) -> bool:
     return has_tma(operands[0].device) and all(
         x.element_size() == 2
         and x.numel() > 0
-        and x.shape[3] // groups % 8 == 0
+        and x.shape[-1] // groups % 8 == 0
         and aligned(x)
-        and math.prod(x.shape[:3]) < 2**31
+        and math.prod(x.shape[:-1]) < 2**31
         for x in operands
     )
 
 
 def row_blocks(matrix: Tensor, rows: int, block: int, tail: int) -> tuple[TensorDescriptor, ...]:
     """Descriptors of the rows of [..., channels], in blocks of channels and of those of a tail."""
-    flat = matrix.view(-1, matrix.shape[3])
+    flat = matrix.view(-1, matrix.shape[-1])
     return tuple(TensorDescriptor.from_tensor(flat, [rows, b]) for b in (block, tail or block))

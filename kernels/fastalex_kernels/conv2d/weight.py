@@ -31,6 +31,7 @@ from ..common.tuned import PROCESSORS, dot_precision, tile_entry, tuned
 from ..conv2d.arguments import Padding
 from ..conv2d.tiles import (
     add_products,
+    group_and_half,
     halved_warps,
     row_blocks,
     split_channels,
@@ -129,11 +130,11 @@ def _store_part(acc, ptr, rows, columns, WIDTH: tl.constexpr):
 
 @triton.jit
 def _conv2d_bwd_weight_kernel(
-    x_ptr,  # [H, W, N, G * C], with TMA its descriptor in blocks [BLOCK_K, BLOCK_M]
+    x_ptr,  # [H, W, N, G * C] or [2, H, W, N, C]; with TMA its descriptor [BLOCK_K, BLOCK_M]
     x_tail_ptr,  # the same in blocks [BLOCK_K, TAIL_M]
     dz_ptr,  # [P, Q, N, G * K], with TMA its descriptor in blocks [BLOCK_K, BLOCK_N]
     dz_tail_ptr,  # the same in blocks [BLOCK_K, TAIL_N]
-    part_ptr,  # float32 [SPLIT, R * S, C, G * K]
+    part_ptr,  # float32 [SPLIT, R * S, HALVES * C, G * K]
     N,
     H,
     W,
@@ -146,6 +147,7 @@ def _conv2d_bwd_weight_kernel(
     S: tl.constexpr,
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
+    HALVES: tl.constexpr,  # 2: the channels of x are those of two tensors, G is 1
     SPLIT: tl.constexpr,
     EVEN_ROWS: tl.constexpr,  # BLOCK_K divides N: every block of rows is full, and of one pixel
     BORDER: tl.constexpr,  # of a program's taps some may be outside of the image; EVEN_ROWS holds
@@ -166,7 +168,7 @@ def _conv2d_bwd_weight_kernel(
     PARTS: tl.constexpr = 2 if TAIL_N > 0 else 1  # accumulators side by side
     pid = tl.program_id(0)
     split = tl.program_id(1)
-    g = tl.program_id(2)
+    g, half = group_and_half(tl.program_id(2), HALVES, True)
     tap = pid // (M_BLOCKS * N_BLOCKS) * TAPS
     r = tap // S
     s = tap % S
@@ -210,13 +212,13 @@ def _conv2d_bwd_weight_kernel(
                 BLOCK_K, TAIL_N, False,
             )  # fmt: skip
         w = q + s - PAD_W
-        row = ((p + r - PAD_H) * W + w) * N + j
+        row = ((half * H + p + r - PAD_H) * W + w) * N + j
         sums = ()
         for i in tl.static_range(TAPS):
             x_row = row + i * N
             if BORDER:
                 inside = (w + i).to(tl.uint32) < W  # nor negative
-                x_row = tl.where(inside, x_row, H * W * N)  # where TMA reads zeros
+                x_row = tl.where(inside, x_row, HALVES * H * W * N)  # where TMA reads zeros
                 count = tl.where(inside, run - j, 0)
             a = _load_rows(
                 x_ptr, x_row, x_column, count, C - c, G * C, FULL_M, TMA, BLOCK_K, BLOCK_M, True
@@ -238,15 +240,15 @@ def _conv2d_bwd_weight_kernel(
             q = tl.where(wrap, q_lo, q)
         p = tl.where(wrap, p + 1, p)
 
-    row = ((split * (R * S) + tap) * C + c).to(tl.int64)
+    row = (((split * (R * S) + tap) * HALVES + half) * C + c).to(tl.int64)
     ptr = part_ptr + (row * (G * K) + dz_column)
     for i in tl.static_range(TAPS):
         _store_part(accs[i * PARTS], ptr, C - c, K - k, G * K)
         if TAIL_N > 0:
             _store_part(accs[i * PARTS + 1], ptr + BLOCK_N, C - c, K - k - BLOCK_N, G * K)
-        ptr += C * (G * K)
+        ptr += HALVES * C * (G * K)
     if TAIL_M > 0:
-        ptr += (BLOCK_M - C) * (G * K)
+        ptr += (BLOCK_M - HALVES * C) * (G * K)
         _store_part(accs[PARTS], ptr, C - c - BLOCK_M, K - k, G * K)
         if TAIL_N > 0:
             tail_columns = K - k - BLOCK_N
@@ -280,7 +282,7 @@ def _weight_tile(
     m, tail_m = split_channels(block_m, C, min(block_m, 128))
     n, tail_n = split_channels(block_n, K, min(block_n, 128))
     taps = 1
-    one_pixel = x.shape[2] > 0 and x.shape[2] % block_k == 0
+    one_pixel = x.shape[-2] > 0 and x.shape[-2] % block_k == 0
     fits = not tail_m and S <= 5 and S * m * (n + tail_n) <= _MOST_SUMS
     if m <= 64 and fits and (one_pixel or not any(pads)) and x.element_size() == 2:
         taps = S  # in float32 they spill
@@ -295,11 +297,15 @@ def _weight_tile(
 def conv2d_relu_backward_weight(
     x: Tensor, dz: Tensor, kernel_size: tuple[int, int], padding: Padding, groups: int
 ) -> Tensor:
-    """dw in float32 parts [parts, R, S, C, G*K], of x [H, W, N, G*C] and dz [P, Q, N, G*K]."""
-    (H, W, N, GC), (P, Q, _, GK), (R, S) = x.shape, dz.shape, kernel_size
-    C, K = GC // groups, GK // groups
+    """dw in float32 parts [parts, R, S, C, G*K], of x [H, W, N, G*C] and dz [P, Q, N, G*K].
+
+    Of an x in halves, [2, H, W, N, C / 2], there is one group.
+    """
+    (H, W, N, GC), (P, Q, _, GK), (R, S) = x.shape[-4:], dz.shape, kernel_size
+    C, K, halves = GC // groups, GK // groups, len(x) if x.dim() > 4 else 1
+    axis = halves * groups  # of programs with other inputs
     block_m, block_n, block_k, warps, stages = tile_entry(
-        _WEIGHT_TILES, x, "conv2d weight", N, P, Q, C, K, R, S, groups
+        _WEIGHT_TILES, x, "conv2d weight", N, P, Q, C, K, R, S, axis
     )
     block_k = next((k for k in (block_k, block_k // 2) if N % k == 0), block_k)
     tile = _weight_tile(x, (block_m, block_n, block_k), C, K, S, padding[1])
@@ -309,10 +315,10 @@ def conv2d_relu_backward_weight(
     programs = R * S // tile["TAPS"] * triton.cdiv(C, rows) * triton.cdiv(K, columns)
     steps = P * triton.cdiv(Q * N, block_k)
     (split,) = tuned(
-        (_best_split(target(x.device), programs * groups, steps),), x, "conv2d weight parts",
-        N, P, Q, C, K, R, S, groups, programs, steps,
+        (_best_split(target(x.device), programs * axis, steps),), x, "conv2d weight parts",
+        N, P, Q, C, K, R, S, axis, programs, steps,
     )  # fmt: skip
-    part = x.new_empty((split, R, S, C, GK), dtype=torch.float32)
+    part = x.new_empty((split, R, S, halves * C, GK), dtype=torch.float32)
     tma = even_rows and N > 0 and tma_fits(groups, x, dz)
     operands: tuple[Any, ...] = (x, x, dz, dz)
     if tma:
@@ -321,11 +327,11 @@ def conv2d_relu_backward_weight(
             *row_blocks(dz, block_k, tile["BLOCK_N"], tile["TAIL_N"]),
         )
     launch(
-        _conv2d_bwd_weight_kernel, (programs, split, groups), *operands, part, N, H, W, P, Q,
-        G=groups, C=C, K=K, R=R, S=S, PAD_H=padding[0][0], PAD_W=padding[1][0], SPLIT=split,
-        EVEN_ROWS=even_rows, TMA=tma, PRECISION=dot_precision(x, "conv2d weight"), **tile,
-        num_stages=stages,
+        _conv2d_bwd_weight_kernel, (programs, split, axis), *operands, part, N, H, W, P, Q,
+        G=groups, C=C, K=K, R=R, S=S, PAD_H=padding[0][0], PAD_W=padding[1][0], HALVES=halves,
+        SPLIT=split, EVEN_ROWS=even_rows, TMA=tma, PRECISION=dot_precision(x, "conv2d weight"),
+        **tile, num_stages=stages,
         num_warps=halved_warps(warps, tile["TAPS"] * rows, columns, 8 * x.element_size()),
-        counted=max(H * W * N, P * Q * N, part[..., 0].numel()),
+        counted=max(halves * H * W * N, P * Q * N, part[..., 0].numel()),
     )  # fmt: skip
     return part

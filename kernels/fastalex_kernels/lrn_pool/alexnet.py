@@ -6,8 +6,8 @@ to compute no normalised value twice and to shuffle nothing:
 * A thread takes a chunk: 8 neighbouring channels of one image, one 16-byte load. The window of a
   channel reaches 2 further on either side, two 4-byte loads. The sums of squares are a tree in
   registers.
-* A program takes a strip of 7 columns, which hold 3 pooled columns, and goes down its rows: the
-  bottom row of one window is kept as the top row of the next.
+* A program takes a strip of 5 or 7 columns, which hold 2 or 3 pooled ones, and goes down its rows:
+  the bottom row of one window is kept as the top row of the next.
 * The maximum and its position are found at once. A float32's bits are turned into an integer of
   the same order, and its 4 lowest bits, 2^-20 of the value, are replaced by 15 - position: one
   integer maximum does both, and of equals the first wins. Positions beyond the border repeat the
@@ -25,8 +25,10 @@ Layout HWNC: a pixel is N * C contiguous values, cut into N * C / 8 chunks.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -41,12 +43,13 @@ from ..common.launch import MOST_COUNTED, launch
 from ..common.parameters import Norm, Window
 from ..common.tuned import PROCESSORS, tuned
 
+Split = TypeVar("Split")
+
 CHUNK = 8  # channels
 # What a program holds unless a table of ``fastalex.tune`` says otherwise.
-_STRIP = 3  # pooled columns of a forward program
 _CHUNKS = 128  # one a thread: 4 warps
-_RESIDENT = 4  # programs that a processor holds: 128 registers of 128 threads
-_EXTRA_ROWS = 1.5  # what a program costs beyond its pooled rows, in rows: those it starts with
+_RESIDENT = {3: 4, 2: 6}  # forward programs of so many columns that a processor holds
+_LEAST = 3  # programs of a processor that hide each other's loads
 
 
 def fits(x: Tensor, norm: Norm, groups: int, window: Window) -> bool:
@@ -329,12 +332,16 @@ def _lrn_bwd_pixel(
 
 
 @triton.jit
-def _load_window(dy_ptr, argmax_ptr, p, q, P, Q, pixel, chunk, chunks):
+def _load_window(
+    dy_ptr, share_ptr, argmax_ptr, p, q, P, Q, pixel, chunk, chunks, SHARED: tl.constexpr
+):
     """dy and the position of the maximum at pooled pixel (p, q), none outside the map."""
     inside = (p >= 0) & (p < P) & (q >= 0) & (q < Q)
     mask = (chunk < tl.where(inside, chunks, 0))[:, None]
     offs = (p * Q + q).to(tl.int64) * pixel + chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
     dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if SHARED:
+        dy += tl.load(share_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     return dy, tl.load(argmax_ptr + offs, mask=mask, other=255).to(tl.int32)
 
 
@@ -360,6 +367,7 @@ def _store_sums(sum_ptr, total, chunk, lane, IMAGE: tl.constexpr, T: tl.constexp
 def _lrn_max_pool2d_chunks_bwd_kernel(
     x_ptr,  # [H, W, N, C]
     dy_ptr,  # [P, Q, N, C]
+    share_ptr,  # as dy, read where SHARED
     argmax_ptr,  # uint8 [P, Q, N, C]
     dx_ptr,  # [H, W, N, C]
     sum_ptr,  # float32 [programs, C], written where MASK
@@ -374,6 +382,7 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
     USED: tl.constexpr,  # chunks of a program: whole groups, at most T
     START: tl.constexpr,
     UNIT: tl.constexpr,
+    SHARED: tl.constexpr,  # the gradient is dy and another share of it
     MASK: tl.constexpr,  # x comes from a ReLU: apply its mask too, and sum what is written
     EVEN: tl.constexpr,
     T: tl.constexpr,
@@ -389,12 +398,20 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
     p_first = tl.program_id(2) * rows_per_program
     pixel = tl.cast(N, tl.int64) * C
     # Windows above and to the left of (p, q), above, to the left, and (p, q) itself.
-    dy_al, at_al = _load_window(dy_ptr, argmax_ptr, p_first - 1, q - 1, P, Q, pixel, chunk, chunks)
-    dy_a, at_a = _load_window(dy_ptr, argmax_ptr, p_first - 1, q, P, Q, pixel, chunk, chunks)
+    dy_al, at_al = _load_window(
+        dy_ptr, share_ptr, argmax_ptr, p_first - 1, q - 1, P, Q, pixel, chunk, chunks, SHARED
+    )
+    dy_a, at_a = _load_window(
+        dy_ptr, share_ptr, argmax_ptr, p_first - 1, q, P, Q, pixel, chunk, chunks, SHARED
+    )
     total = tl.zeros((T, 8), tl.float32)
     for p in range(p_first, tl.minimum(p_first + rows_per_program, (H + 1) // 2)):
-        dy_l, at_l = _load_window(dy_ptr, argmax_ptr, p, q - 1, P, Q, pixel, chunk, chunks)
-        dy, at = _load_window(dy_ptr, argmax_ptr, p, q, P, Q, pixel, chunk, chunks)
+        dy_l, at_l = _load_window(
+            dy_ptr, share_ptr, argmax_ptr, p, q - 1, P, Q, pixel, chunk, chunks, SHARED
+        )
+        dy, at = _load_window(
+            dy_ptr, share_ptr, argmax_ptr, p, q, P, Q, pixel, chunk, chunks, SHARED
+        )
         base = (2 * p * W + 2 * q).to(tl.int64) * pixel
         grad = tl.where(at == 0, dy, 0.0) + tl.where(at_l == 2, dy_l, 0.0)
         grad += tl.where(at_a == 6, dy_a, 0.0) + tl.where(at_al == 8, dy_al, 0.0)
@@ -424,20 +441,47 @@ def _lrn_max_pool2d_chunks_bwd_kernel(
         _store_sums(sum_ptr, total, chunk, lane, C // 8, T)
 
 
-@functools.lru_cache(maxsize=1024)
-def _row_split(rows: int, programs: int, name: str) -> int:
-    """Rows of a program, for ``programs`` in the other directions.
+def _last_end(programs: int, work: float, resident: int, name: str) -> float:
+    """When the last of programs of so much ``work`` ends, of which a processor holds some at once.
 
-    Of every cut of the rows, the one whose last program ends first: fewer rows start more programs
-    than run at once, and each computes some rows that its neighbour does too.
+    They share it; fewer than ``_LEAST`` would wait for memory most of the time.
     """
-    resident = _RESIDENT * PROCESSORS.get(name, 128)
+    processors = PROCESSORS.get(name, 128)
+    places = min(resident, max(triton.cdiv(programs, processors), _LEAST))
+    return float(triton.cdiv(programs, places * processors) * places * work)
+
+
+def _longest(splits: Sequence[Split], last_end: Callable[[Split], float]) -> Split:
+    """The first of ``splits`` with which the last program ends first, or hardly later."""
+    best = min(map(last_end, splits))
+    return next(split for split in splits if last_end(split) <= 1.02 * best)
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_split(chunks: int, size: tuple[int, int], name: str) -> tuple[int, int]:
+    """Pooled columns and rows of a program with which the last one ends first.
+
+    ``chunks`` programs are side by side. Each reads a row and a column of x more than it pools, two
+    by two.
+    """
+    rows, columns = size
+
+    def last_end(split: tuple[int, int]) -> float:
+        strip, share = split
+        programs = chunks * triton.cdiv(columns, strip) * triton.cdiv(rows, share)
+        return _last_end(programs, (2 * strip + 1) * (2 * share + 1), _RESIDENT[strip], name)
+
+    return _longest(list(itertools.product(_RESIDENT, range(max(rows, 1), 0, -1))), last_end)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_split(rows: int, programs: int, name: str) -> int:
+    """Rows of a program, for ``programs`` in the other directions, that let the last end first."""
 
     def last_end(share: int) -> float:
-        rounds = triton.cdiv(programs * triton.cdiv(rows, share), resident)
-        return int(rounds) * (share + _EXTRA_ROWS)
+        return _last_end(programs * triton.cdiv(rows, share), share + 0.5, 4, name)
 
-    return min(range(1, max(rows, 1) + 1), key=last_end)
+    return _longest(range(max(rows, 1), 0, -1), last_end)
 
 
 def _constants(x: Tensor, norm: Norm, groups: int, T: int) -> dict[str, Any]:
@@ -452,10 +496,10 @@ def _constants(x: Tensor, norm: Norm, groups: int, T: int) -> dict[str, Any]:
 def forward(x: Tensor, y: Tensor, argmax: Tensor, norm: Norm, groups: int, save: bool) -> None:
     """Fill y and, where ``save``, argmax, both [P, Q, N, G*C], from x [H, W, N, G*C]."""
     (H, W, N, C), (P, Q, _, _) = x.shape, y.shape
-    chunks, T, strip, name = N * C // CHUNK, _CHUNKS, _STRIP, target(x.device)
+    chunks, T, name = N * C // CHUNK, _CHUNKS, target(x.device)
     if name in ("sm_120", "sm_121"):
         T *= 2  # ptxas gives 4 warps 80 registers there, and they spill
-    rows = _row_split(P, triton.cdiv(chunks, T) * triton.cdiv(Q, strip), name)
+    strip, rows = _forward_split(triton.cdiv(chunks, T), (P, Q), name)
     T, strip, rows = tuned((T, strip, rows), x, "lrn forward", N, H, W, P, Q, C, groups)
     grid = (triton.cdiv(chunks, T), triton.cdiv(Q, strip), triton.cdiv(P, rows))
     launch(
@@ -466,9 +510,16 @@ def forward(x: Tensor, y: Tensor, argmax: Tensor, norm: Norm, groups: int, save:
 
 
 def backward(
-    x: Tensor, dy: Tensor, argmax: Tensor, dx: Tensor, norm: Norm, groups: int, mask: bool = False
+    x: Tensor,
+    dy: Tensor,
+    share: Tensor | None,
+    argmax: Tensor,
+    dx: Tensor,
+    norm: Norm,
+    groups: int,
+    mask: bool = False,
 ) -> Tensor | None:
-    """Fill dx [H, W, N, G*C] from x, and dy and argmax [P, Q, N, G*C].
+    """Fill dx [H, W, N, G*C] from x, and argmax and dy, or both shares of it, [P, Q, N, G*C].
 
     With ``mask`` x comes from a ReLU: dx is zero where x is, and its sums are returned, in parts
     [parts, G*C].
@@ -476,7 +527,9 @@ def backward(
     (H, W, N, C), (P, Q, _, _) = x.shape, dy.shape
     chunks, group, T = N * C // CHUNK, C // groups // CHUNK, _CHUNKS
     columns, pairs = triton.cdiv(W, 2), triton.cdiv(H, 2)  # of columns and of rows
-    rows = _row_split(pairs, triton.cdiv(chunks, T // group * group) * columns, target(x.device))
+    rows = _backward_split(
+        pairs, triton.cdiv(chunks, T // group * group) * columns, target(x.device)
+    )
     T, rows = tuned((T, rows), x, "lrn backward", N, H, W, P, Q, C, groups)
     used = T // group * group
     grid = (triton.cdiv(chunks, used), columns, triton.cdiv(pairs, rows))
@@ -484,8 +537,9 @@ def backward(
     if mask and C <= CHUNK * T:  # a program sums whole images
         sums = dx.new_empty((math.prod(grid), C), dtype=torch.float32)
     launch(
-        _lrn_max_pool2d_chunks_bwd_kernel, grid, x, dy, argmax, dx, dx if sums is None else sums,
-        N, H, W, P, Q, rows, USED=used, MASK=sums is not None,
+        _lrn_max_pool2d_chunks_bwd_kernel, grid, x, dy, dy if share is None else share, argmax, dx,
+        dx if sums is None else sums, N, H, W, P, Q, rows, USED=used, SHARED=share is not None,
+        MASK=sums is not None,
         EVEN=chunks % T == 0 and used == T, **_constants(x, norm, groups, T),
         counted=max(N * C, H * W),
     )  # fmt: skip

@@ -138,6 +138,7 @@ def _lrn_max_pool2d_fwd_kernel(
 def _lrn_max_pool2d_bwd_kernel(
     x_ptr,  # [H, W, N, G * C], read where LRN
     dy_ptr,  # [P, Q, N, G * C]
+    share_ptr,  # as dy, read where SHARED
     argmax_ptr,  # uint8 [P, Q, N, G * C]
     dx_ptr,  # [H, W, N, G * C]
     y_ptr,  # the pooled [P, Q, N, G * C], read where MASK and not LRN
@@ -155,6 +156,7 @@ def _lrn_max_pool2d_bwd_kernel(
     OFFSET: tl.constexpr,
     WINDOW: tl.constexpr,
     STRIDE: tl.constexpr,
+    SHARED: tl.constexpr,  # the gradient is dy and another share of it
     MASK: tl.constexpr,  # x comes from a ReLU: apply its mask too, and sum what is written
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -182,6 +184,8 @@ def _lrn_max_pool2d_bwd_kernel(
             here = ((h - p * STRIDE) * WINDOW + column)[:, None]
             argmax = tl.load(argmax_ptr + offs, mask=inside, other=0).to(tl.int32)
             dy = tl.load(dy_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+            if SHARED:
+                dy += tl.load(share_ptr + offs, mask=inside, other=0.0).to(tl.float32)
             if MASK and not LRN:  # the maximum of a window is what its gradient goes to
                 y = tl.load(y_ptr + offs, mask=inside, other=0.0).to(tl.float32)
                 dy = tl.where(y <= 0, 0.0, dy)
@@ -254,8 +258,11 @@ def lrn_max_pool2d_backward(
     size: tuple[int, int],
     mask: bool = False,
     y: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """dx [N, G*C, H, W] of dy and argmax [P, Q, N, G*C]; x is the forward's input, for LRN.
+
+    A ``share`` is added to dy where that is read: of one tower, what the other one found.
 
     With ``mask`` a ReLU made the forward's input, and its backward is done here, too: dx is the
     gradient before the ReLU. With it come partials of its sum over all but the channels, float32
@@ -265,7 +272,7 @@ def lrn_max_pool2d_backward(
     result = empty_nchw(dy, (N, GC, H, W))
     dx = as_hwnc(result)
     if norm is not None and x is not None and alexnet.fits(x, norm, groups, window):
-        sums = alexnet.backward(x, dy, argmax, dx, norm, groups, mask)
+        sums = alexnet.backward(x, dy, share, argmax, dx, norm, groups, mask)
         if mask and sums is None:  # a program holds less than an image: a pass of its own
             rows = (-1, GC)
             flat, sums = epilogue_backward(dx.view(rows), x.reshape(rows), need_sums=True)
@@ -278,8 +285,8 @@ def lrn_max_pool2d_backward(
     grid = (triton.cdiv(W * N, options["BLOCK_M"]), H, groups)
     sums = dx.new_empty((grid[0] * H if mask else 0, GC), dtype=torch.float32)
     launch(
-        _lrn_max_pool2d_bwd_kernel, grid, dy if x is None else x, dy, argmax, dx,
-        dy if y is None else y, sums if mask else dx, N, W, P, Q, MASK=mask, **options,
-        counted=H * W * N,
+        _lrn_max_pool2d_bwd_kernel, grid, dy if x is None else x, dy,
+        dy if share is None else share, argmax, dx, dy if y is None else y, sums if mask else dx,
+        N, W, P, Q, SHARED=share is not None, MASK=mask, **options, counted=H * W * N,
     )  # fmt: skip
     return result, fold(sums) if mask else None

@@ -26,8 +26,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def strict() -> Iterator[Strict]:
+def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[Strict]:
     """Exact bounds, no races, shuffled programs, and uninitialised memory that holds NaN or 255."""
+    monkeypatch.setenv("FASTALEX_GLUON", "never")  # whose kernel _gluon_model.py runs
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # with it torch fills what empty() returns
     assert torch.utils.deterministic.fill_uninitialized_memory

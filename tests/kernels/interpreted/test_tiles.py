@@ -123,11 +123,12 @@ def test_same_bits_whatever_runs_first(case: Case, real_tiles: RealTiles) -> Non
         assert torch.equal(results[2][name], expected), f"{name} differs with the programs' order"
 
 
-def _with(field: int, value: int, *kernels: str) -> contextlib.AbstractContextManager[None]:
-    """The own tiles, of the named kernels with one value changed."""
+def _with(field: int, values: Tile, *kernels: str) -> contextlib.AbstractContextManager[None]:
+    """The own tiles, of the named kernels with other values from ``field`` on."""
 
     def change(key: Key, own: Tile) -> Tile:
-        return (*own[:field], value, *own[field + 1 :]) if key[0] in kernels else own
+        rest = own[field + len(values) :]
+        return (*own[:field], *values, *rest) if key[0] in kernels else own
 
     return choosing(change)
 
@@ -137,7 +138,7 @@ def test_neighbouring_pixels_are_columns(case: Case, real_tiles: RealTiles, stri
     programs = []
     for columns in (128, 32):
         strict.programs = 0
-        with real_tiles("sm_90"), _with(1, columns, "conv2d input"):
+        with real_tiles("sm_90"), _with(1, (columns,), "conv2d input"):
             check(case, torch.float16)
         programs.append(strict.programs)
     assert programs[0] < programs[1]
@@ -151,7 +152,7 @@ def test_pixels_share_blocks_of_the_weight(
     programs, results = [], []
     for rows in (128, 256, 384):
         strict.programs = 0
-        with real_tiles("sm_90"), _with(0, rows, "conv2d forward", "conv2d input"):
+        with real_tiles("sm_90"), _with(0, (rows, 128), "conv2d forward", "conv2d input"):
             results.append(run(case, make_inputs(case, torch.float16)))
             programs.append(strict.programs)
             masks.check(replace(case, arguments={**case.arguments, "relu": False}), torch.float16)

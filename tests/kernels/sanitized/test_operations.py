@@ -13,6 +13,7 @@ from tests.kernels.test_gpu import (
     test_cross_entropy,
     test_dropout_as_on_a_cpu,
     test_fused_update,
+    test_halves,
     test_masked_gradients,
     test_one_pass,
     test_rounding,
@@ -26,6 +27,7 @@ __all__ = [
     "test_cross_entropy",
     "test_dropout_as_on_a_cpu",
     "test_fused_update",
+    "test_halves",
     "test_masked_gradients",
     "test_one_pass",
     "test_rounding",
@@ -47,7 +49,7 @@ def test_pixels_that_share(case: Case) -> None:
 
     def widen(key: Key, own: Tile) -> Tile:
         taken.append(key[0])
-        return (256, *own[1:]) if key[0] in ("conv2d forward", "conv2d input") else own
+        return (256, 128, *own[2:]) if key[0] in ("conv2d forward", "conv2d input") else own
 
     with choosing(widen):
         check(case, torch.bfloat16, "cuda")
