@@ -22,12 +22,8 @@ class MissingMatplotlib(ValueError):
     """matplotlib is not installed; the message says how to."""
 
 
-def new_figure(width: float, height: float, dpi: int = DPI) -> Any:
-    """An empty ``matplotlib.figure.Figure``.
-
-    Args:
-        width, height: in inches.
-        dpi: of the PNG.
+def new_figure(width: float, height: float) -> Any:
+    """An empty ``matplotlib.figure.Figure`` of a size in inches.
 
     Raises:
         MissingMatplotlib: where it can't be imported.
@@ -40,4 +36,4 @@ def new_figure(width: float, height: float, dpi: int = DPI) -> Any:
             f"figures need matplotlib ({error}): pip install 'fastalex[figures]'"
         ) from error
     matplotlib.rcParams.update(_STYLE)
-    return Figure(figsize=(width, height), dpi=dpi)
+    return Figure(figsize=(width, height), dpi=DPI)

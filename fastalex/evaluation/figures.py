@@ -160,19 +160,19 @@ def save_figure(figure: Any, stem: Path) -> list[Path]:
     return paths
 
 
-def kernel_grid(kernels: npt.NDArray[np.float32], columns: int = _COLUMNS) -> Pixels:
+def kernel_grid(kernels: npt.NDArray[np.float32]) -> Pixels:
     """Kernels, float32 [n, 3, k, k], as coloured tiles with a white line of one pixel around each.
 
     Each is scaled by its own largest weight: zero is grey 128, the largest weight is 0 or 255.
-    Returns uint8 [rows * (k + 1) + 1, columns * (k + 1) + 1, 3].
+    Returns uint8 [rows * (k + 1) + 1, 16 * (k + 1) + 1, 3].
     """
     side = kernels.shape[-1] + 1
     largest = np.abs(kernels).max((1, 2, 3), keepdims=True).astype(np.float64)
     tiles = np.rint(127.5 + 127.5 * kernels / np.where(largest == 0, 1, largest))
-    rows = -(-len(tiles) // columns)
-    grid: Pixels = np.full((rows * side + 1, columns * side + 1, 3), 255, np.uint8)
+    rows = -(-len(tiles) // _COLUMNS)
+    grid: Pixels = np.full((rows * side + 1, _COLUMNS * side + 1, 3), 255, np.uint8)
     for number, tile in enumerate(tiles.transpose(0, 2, 3, 1)):
-        top, left = (place * side + 1 for place in divmod(number, columns))
+        top, left = (place * side + 1 for place in divmod(number, _COLUMNS))
         grid[top : top + side - 1, left : left + side - 1] = tile
     return grid
 
@@ -202,12 +202,12 @@ def draw_kernels(kernels: npt.NDArray[np.float32], towers: int, scale: int = 8) 
     return figure
 
 
-def draw_predictions(predictions: Sequence[Prediction], columns: int = 4) -> Any:
+def draw_predictions(predictions: Sequence[Prediction]) -> Any:
     """Pictures, each with its correct label and bars of the most probable, as in Figure 4, left.
 
-    The bar of the correct label is red. ``columns`` pictures stand in a row.
+    The bar of the correct label is red. Four pictures stand in a row.
     """
-    columns = min(columns, len(predictions))
+    columns = min(4, len(predictions))
     rows = -(-len(predictions) // columns)
     wide, bars = 1.7, max(len(p.guesses) for p in predictions)
     names = [_wrapped(name, wide, _NAME) for p in predictions for name, _ in p.guesses]

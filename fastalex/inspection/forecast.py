@@ -7,7 +7,8 @@ A launch takes the longest of what it asks of the GPU, and then the next one sta
 * memory: bytes that are not in L2 any more, at the rate of HBM. A tensor is taken to be in L2 as
   long as what was touched since fits beside it.
 * L2: bytes that loops load into shared memory, in all turns of all programs. The tensor memory
-  accelerator does not use L1, so a block that two programs read passes twice.
+  accelerator does not use L1, so a block that two programs read passes twice; the columns of a
+  block that its tensor does not have are zeros, and not read.
 * processors: the programs, started in order, each where a place is free first. A turn of the main
   loop takes the longest of its products on the tensor cores, its bytes through shared memory, and
   the issue of its instructions; the programs of a processor share these. A turn that waits for its

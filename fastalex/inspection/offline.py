@@ -11,6 +11,7 @@ kernels without ``TRITON_INTERPRET``: an interpreted kernel has no machine code.
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton.runtime.cache import get_cache_manager
 
 from fastalex.common.compile import TARGETS, compile_launch, record
 from fastalex.inspection import sass
@@ -62,12 +64,18 @@ class MachineCode:
 
 
 def _read_cubin(compiled: Any, tool: Any, *options: str) -> str:
-    """What one of NVIDIA's tools prints about a kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [tool.path, *options, str(cubin)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    """What one of NVIDIA's tools prints about a kernel; kept in Triton's cache beside it."""
+    cubin: bytes = compiled.asm["cubin"]
+    command = " ".join((tool.version, Path(tool.path).name, *options)).encode()
+    cache = get_cache_manager(hashlib.sha256(command + cubin).hexdigest())
+    known = cache.get_file("listing")
+    if known is None:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            listing = subprocess.check_output([tool.path, *options, file.name])
+        known = cache.put(listing, "listing")
+    return Path(known).read_text()
 
 
 @functools.cache

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from fastalex.common.compile import compile_launch
 from fastalex.inspection import cost, forecast, offline, sass, ttir
 from fastalex.inspection.forecast import Rates
@@ -38,7 +40,7 @@ class MainLoop:
     turn_bytes: int  # of the blocks that it loads
     tensor_cycles: float  # of a turn's products; 0 where they don't carry their size
     shared_bytes: float  # that a turn moves to and from shared memory
-    loaded: int | None  # bytes that all turns load into shared memory
+    loaded: int | None  # bytes that all turns read, of the blocks what lies in their tensors
     shared_ratio: float | None  # cycles of the tensor cores over those of shared memory
 
 
@@ -180,7 +182,7 @@ class Reading:
         }
         memory = float(row.written + sum(missed.values()))
         loop, turns = row.loop, self._turns()
-        if loop is None or turns is None or not loop.tensor_cycles:
+        if loop is None or turns is None or loop.loaded is None or not loop.tensor_cycles:
             moved = float(row.read + row.written)
             terms = forecast.stream(rates, moved, memory, self._issue_cycles)
             return terms | ({"flops": row.flops / self._gpu.flops(dtype)} if row.flops else {})
@@ -188,8 +190,8 @@ class Reading:
         # What a pipeline of n stages loads in a turn is waited for n - 2 turns later.
         ahead = 0 if loop.register_loads else max(self._launch.options["num_stages"] - 2, 0)
         turn = forecast.Turn(
-            loop.tensor_cycles, loop.shared_bytes, issue, loop.turn_bytes, bool(loop.drains),
-            self._from_memory(missed, sum(turns)), ahead,
+            loop.tensor_cycles, loop.shared_bytes, issue, loop.loaded / sum(turns),
+            bool(loop.drains), self._from_memory(missed, sum(turns)), ahead,
         )  # fmt: skip
         return forecast.product(self._gpu, rates, turn, turns, self._slots, memory)
 
@@ -198,9 +200,19 @@ class Reading:
         assert self._main is not None
         loads = self._ir.loaded_for(self._main.loop, self._work)
         shares = [
-            sum(missed.get(n, 0) for n in x.names) / (x.size * times * turns) for x, times in loads
+            sum(missed.get(n, 0) for n in x.names) / (self._read(x) * times * turns)
+            for x, times in loads
         ]
         return min(max(shares, default=0.0), 1.0)
+
+    def _read(self, load: ttir.Load) -> int:
+        """Bytes of a block that are read; the tensor memory accelerator adds zeros to a tensor."""
+        given = [self._launch.named.get(name) for name in load.names]
+        size = load.size
+        for x in (x for x in given if isinstance(x, TensorDescriptor)):
+            for block, side in zip(x.block_shape, x.shape, strict=True):
+                size = size * min(block, side) // block
+        return size
 
     def _turns(self) -> list[int] | None:
         """Of the main loop, by each program."""
@@ -251,6 +263,7 @@ class Reading:
         turn_flops = self._ir.turn_flops(self._main.loop)
         loads = self._ir.loaded_for(self._main.loop, self._work)
         turn_bytes = round(sum(x.size * times for x, times in loads))
+        read = round(sum(self._read(x) * times for x, times in loads))
         product = next(i.name for i in body if i.product)
         cycles = sass.tensor_cycles(body, self._warps, self._gpu.tensor_flops)
         shared = sass.shared_bytes(body, self._warps) + turn_bytes
@@ -272,7 +285,7 @@ class Reading:
             turn_bytes,
             cycles,
             shared,
-            None if turns is None else sum(turns) * turn_bytes,
+            None if turns is None else sum(turns) * read,
             cycles / (shared / forecast.SHARED_BYTES) if shared and cycles else None,
         )
 

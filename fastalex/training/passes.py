@@ -30,7 +30,7 @@ from fastalex_kernels.common.launch import call
 from fastalex_kernels.common.layout import as_hwnc, as_nchw
 from fastalex_kernels.common.parameters import NO_DROPOUT, Dropout, Norm, Pooling, Window
 from fastalex_kernels.conv2d.forward import conv2d_relu_backward_input, conv2d_relu_forward
-from fastalex_kernels.conv2d.weight import conv2d_relu_backward_weight
+from fastalex_kernels.conv2d.weight import conv2d_relu_backward_weight, pack_lines
 from fastalex_kernels.linear.forward import Epilogue, HalvedProduct, matmul
 from fastalex_kernels.lrn_pool.function import channel_groups
 from fastalex_kernels.lrn_pool.general import lrn_max_pool2d_backward, lrn_max_pool2d_forward
@@ -159,6 +159,7 @@ class Convolution(Pass):
 
     update: FusedUpdate
     can_mask = True
+    _lines: Tensor | None = None  # of x
 
     def __init__(self, module: Conv2dReLU, update: FusedUpdate, gather: Gather | None) -> None:
         self.module, self.update, self.gather = module, update, gather
@@ -172,6 +173,9 @@ class Convolution(Pass):
         if self.gather is not None:
             return self._forward_of_two(x, self.gather)
         self._x = x
+        if self.module.training:  # for the backward pass, while x is in L2
+            R, S = self._w.shape[:2]
+            self._lines = pack_lines(x, (R, S), self._groups)
         y = conv2d_relu_forward(
             x, self._w, self.update.bias(), self._padding, self._groups, self.relu
         )
@@ -218,7 +222,9 @@ class Convolution(Pass):
                 wait = self.gather.start_reduce_scatter(grad.unbind())
                 below = None
         R, S = self._w.shape[:2]
-        partials = conv2d_relu_backward_weight(x, dz, (R, S), self._padding, self._groups)
+        partials = conv2d_relu_backward_weight(
+            x, dz, (R, S), self._padding, self._groups, self._lines
+        )
         self.update.convolution(partials, bias_partials)
         return (dx if wait is None else wait()), below
 

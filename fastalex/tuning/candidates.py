@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from fastalex_kernels.common.tuned import Key, Tile
+from fastalex_kernels.conv2d.tiles import split_channels
 
 # (BLOCK_M, BLOCK_N, num_warps): at most 128 sums in a thread's registers, 192 for pixels.
 _SHAPES = {
@@ -51,15 +52,18 @@ def candidates(key: Key, own: Tile, bits: int, shared: int) -> Iterator[Tile]:
         yield from ((1,), (own[0] - 1,))  # the plain kernel, or fewer registers
     else:
         pixels = bits == 16 and kernel in ("conv2d forward", "conv2d input")
-        shared_weights = _pixels(sizes[3], shared) if pixels else ()
+        shared_weights = _pixels(sizes[3], sizes[4], shared) if pixels else ()
         yield from dict.fromkeys((*shared_weights, *_products(bits, shared)))
 
 
-def _pixels(channels: int, shared: int) -> Iterator[Tile]:
+def _pixels(channels: int, outputs: int, shared: int) -> Iterator[Tile]:
     """One to three pixels of 128 images, with all the stages that fit and with half of them."""
     depth = math.gcd(64, channels)
     for m, n, warps in _PIXEL_SHAPES if depth >= 16 else ():
-        most = min(8, shared // (2 * depth * (m + n)))
+        columns = sum(split_channels(n, outputs, n // 2))  # 192 as 128 and a tail of 64
+        if m * columns > 3 * 128 * 128:  # more sums spill
+            continue
+        most = min(8, shared // (2 * depth * (m + max(n, columns))))
         for stages in (most, most // 2):
             if stages > 1:
                 yield m, n, depth, warps, stages

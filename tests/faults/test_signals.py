@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from fastalex.training.weights import load_weights
 from tests._commands import alive, end, environment, start, wait_until, workers
 from tests._runs import SCRIPT, contents, digest, records, steps
 from tests.faults._forks import Forks
-from tests.faults._table import Table
 
 pytestmark = [
     pytest.mark.slow,
@@ -66,23 +64,15 @@ def _assert_as(folder: Path, whole: Path) -> None:
     ],
 )
 def test_a_signal_saves_within_an_epoch(
-    whole: Path,
-    tmp_path: Path,
-    forks: Forks,
-    fault_table: Table,
-    signum: signal.Signals,
-    group: bool,
+    whole: Path, tmp_path: Path, forks: Forks, signum: signal.Signals, group: bool
 ) -> None:
-    processes = whole.name[-1]
-    command = [*OPTIONS, "--gpus", processes, "--output", "run"]
+    command = [*OPTIONS, "--gpus", whole.name[-1], "--output", "run"]
     process = forks.start(command, tmp_path)
     try:
         _wait_for_step(tmp_path / "run", 5)
         pids = [process.pid, *workers(process.pid)]
-        since = time.monotonic()
         (os.killpg if group else os.kill)(process.pid, signum)
         _, stderr = process.communicate(timeout=30)
-        seconds = time.monotonic() - since
     finally:
         end(process)
     assert process.returncode == (130 if signum == signal.SIGINT else 75)
@@ -96,12 +86,11 @@ def test_a_signal_saves_within_an_epoch(
     assert int(found[1]) % 20  # in the middle of an epoch
     assert int(found[1]) == steps(tmp_path / "run")[-1]  # nothing that was done is lost
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
-    orphans = sum(map(alive, pids))
+    orphans = list(filter(alive, pids))
     again = forks.run(command, tmp_path)
     assert again.returncode == 0, again.stderr
     assert f"resumed: after step {found[1]}" in again.stdout
     _assert_as(tmp_path / "run", whole)
-    fault_table.add(f"{signum.name}, {processes} process(es)", True, 0, orphans, seconds)
     assert not orphans
 
 
@@ -150,16 +139,13 @@ def test_two_processes_leave_off_where_one_goes_on(
 
 @pytest.mark.parametrize("whole", [2], indirect=True)
 @pytest.mark.parametrize("output", [True, False])
-def test_torchrun_restarts_go_on(
-    whole: Path, tmp_path: Path, fault_table: Table, output: bool
-) -> None:
+def test_torchrun_restarts_go_on(whole: Path, tmp_path: Path, output: bool) -> None:
     """A killed worker of torchrun's: its next attempt is the same command."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     place = ["--output", "runs/run"] if output else []
     options = [*OPTIONS, "--checkpoint-every", "3", *place]
     process = start([*torchrun, "--max-restarts", "3", SCRIPT, *options], tmp_path)
     folder = tmp_path / "runs" / ("run" if output else "paper-0-001")
-    since = time.monotonic()
     try:
         _wait_for_step(folder, 8)
         pids = workers(process.pid)
@@ -167,14 +153,11 @@ def test_torchrun_restarts_go_on(
         stdout, stderr = process.communicate(timeout=300)
     finally:
         end(process)
-    seconds = time.monotonic() - since
     assert process.returncode == 0, stderr
     assert re.search(r"resumed: after step (6|9|12|15|18)", stdout)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
     assert steps(folder) == list(range(1, 41))
-    equal = digest(folder) == digest(whole)
-    fault_table.add("kill -9, torchrun --max-restarts", equal, 0, 0, seconds)
-    assert equal
+    assert digest(folder) == digest(whole)
 
 
 @pytest.mark.parametrize("gpus", ["1", "2"])

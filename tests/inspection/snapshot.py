@@ -5,6 +5,9 @@ by more than the tolerance, or misses a bar without a reason in ``MISSED``, is a
 change that is meant:
 
     python -m tests.inspection.snapshot --update
+
+writes the figures, and the page of the bars that they miss; with --page the page alone, of the
+figures that are there.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from fastalex.inspection import roofline
 from fastalex.inspection.gpus import GPU, GPUS
 
 PATH = Path(__file__).with_name("snapshot.json")
+PAGE = Path(__file__).parents[2] / "docs" / "generated" / "bars.md"
 CASES = {
     f"{gpu} {'tower' if gpus == 2 else 'whole'} {batch}": (gpu, gpus, batch)
     for gpu in ("h100", "a100", "b200", "rtx5090")
@@ -58,6 +62,13 @@ class Bar(NamedTuple):
             and re.match(self.case, case) is not None
         )
 
+    def missed(self, figure: str, what: str, case: str, value: float) -> bool:
+        """Whether it is a bar for the figure, and ``value`` misses it."""
+        return self.holds(figure, what, case) and _worse(figure, value, self.limit, 0.0)
+
+    def __str__(self) -> str:
+        return f"{self.figure} {'>=' if self.figure in HIGHER else '<='} {self.limit:.4g}"
+
 
 BARS = [
     Bar("spills", 0),
@@ -85,7 +96,6 @@ BARS = [
 ]
 MISSED = {  # (figure, launches, or "launches on case"): why it misses its bar
     ("issue", "conv2 forward"): "48 channels are taken 16 at a time, which makes short products",
-    ("issue", "conv2 weight"): "48 input channels in 64 rows",
     ("issue", "fc. (weight|backward)"): "two steps a weight at batch 128: bound by bytes",
     ("issue", "conv3 forward on h100 tower .*"): "its first rows are narrow blocks, all at once",
     ("smem", "conv3 forward on h100 tower .*"): "its first rows are narrow blocks, all at once",
@@ -102,7 +112,6 @@ MISSED = {  # (figure, launches, or "launches on case"): why it misses its bar
     ("useful", "conv1 weight"): "48 channels in 64 rows, 96 outputs in 128 columns",
     ("intensity", "conv2 input"): "on sm_80 48 outputs in 64",
     ("intensity", "conv.*"): "each tap loads x again; three pixels of 128 columns come to 96",
-    ("smem", "conv2 weight"): "48 channels in 64 columns: products of 64 x 64",
     ("smem", "conv1 (forward|weight)"): "48 channels, or a tower's 48 outputs, in 64",
     (
         "barriers",
@@ -123,6 +132,31 @@ MISSED = {  # (figure, launches, or "launches on case"): why it misses its bar
     "tl.dot makes no pairs of programs, which would share the columns",
     ("launches", "step"): "the exchange by torch, whose halves are put together apart",
 }
+
+INTRODUCTION = """\
+# The bars, and what misses them
+
+`python -m tests.inspection.snapshot --update` writes this page from the figures and the reasons
+that the tests hold (Triton {triton}): a training step in bfloat16, read from machine code. Nothing
+was timed.
+
+| figure | means |
+|---|---|
+| issue, useful, smem, instructions | [the report](../roofline.md#columns)'s |
+| register loads | loads of the loop with the products that go through registers |
+| drains, fences | that loop's waits for all products, and its MEMBARs |
+| barriers | for 256 cycles of products |
+| intensity | operations of a turn over the bytes that it loads |
+| repeated | products made over those meant |
+
+H100 is sm_90, A100 sm_80, B200 sm_100, RTX5090 sm_120; 1024 is the batch where it is not 128; a
+tower is one of two.
+
+## Every bar
+
+A cell has how many launches miss the bar, of those that it is for. None is for an empty cell.
+Launches are those whose name begins with the expression.
+"""
 
 
 def measure(case: str) -> Figures:
@@ -194,10 +228,9 @@ def failures(found: Figures, held: Figures, case: str) -> list[str]:
             before = held.get(what, {}).get(name)
             if before is not None and _worse(name, value, before, TOLERANCE):
                 result.append(f"{what}: {name} {value:.4g}, was {before:.4g}")
-            missed = [bar for bar in BARS if bar.holds(name, what, case)]
-            below = any(_worse(name, value, bar.limit, 0.0) for bar in missed)
-            if below and not _why(name, what, case):
-                result.append(f"{what}: {name} {value:.4g} misses the bar {missed[0].limit:g}")
+            for bar in BARS:
+                if bar.missed(name, what, case, value) and not _why(name, what, case):
+                    result.append(f"{what}: {name} {value:.4g} misses the bar {bar.limit:g}")
     return [*result, *(f"{what}: is not launched" for what in held if what not in found)]
 
 
@@ -216,6 +249,37 @@ def _is(pattern: str, what: str, case: str) -> bool:
     return any(re.fullmatch(pattern, each) for each in (what, f"{what} on {case}"))
 
 
+def page(held: dict[str, Figures], triton_version: str) -> str:
+    """Every bar with what misses it, its figures and the reason, in Markdown."""
+    bars: list[list[str]] = []
+    missed: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    for bar in BARS:
+        bars.append([str(bar), f"`{bar.what}`".replace("|", "\\|") if bar.what else "all"])
+        for case, found in held.items():
+            of = [w for w, f in found.items() if bar.figure in f and bar.holds(bar.figure, w, case)]
+            below = [w for w in of if bar.missed(bar.figure, w, case, found[w][bar.figure])]
+            bars[-1].append(f"{len(below)} of {len(of)}" if of else "")
+            for what in below:
+                launches = missed.setdefault((str(bar), _why(bar.figure, what, case) or ""), {})
+                launches.setdefault(what, {})[case] = f"{found[what][bar.figure]:.4g}"
+    parts = [INTRODUCTION.format(triton=triton_version)]
+    parts += [_table(["bar", "launches", *map(_title, held)], bars), "## Every miss\n"]
+    for (name, why), launches in missed.items():
+        cases = [case for case in held if any(case in values for values in launches.values())]
+        rows = [[w, *(values.get(case, "") for case in cases)] for w, values in launches.items()]
+        parts += [f"**{name}**: {why}.\n", _table(["launch", *map(_title, cases)], rows)]
+    return "\n".join(parts)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
+
+
+def _title(case: str) -> str:
+    gpu, gpus, batch = CASES[case]
+    return gpu.upper() + (" tower" if gpus == 2 else "") + ("" if batch == 128 else f", {batch}")
+
+
 def _shown(content: Any, depth: int = 0) -> str:
     """JSON with a launch on a line."""
     if not isinstance(content, dict) or not any(isinstance(x, dict) for x in content.values()):
@@ -227,6 +291,10 @@ def _shown(content: Any, depth: int = 0) -> str:
 
 def main() -> None:
     """Write the snapshot, or with no option say what is worse than in it."""
+    if "--page" in sys.argv:
+        kept = json.loads(PATH.read_text())
+        PAGE.write_text(page(kept["cases"], kept["triton"]))
+        return
     cases = {case: measure(case) for case in CASES}
     if "--update" in sys.argv:
         rounded = {
@@ -235,6 +303,7 @@ def main() -> None:
         }
         content = {"triton": triton.__version__, "cases": rounded}
         PATH.write_text(_shown(content) + "\n")
+        PAGE.write_text(page(rounded, triton.__version__))
         return
     held = json.loads(PATH.read_text())["cases"]
     for case in CASES:

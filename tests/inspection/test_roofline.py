@@ -104,6 +104,19 @@ def test_a_launch_s_figures_are_those_of_its_product() -> None:
     assert (finish.loop, finish.flops, finish.written) == (None, 0.0, 2 * 128 * 1000)
 
 
+def test_columns_that_a_tensor_lacks_are_not_read() -> None:
+    """conv1's weight gradient: blocks of 64 columns of x for three taps, and 128 of dz."""
+    step = recorded("sm_90", 128)
+    found = [e for e in step.events if e.launch is not None and "bwd_weight" in e.name]
+    (row,) = inspect(Step(found[-1:], {"conv1": step.layers["conv1"]}), GPUS["h100"], "bf16")
+    assert (row.layer, row.tile) == ("conv1", (3 * 64, 128))
+    loop = row.loop
+    assert loop is not None
+    assert loop.turn_bytes == 2 * 64 * (3 * 64 + 128)
+    assert loop.turns == 3 * 55 * 55 * 128 // 64  # a line of taps for each block of images
+    assert loop.loaded == loop.turns * 2 * 64 * (3 * 48 + 96)
+
+
 def test_the_figures_of_two_gradients_and_an_update_in_one_pass() -> None:
     """fc8's, against counts by hand: 128 strips of 32 inputs, 16 blocks of 64 outputs."""
     step = recorded("sm_90", 128)

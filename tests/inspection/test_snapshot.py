@@ -8,7 +8,7 @@ import pytest
 import triton
 
 from fastalex_kernels.common.backend import interpreted
-from tests.inspection.snapshot import BARS, CASES, PATH, failures, measure
+from tests.inspection.snapshot import BARS, CASES, PAGE, PATH, failures, measure, page
 
 HELD = json.loads(PATH.read_text())
 
@@ -29,6 +29,10 @@ def test_the_snapshot_meets_the_bars_or_says_why_not() -> None:
         assert not failures(figures, figures, case)
     names = [name for case in HELD["cases"].values() for f in case.values() for name in f]
     assert {bar.figure for bar in BARS} <= set(names)
+
+
+def test_the_page_of_bars_is_that_of_the_snapshot() -> None:
+    assert PAGE.read_text() == page(HELD["cases"], HELD["triton"]), "snapshot.py --page"
 
 
 @pytest.mark.parametrize(

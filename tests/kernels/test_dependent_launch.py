@@ -29,13 +29,17 @@ from fastalex_kernels.common.program import Launch, Program
 WAIT, SIGNAL = "ACQBULK", "PREEXIT"  # griddepcontrol.wait and .launch_dependents
 # Of global memory, by threads, the tensor memory accelerator and prefetches; LDC reads arguments.
 ACCESS = re.compile(r"(LD|LDG|LDGSTS|ST|STG|SULD|SUST|REDG?|ATOMG?|CCTL\w*|UTMA\w+|UBLK\w+)\b")
-STEPS = [("sm_90", "bf16", 1), ("sm_90", "bf16", 2), ("sm_90", "fp32", 1), ("sm_90", "fp32", 2)]
-OTHERS = [("sm_100", "bf16", 1), ("sm_120", "bf16", 1), ("sm_80", "bf16", 1), ("gfx942", "bf16", 1)]
 compiles = pytest.mark.skipif(interpreted(), reason="an interpreted kernel has no machine code")
 
 
-def _fault(code: Sequence[Instruction]) -> str | None:
-    """Why a thread may touch memory, or let the next kernel start, before it has waited."""
+def fault(code: Sequence[Instruction], early: bool = True) -> str | None:
+    """Why a thread may touch memory, or let the next kernel start, before it has waited.
+
+    Without ``early`` a kernel is not to wait at all.
+    """
+    if not early:
+        found = (i.name for i in code if i.name.startswith((WAIT, SIGNAL)))
+        return next(found, None)
     waits = [n for n, i in enumerate(code) if i.name.startswith(WAIT)]
     if len(waits) != 1 or code[waits[0]].guarded:
         return f"{len(waits)} waits, or one under a condition"
@@ -59,27 +63,14 @@ def _fault(code: Sequence[Instruction]) -> str | None:
     return None if any(i.name.startswith(SIGNAL) for i in after) else "no signal"
 
 
-def _code(launched: Launch, target: str) -> list[Instruction]:
-    return offline.read(compile_launch(launched, target)).instructions
-
-
 @compiles
-@pytest.mark.compiled
-@pytest.mark.parametrize(
-    ("target", "dtype", "towers"),
-    [STEPS[0], *(pytest.param(*step, marks=pytest.mark.slow) for step in STEPS[1:] + OTHERS)],
-)
-def test_every_launch_of_a_step_waits_first(target: str, dtype: str, towers: int) -> None:
-    events = record_step(target, 128, dtype, towers=towers).events
-    launches = [event.launch for event in events if event.launch is not None]
-    for one in launches:
-        code, where = _code(one, target), f"{one.layer} {one.phase} {one.name}"
-        if one.starts_early:
-            assert _fault(code) is None, f"{where}: {_fault(code)}"
-        else:
-            assert not any(i.name.startswith((WAIT, SIGNAL)) for i in code), where
-    early = sum(one.starts_early for one in launches)
-    assert early == 0 if target in ("sm_80", "gfx942") else early > len(launches) / 2
+@pytest.mark.parametrize("towers", [1, 2])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_most_launches_of_a_step_start_early(target: str, towers: int) -> None:
+    """That each of them waits first is read with the rest of its machine code."""
+    events = record_step(target, 128, towers=towers).events
+    early = [event.launch.starts_early for event in events if event.launch is not None]
+    assert not any(early) if target in ("sm_80", "gfx942") else sum(early) > len(early) / 2
 
 
 @triton.jit
@@ -106,11 +97,14 @@ def _kernel(x_ptr, y_ptr):
 @pytest.mark.compiled
 def test_a_wait_that_comes_late_is_seen() -> None:
     x = torch.empty(16, device="meta")
-    found = [
-        _fault(_code(Launch.of("", "", kernel, (8,), (x, x), {"launch_pdl": True}), "sm_90"))
+    launches = [
+        Launch.of("", "", kernel, (8,), (x, x), {"launch_pdl": True})
         for kernel in (_kernel, _late, _sometimes)
     ]
+    code = [offline.read(compile_launch(one, "sm_90")).instructions for one in launches]
+    found = list(map(fault, code))
     assert found[0] is None
+    assert fault(code[0], early=False) == "ACQBULK"
     assert found[1] == "LDG.E before the wait"
     assert found[2] is not None
 

@@ -20,6 +20,7 @@ from fastalex_kernels.momentum import round_stochastically
 
 from ._alexnet import NAMES, call
 from ._cases import sampled
+from .test_dependent_launch import fault
 
 pytestmark = [
     pytest.mark.compiled,
@@ -39,7 +40,10 @@ DOTS = re.compile(r"_?conv2d_(relu_fwd|bwd_weight)|_linear_(relu_dropout_fwd|bwd
 
 
 def _check(target: str, launches: list[Launch], wide: bool = True) -> None:
-    """No spills, no more than fits; with ``wide``, products of operands 16 bytes at a time."""
+    """No spills, no more than fits, and what starts early waits first.
+
+    With ``wide``, products are of operands 16 bytes at a time.
+    """
     assert launches
     for launch in launches:
         code = offline.read(offline.compile_launch(launch, target))
@@ -51,6 +55,7 @@ def _check(target: str, launches: list[Launch], wide: bool = True) -> None:
         assert code.shared <= offline.TARGETS[target].shared_limit, f"{where}: {code.shared} bytes"
         assert code.spills == 0, f"{where}: {code.registers} registers"
         assert target == "gfx942" or code.stack == 0, where
+        assert fault(code.instructions, launch.starts_early) is None, where
         if launch.named.get("PRECISION") == "tf32":
             assert code.count(TF32_CORES[target]), where
         if wide and DOTS.match(launch.name):

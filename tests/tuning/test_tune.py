@@ -173,6 +173,14 @@ def test_candidates_fit_and_none_comes_twice(kernel: str, bits: int, most: int) 
             assert 8 <= m * n / (32 * warps) <= most  # sums in a thread's registers
 
 
+def test_no_candidate_holds_more_sums_than_registers() -> None:
+    """192 outputs come as 128 + 64 columns, which three pixels have no room for."""
+    for outputs, rows in ((128, {128, 256, 384}), (192, {128, 256})):
+        key = ("conv2d forward", "bfloat16", (128, 13, 13, 192, outputs, 3, 3, 2))
+        tiles = [tile for tile in candidates(key, OWN, 16, 227 << 10) if tile[1] == 128]
+        assert {tile[0] for tile in tiles if tile[0] >= 128} == rows
+
+
 @pytest.mark.parametrize(
     ("kernel", "sizes", "own", "allowed"),
     [

@@ -11,23 +11,28 @@ how many rows of x and dz it has to fetch for its products:
 * 48 input channels, padded to 64, would make a narrow tile. There the taps of a line share each
   block of dz: three or five tiles of x against one of dz. At the left and right border some of
   them are outside of the image; they read zeros, which costs no traffic.
+* Where the taps of a line by 48 channels would fill a block, as 5 x 48 do, x is copied into lines
+  [H, G, N, W, C]: there they are contiguous columns. Beyond a line's ends zeros are read.
 * The rows are split into as many parts as end first, for a part has to be stored and summed too.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..common.backend import target
+from ..common.arguments import aligned
+from ..common.backend import has_tma, target
 from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
-from ..common.tuned import PROCESSORS, dot_precision, tile_entry, tuned
+from ..common.tuned import PROCESSORS, cut, dot_precision, tile_entry, tuned
 from ..conv2d.arguments import Padding
 from ..conv2d.tiles import (
     add_products,
@@ -51,7 +56,15 @@ _WEIGHT_TILES = {
     ("other", 32): (64, 64, 32, 8, 3),
     "interpreter": (2048, 512, 512, 4, 1),
 }
+_LINES_TILES = {
+    ("sm_80", 16): (256, 128, 64, 8, 3),
+    ("sm_90", 16): (256, 128, 64, 8, 4),
+    ("sm_100", 16): (256, 128, 64, 8, 4),
+    ("other", 16): (256, 128, 32, 8, 3),
+}
+_PACKED = 512  # chunks of 8 channels of a program that packs lines
 _MOST_SUMS = 5 * 64 * 128  # that a program of 8 warps holds: 160 registers a thread
+_MOST_SUMS_OF_4_WARPS = 3 * 64 * 128  # 192 registers
 # The reduction is split over programs, of which one runs on a processor.
 _PART_STEPS = 16  # what a part costs to store and to sum, in steps of 64 rows
 
@@ -255,6 +268,100 @@ def _conv2d_bwd_weight_kernel(
             _store_part(accs[PARTS + 1], ptr + BLOCK_N, C - c - BLOCK_M, tail_columns, G * K)
 
 
+@triton.jit
+def _conv2d_bwd_weight_lines_kernel(
+    x_ptr,  # [H * G * N, W * C], with TMA its descriptor in blocks [BLOCK_K, BLOCK_M]
+    dz_ptr,  # [P * Q * N, G * K], with TMA its descriptor in blocks [BLOCK_K, BLOCK_N]
+    part_ptr,  # float32 [SPLIT, R, S * C, G * K]
+    N,
+    H,
+    W,
+    P,
+    Q,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # divides N
+):
+    wait_for_predecessor()
+    M_BLOCKS: tl.constexpr = (S * C + BLOCK_M - 1) // BLOCK_M
+    N_BLOCKS: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    g = tl.program_id(2)
+    r = pid // (M_BLOCKS * N_BLOCKS)
+    c = pid // N_BLOCKS % M_BLOCKS * BLOCK_M
+    k = pid % N_BLOCKS * BLOCK_N
+    first, last, p, j, q_lo, q_hi, _ = _weight_share(
+        r, 0, split, N, H, W, P, Q, PAD_H, PAD_W, S, SPLIT, BLOCK_K
+    )
+    q = q_lo + j // N
+    n = j % N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    offs_m = tl.arange(0, BLOCK_M)
+    if not TMA:
+        x_ptr += offs_m[:, None] + tl.arange(0, BLOCK_K)[None, :] * (W * C)
+        dz_ptr = _first_rows(dz_ptr, g * K + k, G * K, BLOCK_K, BLOCK_N, False)
+    for _ in range(first, last):
+        row = ((p + r - PAD_H) * G + g) * N + n
+        column = (q - PAD_W) * C + c  # taps before a line's first pixel, or after its last, are 0
+        if TMA:
+            a = x_ptr.load([row, column])
+        else:
+            inside = (column + offs_m >= 0) & (column + offs_m < W * C)
+            a = tl.load(x_ptr + (row.to(tl.int64) * (W * C) + column), inside[:, None], other=0.0)
+        b = _load_rows(
+            dz_ptr, (p * Q + q) * N + n, g * K + k, BLOCK_K, K - k, G * K, K % BLOCK_N == 0, TMA,
+            BLOCK_K, BLOCK_N, False,
+        )  # fmt: skip
+        acc = tl.dot(a.T if TMA else a, b, acc)
+        n += BLOCK_K
+        wrap = n == N
+        n = tl.where(wrap, 0, n)
+        q = tl.where(wrap, q + 1, q)
+        wrap = q == q_hi
+        q = tl.where(wrap, q_lo, q)
+        p = tl.where(wrap, p + 1, p)
+    row = ((split * R + r) * (S * C) + c).to(tl.int64)
+    _store_part(acc, part_ptr + row * (G * K) + (g * K + k), S * C - c, K - k, G * K)
+
+
+@triton.jit
+def _pack_lines_kernel(
+    x_ptr,  # [H, W, N, G * C]
+    lines_ptr,  # [H, G, N, W, C]
+    N,
+    W,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,  # chunks of 8 channels of a program
+):
+    wait_for_predecessor()
+    CHUNKS: tl.constexpr = C // 8
+    count = N * W * CHUNKS  # of a line of all images
+    blocks = (count + T - 1) // T
+    line = tl.program_id(0) // blocks
+    chunk = tl.program_id(0) % blocks * T + tl.arange(0, T)
+    pixel = chunk // CHUNKS
+    row = (line // G * W + pixel % W) * N + pixel // W
+    column = line % G * C + chunk % CHUNKS * 8
+    lane = tl.arange(0, 8)[None, :]
+    mask = (chunk < count)[:, None]
+    values = tl.load(
+        x_ptr + row.to(tl.int64)[:, None] * (G * C) + column[:, None] + lane, mask=mask
+    )
+    out = line.to(tl.int64) * count + chunk
+    tl.store(lines_ptr + out[:, None] * 8 + lane, values, mask=mask)
+
+
 @functools.lru_cache(maxsize=1024)
 def _best_split(name: str, programs: int, steps: int) -> int:
     """In how many parts a reduction of ``steps`` ends first on the target ``name``."""
@@ -294,13 +401,80 @@ def _weight_tile(
     }  # fmt: skip
 
 
+def _in_chunks(x: Tensor, groups: int) -> bool:
+    """Whether a group's channels of a pixel are chunks of 16 bytes, on a GPU of NVIDIA's."""
+    chunks = x.element_size() == 2 and x.shape[3] // groups % 8 == 0 and aligned(x)
+    return chunks and x.numel() > 0 and target(x.device).startswith("sm_")
+
+
+def pack_lines(x: Tensor, kernel_size: tuple[int, int], groups: int) -> Tensor | None:
+    """x [H, W, N, G*C] as [H, G, N, W, C], where the weight gradient is faster by that."""
+    if x.dim() > 4:  # halves
+        return None
+    (H, W, N, GC), (R, S) = x.shape, kernel_size
+    C = GC // groups
+    block = triton.next_power_of_2(S * C)
+    filled = 128 <= block <= 256 and S * C / block >= 0.875
+    if R < 3 or C >= 64 or not filled or N % 64 or not _in_chunks(x, groups):
+        return None
+    lines = x.new_empty((H, groups, N, W, C))
+    programs = H * groups * triton.cdiv(N * W * C // 8, _PACKED)
+    launch(
+        _pack_lines_kernel, (programs,), x, lines, N, W, G=groups, C=C, T=_PACKED, num_warps=4,
+        counted=max(H * W * N, N * W * C // 8),
+    )  # fmt: skip
+    return lines
+
+
+def _backward_weight_of_lines(
+    lines: Tensor, dz: Tensor, kernel_size: tuple[int, int], padding: Padding
+) -> Tensor:
+    """``conv2d_relu_backward_weight`` of x [H, G, N, W, C]."""
+    (H, groups, N, W, C), (P, Q, _, GK), (R, S) = lines.shape, dz.shape, kernel_size
+    K = GK // groups
+    m, n, k, warps, stages = tile_entry(
+        _LINES_TILES, lines, "conv2d weight", N, P, Q, C, K, R, S, groups
+    )
+    m, n, k = cut(m, S * C), cut(n, K), math.gcd(k, N)
+    programs = R * triton.cdiv(S * C, m) * triton.cdiv(K, n)
+    split = _split(lines, (N, P, Q, C, K, R, S, groups), programs, P * Q * N // k)
+    part = lines.new_empty((split, R, S, C, GK), dtype=torch.float32)
+    tma, operands = has_tma(lines.device), [lines.view(-1, W * C), dz.view(-1, GK)]
+    if tma:
+        operands = list(map(TensorDescriptor.from_tensor, operands, ([k, m], [k, n])))
+    launch(
+        _conv2d_bwd_weight_lines_kernel, (programs, split, groups), *operands, part,
+        N, H, W, P, Q, G=groups, C=C, K=K, R=R, S=S, PAD_H=padding[0][0], PAD_W=padding[1][0],
+        SPLIT=split, TMA=tma, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k,
+        num_stages=stages, num_warps=halved_warps(warps, m, n, 16),
+        counted=max(H * groups * N, P * Q * N, k * W * C, part[..., 0].numel()),
+    )  # fmt: skip
+    return part
+
+
+def _split(x: Tensor, sizes: tuple[int, ...], programs: int, steps: int) -> int:
+    """In how many parts a reduction of ``steps`` is split, for so many ``programs`` of a group."""
+    own = (_best_split(target(x.device), programs * sizes[-1], steps),)
+    return tuned(own, x, "conv2d weight parts", *sizes, programs, steps)[0]
+
+
 def conv2d_relu_backward_weight(
-    x: Tensor, dz: Tensor, kernel_size: tuple[int, int], padding: Padding, groups: int
+    x: Tensor,
+    dz: Tensor,
+    kernel_size: tuple[int, int],
+    padding: Padding,
+    groups: int,
+    lines: Tensor | None = None,
 ) -> Tensor:
     """dw in float32 parts [parts, R, S, C, G*K], of x [H, W, N, G*C] and dz [P, Q, N, G*K].
 
-    Of an x in halves, [2, H, W, N, C / 2], there is one group.
+    Of an x in halves, [2, H, W, N, C / 2], there is one group. ``lines`` is what ``pack_lines``
+    made of x, where that was done before.
     """
+    if _in_chunks(dz, groups):
+        lines = pack_lines(x, kernel_size, groups) if lines is None else lines
+        if lines is not None:
+            return _backward_weight_of_lines(lines, dz, kernel_size, padding)
     (H, W, N, GC), (P, Q, _, GK), (R, S) = x.shape[-4:], dz.shape, kernel_size
     C, K, halves = GC // groups, GK // groups, len(x) if x.dim() > 4 else 1
     axis = halves * groups  # of programs with other inputs
@@ -312,12 +486,12 @@ def conv2d_relu_backward_weight(
     block_k = tile["BLOCK_K"]
     even_rows = N % block_k == 0
     rows, columns = tile["BLOCK_M"] + tile["TAIL_M"], tile["BLOCK_N"] + tile["TAIL_N"]
+    sums, bits = tile["TAPS"] * rows * columns, 8 * x.element_size()
+    if bits == 16 and sums <= _MOST_SUMS_OF_4_WARPS and 64 in (tile["BLOCK_M"], tile["TAIL_M"]):
+        warps = min(warps, 4)  # 8 would read 64 rows of x twice
     programs = R * S // tile["TAPS"] * triton.cdiv(C, rows) * triton.cdiv(K, columns)
     steps = P * triton.cdiv(Q * N, block_k)
-    (split,) = tuned(
-        (_best_split(target(x.device), programs * axis, steps),), x, "conv2d weight parts",
-        N, P, Q, C, K, R, S, axis, programs, steps,
-    )  # fmt: skip
+    split = _split(x, (N, P, Q, C, K, R, S, axis), programs, steps)
     part = x.new_empty((split, R, S, halves * C, GK), dtype=torch.float32)
     tma = even_rows and N > 0 and tma_fits(groups, x, dz)
     operands: tuple[Any, ...] = (x, x, dz, dz)
@@ -331,7 +505,7 @@ def conv2d_relu_backward_weight(
         G=groups, C=C, K=K, R=R, S=S, PAD_H=padding[0][0], PAD_W=padding[1][0], HALVES=halves,
         SPLIT=split, EVEN_ROWS=even_rows, TMA=tma, PRECISION=dot_precision(x, "conv2d weight"),
         **tile, num_stages=stages,
-        num_warps=halved_warps(warps, tile["TAPS"] * rows, columns, 8 * x.element_size()),
+        num_warps=halved_warps(warps, tile["TAPS"] * rows, columns, bits),
         counted=max(halves * H * W * N, P * Q * N, part[..., 0].numel()),
     )  # fmt: skip
     return part

@@ -41,6 +41,8 @@ _TILES = {
     ("other", 32): (64, 32, 32, 4, 2),  # 64 x 64 spills
     "interpreter": (1024, 1024, 1024, 4, 1),
 }
+_WIDE_TILES = {**_TILES, ("sm_90", 16): (128, 256, 64, 8, 4)}  # half the bytes through L2
+_FILLED = 100  # wide tiles that occupy a GPU
 _PROGRAMS = 256  # split the reduction until about this many programs run: two per SM
 _MAX_SPLIT = 16
 _HALVES = 2
@@ -225,7 +227,9 @@ class _Product:
         self.M, self.K, self.N = *a.shape, w.shape[1]
         self.sizes = (self.M, self.N, self.K, int(a.stride(1) != 1), int(w.stride(1) != 1))
         blocked = (self.M, self.N, self.K)
-        self.tile = product_tile(_TILES, a, "linear", blocked, *self.sizes)
+        wide = triton.cdiv(self.M, 128) * triton.cdiv(self.N, 256) >= _FILLED
+        table = _WIDE_TILES if wide else _TILES
+        self.tile = product_tile(table, a, "linear", blocked, *self.sizes)
         self.steps: int = triton.cdiv(self.K, self.tile["BLOCK_K"])
         self.blocks: tuple[int, int] = (
             triton.cdiv(self.N, self.tile["BLOCK_N"]), triton.cdiv(self.M, self.tile["BLOCK_M"])

@@ -32,6 +32,8 @@ _TILES = {
     ("other", 32): (32, 64, 32, 8, 2),
     "interpreter": (1024, 1024, 1024, 4, 1),
 }
+# A batch of 512 or more is bound by what passes through L2.
+_LARGE_BATCH_TILES = {**_TILES, ("sm_90", 16): (128, 64, 64, 8, 4)}
 _ROWS = tl.constexpr(64)  # of dz that a bias's sums take in one go
 
 
@@ -141,7 +143,8 @@ def linear_backward_weight_update(
     """
     w = update.parameter
     (N, K), M = w.shape, x.shape[0]
-    tile = product_tile(_TILES, x, "linear update", (N, K, M), N, K, M)
+    table = _TILES if M < 512 else _LARGE_BATCH_TILES
+    tile = product_tile(table, x, "linear update", (N, K, M), N, K, M)
     grid = (triton.cdiv(K, tile["BLOCK_N"]), triton.cdiv(N, tile["BLOCK_M"]))
     (dz_given, x_given, *sizes), constants = operands(dz.t(), x, tile)
     written = update.written(grid[0] * grid[1])

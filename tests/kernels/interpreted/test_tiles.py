@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastalex_kernels.common.tuned import Key, Tile, choosing
+from fastalex_kernels.conv2d.weight import pack_lines
 
 from .. import _masks as masks
 from .._cases import sampled
@@ -36,6 +37,13 @@ SHARING = [
     conv("below-only", (128, 32, 4, 3), 32, 2, padding=((0, 1), (0, 0)), groups=2),
     conv("inside", (128, 16, 3, 5), 48, 2),
     conv("outside", (128, 16, 1, 2), 16, 1, padding=((2, 1), (1, 3))),  # pixels without a tap
+]
+
+# The taps of a line are columns of one product in the weight gradient, from a copy of the input.
+LINES = [
+    conv("lines-and-groups", (64, 64, 4, 5), 80, (3, 7), padding=((1, 0), (3, 2)), groups=2),
+    conv("lines-inside", (128, 24, 4, 7), 24, (3, 5)),
+    conv("lines-outside", (64, 16, 3, 2), 16, (3, 8), padding=((1, 2), (9, 9))),
 ]
 
 # Rows, channels and sums are just above, just below or exactly a few tiles.
@@ -162,6 +170,32 @@ def test_pixels_share_blocks_of_the_weight(
     for name, alone in results[0].items():
         assert torch.equal(results[1][name], alone), name
         assert torch.equal(results[2][name], alone), name
+
+
+@pytest.mark.parametrize(
+    "on", sampled(itertools.product(LINES, ("sm_90", "sm_80", "sm_120")), 9, first=3)
+)
+def test_taps_of_a_line_are_columns(
+    on: tuple[Case, str], real_tiles: RealTiles, strict: Strict
+) -> None:
+    """In blocks that hold a whole line of taps, and in narrower ones."""
+    case, target = on
+    programs = []
+    for rows in (256, 64):
+        strict.programs = 0
+        with real_tiles(target), _with(0, rows, "conv2d weight"):
+            check(case, torch.float16)
+        programs.append(strict.programs)
+    assert programs[0] < programs[1]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_lines_are_the_same_values_in_another_order(groups: int, real_tiles: RealTiles) -> None:
+    x = torch.randn(5, 7, 64, groups * 24, dtype=torch.float16)
+    with real_tiles("sm_90"):
+        lines = pack_lines(x, (3, 5), groups)
+    assert lines is not None
+    assert torch.equal(lines, x.view(5, 7, 64, groups, 24).permute(0, 3, 2, 1, 4))
 
 
 @pytest.mark.slow

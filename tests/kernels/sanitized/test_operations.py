@@ -42,6 +42,15 @@ SHARING = [
 ]
 
 
+# The taps of a line as columns of one product; the weight gradient needs 64 images for them.
+LINES = [conv("lines", (64, 48, 3, 3), 16, (3, 5), padding=((1, 0), (2, 1)), groups=2)]
+
+
+@pytest.mark.parametrize("case", LINES, ids=str)
+def test_taps_of_a_line(case: Case) -> None:
+    check(case, torch.bfloat16, "cuda")
+
+
 @pytest.mark.parametrize("case", SHARING, ids=str)
 def test_pixels_that_share(case: Case) -> None:
     """It needs 128 images, which no step here has."""
