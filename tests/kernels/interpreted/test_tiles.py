@@ -183,7 +183,7 @@ def test_taps_of_a_line_are_columns(
     programs = []
     for rows in (256, 64):
         strict.programs = 0
-        with real_tiles(target), _with(0, rows, "conv2d weight"):
+        with real_tiles(target), _with(0, (rows,), "conv2d weight"):
             check(case, torch.float16)
         programs.append(strict.programs)
     assert programs[0] < programs[1]
