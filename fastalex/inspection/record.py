@@ -25,7 +25,7 @@ from fastalex.distributed.towers import cut_to_tower
 from fastalex.model.alexnet import AlexNet, layer_names
 from fastalex.model.layers import Conv2dReLU, MaxPool2d
 from fastalex.training import TrainStep
-from fastalex.training.optim import build_optimizer
+from fastalex.training.optim import BUFFERS, build_optimizer
 from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.common.program import Launch
 
@@ -161,6 +161,7 @@ def record_step(
     step: str = "train",
     towers: int = 1,
     variant: str = "paper",
+    momentum_dtype: str = "float32",
 ) -> Step:
     """Record one step of AlexNet on ``target``.
 
@@ -172,6 +173,7 @@ def record_step(
             (of these the forward passes, without dropout).
         towers: 2 records one of the two towers of a net that two GPUs share.
         variant: of ``fastalex.AlexNet``.
+        momentum_dtype: a key of ``fastalex.training.optim.BUFFERS``.
 
     Raises:
         ValueError: for 2 towers of a variant that has one, or float16, which a step does not run.
@@ -186,7 +188,10 @@ def record_step(
         size = model.variant.image_size
         augment = Augment(IMAGENET, size, torch.device("cpu"))
         precision = PRECISIONS.get(dtype, dtype)
-        train_step = TrainStep(model, build_optimizer(model, lr=0.01), precision, augment=augment)
+        rule = "torch" if momentum_dtype == "float32" else "paper"
+        buffers = BUFFERS[momentum_dtype]
+        optimizer = build_optimizer(model, lr=0.01, rule=rule, momentum_dtype=buffers)
+        train_step = TrainStep(model, optimizer, precision, augment=augment)
         images, labels = _batch(batch, size)
         model.seed_dropout(0, 0)
         train_step(images, labels)

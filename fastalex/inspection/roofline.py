@@ -26,6 +26,7 @@ from fastalex.inspection.gpus import GPU, GPUS
 from fastalex.inspection.record import PRECISIONS, Step, record_step
 from fastalex.inspection.report import Row, inspect
 from fastalex.model.variants import VARIANTS
+from fastalex.training.optim import BUFFERS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +49,7 @@ def _parser() -> Parser:
     parser.add_choice("--step", ("train", "infer"), "train", text + "dropout")
     parser.add_choice("--dtype", PRECISIONS, "bf16", "of the products; parameters are float32")
     parser.add_choice("--variant", VARIANTS, "paper")
+    parser.add_choice("--momentum-dtype", BUFFERS, "float32", "of the momentum buffers")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="every figure, for machines")
     output.add_argument("--sass", metavar="KERNEL", help="print the machine code of one kernel")
@@ -58,7 +60,10 @@ def _run(options: argparse.Namespace) -> int:
     gpu = GPUS[options.gpu]
     if options.gpus > 1 and VARIANTS[options.variant].towers != options.gpus:
         raise ValueError(f"--gpus 2: variant {options.variant} has no two towers, use --gpus 1")
-    case = Case(options.batch, options.dtype, options.step, options.gpus, options.variant)
+    case = Case(
+        options.batch, options.dtype, options.step, options.gpus, options.variant,
+        options.momentum_dtype,
+    )  # fmt: skip
     if options.sass:
         print(machine_code(_recorded(gpu, case), gpu, options.sass))
         return 0
@@ -75,6 +80,7 @@ class Case(NamedTuple):
     step: str = "train"
     gpus: int = 1
     variant: str = "paper"
+    momentum_dtype: str = "float32"
 
 
 def _recorded(gpu: GPU, case: Case) -> Step:
@@ -130,6 +136,8 @@ def _estimates(rows: list[Row], waited: float) -> dict[str, float] | None:
 def _summary(step: Step, rows: list[Row], gpu: GPU, waited: float, case: Case) -> dict[str, Any]:
     linear = [x.module for x in step.layers.values() if isinstance(x.module, nn.Linear)]
     update = cost.UPDATE_BYTES * step.parameters if case.step == "train" else 0
+    if update and case.momentum_dtype == "bf16":
+        update -= 4 * sum(layer.weight.numel() for layer in linear)
     floor = _sum(rows, "floor") + update / (1e12 * gpu.bandwidth)
     ours = sum(row.grid is not None for row in rows)
     updated = _sum(rows, "updated")
@@ -140,6 +148,7 @@ def _summary(step: Step, rows: list[Row], gpu: GPU, waited: float, case: Case) -
         "early_launches": sum(row.starts_early for row in rows),
         "linear_parameters": sum(p.numel() for layer in linear for p in layer.parameters()),
         "optimizer_bytes_per_parameter": updated / step.parameters if update else None,
+        "floor_of_the_update": update / step.parameters,
         "bytes": _sum(rows, "read", "written"),
         "floor_bytes": _sum(rows, "floor_size") + update,
         "loaded": sum(row.loop.loaded or 0 for row in rows if row.loop),
@@ -250,9 +259,11 @@ def describe(report: dict[str, Any], rows: list[Row]) -> list[str]:
     gpu = report["gpu"]
     launches = [row for row in rows if row.grid is not None]
     towers = "one tower of two" if report["gpus"] == 2 else "one GPU"
+    momentum = "" if report["momentum_dtype"] == "float32" else ", momentum in bf16"
     lines = [
         f"AlexNet ({report['variant']}), {report['step']} step, batch {report['batch']}, "
-        f"{report['dtype']}, {towers}, {gpu['name']} ({gpu['target']}), triton {report['triton']}",
+        f"{report['dtype']}{momentum}, {towers}, {gpu['name']} ({gpu['target']}), "
+        f"triton {report['triton']}",
         "Computed from machine code; nothing was timed.",
         "",
         *_table(_TIMES, rows, left=2),
@@ -268,10 +279,11 @@ def describe(report: dict[str, Any], rows: list[Row]) -> list[str]:
         ]
         lines += [*table([head, *exchanges], right=4)]
         lines += [f"(each direction at {cost.LINK_BANDWIDTH:g} TB/s)", ""]
-    return [*lines, *_totals(report["summary"], gpu, report["batch"]), "", _LEGEND]
+    return [*lines, *_totals(report), "", _LEGEND]
 
 
-def _totals(total: dict[str, Any], gpu: dict[str, Any], batch: int) -> list[str]:
+def _totals(report: dict[str, Any]) -> list[str]:
+    total, gpu, batch = report["summary"], report["gpu"], report["batch"]
     update, made = total["optimizer_bytes_per_parameter"], total["estimate"]
     lines = [
         f"launches a step: {total['launches']} ({total['our_launches']} ours, "
@@ -283,7 +295,8 @@ def _totals(total: dict[str, Any], gpu: dict[str, Any], batch: int) -> list[str]
         + f" at {gpu['tflops']:g} TFLOP/s bf16 and {gpu['bandwidth']:g} TB/s",
     ]
     if update is not None:
-        lines.insert(2, f"update: {update:.1f} bytes a parameter, floor {cost.UPDATE_BYTES}")
+        least = total["floor_of_the_update"]
+        lines.insert(2, f"update: {update:.1f} bytes a parameter, floor {least:.3g}")
     if made is None:
         return [*lines, f"estimate: none, the rates of L2 are not known for {gpu['name']}"]
     us = {name: f"{seconds * 1e6:.0f}" for name, seconds in made.items()}

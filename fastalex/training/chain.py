@@ -150,15 +150,16 @@ class Chain:
             layer.weight.data = pack_weight(layer.weight.data).permute(3, 2, 0, 1)
         updates = {}
         for kind, w in layer.named_parameters(recurse=False):
-            state, buffer = self.optimizer.state[w], torch.zeros_like(w, requires_grad=False)
-            before = state.get(BUFFER)
-            if before is not None and before.dtype == w.dtype and before.stride() == w.stride():
+            state, rng = self.optimizer.state[w], self.rates.rng(w)
+            dtype = torch.float32 if rng is None else torch.bfloat16
+            before, buffer = state.get(BUFFER), torch.zeros_like(w, dtype=dtype).detach()
+            if before is not None and before.dtype == dtype and before.stride() == w.stride():
                 buffer = before
             elif before is not None:
                 buffer.copy_(before)
             state[BUFFER], rate = buffer, self.rates.of(w)
             kernels_of = layer if runs else None
-            updates[kind] = momentum_update(w, buffer, rate, rule, self.dtype, kernels_of)
+            updates[kind] = momentum_update(w, buffer, rate, rule, self.dtype, kernels_of, rng)
         return updates
 
     def first_input(self, images: Inputs, by_kernel: bool = True) -> torch.Tensor:

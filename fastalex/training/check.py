@@ -106,6 +106,7 @@ def signature(name: str, one: Pass, x: object, dtype: torch.dtype) -> str:
         flags.append("adds outputs")
     if one.update is not None:
         flags += [type(one.update).__name__, one.update.updates.weight.rule]
+        flags += [str(one.update.updates.weight.buffer.dtype)]
     flags += ["training"] if one.module is not None and one.module.training else []
     kind = str(dtype).removeprefix("torch.")
     kind += f" {' '.join(float32_precisions())}" if dtype == torch.float32 else ""

@@ -20,7 +20,13 @@ from fastalex.data.normalization import NORMALIZATIONS
 from fastalex.model.ablations import get_variant
 from fastalex.model.variants import VARIANTS
 from fastalex.training.fine_tuning import FREEZES
-from fastalex.training.recipes import INITIALISATIONS, MOMENTUM_RULES, RECIPES, SCHEDULES
+from fastalex.training.recipes import (
+    INITIALISATIONS,
+    MOMENTUM_DTYPES,
+    MOMENTUM_RULES,
+    RECIPES,
+    SCHEDULES,
+)
 
 PRECISIONS = {
     "auto": "bf16 on a GPU that has tensor cores for it, float32 elsewhere",
@@ -139,6 +145,7 @@ class Settings:
     max_steps: int | None = option(None, _COUNT, "N", "stop after this many steps")
     momentum: float = option(0.9, _BELOW_1, "M", "of stochastic gradient descent")
     momentum_rule: str = option("torch", MOMENTUM_RULES, None, "")
+    momentum_dtype: str = option("float32", MOMENTUM_DTYPES, None, "of fc6 to fc8's momentum; ")
     weight_decay: float = option(5e-4, _NOT_NEGATIVE, "D", "pull of the weights to zero")
     bias_lr: float | None = option(
         None, _NOT_NEGATIVE, "FACTOR", "rate of the biases, times --lr (default: the variant's)"
@@ -198,6 +205,11 @@ class Settings:
                     f"{as_option(name)} has no part in the {other} {values[other]}: leave it out, "
                     f"or add --{other} {needed}"
                 )
+        if values["momentum_dtype"] != "float32" and values["momentum_rule"] != "paper":
+            raise ValueError(
+                f"--momentum-dtype {values['momentum_dtype']} needs --momentum-rule paper: torch's "
+                "optimizer, which has the other rule, keeps its buffers in float32"
+            )
         values.update(_execution(given, values["precision"], device_type))
         return cls(**values)
 

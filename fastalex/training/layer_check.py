@@ -28,11 +28,11 @@ from fastalex.training.inputs import Inputs
 from fastalex.training.passes import Convolution, FullyConnected, Pass, Pool, Sum, added
 from fastalex.training.updates import StoredGradients
 from fastalex_kernels import reference
-from fastalex_kernels.common.backend import chosen
+from fastalex_kernels.common.backend import backend, chosen
 from fastalex_kernels.common.layout import as_nchw
 from fastalex_kernels.common.program import Program
 from fastalex_kernels.common.tuned import dot_precision
-from fastalex_kernels.momentum import RULES, MomentumUpdate
+from fastalex_kernels.momentum import RULES, MomentumUpdate, round_stochastically
 from fastalex_kernels.reference import relative_error, tolerance
 
 Tensor = torch.Tensor
@@ -49,6 +49,7 @@ _NEAR_TIE = 1e-4  # of the larger of two values: where they are closer, either i
 # The rounding to 16 bits is within the bound in each element. In float32 the error of a sum is a
 # random walk's, and that of the worst of 10^5 rows is so many times the mean.
 _SLICE = {torch.float32: 4}
+_STEP = 2.0**-7  # from a bfloat16 to the next, at most, of the smaller one
 
 
 class NotChecked(RuntimeError):
@@ -149,7 +150,7 @@ class Check:
             dx = mine + theirs
         expected = {"gradient of the input": (dx, self._bound(self._length(1)))}
         expected[SUMS] = (dx.flatten(0, -2).sum(0), self._bound(dx.numel() // dx.shape[-1]))
-        changed = self._expect_updates(expected, gradients, self._bound(rows))
+        changed = self._expect_updates(expected, gradients, rows)
         partials = dy.flatten(0, -2).sum(0, dtype=torch.float32)[None] if one.dy_is_preact else None
 
         given: Any = dy
@@ -204,7 +205,7 @@ class Check:
 
     def _judge(self, out: Tensor, name: str, expected: Expected) -> str | None:
         """What is wrong with a result, if anything is."""
-        (ref, bound), verdict = expected[name], self.verdict
+        (ref, bound), verdict, dtype = expected[name], self.verdict, out.dtype
         out = out.reshape(-1, ref.numel()).sum(0, dtype=torch.float64).view(ref.shape)  # partials
         error = relative_error(out, ref)
         if not error * verdict.allowed <= verdict.error * bound or verdict.allowed == 0:
@@ -212,6 +213,7 @@ class Check:
         if not error <= bound:  # NaN is not
             return f"{name} {error:.1e} from float64, allowed {bound:.1e}"
         worst, allowed = slice_error(out, ref), bound * _SLICE.get(self.dtype, 1)
+        allowed = max(allowed, tolerance(dtype, 0))
         if not worst <= allowed:
             return f"a row or channel of {name} {worst:.1e} from float64, allowed {allowed:.1e}"
         return None
@@ -221,21 +223,22 @@ class Check:
         w = getattr(self._one.module, "weight", None)
         return 0 if w is None else int(w.numel() // w.shape[axis])
 
-    def _bound(self, length: int) -> float:
-        """The relative error of a result of sums of so many products."""
+    def _bound(self, length: int, dtype: torch.dtype | None = None) -> float:
+        """The relative error of a result, of ``dtype`` or x's, of sums of so many products."""
         kernel = "conv2d" if isinstance(self._one, Convolution) else "linear"
         products = not isinstance(self._one, Pool)
         precision = dot_precision(self._x, kernel) if products else "ieee"
-        return tolerance(self.dtype, length, precision)
+        return tolerance(dtype or self.dtype, length, precision)
 
     def _expect_updates(
-        self, expected: Expected, gradients: Sequence[Tensor], bound: float
+        self, expected: Expected, gradients: Sequence[Tensor], length: int
     ) -> Results:
-        """Add what becomes of the parameters; where the kernels write it.
+        """Add what becomes of the parameters, by sums of so many products; where kernels write it.
 
         Rates and momentum are chosen so that no part of the rule drowns another.
         """
         changed: Results = {}
+        bound, exact = self._bound(length), self._bound(length, torch.float32)
 
         def expect(what: str, place: Tensor, value: Tensor, rows: int) -> None:
             changed[what], expected[what] = place, (value.reshape(rows, -1), bound)
@@ -252,6 +255,13 @@ class Check:
             RULES[of.rule](new, momentum, g, *of.rate.double())
             expect(kind, w, new, len(w))
             expect(f"momentum of the {kind}", v, momentum, len(w))
+            if of.rng is not None:
+                kept = torch.empty_like(v)
+                with backend("aten"):
+                    round_stochastically(momentum.float(), of.rng, kept)
+                # An error in float32 sends some elements, or a few, to their other neighbour.
+                others = exact / _STEP + 4 / v.numel()
+                expected[f"momentum of the {kind}"] = (kept.double(), _STEP * others**0.5)
             expected[f"squared norm of the {kind}'s gradient"] = (g.square().sum(), 2 * bound)
             if of.operand is not None:
                 copied = new if of.pack is None else of.pack(new)

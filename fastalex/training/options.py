@@ -49,8 +49,8 @@ _GROUPS = {
     "data": "data image_size batch_size augmentation color_noise normalization",
     "net": "variant init init_from freeze dropout",
     "ablations": "",
-    "training": "recipe epochs max_steps momentum momentum_rule weight_decay bias_lr bias_decay "
-    "bias_schedule seed",
+    "training": "recipe epochs max_steps momentum momentum_rule momentum_dtype weight_decay "
+    "bias_lr bias_decay bias_schedule seed",
     "learning rate": "lr schedule lr_drop lr_gamma lr_patience lr_max_drops warmup",
     "output": "output resume config allow_changed_images checkpoint_every checkpoint_minutes "
     "keep_checkpoints log_every tensorboard",

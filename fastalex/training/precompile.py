@@ -61,7 +61,9 @@ def launches_of(
         model = AlexNet(real.num_classes, real.dropout, real.variant)
         if step.exchange is not None:
             cut_to_tower(model, LoopbackExchange())
-        optimizer = build_optimizer(model, lr=0.01, rule=update_rule(step.optimizer))
+        rule, group = update_rule(step.optimizer), step.optimizer.param_groups[0]
+        dtype = group.get("momentum_dtype", torch.float32)
+        optimizer = build_optimizer(model, lr=0.01, rule=rule, momentum_dtype=dtype)
         twin = TrainStep(model, optimizer, step.precision, augment=augment, tricks=step.tricks)
         model.seed_dropout(0, 0)
         twin(*batch(counts[0], augmentation))

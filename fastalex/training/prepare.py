@@ -316,6 +316,9 @@ def _describe(config: RunConfig) -> list[str]:
     normalization = settings.normalization
     if normalization in MEAN_IMAGES and config.normalization.mean_image is None:
         normalization = f"mean (only a packed set has a mean image, for {normalization})"
+    rule = MOMENTUM_RULES[settings.momentum_rule]
+    if settings.momentum_dtype != "float32":
+        rule += f", v in {settings.momentum_dtype}"
     return [
         world.describe(),
         f"net: {settings.variant}, {parameters:,} parameters, dropout {settings.dropout}, {split}",
@@ -327,7 +330,7 @@ def _describe(config: RunConfig) -> list[str]:
         f"{settings.batch_size} images a step{recipe}",
         f"precision: {settings.precision} ({PRECISIONS[settings.precision]})",
         f"optimizer: SGD, {describe_schedule(settings, epochs)}, momentum {settings.momentum} "
-        f"({MOMENTUM_RULES[settings.momentum_rule]}), weight decay {settings.weight_decay}",
+        f"({rule}), weight decay {settings.weight_decay}",
         f"output: {config.folder}",
     ]
 

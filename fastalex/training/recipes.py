@@ -25,6 +25,10 @@ MOMENTUM_RULES = {
     "torch": "v <- m v + g + wd w, w <- w - lr v",
     "paper": "v <- m v - wd lr w - lr g, w <- w + v",
 }
+MOMENTUM_DTYPES = {
+    "float32": "",
+    "bf16": "stochastic rounding, --momentum-rule paper",
+}
 SCHEDULES = {
     "drops": "times --lr-gamma after each share of the run in --lr-drop",
     "plateau": "times --lr-gamma where the validation error stopped falling",

@@ -29,7 +29,7 @@ from fastalex.training.chain import Chain, Tricks, check
 from fastalex.training.check import float32_precisions, parts_on_aten
 from fastalex.training.cuda_graph import Graph
 from fastalex.training.inputs import Inputs, check_batch, input_tensors, signature
-from fastalex.training.optim import BUFFER, gradient_norms
+from fastalex.training.optim import BUFFER, count_step, gradient_norms
 from fastalex.training.passes import Pass, Sum
 from fastalex.training.updates import StoredGradients
 from fastalex_kernels.common.backend import interpreted
@@ -232,6 +232,8 @@ class TrainStep:
             self._seeds = seed, number + 1
         if not self._is_same_model():
             self._build()
+        if self.tricks.fused_update:  # else the optimizer does
+            count_step(self.optimizer)
         self._chain.rates.follow()
         for update, version in zip(self._updates, self._versions, strict=True):
             state = self.optimizer.state[update.parameter]

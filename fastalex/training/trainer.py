@@ -26,6 +26,7 @@ from fastalex.training.autograd_step import AutogradStep, LossScaler, autocast, 
 from fastalex.training.config import Settings
 from fastalex.training.metrics import MetricsLog, RunningMetrics, TensorBoard, is_stuck
 from fastalex.training.optim import (
+    BUFFERS,
     build_optimizer,
     momentum_buffers,
     set_learning_rate,
@@ -147,6 +148,9 @@ class Trainer:
             settings.bias_lr,
             settings.bias_decay,
             settings.bias_schedule,
+            BUFFERS[settings.momentum_dtype],
+            settings.seed,
+            config.state.get("step", 0),
         )
         if buffers is not None:
             parts = towers.local_tensors(self.model, parallel.mesh, buffers)

@@ -34,6 +34,7 @@ def momentum_update(
     rule: str,
     dtype: torch.dtype,
     layer: nn.Module | None,
+    rng: Tensor | None = None,
 ) -> MomentumUpdate:
     """The update of a parameter of ``layer``, which has kernels, or else of None.
 
@@ -47,7 +48,7 @@ def momentum_update(
     if copied:
         w = parameter.detach()
         operand = torch.empty_like(w if pack is None else pack(w), dtype=dtype)
-    return MomentumUpdate(parameter, buffer, rate, rule, operand, pack)
+    return MomentumUpdate(parameter, buffer, rate, rule, operand, pack, rng)
 
 
 class FusedUpdate:

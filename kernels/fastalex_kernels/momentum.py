@@ -8,7 +8,13 @@ connected layers, 59 of the net's 61 million parameters, that is 4 to 8 bytes a 
 left is the weight and its momentum buffer v, read and written in float32, and the copy of the
 weight that the products of the next step read: 18 bytes.
 
-The learning rate is in device memory, so that a captured graph follows a schedule.
+The buffer of a fully connected weight may be bfloat16, which makes 14; the arithmetic stays
+float32. To nearest, a change of v by less than half of its last place would be lost each time, so v
+is rounded stochastically (Gupta et al., ICML 2015): 16 random bits are added below what bfloat16
+keeps, and the rest is cut off. The mean of that is v. Convolutions' and biases' buffers, 4 % of the
+net, stay float32: instructions limit their updates, not bytes.
+
+Rates and step are in device memory, so that a captured graph follows them.
 """
 
 from __future__ import annotations
@@ -21,12 +27,16 @@ import torch
 import triton
 import triton.language as tl
 
+from .common.backend import use_triton
 from .common.dependent import wait_for_predecessor
 from .common.launch import launch
+from .common.philox import draw_bits, load_rng, random_bits
 from .common.reduce import blocks, sum_parts
 from .common.threads import share
 
 _ROWS = 128  # that a thread of a CPU updates at a time
+_BLOCK = 1024  # of a row, that a program rounds
+_NAN = tl.constexpr(0x7FC00000)
 
 Tensor = torch.Tensor
 
@@ -50,19 +60,44 @@ def _torch(w: Tensor, v: Tensor, g: Tensor, lr: Any, momentum: Any, decay: Any) 
 RULES = {"paper": _paper, "torch": _torch}
 
 
+def round_stochastically(x: Tensor, rng: Tensor, out: Tensor, first: int = 0) -> None:
+    """Write float32 x [rows, columns] to bfloat16 ``out``, up or down, so that its mean is x.
+
+    What bfloat16 can hold, infinity and NaN stay.
+
+    Args:
+        x: some rows of what has a buffer, contiguous.
+        rng: int64 [5], as ``random_bits`` takes it.
+        out: of x's shape, contiguous.
+        first: row of x's first one.
+    """
+    if use_triton(x):
+        M, N = x.shape
+        grid, share = (triton.cdiv(N, _BLOCK), M), 1 if N % 8 else 8
+        launch(_round_kernel, grid, x, out, rng, first, N, share, _BLOCK, counted=max(M, N))
+        return
+    for rows, kept in zip(x.split(_ROWS), out.split(_ROWS), strict=True):
+        whole = rows.view(torch.int32) + random_bits(rng, len(rows), x.shape[1], first)
+        whole = torch.where(rows == rows, whole, _NAN.value)
+        kept.copy_((whole >> 16).to(torch.int16).view(torch.bfloat16))
+        first += len(rows)
+
+
 @dataclass(eq=False)
 class MomentumUpdate:
     """A parameter, and what a kernel needs to update it.
 
     Args:
         parameter: float32, changed in place; contiguous, or a convolution's weight in any order.
-        buffer: the momentum buffer, float32, of the parameter's shape and strides, changed in
-            place.
+        buffer: the momentum buffer, float32 or with ``rng`` bfloat16, of the parameter's shape and
+            strides, changed in place.
         rate: float32 [3] on the parameter's device: learning rate, momentum, weight decay.
         rule: one of ``RULES``.
         operand: what the products read in place of the parameter: a copy of it in their dtype and
             layout, written with it; None where they read the parameter itself.
         pack: makes of the parameter the layout that products read, where it is another.
+        rng: what rounds the buffer of a weight of rows: int64 [5] on the parameter's device, as
+            ``random_bits`` takes it.
 
     Attributes:
         squares: float32, whose sum is the squared norm of the last gradient; None before the first.
@@ -77,12 +112,15 @@ class MomentumUpdate:
     rule: str = "torch"
     operand: torch.Tensor | None = None
     pack: Callable[[torch.Tensor], torch.Tensor] | None = None
+    rng: torch.Tensor | None = None
     squares: torch.Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         w, v = self.parameter, self.buffer
         assert self.rule in RULES, self.rule
         assert (v.shape, v.stride()) == (w.shape, w.stride())
+        assert v.dtype == (torch.float32 if self.rng is None else torch.bfloat16)
+        assert self.rng is None or w.dim() == 2
         if w.dtype != torch.float32:
             raise ValueError(f"parameter: expected float32, got {w.dtype}")
         # The kernels take the strides of a convolution's weight, and of nothing else.
@@ -123,12 +161,21 @@ class MomentumUpdate:
             self.squares = self.rate.new_empty((2, programs))
         return *(columns(x, half) for x in tensors), self.squares[half]
 
+    def rounding(self, columns: int) -> tuple[torch.Tensor, int]:
+        """rng_ptr and ROUND of kernels: elements that share a draw; 0 where nothing is rounded.
+
+        ``columns``, of a half or of all, are updated by a launch.
+        """
+        if self.rng is None:
+            return self.rate, 0
+        return self.rng, 1 if columns % 8 else 8
+
     @torch.no_grad()
     def apply(self, gradient: torch.Tensor) -> None:
         """The update by torch's operators, with a gradient of the parameter's shape."""
         g = gradient
         if g.stride() != self.buffer.stride():
-            g = torch.empty_like(self.buffer).copy_(gradient)
+            g = torch.empty_like(self.parameter).copy_(gradient)
         self._keep(torch.linalg.vector_norm(g).square().reshape(1))
         self._descend(self.parameter, self.buffer, g)
         self.refresh()
@@ -137,20 +184,25 @@ class MomentumUpdate:
     def apply_product(self, dz: torch.Tensor, x: torch.Tensor) -> None:
         """``apply(dz.t() @ x)`` on a CPU, rows by rows: their gradient stays in the cache."""
 
-        def apply(w: torch.Tensor, v: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        def apply(first: int, w: Tensor, v: Tensor, columns: Tensor) -> Tensor:
             g = columns @ x
             square = g.view(-1).dot(g.view(-1))
-            self._descend(w, v, g)
+            self._descend(w, v, g, first)
             return square
 
         parts = (a.split(_ROWS) for a in (self.parameter, self.buffer, dz.t()))
-        self._keep(torch.stack(share(apply, *parts)))
+        self._keep(torch.stack(share(apply, range(0, dz.shape[1], _ROWS), *parts)))
 
     def _keep(self, squares: torch.Tensor) -> None:
         self.squares = squares if self.squares is None else self.squares.copy_(squares)
 
-    def _descend(self, w: Tensor, v: Tensor, g: Tensor) -> None:
-        """The update of some rows, by torch's operators."""
+    def _descend(self, w: Tensor, v: Tensor, g: Tensor, first: int = 0) -> None:
+        """The update of the rows from ``first`` on, or of all, by torch's operators."""
+        if self.rng is not None:
+            wide = v.float()
+            RULES[self.rule](w, wide, g, *self.rate.unbind())
+            round_stochastically(wide, self.rng, v, first)
+            return
         if not w.is_cpu or not self.rate.numpy()[1]:  # torch's own needs momentum
             RULES[self.rule](w, v, g, *self.rate.unbind())
             return
@@ -188,6 +240,35 @@ def momentum_step(w, v, g, rate, PAPER: tl.constexpr):
         v = momentum * v + g
         w -= lr * v
     return w, v
+
+
+@triton.jit
+def rounded(v, rng, row, first, ROUND: tl.constexpr):
+    """v [M, N] as the buffer keeps it; ``row`` [M], ``first`` and ROUND are as in ``draw_bits``."""
+    if ROUND:
+        whole = v.to(tl.int32, bitcast=True) + draw_bits(rng, row, first, v.shape[1], ROUND)
+        whole = tl.where(v == v, whole, _NAN)
+        v = (whole >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return v
+
+
+@triton.jit
+def _round_kernel(
+    x_ptr,  # float32 [M, N]
+    out_ptr,  # bfloat16 [M, N]
+    rng_ptr,  # int64 [5]
+    first_row,
+    N,
+    ROUND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    wait_for_predecessor()
+    row, first = tl.program_id(1), tl.program_id(0) * BLOCK
+    columns = first + tl.arange(0, BLOCK)
+    offs, mask = row.to(tl.int64) * N + columns[None, :], (columns < N)[None, :]
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
+    rows = first_row + row + tl.zeros((1,), tl.int32)
+    tl.store(out_ptr + offs, rounded(x, load_rng(rng_ptr, ROUND), rows, first, ROUND), mask=mask)
 
 
 @triton.jit

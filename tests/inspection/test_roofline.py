@@ -197,6 +197,22 @@ def test_the_floor_of_a_step(gpu: str, batch: int, ceiling: float) -> None:
     assert backward.size == sum(f.size for f in apart) - 2 * 4096 * (9216 + batch)
 
 
+@pytest.mark.slow
+@pytest.mark.compiled
+def test_narrow_momentum_saves_two_bytes_each_way_of_a_fully_connected_weight() -> None:
+    reports = [
+        roofline.make_report(GPUS["h100"], roofline.Case(128, momentum_dtype=dtype))[0]
+        for dtype in ("float32", "bf16")
+    ]
+    wide, narrow = (report["summary"] for report in reports)
+    parameters = sum(p.numel() for p in AlexNet().parameters())
+    weights = 4096 * (9216 + 4096 + 1000)
+    for figure in ("optimizer_bytes_per_parameter", "floor_of_the_update"):
+        assert parameters * (wide[figure] - narrow[figure]) == pytest.approx(4 * weights), figure
+    assert wide["floor_of_the_update"] == 18
+    assert narrow["estimate"]["middle"] < wide["estimate"]["middle"]
+
+
 @pytest.mark.parametrize(
     ("target", "towers", "dtype"),
     [

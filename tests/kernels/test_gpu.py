@@ -14,6 +14,7 @@ import torch
 
 import fastalex_kernels as fk
 from fastalex_kernels.common.backend import has_tma
+from fastalex_kernels.momentum import round_stochastically
 from fastalex_kernels.reference import TF32_TOLERANCE
 
 from . import _augment as augments
@@ -122,7 +123,7 @@ def test_cross_entropy(case: losses.Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fused_update(case: Case, dtype: torch.dtype) -> None:
     for rule in updates.RULES:
-        updates.check(case, dtype, rule, "cuda")
+        updates.check(case, dtype, rule, "cuda", narrow=rule == "paper")
 
 
 @pytest.mark.parametrize("case", updates.ONE_PASS, ids=str)
@@ -130,8 +131,19 @@ def test_one_pass(case: Case) -> None:
     if not has_tma(torch.device("cuda")):
         pytest.skip("one pass needs a GPU with a tensor memory accelerator")
     for rule in updates.RULES:
-        updates.check(case, torch.bfloat16, rule, "cuda", one_pass=True)
-    updates.check_same_bits(case, torch.bfloat16, "cuda")
+        for narrow in (False, True):
+            updates.check(case, torch.bfloat16, rule, "cuda", one_pass=True, narrow=narrow)
+    updates.check_same_bits(case, torch.bfloat16, "cuda", narrow=True)
+
+
+@pytest.mark.parametrize("columns", [20, 1048])
+def test_rounding(columns: int) -> None:
+    x, rng = torch.randn(5, columns), torch.tensor([2**40 + 1, 2**31, 3, 7, columns])
+    expected = torch.empty(x.shape, dtype=torch.bfloat16)
+    found = expected.cuda()
+    round_stochastically(x.cuda(), rng.cuda(), found)
+    round_stochastically(x, rng, expected)
+    assert torch.equal(found.cpu(), expected)
 
 
 @pytest.mark.parametrize("one_pass", [True, False])

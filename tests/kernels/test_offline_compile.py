@@ -16,6 +16,7 @@ from fastalex.inspection import offline
 from fastalex.inspection.record import record_step
 from fastalex_kernels.common.backend import interpreted
 from fastalex_kernels.common.program import Launch
+from fastalex_kernels.momentum import round_stochastically
 
 from ._alexnet import NAMES, call
 from ._cases import sampled
@@ -99,6 +100,22 @@ def test_a_step(target: str, dtype: str, towers: int, layer: str) -> None:
     if tf32:
         rounds = dtype == "fp32" and layer.startswith("conv") and target.startswith("sm_")
         assert tf32 == {rounds}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("towers", [1, 2])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_narrow_momentum(target: str, towers: int) -> None:
+    events = record_step(target, 128, towers=towers, momentum_dtype="bf16").events
+    launches = [e.launch for e in events if e.launch is not None and e.launch.named.get("ROUND")]
+    assert {x.layer for x in launches} == {"fc6", "fc7", "fc8"}
+    _check(target, launches)
+
+    def round_alone() -> None:  # where replicas store gradients
+        x, rng = torch.empty(4096, 9216 // towers), torch.empty(5, dtype=torch.int64)
+        round_stochastically(x, rng, torch.empty(x.shape, dtype=torch.bfloat16))
+
+    _check(target, offline.record(target, round_alone))
 
 
 # Target, dtype and batch of a layer by autograd. At batch 32 tiles hold several pixels, and their

@@ -72,6 +72,34 @@ def test_neighbours_are_independent() -> None:
     assert abs(float((drawn * drawn.t()).mean())) < 5 * 2**0.5 / 400
 
 
+@pytest.mark.parametrize("columns", [16, 20])
+def test_bits_of_parts_are_those_of_the_whole(columns: int) -> None:
+    """Halves of rows or of columns, and blocks of rows, as a tower and a thread take them."""
+    whole = philox.random_bits(torch.tensor([5, 6, 7, 0, 0]), 12, 2 * columns)
+    assert whole.shape == (12, 2 * columns)
+    assert int(whole.min()) >= 0
+    assert int(whole.max()) < 2**16
+    lower = philox.random_bits(torch.tensor([5, 6, 7, 6, 0]), 6, 2 * columns)
+    right = philox.random_bits(torch.tensor([5, 6, 7, 0, columns]), 4, columns, first=3)
+    assert torch.equal(lower, whole[6:])
+    assert torch.equal(right, whole[3:7, columns:])
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_every_number_of_a_place_counts(place: int) -> None:
+    first = [5, 6, 7, 8, 64]
+    other = [n + 64 * (i == place) for i, n in enumerate(first)]
+    one, two = (philox.random_bits(torch.tensor(rng), 64, 64) for rng in (first, other))
+    assert float((one == two).double().mean()) < 1e-2
+
+
+def test_bits_are_uniform() -> None:
+    bits = philox.random_bits(torch.tensor([5, 6, 7, 0, 0]), 512, 512).double() / 2**16
+    spread = 12**-0.5 / 512  # of a mean of so many; five of them, of each column too
+    assert abs(float(bits.mean()) - 0.5) < 5 * spread
+    assert (bits.mean(0) - 0.5).abs().max() < 5 * spread * 512**0.5
+
+
 @pytest.mark.parametrize("other", [(6, 6), (5, 7), (5 + 2**32, 6), (5, 6 + 2**32), (-5, 6)])
 def test_every_bit_of_seed_and_offset_counts(other: tuple[int, int]) -> None:
     one = philox.keep_mask(torch.tensor([5, 6]), 64, 64, 0.5)

@@ -71,6 +71,7 @@ def run(
     backend: str = "interpreter",
     steps: int = 2,
     side: int = SIDE,
+    narrow: bool = False,
     **tricks: Any,
 ) -> Run:
     model = AlexNet(CLASSES, variant=variant)
@@ -79,9 +80,10 @@ def run(
         cut_to_tower(model, LoopbackExchange())
     said: list[str] = []
     with kernels.backend(backend):
-        step = TrainStep(
-            model, build_optimizer(model, 0.01), tell=said.append, tricks=Tricks(**tricks)
-        )
+        optimizer = build_optimizer(model, 0.01)
+        if narrow:
+            optimizer = build_optimizer(model, 0.01, rule="paper", momentum_dtype=torch.bfloat16)
+        step = TrainStep(model, optimizer, tell=said.append, tricks=Tricks(**tricks))
         losses = []
         for number in range(steps):
             generator = torch.Generator().manual_seed(number)
@@ -184,6 +186,18 @@ def test_a_wrong_kernel_is_named_and_replaced(
         assert "doctor --json" in line
         assert "\n" not in line
         assert ours.launches(layer) == []
+
+
+@pytest.mark.slow
+def test_narrow_momentum_is_checked_against_float64(edit: Callable[..., None]) -> None:
+    assert run(narrow=True, steps=1).said == []
+    # By less than the last place of the buffer.
+    edit(one_pass, "_linear_bwd_kernel", "rounded(v, ", "rounded(v + 0.002 * v, ")
+    edit(linear, "_linear_bwd_weight_update_kernel", "rounded(v, ", "rounded(0.998 * v, ")
+    ours = run(narrow=True, steps=1)
+    assert set(ours.on_aten) == {"fc3", "fc4"}
+    for line in ours.on_aten.values():
+        assert "backward: momentum of the weight" in line
 
 
 @pytest.mark.slow

@@ -115,7 +115,15 @@ def test_every_parameter_is_trained_once(nets: dict[str, AlexNet]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"momentum": 1.0}, {"rule": "nesterov"}, {"lr": -1.0}, {"weight_decay": -1.0}]
+    "arguments",
+    [
+        {"momentum": 1.0},
+        {"rule": "nesterov"},
+        {"lr": -1.0},
+        {"weight_decay": -1.0},
+        {"momentum_dtype": torch.float16, "rule": "paper"},
+        {"momentum_dtype": torch.bfloat16},  # by torch's rule
+    ],
 )
 def test_what_makes_no_sense_is_refused(
     nets: dict[str, AlexNet], arguments: dict[str, Any]
@@ -194,6 +202,47 @@ def test_the_host_does_not_look_for_overflows(unscaled: bool) -> None:
         assert torch.equal(
             *(o.state[w]["momentum_buffer"] for o, w in ((optimizer, weight), (plain, other)))
         )
+
+
+def test_narrow_velocities_follow_those_of_float32_on_average() -> None:
+    """Gradients that rounding to nearest would lose, beside a velocity 2000 times as large."""
+    weight, narrow = (torch.zeros(64, 64, requires_grad=True) for _ in range(2))
+    bias = torch.zeros(64, requires_grad=True)
+    wide = PaperSGD([weight], 1.0, 0.999)
+    rounded = PaperSGD([narrow, bias], 1.0, 0.999, momentum_dtype=torch.bfloat16, seed=3)
+    wide.state[weight]["momentum_buffer"] = torch.ones(64, 64)
+    rounded.state[narrow]["momentum_buffer"] = torch.ones(64, 64).bfloat16()
+    bias.grad = torch.ones(64)
+    for _ in range(200):
+        weight.grad = narrow.grad = torch.full((64, 64), 5e-4)
+        wide.step()
+        rounded.step()
+    v, mean = (o.state[w]["momentum_buffer"] for o, w in ((wide, weight), (rounded, narrow)))
+    assert mean.dtype == torch.bfloat16
+    assert rounded.state[bias]["momentum_buffer"].dtype == torch.float32
+    error = float(mean.double().std()) / 64
+    assert abs(float(mean.double().mean() - v.double().mean())) < 5 * error
+    assert float(v.mean()) < 0.8  # to nearest, 1 - 0.0015 is 1
+
+
+def test_velocities_of_a_state_dict_keep_their_dtype() -> None:
+    weight = torch.ones(2, 8, requires_grad=True)
+    optimizer = PaperSGD([weight], 0.5, momentum_dtype=torch.bfloat16, seed=3)
+    weight.grad = torch.ones(2, 8)
+    optimizer.step()
+    before = optimizer.state[weight]["momentum_buffer"].clone()
+    again = PaperSGD([weight], 0.5)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.state[weight]["momentum_buffer"].dtype == torch.bfloat16
+    assert torch.equal(again.state[weight]["momentum_buffer"], before)
+    assert [again.param_groups[0][name] for name in ("seed", "step")] == [3, 1]
+    older = optimizer.state_dict()  # as a version before this one wrote it
+    for name in ("momentum_dtype", "seed", "step", "places"):
+        del older["param_groups"][0][name]
+    plain = PaperSGD([weight], 0.5)
+    plain.load_state_dict(older)
+    plain.step()
+    assert plain.state[weight]["momentum_buffer"].dtype == torch.float32
 
 
 def test_momentum_buffers_come_back(nets: dict[str, AlexNet]) -> None:

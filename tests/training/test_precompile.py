@@ -19,7 +19,7 @@ from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.distributed.towers import cut_to_tower
 from fastalex.inspection.record import record_step
 from fastalex.training import TrainStep, precompile
-from fastalex.training.optim import build_optimizer
+from fastalex.training.optim import BUFFERS, build_optimizer
 from fastalex_kernels.common.backend import interpreted
 from fastalex_kernels.common.tuned import Key, Tile
 
@@ -29,19 +29,21 @@ CPU = torch.device("cpu")
 RUN = ("crop", [128, 80], "sm_90", "NVIDIA H100")
 
 
-def a_step(towers: int = 1) -> TrainStep:
+def a_step(towers: int = 1, momentum_dtype: str = "float32") -> TrainStep:
     model = AlexNet()
     if towers > 1:
         cut_to_tower(model, LoopbackExchange())
     augment = Augment(Normalization((0.0,) * 3, (1.0,) * 3), 224, CPU)
-    return TrainStep(model, build_optimizer(model, 0.01), "bf16", augment=augment)
+    rule, dtype = ("torch", "paper")[momentum_dtype == "bf16"], BUFFERS[momentum_dtype]
+    optimizer = build_optimizer(model, 0.01, rule=rule, momentum_dtype=dtype)
+    return TrainStep(model, optimizer, "bf16", augment=augment)
 
 
-@pytest.mark.parametrize("towers", [1, 2])
-def test_every_launch_of_a_step_is_known_before(towers: int) -> None:
-    step = a_step(towers)
+@pytest.mark.parametrize(("towers", "momentum"), [(1, "float32"), (2, "float32"), (1, "bf16")])
+def test_every_launch_of_a_step_is_known_before(towers: int, momentum: str) -> None:
+    step = a_step(towers, momentum)
     known = precompile.unique(precompile.launches_of(step, *RUN))
-    events = record_step("sm_90", 128, towers=towers).events
+    events = record_step("sm_90", 128, towers=towers, momentum_dtype=momentum).events
     needed = precompile.unique(e.launch for e in events if e.launch is not None)
     assert len(needed) > 20
     named = set(map(precompile.specialisation, known))

@@ -52,6 +52,7 @@ def stopped(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         pytest.param(
             13, ["--recipe", "paper", "--lr", "1e-30", "--lr-patience", "1"], marks=pytest.mark.slow
         ),
+        (7, ["--momentum-rule", "paper", "--momentum-dtype", "bf16"]),
         (7, ["--lr-drop", "0.5", "--warmup", "0.3", "--augmentation", "full"]),
     ],
 )
@@ -67,7 +68,7 @@ def test_every_part_of_the_state_is_kept(
     assert records(here / "run") == records(here / "whole")
     losses = [record["loss"] for record in records(here / "run")]
     assert len(set(losses)) > 3  # it does train
-    if "paper" in options:
+    if "--recipe" in options:
         rates = [record["lr"] for record in records(here / "run") if record["kind"] == "step"]
         assert rates[:10] == [1e-30] * 10
         assert rates[10:] == pytest.approx([1e-31] * 5)

@@ -134,6 +134,12 @@ def test_a_checkpoint_is_due_by_the_clock_too(here: Path) -> None:
             ["--variant paper-without-lrn and not --variant paper"],
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            ["--momentum-rule", "paper"],
+            ["--momentum-rule", "paper", "--momentum-dtype", "bf16"],
+            ["--momentum-dtype float32 and not --momentum-dtype bf16"],
+            marks=pytest.mark.slow,
+        ),
         ([], ["--epochs", "4"], ["--epochs 3 and not --epochs 4; it is not finished yet"]),
         pytest.param([], ["--data", "x"], ["no --data and not --data x"], marks=pytest.mark.slow),
     ],

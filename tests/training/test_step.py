@@ -190,6 +190,14 @@ def test_bytes_train_as_their_images(backend: str) -> None:
     assert all(torch.equal(w, trained[1].weights[n]) for n, w in trained[0].weights.items())
 
 
+def put_together(name: str, halves: list[torch.Tensor]) -> torch.Tensor:
+    """What is cut between two towers: the last layer by its inputs, but for its bias."""
+    if name != "classifier.6.bias":
+        return torch.cat(halves, int(name == "classifier.6.weight"))
+    assert torch.equal(*halves), "the copies of the last bias part"
+    return halves[0]
+
+
 @pytest.mark.parametrize("left_out", [None, "fused_update", "fused_activation", "early"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_towers_train_as_one_process(backend: str, left_out: str | None) -> None:
@@ -213,11 +221,73 @@ def test_two_towers_train_as_one_process(backend: str, left_out: str | None) -> 
         assert events == [*conv3, *["start", "wait"] * 6] * steps
     for name, weight in expected.weights.items():
         halves = [trained.weights[name] for trained, _ in towers]
-        shared = name == "classifier.6.bias"
-        by_inputs = name == "classifier.6.weight"
-        found = halves[0] if shared else torch.cat(halves, int(by_inputs))
+        found = put_together(name, halves)
         assert float((found - weight).norm() / weight.norm()) < 1e-5, name
-        assert not shared or torch.equal(*halves), "the copies of the last bias part"
+
+
+def narrow_optimizer(model: AlexNet, **options: Any) -> torch.optim.Optimizer:
+    return build_optimizer(
+        model, 0.0005, rule="paper", momentum_dtype=torch.bfloat16, seed=7, **options
+    )
+
+
+def assert_same_rounding(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Of buffers whose sums are equal to float32 rounding: few elements have other neighbours."""
+    assert found.dtype == expected.dtype
+    if found.dtype == torch.bfloat16:
+        assert float((found != expected).double().mean()) < 0.02
+    assert float((found.float() - expected.float()).norm() / expected.float().norm()) < 1e-3
+
+
+@pytest.mark.parametrize("other", ["autograd", "stored", "towers", INTERPRETED])
+def test_narrow_momentum_is_rounded_alike(other: str) -> None:
+    """By autograd and the optimizer, by stored gradients, on two towers and by kernels."""
+    variant, steps = bare("paper"), 2
+
+    def tower(exchange: PairExchange) -> Trained:
+        model = make_net(variant)
+        cut_to_tower(model, exchange)
+        return by_step(model, narrow_optimizer(model), steps)
+
+    whole, model = make_net(variant), make_net(variant)
+    expected = by_step(whole, narrow_optimizer(whole), steps)
+    if other == "autograd":
+        found = by_autograd(model, narrow_optimizer(model), steps)
+    elif other == "stored":
+        tricks = Tricks(fused_update=False)
+        found = by_step(model, narrow_optimizer(model), steps, tricks=tricks)
+    elif other == "interpreter":
+        with kernels.backend("interpreter"):
+            found = by_step(model, narrow_optimizer(model), steps)
+    else:
+        halves = run_towers(tower)
+        names = list(expected.weights)
+        found = replace(halves[0], buffers=[])
+        for i, name in enumerate(names):
+            found.buffers.append(put_together(name, [h.buffers[i] for h in halves]))
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    dtypes = [torch.bfloat16 if p.dim() == 2 else torch.float32 for p in whole.parameters()]
+    assert [buffer.dtype for buffer in expected.buffers] == dtypes
+    for buffer, wanted in zip(found.buffers, expected.buffers, strict=True):
+        assert_same_rounding(buffer, wanted)
+
+
+def test_narrow_momentum_goes_on_from_a_state_dict_bit_for_bit() -> None:
+    model, steps = make_net(), 4
+    whole = by_step(model, narrow_optimizer(model), steps)
+    model = make_net()
+    step = TrainStep(model, narrow_optimizer(model))
+    for number in range(2):
+        one_by_step(step, number)
+    weights, state = copy.deepcopy((model.state_dict(), step.optimizer.state_dict()))
+    model = make_net()
+    model.load_state_dict(weights)
+    step = TrainStep(model, narrow_optimizer(model))
+    step.optimizer.load_state_dict(state)
+    for number in range(2, steps):
+        one_by_step(step, number)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, whole.weights[name]), name
 
 
 @pytest.mark.slow
@@ -303,9 +373,10 @@ class _NoHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_reads_nothing_on_the_host() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_reads_nothing_on_the_host(dtype: torch.dtype) -> None:
     model = make_net()
-    optimizer = build_optimizer(model, 0.01)
+    optimizer = build_optimizer(model, 0.01, rule="paper", momentum_dtype=dtype)
     step = TrainStep(model, optimizer)
     model.seed_dropout(3, 0)
     step(*images(0))

@@ -20,7 +20,7 @@ from PIL import Image
 
 from fastalex.common.interrupts import Interrupted
 from fastalex.data.pack import pack
-from fastalex.training import train
+from fastalex.training import checkpoints, train
 from fastalex.training.weights import load_weights
 from tests._commands import alive, end, run, start, wait_until, workers
 from tests._runs import SCRIPT
@@ -109,6 +109,24 @@ def test_two_replicas_train_as_one_process_does(images: Path, tmp_path: Path) ->
     replicas = Run(tmp_path / "two", "--gpus", "2", *arguments)
     assert "2 replicas with 4 images each" in replicas.process.stdout
     _assert_same_training(single, replicas)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["paper", "owt"])  # two towers, two replicas
+def test_narrow_momentum_is_rounded_alike_in_two_processes(
+    variant: str, images: Path, tmp_path: Path
+) -> None:
+    arguments = ["--variant", variant, "--data", str(images), "--max-steps", "3", *SHORT]
+    arguments += ["--momentum-rule", "paper", "--momentum-dtype", "bf16", "--keep-checkpoints", "1"]
+    runs = [Run(tmp_path / n, "--gpus", n, *arguments) for n in ("1", "2")]
+    _assert_same_training(*runs)
+    paths = [run.folder / "checkpoints" / "step-00000003.safetensors" for run in runs]
+    (_, one), (_, two) = map(checkpoints.tensors, paths)
+    for name, buffer in one.items():
+        assert buffer.dtype == (torch.bfloat16 if buffer.dim() == 2 else torch.float32)
+        assert two[name].dtype == buffer.dtype
+        if buffer.dim() == 2:
+            assert float((two[name] != buffer).double().mean()) < 0.02, name
 
 
 def test_what_was_chosen_and_what_came_of_it_is_said(one: Run, two: Run, images: Path) -> None:
@@ -361,6 +379,8 @@ def folders(here: Path) -> Path:
         (["--dropout", "1"], "--dropout"),
         (["--init", "zero"], "zero"),
         (["--seed", "-1"], "--seed"),
+        (["--momentum-dtype", "bf16"], "bf16 needs --momentum-rule paper"),
+        (["--momentum-dtype", "float16"], "'float16'"),
         (["surplus"], "surplus"),
     ],
 )

@@ -2,7 +2,9 @@
 
 One counter gives four 32-bit words, whatever the backend, the tile or the process that asks. The
 dropout mask of an element is a function of (seed, offset, row, feature) alone: the counter is
-(feature, row, low half of offset, high half of offset), the key is the seed.
+(feature, row, low half of offset, high half of offset), the key is the seed. What rounds an element
+of a momentum buffer is one of the eight halves of the words of (column // 8, row, step, number of
+the buffer); the key is the seed itself, which no layer's dropout has.
 """
 
 from __future__ import annotations
@@ -63,6 +65,62 @@ def keep_mask(
     row = torch.arange(rows, device=rng.device)[:, None] + row_offset
     feature = torch.arange(features, device=rng.device)[None, :] + feature_offset
     return uniform(philox(rng[0], feature, row, rng[1], rng[1] >> 32)[0]) >= p
+
+
+def random_bits(rng: Tensor, rows: int, columns: int, first: int = 0) -> Tensor:
+    """16 random bits for each element of [rows, columns], as int32.
+
+    Args:
+        rng: int64 [5]: seed, step, number of the buffer, and row and column in the whole buffer of
+            the first element of the part that is here; the column is a multiple of ``columns``.
+        rows: of a block of that part.
+        columns: of the part.
+        first: row of the part that the block begins with.
+    """
+    seed, step, number, row, column = rng.unbind()
+    cut = columns % 8 > 0  # then the part may begin and end within eight that share a draw
+    eighth = torch.arange(columns // 8 + 2 * cut, device=rng.device) + (column >> 3)
+    row = torch.arange(first, first + rows, device=rng.device) + row
+    words = philox(seed, eighth, row[:, None], step, number)
+    halves = [half.to(torch.int32) for word in words for half in (word & 0xFFFF, word >> 16)]
+    bits = torch.stack(halves, -1).flatten(1)
+    return bits[:, torch.arange(columns, device=rng.device) + (column & 7)] if cut else bits
+
+
+@triton.jit
+def load_rng(rng_ptr, ROUND: tl.constexpr):
+    """The numbers of ``random_bits``, where they are needed."""
+    rng = (0, 0, 0, 0, 0)
+    if ROUND:
+        rng = (
+            tl.load(rng_ptr), tl.load(rng_ptr + 1).to(tl.int32), tl.load(rng_ptr + 2).to(tl.int32),
+            tl.load(rng_ptr + 3).to(tl.int32), tl.load(rng_ptr + 4).to(tl.int32),
+        )  # fmt: skip
+    return rng
+
+
+@triton.jit
+def draw_bits(rng, row, first, N: tl.constexpr, ROUND: tl.constexpr):
+    """``random_bits`` inside a kernel: [M, N], for int32 ``row`` [M] and columns from ``first`` on.
+
+    ROUND 8: eight columns share a draw, where a part has a multiple of 8 of them. ROUND 1: each
+    element draws, which costs eight times as much.
+    """
+    seed, step, number, first_row, first_column = rng
+    column = first + first_column + tl.arange(0, N // ROUND) * ROUND
+    zero = (row[:, None] + column[None, :]) * 0
+    a, b, c, d = tl.philox(
+        seed, zero + column[None, :] // 8, zero + row[:, None] + first_row, zero + step,
+        zero + number,
+    )  # fmt: skip
+    if ROUND == 8:
+        words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+        bits = tl.interleave(words & 0xFFFF, words >> 16)
+    else:
+        place = zero + column[None, :] % 8
+        word = tl.where(place < 4, tl.where(place < 2, a, b), tl.where(place < 6, c, d))
+        bits = (word >> (place % 2 * 16).to(tl.uint32)) & 0xFFFF
+    return bits.to(tl.int32)
 
 
 @triton.jit

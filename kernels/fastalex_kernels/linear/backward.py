@@ -21,8 +21,17 @@ from ..common.arguments import aligned
 from ..common.backend import interpreted, target
 from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
+from ..common.philox import load_rng
 from ..common.tuned import PROCESSORS, cut, dot_precision, tuned
-from ..momentum import MomentumUpdate, Updates, columns, load_rate, momentum_step, update_by
+from ..momentum import (
+    MomentumUpdate,
+    Updates,
+    columns,
+    load_rate,
+    momentum_step,
+    rounded,
+    update_by,
+)
 
 _IMAGES = 256  # at most, whose x and dx a program holds
 _INPUTS, _OUTPUTS = 32, 64  # of a strip, 128 bytes of a row of the weight; of a turn
@@ -37,19 +46,22 @@ def _linear_bwd_kernel(
     x_ptr,  # [M, K]
     dx_ptr,  # [M, K]
     w_ptr,  # float32 [N, K]
-    v_ptr,  # float32 [N, K]
+    v_ptr,  # [N, K], bfloat16 where ROUND, else float32
     operand_ptr,  # [N, K], written where HAS_OPERAND
     square_ptr,  # float32 [programs]
     rate_ptr,  # float32 [3]
+    rng_ptr,  # int64 [5], read where ROUND
     bias_w_ptr,  # where BIAS, and what follows, is as above for a bias [N]
     bias_v_ptr,
     bias_operand_ptr,
     bias_square_ptr,  # float32 [ceil(N / BLOCK_N)]
     bias_rate_ptr,
     N,
+    column,  # of the weight, of which x is the first
     scale,  # of the gradients
     PAPER: tl.constexpr,
     HAS_OPERAND: tl.constexpr,
+    ROUND: tl.constexpr,  # 0, or as in ``draw_bits``
     BIAS: tl.constexpr,
     BIAS_HAS_OPERAND: tl.constexpr,
     MASK: tl.constexpr,  # x is the output of a ReLU: dx is zero where x is
@@ -71,19 +83,20 @@ def _linear_bwd_kernel(
             )  # fmt: skip
     k = program * BLOCK_K
     x = x_ptr.load([0, k])
-    rate = load_rate(rate_ptr)  # once: a load in the loop would be waited for in each turn
+    # Once: a load in the loop would be waited for in each turn.
+    rate, rng = load_rate(rate_ptr), load_rng(rng_ptr, ROUND)
     dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for n in tl.range(0, N, BLOCK_N, num_stages=STAGES):  # said here, it holds for v, too
         w = w_ptr.load([n, k])
-        v = v_ptr.load([n, k])
+        v = v_ptr.load([n, k]).to(tl.float32)
         dz = dz_ptr.load([0, n])
         dx = tl.dot(dz, w.to(dz.dtype), dx, input_precision=PRECISION)
         g = scale * tl.dot(dz.T, x, input_precision=PRECISION)
         squares += tl.sum(g * g, axis=1)
         w, v = momentum_step(w, v, g, rate, PAPER)
         w_ptr.store([n, k], w)
-        v_ptr.store([n, k], v)
+        v_ptr.store([n, k], rounded(v, rng, n + tl.arange(0, BLOCK_N), column + k, ROUND))
         if HAS_OPERAND:
             operand_ptr.store([n, k], w.to(dz.dtype))
     tl.store(square_ptr + program, tl.sum(squares))
@@ -104,7 +117,7 @@ def _stages(x: Tensor) -> int:
     """
     strips, rows = triton.cdiv(x.shape[1], _INPUTS), _rows(len(x))
     each = max(triton.cdiv(strips, PROCESSORS["sm_90"]), 2)
-    block = _OUTPUTS * (2 * rows + 8 * _INPUTS)  # of dz; of weight and momentum buffer
+    block = _OUTPUTS * (2 * rows + 8 * _INPUTS)  # of dz; of weight and momentum buffer in float32
     return int(min((_SHARED // each - 1024 - 2 * rows * _INPUTS) // block, 4))
 
 
@@ -115,8 +128,8 @@ def fits(dz: Tensor, x: Tensor, update: MomentumUpdate, half: int | None = None)
             return False
         if x.shape[1] < _FEWEST * PROCESSORS["sm_90"] * _INPUTS:
             return False
-    unit = 16 // x.element_size()  # a row of a descriptor begins at 16 bytes
     described = (dz, x, *(columns(y, half) for y in (update.parameter, update.buffer)))
+    unit = 16 // min(y.element_size() for y in described)  # a row of one begins at 16 bytes
     return 0 < len(x) <= _IMAGES and all(
         y.stride(1) == 1 and y.stride(0) > 0 and y.stride(0) % unit == 0 and aligned(y)
         for y in described
@@ -148,7 +161,7 @@ def linear_backward_update(
     own = (1024, 1024, 4, 1) if interpreted() else (_OUTPUTS, _INPUTS, _WARPS, max(_stages(x), 2))
     block_n, block_k, warps, stages = tuned(own, x, "linear backward", M, N, K)
     block_m, block_n, block_k = _rows(M), cut(block_n, N), cut(block_k, K)
-    programs, dx = triton.cdiv(K, block_k), x.new_empty(x.shape)
+    programs, dx, (rng, share) = triton.cdiv(K, block_k), x.new_empty(x.shape), update.rounding(K)
     *weight, square = written = update.written(programs, half)
     beside, bias_written = update, written
     if bias is not None:
@@ -158,9 +171,9 @@ def linear_backward_update(
     launch(
         _linear_bwd_kernel, (programs,),
         *(TensorDescriptor.from_tensor(y, list(block)) for y, block in described),
-        square, update.rate, *bias_written, beside.rate,
-        N, 1.0 / (1.0 - p),
-        PAPER=update.rule == "paper", HAS_OPERAND=update.operand is not None,
+        square, update.rate, rng, *bias_written, beside.rate,
+        N, (half or 0) * K, 1.0 / (1.0 - p),
+        PAPER=update.rule == "paper", HAS_OPERAND=update.operand is not None, ROUND=share,
         BIAS=bias is not None, BIAS_HAS_OPERAND=beside.operand is not None, MASK=mask,
         PRECISION=dot_precision(x, "linear"), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         STAGES=stages, num_warps=warps, num_stages=stages, counted=max(N, K),

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..common.dependent import wait_for_predecessor
 from ..common.launch import launch
+from ..common.philox import load_rng
 from ..linear.forward import product_tile
 from ..linear.product import operands, product
-from ..momentum import MomentumUpdate, load_rate, momentum_step, update_by
+from ..momentum import MomentumUpdate, load_rate, momentum_step, rounded, update_by
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width.
 _TILES = {
@@ -54,10 +55,11 @@ def _linear_bwd_weight_update_kernel(
     a_ptr,  # dz transposed, [M, K]; M here are outputs, K images, N inputs
     x_ptr,  # [K, N]
     w_ptr,  # float32 [M, N], its rows stride_w apart
-    v_ptr,  # as w
+    v_ptr,  # as w, bfloat16 where ROUND
     operand_ptr,  # as w, written where HAS_OPERAND
     square_ptr,  # float32 [programs]
     rate_ptr,  # float32 [3]
+    rng_ptr,  # int64 [5], read where ROUND
     dz_ptr,  # [K, M], read where BIAS, and what follows is as above for a bias [M]
     bias_w_ptr,
     bias_v_ptr,
@@ -71,9 +73,11 @@ def _linear_bwd_weight_update_kernel(
     stride_x,
     stride_dz,
     stride_w,
+    column,  # of the weight, of which x is the first
     scale,  # of the gradients
     PAPER: tl.constexpr,
     HAS_OPERAND: tl.constexpr,
+    ROUND: tl.constexpr,  # 0, or as in ``draw_bits``
     BIAS: tl.constexpr,
     BIAS_HAS_OPERAND: tl.constexpr,
     TMA: tl.constexpr,
@@ -113,11 +117,12 @@ def _linear_bwd_weight_update_kernel(
     offs = offs_m.to(tl.int64)[:, None] * stride_w + offs_n[None, :]
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     w = tl.load(w_ptr + offs, mask=mask, other=0.0)
-    v = tl.load(v_ptr + offs, mask=mask, other=0.0)
+    v = tl.load(v_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     # What lies outside was read as zero, so it adds nothing to the norm.
     tl.store(square_ptr + program, scale * scale * tl.sum(tl.sum(g * g, axis=1)))
     w, v = momentum_step(w, v, scale * g, load_rate(rate_ptr), PAPER)
     tl.store(w_ptr + offs, w, mask=mask)
+    v = rounded(v, load_rng(rng_ptr, ROUND), offs_m, column + tl.program_id(0) * BLOCK_N, ROUND)
     tl.store(v_ptr + offs, v, mask=mask)
     if HAS_OPERAND:
         tl.store(operand_ptr + offs, w.to(operand_ptr.dtype.element_ty), mask=mask)
@@ -148,13 +153,13 @@ def linear_backward_weight_update(
     grid = (triton.cdiv(K, tile["BLOCK_N"]), triton.cdiv(N, tile["BLOCK_M"]))
     (dz_given, x_given, *sizes), constants = operands(dz.t(), x, tile)
     written = update.written(grid[0] * grid[1], half)
-    beside = update if bias is None else bias
+    beside, (rng, share) = update if bias is None else bias, update.rounding(K)
     bias_written = written if bias is None else bias.written(grid[1])
     launch(
         _linear_bwd_weight_update_kernel, grid, dz_given, x_given, *written, update.rate,
-        dz, *bias_written, beside.rate, *sizes, dz.stride(0), w.stride(0), 1.0 / (1.0 - p),
-        PAPER=update.rule == "paper", HAS_OPERAND=update.operand is not None,
-        BIAS=bias is not None, BIAS_HAS_OPERAND=beside.operand is not None,
+        rng, dz, *bias_written, beside.rate, *sizes, dz.stride(0), w.stride(0), (half or 0) * K,
+        1.0 / (1.0 - p), PAPER=update.rule == "paper", HAS_OPERAND=update.operand is not None,
+        ROUND=share, BIAS=bias is not None, BIAS_HAS_OPERAND=beside.operand is not None,
         ALIGN=math.gcd(8, sizes[0], sizes[1], sizes[3], sizes[4], dz.stride(0), w.stride(0)),
-        **constants, counted=max(N, K, M),
+        **constants, counted=max(w.shape[1], N, M),
     )  # fmt: skip

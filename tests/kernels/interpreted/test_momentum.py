@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastalex_kernels as kernels
 from fastalex_kernels.common.backend import record_launches
 from fastalex_kernels.linear import backward
-from fastalex_kernels.momentum import MomentumUpdate
+from fastalex_kernels.momentum import MomentumUpdate, round_stochastically
 
 from .. import _updates as updates
 from .._cases import sampled
@@ -41,22 +42,64 @@ def test_float16(case: Case) -> None:
     updates.check(case, torch.float16, "torch")
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("case", updates.ONE_PASS, ids=str)
-def test_one_pass(case: Case, dtype: torch.dtype, real_tiles: RealTiles) -> None:
-    updates.check(case, dtype, "torch", one_pass=True)
+def test_one_pass(case: Case, dtype: torch.dtype, narrow: bool, real_tiles: RealTiles) -> None:
+    updates.check(case, dtype, "torch", one_pass=True, narrow=narrow)
     with real_tiles("sm_90"):
-        updates.check(case, dtype, "paper", one_pass=True)
+        updates.check(case, dtype, "paper", one_pass=True, narrow=narrow)
 
 
+@pytest.mark.parametrize("rule", updates.RULES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        linear("odd", 1, 19, 23),  # each element draws
+        linear("eights", 1, 24, 50),
+        pytest.param(linear("tiles", 1, 136, 200), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_narrow_buffer_has_the_bits_of_torchs_operators(
+    case: Case, rule: str, real_tiles: RealTiles
+) -> None:
+    """Of one image, whose gradient is exact."""
+    kernel, torchs = (updates.make(case, torch.float32, rule, narrow=True) for _ in range(2))
+    dz = kernel.gradient(0)
+    kernel.apply(dz, 0.0)
+    torchs.updates[0].apply_product(dz, torchs.input)
+    for name in ("parameter", "buffer"):
+        mine, theirs = (getattr(made.updates[0], name) for made in (kernel, torchs))
+        assert torch.equal(mine, theirs), name
+    with real_tiles("sm_90"):
+        tiled = updates.make(case, torch.float32, rule, narrow=True)
+        tiled.apply(dz, 0.0)
+    assert torch.equal(tiled.updates[0].buffer, kernel.updates[0].buffer)
+
+
+@pytest.mark.parametrize("columns", [20, 24, 1048])
+def test_the_kernel_that_only_rounds(columns: int) -> None:
+    x = torch.randn(7, columns, generator=torch.Generator().manual_seed(0))
+    patterns = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, 0x7F800000], dtype=torch.int32)
+    x[0, :4] = patterns.view(torch.float32)  # three of NaN, and infinity
+    rng = torch.tensor([2**40 + 1, 2**31, 3, 7, columns])
+    found, expected = (torch.empty(7, columns, dtype=torch.bfloat16) for _ in range(2))
+    round_stochastically(x, rng, found, first=2)
+    with kernels.backend("aten"):
+        round_stochastically(x, rng, expected, first=2)
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("one_pass", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("case", updates.HALVED, ids=str)
 def test_half_after_half(
-    case: Case, dtype: torch.dtype, one_pass: bool, real_tiles: RealTiles
+    case: Case, dtype: torch.dtype, one_pass: bool, narrow: bool, real_tiles: RealTiles
 ) -> None:
     with real_tiles("sm_90"):
-        updates.check(case, dtype, "torch", one_pass=one_pass, halved=True)
+        updates.check(case, dtype, "torch", one_pass=one_pass, halved=True, narrow=narrow)
 
 
 def test_what_one_pass_takes() -> None:
@@ -108,4 +151,5 @@ def test_where_one_pass_gains(gpu: str, images: int, inputs: int, expected: bool
 @pytest.mark.parametrize("case", TILES, ids=str)
 def test_real_tiles(case: Case, target: str, real_tiles: RealTiles) -> None:
     with real_tiles(target):
-        updates.check(case, torch.float16, "paper")
+        for narrow in {False, case.op == "linear_relu_dropout"}:
+            updates.check(case, torch.float16, "paper", narrow=narrow)

@@ -17,6 +17,7 @@ from tests.kernels.test_gpu import (
     test_halves,
     test_masked_gradients,
     test_one_pass,
+    test_rounding,
     test_same_bits_again,
     test_tf32,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "test_halves",
     "test_masked_gradients",
     "test_one_pass",
+    "test_rounding",
     "test_same_bits_again",
     "test_tf32",
 ]
