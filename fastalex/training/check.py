@@ -37,6 +37,7 @@ from fastalex_kernels.common.backend import device_name, recorder
 
 VARIABLE = "FASTALEX_CHECK"
 MODES = ("always", "never")
+_GLUON = "FASTALEX_GLUON"  # of conv2d/warp_specialized.py, which an older Triton can't import
 
 
 def mode() -> str:
@@ -108,6 +109,8 @@ def signature(name: str, one: Pass, x: object, dtype: torch.dtype) -> str:
         flags += [type(one.update).__name__, one.update.updates.weight.rule]
         flags += [str(one.update.updates.weight.buffer.dtype)]
     flags += ["training"] if one.module is not None and one.module.training else []
+    if gluon := os.environ.get(_GLUON):  # another kernel ran than without it
+        flags.append(f"{_GLUON}={gluon}")
     kind = str(dtype).removeprefix("torch.")
     kind += f" {' '.join(float32_precisions())}" if dtype == torch.float32 else ""
     return f"{name} {one.module} {x} {kind} {flags}"

@@ -27,11 +27,12 @@ tried because a wait may pass otherwise.
 ``Fault`` is raised for: such a race; a slot that is read and was never loaded; a deadlock, with
 what each agent waits for; more or fewer bytes expected than loaded, or a load before its bytes are
 expected; more arrivals than a barrier's count; sums read before the wait for their products, used
-again after they were passed on, or in flight and not among the ``deps`` of a wait; an index outside
-of a buffer; a store outside of its tensor, and a load of a whole block outside, but for ``padded``
+again after they were passed on, or in flight and not among the ``deps`` of a wait; a load that
+signals a barrier with no fence since its ``init``; an index outside of a buffer; a store outside of
+its tensor, or by offsets of 32 bits, and a load of a whole block outside, but for ``padded``
 arguments; an element of an output stored twice, or never; at the end a load that nobody waited for,
-products in flight or a barrier inside of a phase; an integer past 32 bits; a negative integer
-divided, which Triton rounds to 0 and Python down.
+products in flight or a barrier inside of a phase; an integer past 32 bits, outside of a tensor; a
+negative integer divided, which Triton rounds to 0 and Python down.
 
 Not modelled, and whether that is enough:
 
@@ -40,7 +41,7 @@ Not modelled, and whether that is enough:
   (``unsynchronized_arrivals``), for each version of the compiler.
 * Registers: which of them a product in flight reads is the compiler's affair, and ptxas knows.
 * Ordinary stores to shared memory: a kernel that has them fails here as not modelled. Barriers
-  initialized before ``warp_specialize`` are taken to be seen by all partitions.
+  initialized before ``warp_specialize`` are taken to be seen by the threads of all partitions.
 * Other kernels in flight: ``wait_for_predecessor`` does nothing. Programs run one after another;
   they share only what they store, and no element twice.
 * Layouts, swizzles, bank conflicts, the size of shared memory, time: what the compiler takes does
@@ -166,6 +167,8 @@ def load(pointer: Pointer) -> Tensor:
 
 def store(pointer: Pointer, value: Tensor) -> None:
     memory, places = pointer.memory, pointer.memory.places(pointer.offset)
+    if pointer.offset.dtype != torch.int64:
+        raise _fault(f"{memory.name} is stored to by offsets of 32 bits: it may be larger")
     if memory.stored[places].any() or places.unique().numel() < places.numel():
         raise _fault(f"an element of {memory.name} is stored twice")
     memory.stored[places] = True
@@ -256,13 +259,15 @@ class Shared:
 def fence_async_shared() -> None:
     agent = _agent()
     agent.known |= agent.unfenced
+    for barrier in agent.program.barriers:
+        barrier.fenced = True
 
 
 class Barrier:
     """Phases that end when no arrival and no byte is missing."""
 
     def __init__(self) -> None:
-        self.name = ""
+        self.name, self.fenced = "", False
         self.phase = self.count = self.arrivals = self.bytes = 0  # the last two are what is missing
         self.known = self.ended = 0  # events, of this phase and of the one before
 
@@ -341,6 +346,8 @@ def async_load(tensor_desc: Descriptor, coord: Any, barrier: Barrier, result: Sh
     agent.pause()
     if (result.shape, result.dtype) != (tensor_desc.block_shape, tensor_desc.dtype):
         raise _fault(f"a block of {tensor_desc.block_shape} is loaded into {result.shape}")
+    if not barrier.fenced:
+        raise _fault(f"no fence_async_shared since {barrier.name} was initialized")
     in_flight = sum(x.block.nbytes for x in agent.program.loads if x.barrier is barrier)
     if in_flight + tensor_desc.block_type.nbytes > barrier.bytes:
         raise _fault(f"{barrier.name} expects fewer bytes than are loaded")

@@ -90,6 +90,19 @@ def test_agrees_with_float64(
         assert relative_error(x.grad, exact.grad) <= bound
 
 
+def test_a_nan_stays() -> None:
+    x = torch.zeros(128, 48, 2, 4, dtype=torch.bfloat16)
+    x[5, 7, 0, 2] = torch.nan
+    w = torch.ones(48, 48, 3, 3, dtype=torch.bfloat16)
+    launched: list[Any] = []
+    with record_launches("sm_90", _recorder(launched)):
+        y = fk.conv2d_relu(x, w, padding=1)
+    assert launched
+    expected = torch.zeros(128, 48, 2, 4, dtype=torch.bool)
+    expected[5, :, :, 1:] = True
+    assert torch.equal(y.isnan(), expected)
+
+
 def _error(
     kernel: Any, seed: int = 0, schedule: str = "random", reverse: bool = False, stages: int = 3
 ) -> float:
@@ -224,6 +237,11 @@ _FAULTS: dict[str, tuple[str, ...]] = {
         _INIT, _INIT.replace("count=1", "count=2"),
         r"deadlock: .* waits for full\[0\] \(phase 0, 1 of 2 arrivals and 0 bytes",
     ),
+    "no fence after init": (
+        "    fence_async_shared()  # before the copies signal a barrier\n", "",
+        r"no fence_async_shared since full\[0\] was initialized",
+    ),
+    "offsets that overflow": ("offs_m.to(gl.int64)[", "offs_m[", "by offsets of 32 bits"),
     "a barrier not initialized": (_INIT, "pass", r"more arrivals than full\[0\]"),
     "an arrival too many": (_ARRIVE, f"{_ARRIVE[:-1]}, count=2)", r"more arrivals than empty\["),
     "no arrival": (f"mbarrier.{_ARRIVE}", "pass", r"deadlock: .* waits for empty\[0\]"),

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -277,6 +278,15 @@ def test_what_atens_kernels_do_faster_they_do(
     assert verdict.uses == "aten"
     with kernels.backend("triton"):
         assert verdict.uses == "triton"
+
+
+def test_a_verdict_without_gluons_kernel_is_not_one_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("needs_dx", "masks_dx", "dy_is_preact", "gather", "update", "module")
+    one: Any = SimpleNamespace(**dict.fromkeys(names))
+    monkeypatch.delenv("FASTALEX_GLUON", raising=False)
+    signature = check.signature("conv1", one, [128], torch.bfloat16)
+    monkeypatch.setenv("FASTALEX_GLUON", "never")
+    assert check.signature("conv1", one, [128], torch.bfloat16) != signature
 
 
 def test_a_verdict_is_kept_for_the_same_kernels_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

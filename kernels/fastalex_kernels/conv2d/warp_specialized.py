@@ -381,9 +381,10 @@ def _descriptors(
 
     def describe(matrix: Tensor, block: list[int]) -> TensorDescriptor:
         layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+        if recorder() is None:  # to leave the filters makes warnings that were shown come again
+            return TensorDescriptor.from_tensor(matrix, block, layout)
         with warnings.catch_warnings():
-            if recorder() is not None:  # of a tensor without data it asks the address, too
-                warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # of a tensor without data it asks the address, too
             return TensorDescriptor.from_tensor(matrix, block, layout)
 
     return (
