@@ -33,11 +33,10 @@ from fastalex.training.inputs import Inputs
 from fastalex.training.layer_check import NotChecked, Verdict, check_parts, has_kernels
 from fastalex.training.passes import Pass
 from fastalex_kernels.common import tuned
-from fastalex_kernels.common.backend import device_name, recorder
+from fastalex_kernels.common.backend import device_name, gluon_mode, recorder
 
 VARIABLE = "FASTALEX_CHECK"
 MODES = ("always", "never")
-_GLUON = "FASTALEX_GLUON"  # of conv2d/warp_specialized.py, which an older Triton can't import
 
 
 def mode() -> str:
@@ -109,8 +108,7 @@ def signature(name: str, one: Pass, x: object, dtype: torch.dtype) -> str:
         flags += [type(one.update).__name__, one.update.updates.weight.rule]
         flags += [str(one.update.updates.weight.buffer.dtype)]
     flags += ["training"] if one.module is not None and one.module.training else []
-    if gluon := os.environ.get(_GLUON):  # another kernel ran than without it
-        flags.append(f"{_GLUON}={gluon}")
+    flags += ["no Gluon"] if gluon_mode() == "never" else []
     kind = str(dtype).removeprefix("torch.")
     kind += f" {' '.join(float32_precisions())}" if dtype == torch.float32 else ""
     return f"{name} {one.module} {x} {kind} {flags}"

@@ -36,6 +36,7 @@ from fastalex.training.config import (
 from fastalex.training.recipes import INITIALISATIONS, MOMENTUM_RULES
 from fastalex.training.run_folder import RunFolder, find_attempt, next_free
 from fastalex.training.schedule import describe_schedule
+from fastalex_kernels.common.backend import gluon_mode
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,8 @@ def _meta_model(classes: int, variant: str) -> AlexNet:
 
 def _check(settings: Settings, world: World) -> None:
     """Raise unless the settings go with each other and with the world."""
-    check.mode()  # of the environment
+    check.mode()  # of the environment, as the next
+    gluon_mode()
     size, batch, replicas = settings.image_size, settings.batch_size, world.replicas
     if settings.augmentation == "resized" and settings.normalization in MEAN_IMAGES:
         raise ValueError(

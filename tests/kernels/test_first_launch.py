@@ -23,17 +23,20 @@ class Event:
     asked = 0
     def query(self):
         self.asked += 1
-        return {ends} and self.asked > 2
+        return self.asked > {asked}
 wait_for_first_launch(Event(), 0.2)
 print("ended")
 """
 
 
-@pytest.mark.parametrize("ends", [True, False])
-def test_a_first_launch_that_does_not_end_ends_the_process(ends: bool) -> None:
-    command = [sys.executable, "-c", NEVER_ENDS.format(ends=ends)]
+@pytest.mark.parametrize(("asked", "mode"), [(2, ""), (400, "wait"), (10**9, "")])
+def test_a_first_launch_that_does_not_end_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, asked: int, mode: str
+) -> None:
+    monkeypatch.setenv("FASTALEX_GLUON", mode)
+    command = [sys.executable, "-c", NEVER_ENDS.format(asked=asked)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    if ends:
+    if asked < 10**9:
         assert (ran.returncode, ran.stdout, ran.stderr) == (0, "ended\n", "")
     else:
         assert (ran.returncode, ran.stdout) == (2, "")
@@ -62,6 +65,9 @@ def test_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "warp_specialized" not in _launched(*case)[0]  # type: ignore[arg-type]
     monkeypatch.setenv("FASTALEX_GLUON", "never")
     assert "warp_specialized" not in _launched("sm_90", 128)[0]
+    monkeypatch.setenv("FASTALEX_GLUON", "off")
+    with pytest.raises(ValueError, match=r"^FASTALEX_GLUON: expected never or wait, got 'off'$"):
+        _launched("sm_90", 128)
 
 
 def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:

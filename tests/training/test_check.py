@@ -18,7 +18,7 @@ from fastalex.common import timing
 from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.distributed.towers import cut_to_tower
 from fastalex.model.variants import Convolution, FullyConnected, ResponseNorm, Variant
-from fastalex.training import TrainStep, check, layer_check, passes, updates
+from fastalex.training import TrainStep, check, layer_check, passes, train, updates
 from fastalex.training.layer_check import slice_error
 from fastalex.training.optim import build_optimizer
 from fastalex.training.step import Tricks
@@ -285,6 +285,8 @@ def test_a_verdict_without_gluons_kernel_is_not_one_of_it(monkeypatch: pytest.Mo
     signature = check.signature("conv1", one, [128], torch.bfloat16)
     monkeypatch.setenv("FASTALEX_GLUON", "never")
     assert check.signature("conv1", one, [128], torch.bfloat16) != signature
+    monkeypatch.setenv("FASTALEX_GLUON", "wait")
+    assert check.signature("conv1", one, [128], torch.bfloat16) == signature
 
 
 def test_a_verdict_is_kept_for_the_same_kernels_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,10 +361,21 @@ def test_right_results_of_every_shape_are_no_alarm() -> None:
     assert slice_error(torch.zeros(3, 3), torch.zeros(3, 3)) == 0
 
 
-def test_another_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTALEX_CHECK", "sometimes")
-    with pytest.raises(ValueError, match=r"^FASTALEX_CHECK: expected always or never, got 'some"):
-        check.mode()
+@pytest.mark.parametrize(
+    ("variable", "known"), [("CHECK", "always or never"), ("GLUON", "never or wait")]
+)
+def test_another_mode_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variable: str,
+    known: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(f"FASTALEX_{variable}", "off")
+    assert train.main([]) == 2
+    said = f"train: error: FASTALEX_{variable}: expected {known}, got 'off'\n"
+    assert capsys.readouterr().err == said
 
 
 def test_the_first_layer_may_be_faster_on_aten(monkeypatch: pytest.MonkeyPatch) -> None:

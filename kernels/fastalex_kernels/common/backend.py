@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -150,6 +151,18 @@ def _gpu_at(index: int) -> tuple[str, str]:
     if torch.version.hip:
         return str(properties.gcnArchName).split(":")[0], properties.name
     return f"sm_{properties.major}{properties.minor}", properties.name
+
+
+def gluon_mode() -> str:
+    """Whether kernels in Gluon run: ``"never"``, or their first launch may take long: ``"wait"``.
+
+    Raises:
+        ValueError: for another value of ``FASTALEX_GLUON``, but none.
+    """
+    value = os.environ.get("FASTALEX_GLUON", "")
+    if value not in ("", "never", "wait"):
+        raise ValueError(f"FASTALEX_GLUON: expected never or wait, got {value!r}")
+    return value
 
 
 def has_tma(device: torch.device) -> bool:
