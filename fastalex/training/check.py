@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 import fastalex_kernels
 from fastalex.common.files import replacing
@@ -59,6 +60,8 @@ class Verdicts:
         tiles = tuned.table_path(name)
         self.path = tiles.with_name(f"checked_{tiles.name.removeprefix('tiles_')}")
         self._head = {"device": name, **versions(), "kernels": kernels_version(tiles)}
+        # A kernel that one assembler refuses may run with the next.
+        self._head["ptxas"] = torch.version.hip or triton.knobs.nvidia.ptxas.version
         self.known: dict[str, Verdict] = self._read()
 
     def _read(self) -> dict[str, Verdict]:

@@ -301,6 +301,14 @@ def test_a_verdict_is_kept_for_the_same_kernels_and_sizes(monkeypatch: pytest.Mo
     assert check.Verdicts(cpu).known == {"conv1 of a size": wrong}
     store.path.write_text(store.path.read_text().replace('"triton": "', '"triton": "0.'))
     assert check.Verdicts(cpu).known == {}  # of another Triton
+    store.keep({"conv1 of a size": wrong})
+    ptxas = store.path.with_name("ptxas")
+    ptxas.write_text("#!/bin/sh\necho release 99.9\n")
+    ptxas.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("TRITON_PTXAS_PATH", str(ptxas))
+        assert check.Verdicts(cpu).known == {}  # a kernel that failed to compile may run
+    assert check.Verdicts(cpu).known == {"conv1 of a size": wrong}
     store.path.write_text("{")
     assert check.Verdicts(cpu).known == {}
     assert run(steps=1).said == []
