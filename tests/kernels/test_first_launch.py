@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastalex_kernels import reference
+from fastalex_kernels.common import backend
 from fastalex_kernels.common.backend import TRITON, interpreted, record_launches
+from fastalex_kernels.common.program import Program
 from fastalex_kernels.conv2d import forward
+from fastalex_kernels.reference import relative_error, tolerance
 
 pytestmark = [
     pytest.mark.skipif(TRITON < (3, 9), reason="Gluon has other names there"),
@@ -70,15 +77,55 @@ def test_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         _launched("sm_90", 128)
 
 
-def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is said in one line."""
-    from fastalex_kernels.conv2d import warp_specialized
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU is taken for a GPU that has launched nothing."""
+    monkeypatch.setattr(backend, "_gpu", lambda device: ("sm_90", "H100"))
+    for name in ("device", "current_stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(forward.warp_specialized, "_usable", {})
 
-    class Broken:
-        def warmup(self, *_: object, **__: object) -> None:
-            raise RuntimeError("no such instruction\nand more")
 
-    name = "conv2d_relu_fwd_warp_specialized_kernel"
-    monkeypatch.setattr(warp_specialized, name, Broken())
-    with pytest.warns(UserWarning, match="plain one runs: no such instruction$"):
-        assert not warp_specialized._compiles((), {})
+def test_the_first_launch_of_each_form_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, h100: None
+) -> None:
+    waited: list[object] = []
+    monkeypatch.setattr(forward.warp_specialized, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(forward.warp_specialized, "wait_for_first_launch", waited.append)
+    x, w, y, b = (
+        torch.zeros(n).half() for n in ((1, 3, 128, 48), (3, 3, 48, 48), (1, 1, 128, 48), (64,))
+    )
+
+    def convolve(bias: Tensor | None) -> bool:
+        taps = ((1, 1), (1, 0), False)
+        return forward.warp_specialized.convolve(x, w, bias, y, taps, 1, True, 0)
+
+    for bias, forms in ((b[:48], 1), (b[8:56], 1), (b[1:49], 2), (b[:48], 2)):
+        assert convolve(bias)
+        assert len(waited) == forms
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert [convolve(bias) for bias in (b[:48], None)] == [True, False]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_where_the_kernel_fails_the_plain_one_runs(h100: None, recorded: bool) -> None:
+    """On a CPU it does fail. That is said once, and nothing of it stays in a program."""
+    x = torch.randn(3, 4, 128, 48).half()
+    w = torch.randn(3, 3, 48, 48).half()
+    program = Program([x])
+
+    def run() -> Tensor:
+        return forward.conv2d_relu_forward(x, w, None, ((0, 0), (0, 0)), 1, relu=True)
+
+    with backend.backend("interpreter"), program.recording() if recorded else nullcontext():
+        program.add(torch.sin, None, [x], {})
+        with pytest.warns(UserWarning, match="Gluon's kernel fails, the plain one runs: .") as said:
+            y, again = run(), run()
+        assert len(said) == 1
+        assert torch.equal(again, y)
+    x, w = x.permute(2, 3, 0, 1).double(), w.permute(3, 2, 0, 1).double()
+    expected = reference.conv2d_relu(x, w)
+    assert relative_error(y, expected) <= tolerance(torch.float16, 9 * 48)
+    plain = ["conv2d_relu_fwd_tma_kernel"] * 2 if recorded else []
+    assert [launch.name for launch in program.launches[1:]] == plain

@@ -51,6 +51,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, counted: int, **kwarg
         _collecting.program.launch(kernel, grid, args, kwargs)
 
 
+def withdraw() -> None:
+    """Take the last launch, which failed, out of the program that is being recorded, if any."""
+    if _collecting.program is not None:
+        del _collecting.program.launches[-1:]
+
+
 def execute(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:

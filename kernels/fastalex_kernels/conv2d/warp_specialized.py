@@ -54,7 +54,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..common.backend import gluon_mode, recorder, target
 from ..common.dependent import wait_for_predecessor
-from ..common.launch import launch
+from ..common.launch import launch, withdraw
 from ..common.tuned import tuned
 
 # Pixels of a run, by input and output channels of a group and the kernel's side: AlexNet's first
@@ -344,21 +344,27 @@ def convolve(
     if recorder() is not None:  # who records launches compiles them later
         launch(kernel, grid, *arguments, **options, counted=counted)
         return True
-    key = (y.device, y.dtype, *arguments[5:], *options.values())
+    pointers = [(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in arguments[3:5]]
+    key = (y.device, *pointers, *arguments[5:], *options.values())
     with torch.cuda.device(y.device):
         first = key not in _usable
-        if first and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_current_stream_capturing() if first else not _usable[key]:
             return False
-        if first:
-            _usable[key] = _compiles(arguments, options)
-            torch.cuda.synchronize()
-        if not _usable[key]:
+        if first:  # not the device: that would end a capture in another thread
+            torch.cuda.current_stream().synchronize()
+        try:
+            launch(kernel, grid, *arguments, **options, counted=counted)
+        except Exception as error:  # each version of Triton has its own
+            withdraw()
+            _usable[key] = False
+            why = str(error).strip().partition("\n")[0]
+            warnings.warn(f"Gluon's kernel fails, the plain one runs: {why}", stacklevel=2)
             return False
-        launch(kernel, grid, *arguments, **options, counted=counted)
         if first:
             event = torch.cuda.Event()
             event.record()
             wait_for_first_launch(event)
+            _usable[key] = True
     return True
 
 
@@ -392,19 +398,7 @@ def _descriptors(
     )
 
 
-_usable: dict[tuple[Any, ...], bool] = {}  # by all that decides the machine code
-
-
-def _compiles(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    """Whether the kernel compiles and loads for a launch; what Triton says if not is said once."""
-    try:
-        kernel = conv2d_relu_fwd_warp_specialized_kernel.warmup(*arguments, grid=(1,), **options)
-        kernel[(1, 1, 1)]  # loads it, and launches nothing
-    except Exception as error:  # each version of Triton has its own
-        why = str(error).strip().partition("\n")[0]
-        warnings.warn(f"Gluon's kernel does not compile, the plain one runs: {why}", stacklevel=3)
-        return False
-    return True
+_usable: dict[tuple[Any, ...], bool] = {}  # by what decides the machine code, but an early start
 
 
 def wait_for_first_launch(event: Any, limit: float = 20.0) -> None:
