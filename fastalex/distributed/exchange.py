@@ -18,7 +18,7 @@ from fastalex.common.nvtx_ranges import nvtx_range
 from fastalex.common.timing import Stopwatch
 
 TOWERS = 2
-_TIMED = 5  # of so many steps one is timed on a GPU: a step has 28 events, which cost the host
+_TIMED = 5  # of so many steps one is timed on a GPU: a step has 32 events, which cost the host
 _CHECK_NUMEL = 1 << 20  # elements sent by the start-up check
 # Under its name since torch 2.13, which warns of the older one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

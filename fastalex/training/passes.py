@@ -142,11 +142,7 @@ class Gather:
 
     def start_reduce_scatter(self, halves: Sequence[Tensor]) -> Callable[[], Tensor | Sum]:
         """Send the other tower its half of dx; what waits for its part of the gradient of ours."""
-        mine, theirs = halves[self.rank], halves[1 - self.rank]
-        if not theirs.is_contiguous():
-            sent = theirs.new_empty(theirs.shape)
-            call(sent.copy_, theirs)
-            theirs = sent
+        mine, theirs = _dense(halves[self.rank]), _dense(halves[1 - self.rank])
         transfer = self._exchange.transfer(theirs)
         call(transfer.start)
 
@@ -211,7 +207,7 @@ class Convolution(Pass):
         (R, S), (H, W, N, _) = self._w.shape[:2], mine.shape
         P, Q = H + top + bottom - R + 1, W + sum(sides) - S + 1
         self._y = y = mine.new_empty((P, Q, N, self._w.shape[3]))
-        early = round(P / _EARLY_SHARE) if gather.early and H >= R else 0
+        early = round(P / _EARLY_SHARE) if gather.early and H >= R > top else 0
         first = early + R - 1 - top if early else 0  # rows that they read
         pieces = [(y[:early], (top, 0))] if early else []
         pieces.append((y[early:], (top - early, bottom)))
@@ -442,12 +438,17 @@ class Torch(Pass):
             self.update.torch(gradients)
 
 
+def _dense(x: Tensor) -> Tensor:
+    """x in contiguous memory, as kernels and transfers take it."""
+    if x.is_contiguous():
+        return x
+    dense = x.new_empty(x.shape)
+    call(dense.copy_, x)
+    return dense
+
+
 def _before_relu(dy: Tensor, y: Tensor | None, **options: Any) -> tuple[Tensor, Tensor | None]:
     """The gradient before the ReLU (and dropout) that made ``y``; None had none."""
-    if not dy.is_contiguous():  # one tower's columns
-        dense = dy.new_empty(dy.shape)
-        call(dense.copy_, dy)
-        dy = dense
     features = (-1, dy.shape[-1])
     rows = None if y is None else y.view(features)
     dz, sums = epilogue_backward(dy.view(features), rows, **options)

@@ -19,12 +19,14 @@ import fastalex_kernels as kernels
 from fastalex import AlexNet
 from fastalex.data import Normalization
 from fastalex.data.augment import Augment
+from fastalex.distributed.exchange import LoopbackExchange
 from fastalex.distributed.towers import cut_to_tower
 from fastalex.model.layers import Conv2dReLU, Linear
 from fastalex.model.variants import VARIANTS, Variant
 from fastalex.training import TrainStep, chain
 from fastalex.training.autograd_step import tf32
 from fastalex.training.optim import build_optimizer
+from fastalex.training.passes import Gather
 from fastalex.training.step import Tricks
 from tests._nets import narrow
 
@@ -312,6 +314,15 @@ def test_what_needs_no_answer_runs_while_halves_are_exchanged() -> None:
     assert layers == ["conv3", "conv3", "fc6", "fc7", "fc8", "fc7", "fc6", "conv3"]
     waits = [i for i, launches in enumerate(meanwhile) if not launches]
     assert waits == [0, 4], "conv3's first rows and fc8 wait in their forward passes"
+
+
+def test_shares_of_a_gradient_that_torch_made_lie_as_kernels_read_them() -> None:
+    gather = Gather(LoopbackExchange(), early=True)
+    halves = torch.arange(48.0).view(2, 2, 3, 4).chunk(2, -1)
+    shares = gather.start_reduce_scatter(halves)()
+    for share, half in zip(shares, halves, strict=True):
+        assert share.is_contiguous()
+        assert torch.equal(share, half)
 
 
 def test_another_precision_of_torch_makes_other_launches() -> None:
