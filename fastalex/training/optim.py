@@ -57,10 +57,11 @@ class PaperSGD(torch.optim.Optimizer):
         momentum_dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
-        _check_dtype(momentum_dtype)
         rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         rounds = {"momentum_dtype": momentum_dtype, "seed": seed, "step": 0, "places": ()}
         super().__init__(params, rates | rounds)
+        for group in self.param_groups:
+            _check_dtype(group["momentum_dtype"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -217,9 +218,9 @@ def rounding(optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
     On the parameters' device, in the order of the groups; None where all buffers are float32.
     """
     groups, rows = optimizer.param_groups, list[tuple[int, ...]]()
+    if all(group.get("momentum_dtype") != torch.bfloat16 for group in groups):
+        return None
     for group in groups:
-        if group.get("momentum_dtype") != torch.bfloat16:
-            return None
         places = group["places"] or [(0, 0)] * len(group["params"])
         rows += [(group["seed"], group["step"], len(rows) + i, *at) for i, at in enumerate(places)]
     return torch.tensor(rows, device=groups[0]["params"][0].device)
@@ -239,8 +240,9 @@ class Rates:
             rates = torch.full((3,), math.nan, device=group["params"][0].device)
             self._of.update(dict.fromkeys(group["params"], rates))
             self._written.append([math.nan] * 3)
-        held = () if self._rounding is None else self._rounding
-        self._rngs = {p: row for p, row in zip(self._of, held, strict=False) if p.dim() == 2}
+        dtypes = [buffer_dtype(g, p) for g in optimizer.param_groups for p in g["params"]]
+        held = zip(self._of, dtypes, () if self._rounding is None else self._rounding, strict=False)
+        self._rngs = {p: row for p, dtype, row in held if dtype == torch.bfloat16}
         self._seed = optimizer.param_groups[0].get("seed")
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:

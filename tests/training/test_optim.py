@@ -225,6 +225,23 @@ def test_narrow_velocities_follow_those_of_float32_on_average() -> None:
     assert float(v.mean()) < 0.8  # to nearest, 1 - 0.0015 is 1
 
 
+def test_groups_may_have_velocities_of_their_own_dtypes() -> None:
+    dtypes = [torch.bfloat16, torch.float32]
+    weights = [torch.nn.Parameter(torch.ones(4, 8)) for _ in dtypes]
+    groups = [{"params": w, "momentum_dtype": d} for w, d in zip(weights, dtypes, strict=True)]
+    optimizer = PaperSGD(groups, lr=0.1)
+    for _ in range(3):
+        for w in weights:
+            w.grad = torch.ones_like(w)
+        optimizer.step()
+    for w, dtype in zip(weights, dtypes, strict=True):
+        assert optimizer.state[w]["momentum_buffer"].dtype == dtype
+        torch.testing.assert_close(w.detach(), torch.full_like(w, 0.439), rtol=0.02, atol=0)
+    assert Rates(optimizer).rng(weights[1]) is None
+    with pytest.raises(ValueError, match="momentum_dtype"):
+        PaperSGD([{"params": weights, "momentum_dtype": torch.float16}], lr=0.1)
+
+
 def test_velocities_of_a_state_dict_keep_their_dtype() -> None:
     weight = torch.ones(2, 8, requires_grad=True)
     optimizer = PaperSGD([weight], 0.5, momentum_dtype=torch.bfloat16, seed=3)
