@@ -223,8 +223,8 @@ def _axes(model: AlexNet) -> dict[str, int | None]:
 
 def first_elements(model: AlexNet) -> dict[torch.Tensor, tuple[int, int]]:
     """Row and column, in the whole net's weight, of the first element of each weight of rows."""
-    hooks = [hook for layer in model.modules() for hook in layer._forward_pre_hooks.values()]
-    tower = next((hook.exchange.rank for hook in hooks if isinstance(hook, GatherInput)), 0)
+    hooks = model.classifier[-1]._forward_hooks.values()
+    tower = next((hook.exchange.rank for hook in hooks if isinstance(hook, AddOutputs)), 0)
     axes = _axes(model)
     return {
         w: (0, tower * w.shape[1]) if axes[name] == 1 else (tower * len(w), 0)

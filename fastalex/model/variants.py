@@ -66,7 +66,7 @@ class Variant:
     name: str
     convolutions: tuple[Convolution, ...]
     fully_connected: tuple[FullyConnected, ...]
-    towers: int = 1  # independent halves that exchange before conv3, fc6, fc7 and fc8
+    towers: int = 1  # independent halves; conv3, fc6, fc7 and fc8 read both
     pool_ceil_mode: bool = True
     dropout_on_input: bool = False  # of fc6 and fc7, instead of on their outputs
     image_size: int = 224

@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastalex import AlexNet
+from fastalex.distributed.exchange import LoopbackExchange
+from fastalex.distributed.towers import cut_to_tower, first_elements
 from fastalex.training.autograd_step import LossScaler
 from fastalex.training.config import Settings
 from fastalex.training.optim import (
@@ -240,6 +242,17 @@ def test_groups_may_have_velocities_of_their_own_dtypes() -> None:
     assert Rates(optimizer).rng(weights[1]) is None
     with pytest.raises(ValueError, match="momentum_dtype"):
         PaperSGD([{"params": weights, "momentum_dtype": torch.float16}], lr=0.1)
+
+
+@pytest.mark.parametrize("variant", ["paper", "paper-without-tower-traffic"])
+def test_a_tower_knows_the_places_of_its_weights(variant: str) -> None:
+    exchange = LoopbackExchange()
+    exchange.rank = 1
+    model = AlexNet(2, variant=narrow(variant))
+    cut_to_tower(model, exchange)
+    fc6, fc7, fc8 = first_elements(model).items()
+    assert [place for _, place in (fc6, fc7)] == [(len(w), 0) for w, _ in (fc6, fc7)]
+    assert fc8[1] == (0, fc8[0].shape[1])
 
 
 def test_velocities_of_a_state_dict_keep_their_dtype() -> None:
