@@ -2,8 +2,9 @@
 
 AlexNet is a chain, so its step is one too: augmentation where bytes come in, eight layers forward,
 the loss, the same layers backward, and each parameter updated where its gradient is made. Two
-towers exchange halves before four of the layers. Nothing passes beside the arguments, and autograd
-takes no part: the step is ``TrainStep._record``, the layers are in passes.py.
+towers exchange halves before three of the layers, and sums after the last. Nothing passes beside
+the arguments, and autograd takes no part: the step is ``TrainStep._record``, the layers are in
+passes.py.
 
 It runs once as it is written. What it launches is recorded, with the memory that was allocated for
 it, and later steps go through that list (fastalex_kernels.common.program). A CUDA graph holds the
@@ -157,6 +158,8 @@ class TrainStep:
             ValueError: for bytes without ``augment``, images of a wrong shape, or a model that was
                 changed into one that the step can't run.
         """
+        if self.tricks.fused_update:  # else the optimizer does
+            count_step(self.optimizer)
         self._follow()
         images = getattr(images, "pixels", images)
         parts = images if isinstance(images, (tuple, list)) else (images,)
@@ -232,8 +235,6 @@ class TrainStep:
             self._seeds = seed, number + 1
         if not self._is_same_model():
             self._build()
-        if self.tricks.fused_update:  # else the optimizer does
-            count_step(self.optimizer)
         self._chain.rates.follow()
         for update, version in zip(self._updates, self._versions, strict=True):
             state = self.optimizer.state[update.parameter]
