@@ -134,11 +134,7 @@ class StoredGradients(FusedUpdate):
         call(columns(weight, half).copy_, matmul(dz.t(), x, Epilogue(dropout=Dropout(p))))
         if half == 1:
             return dx
-        rows = dz
-        if dz.stride(0) != dz.shape[1]:
-            rows = dz.new_empty(dz.shape)
-            call(rows.copy_, dz)
-        _, bias_partials = epilogue_backward(rows, None, need_dz=False, need_sums=True)
+        _, bias_partials = epilogue_backward(dz, None, need_dz=False, need_sums=True)
         assert bias_partials is not None
         sum_partials(bias_partials, bias)
         if p:
