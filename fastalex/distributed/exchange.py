@@ -202,7 +202,7 @@ class AddTowers(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, bias: torch.Tensor, exchange: Exchange
+        ctx: Any, output: torch.Tensor, bias: torch.Tensor | None, exchange: Exchange
     ) -> torch.Tensor:
         with nvtx_range("exchange forward"):
             both = _transferred(exchange, output.contiguous()).both
@@ -214,10 +214,10 @@ class AddTowers(torch.autograd.Function):
         return grad, None, None  # of the bias, too, through the output
 
 
-def add_outputs(both: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def add_outputs(both: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
     """Both towers' outputs [TOWERS, N, C], of which each has the bias, added into ``out``."""
-    dtype = torch.promote_types(both.dtype, torch.float32)
-    return out.copy_(both.sum(0, dtype=dtype) - bias)
+    total = both.sum(0, dtype=torch.promote_types(both.dtype, torch.float32))
+    return out.copy_(total if bias is None else total - bias)
 
 
 def dense(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:

@@ -126,7 +126,8 @@ class Check:
         self._x = torch.cat([read, read], -1) if one.gather is not None else read
         wide, _ = in_float64(one.module, self._x)
         if one.outputs is not None:
-            wide = 2 * wide - one.module.bias.detach().to(read.dtype).double()  # is added once
+            bias = one.module.bias  # is added once
+            wide = 2 * wide - (0 if bias is None else bias.detach().to(read.dtype).double())
         expected = {"output": (wide, self._bound(self._length(0)))}
         made = self.run("forward", lambda: {"output": one.forward(x)}, [x], expected)
         y = made.get("output", wide.to(x.dtype).contiguous())

@@ -393,8 +393,8 @@ class Torch(Pass):
         assert self._y is not None
         if self.outputs is None:
             return self._y
-        both, y = self.outputs(self._y), torch.empty_like(self._y)
-        call(add_outputs, both, self.module.bias.detach(), y)
+        both, y, bias = self.outputs(self._y), torch.empty_like(self._y), self.module.bias
+        call(add_outputs, both, None if bias is None else bias.detach(), y)
         return y
 
     def _forward(self) -> None:
