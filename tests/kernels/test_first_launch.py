@@ -51,6 +51,18 @@ def test_a_first_launch_that_does_not_end_ends_the_process(
         assert "FASTALEX_GLUON=never" in ran.stderr
 
 
+def test_without_gluon_the_plain_kernel_runs() -> None:
+    """As with a later Triton, whose Gluon is elsewhere: the package imports, and has no part."""
+    code = (
+        "import sys; sys.modules['triton.experimental.gluon'] = None\n"
+        "from fastalex_kernels.conv2d import forward; print(forward.warp_specialized)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "None\n", "")
+
+
 def _launched(target: str, batch: int, sizes: tuple[int, ...] = (48, 96, 3)) -> list[str]:
     """Names of the kernels of a convolution's forward pass."""
     (C, K, side), names = sizes, []

@@ -22,6 +22,7 @@ becomes 3 x 3 on 48, whose rows load 16 bytes at a time.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -49,8 +50,10 @@ from ..conv2d.tiles import (
     tma_fits,
 )
 
-if TRITON >= (3, 9):  # where Gluon has the names that it is written in
-    from ..conv2d import warp_specialized
+warp_specialized: Any = None  # where Gluon lacks the names that it is written in
+if TRITON >= (3, 9):
+    with contextlib.suppress(ImportError):
+        from ..conv2d import warp_specialized
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by target and operand width, cut to the layer.
 # What bounds the stages is shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on
@@ -302,7 +305,7 @@ def _convolve(
         by_tma
         and mask is None
         and halves == 1
-        and TRITON >= (3, 9)
+        and warp_specialized is not None
         and warp_specialized.convolve(x, w, bias, y, taps, groups, relu, counted)
     ):
         return output, None
