@@ -92,7 +92,7 @@ def test_sums_of_a_masked_gradient_in_chunks(tile: tuned.Tile, real_tiles: RealT
     dy = torch.randn(1, 1, 300, 8, generator=draw).to(HALF)
     argmax, dx = torch.randint(9, dy.shape, generator=draw).to(torch.uint8), torch.empty_like(x)
     with real_tiles(TARGET), tuned.choosing(lambda key, own: tile):
-        sums = alexnet.backward(x, dy, argmax, dx, Norm(5, 0.2, 0.75, 1.0), groups=1, mask=True)
+        sums = alexnet.backward(x, dy, None, argmax, dx, Norm(5, 0.2, 0.75, 1.0), 1, mask=True)
     assert sums is not None
     assert len(sums) > 1
     assert not dx[x == 0].any()
